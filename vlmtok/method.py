@@ -1,0 +1,541 @@
+"""`Method`, `Site` and `Layout`: the contract between a method and the core, the registry, and spec strings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+import warnings
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from .errors import ParameterError, SiteError, SpecError, UnknownMethod, VlmtokWarning
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .reduction import Reduction
+    from .view import TokenView
+
+STAGES = ("vision", "features", "projected", "decoder", "text")
+"""Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder)."""
+LAYERED = ("vision", "decoder", "text")
+"""Stages that have layers; the others are a single moment."""
+POINTS = ("start", "mid", "end")
+SCOPES = ("picture", "part", "sample")
+POSITIONS = ("keep", "renumber")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a method acts or observes.
+
+    Attributes:
+        stage: ``vision``, ``features``, ``projected``, ``decoder`` or ``text``.
+        layer: 0-based block; None for ``features`` and ``projected``.
+        point: ``start``, ``mid`` (between attention and MLP, towers only) or ``end`` of the block.
+        needs: signals, by name (``"keys"``) or with a place (``"cls_attention@vision:-1"``).
+        positions: ``keep`` or ``renumber``, what happens to the position ids of what stays; None means the stage's
+            default: renumber at ``features`` and ``projected``, keep in the decoder.
+        scope: what one view row is; None means the method's.
+    """
+
+    stage: str
+    layer: int | None = None
+    point: str = "end"
+    needs: tuple[str, ...] = ()
+    positions: str | None = None
+    scope: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise SiteError(f"stage {self.stage!r} does not exist; stages: {', '.join(STAGES)}")
+        if self.point not in POINTS:
+            raise SiteError(f"point {self.point!r} does not exist; points: {', '.join(POINTS)}")
+        if (self.layer is not None) != (self.stage in LAYERED):
+            raise SiteError(f"stage {self.stage!r} {'needs a' if self.stage in LAYERED else 'has no'} layer")
+        if self.positions not in (None, *POSITIONS):
+            raise SiteError(f"positions {self.positions!r}: one of {', '.join(POSITIONS)}")
+        if self.scope not in (None, *SCOPES):
+            raise SiteError(f"scope {self.scope!r}: one of {', '.join(SCOPES)}")
+
+    def __str__(self) -> str:
+        return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A view as host ints: what `Method.count` decides on.
+
+    Attributes:
+        site: where the method acts.
+        n: tokens of a view row that arrive.
+        entered: tokens of the row when it entered the stage.
+        num_prefix: protected tokens in front.
+        depth: layers of the stage.
+    """
+
+    site: Site
+    n: int
+    entered: int
+    num_prefix: int = 0
+    depth: int = 1
+
+    @property
+    def layer(self) -> int:
+        """The site's layer; 0 where the stage has none."""
+        return self.site.layer or 0
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What one stage of a model offers.
+
+    Attributes:
+        depth: layers (1 for a stage without layers).
+        width: channels of a token.
+        heads: attention heads (0 for a stage without layers).
+        last: the last layer whose output is used; later sites are skipped.
+        points: points at which a method may act.
+        provides: signals that can be derived at this stage.
+        num_prefix: protected tokens in front of a row.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    last: int
+    points: frozenset[str] = frozenset({"end"})
+    provides: frozenset[str] = frozenset()
+    num_prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model offers to methods: its stages and their signals.
+
+    Attributes:
+        family: name of the adapter that carries the model.
+        stages: stage name to `StageLayout`.
+    """
+
+    family: str
+    stages: Mapping[str, StageLayout] = field(default_factory=dict)
+
+    def has(self, stage: str) -> bool:
+        """Whether the model has this stage."""
+        return stage in self.stages
+
+    def stage(self, name: str, by: str = "this method") -> StageLayout:
+        """The stage of that name.
+
+        Raises:
+            SiteError: the model has none.
+        """
+        if name not in self.stages:
+            raise SiteError(
+                f"{by} acts at stage {name!r}, which {self.family} does not offer; it offers: {', '.join(self.stages)}"
+            )
+        return self.stages[name]
+
+    def gives(self, stage: str, signal: str) -> bool:
+        """Whether `signal` can be derived at `stage`."""
+        return stage in self.stages and signal in self.stages[stage].provides
+
+    def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
+        """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.
+
+        Args:
+            stage: a stage with layers.
+            layers: None, int, or a sequence of ints.
+            by: who asks, for the error.
+
+        Returns:
+            Ascending 0-based layers up to ``last`` (later ones are skipped: nobody reads their output).
+
+        Raises:
+            SiteError: a layer does not exist.
+        """
+        layout = self.stage(stage, by)
+        if layers is None:
+            return list(range(layout.last + 1))
+        asked = [layers] if isinstance(layers, int) else list(layers)
+        found = []
+        for layer in asked:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -layout.depth <= layer < layout.depth:
+                raise SiteError(
+                    f"{by}: layer {layer!r} does not exist; {stage} of {self.family} has layers 0 to "
+                    f"{layout.depth - 1} (negative ones count from the end)"
+                )
+            found.append(layer % layout.depth)
+        return sorted({layer for layer in found if layer <= layout.last})
+
+
+class Method:
+    """Base class of every token-reduction method: settings and tensor maths, no model.
+
+    A subclass is a dataclass (``eq=False``) decorated with `register_method`. It names its sites and answers
+    each view with a `Reduction`. See CONTRIBUTING for a worked example.
+    """
+
+    name: ClassVar[str] = ""
+    """Name in the registry and in spec strings; the class name in lower case unless given."""
+    paper: ClassVar[str] = ""
+    """Title of the paper and where it appeared."""
+    arxiv: ClassVar[str] = ""
+    """arXiv number."""
+    code: ClassVar[str] = ""
+    """Official code, or empty."""
+    training_free: ClassVar[bool] = True
+    """Whether the method works on a released checkpoint as it is."""
+    parity: ClassVar[str] = ""
+    """What our implementation has been compared with."""
+    deviations: ClassVar[tuple[str, ...]] = ()
+    """Where it differs from the released code, one sentence each."""
+    scope: ClassVar[str] = "picture"
+    """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
+    proportional: bool = False
+    """Whether attention logits get + log(size) in towers after a merge."""
+
+    # ------------------------------------------------------------------ what a method says
+    def sites(self, layout: Layout) -> list[Site]:
+        """Where the method wants to act on a model.
+
+        Args:
+            layout: what the model offers.
+
+        Returns:
+            Sites in any order; they are visited in the order of the forward.
+        """
+        raise NotImplementedError
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Decides what stays. Runs under no_grad, in prefill only; no ``.item()``; works on meta tensors.
+
+        Args:
+            view: the tokens and their signals.
+
+        Returns:
+            The reduction, or None to leave the tokens as they are.
+        """
+        raise NotImplementedError
+
+    def count(self, counts: Counts) -> int | None:
+        """How many slots `reduce` returns.
+
+        Args:
+            counts: the view as host ints.
+
+        Returns:
+            The number (`counts.n` where nothing is cut), or None where it depends on content.
+        """
+        return counts.n
+
+    def insert(self, view: TokenView) -> Tensor | None:
+        """Tokens to put at the end of the row for one block; asked at ``start`` sites.
+
+        Args:
+            view: the tokens; the signal ``inserted`` holds the outputs of this method's previous insert.
+
+        Returns:
+            `[B, E, C]`, or None.
+        """
+        return None
+
+    def build(self, layout: Layout) -> nn.Module | None:
+        """Parameters and buffers that live across forwards; owned by the attachment.
+
+        Args:
+            layout: what the model offers.
+
+        Returns:
+            A module, or None.
+        """
+        return None
+
+    def finish(self, logits: Tensor, row: MutableMapping[str, Any], memory: nn.Module | None) -> Tensor:
+        """Corrects class logits after a forward; called by `vlmtok.zero_shot`, never by a hook.
+
+        Args:
+            logits: `[B, classes]`.
+            row: this method's row dict of the last forward.
+            memory: what `build` made.
+
+        Returns:
+            `[B, classes]`.
+        """
+        return logits
+
+    # ------------------------------------------------------------------ text form
+    @classmethod
+    def spec_name(cls) -> str:
+        """Name in the registry and in spec strings."""
+        return cls.__dict__.get("name") or cls.__name__.lower()
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        changed = []
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            default = item.default
+            if item.default_factory is not dataclasses.MISSING:
+                default = item.default_factory()
+            if item.init and (value != default or type(value) is not type(default)):
+                changed.append(f":{item.name}={format_value(value)}")
+        return self.spec_name() + "".join(changed)
+
+
+# ---------------------------------------------------------------------- checks shared by methods
+def check_keep(keep: float | int, by: str, name: str = "keep") -> float | int:
+    """Checks a `keep` parameter: a float in (0, 1] is a share, an int >= 1 a count.
+
+    Raises:
+        ParameterError: anything else, bool included.
+    """
+    fine = (isinstance(keep, float) and 0.0 < keep <= 1.0) or (isinstance(keep, int) and keep >= 1)
+    if isinstance(keep, bool) or not fine:
+        raise ParameterError(
+            f"{by}: {name}={keep!r} is not possible; a float in (0, 1] is a share of the tokens that arrive, "
+            "an int >= 1 a count"
+        )
+    return keep
+
+
+def keep_count(keep: float | int, n: int) -> int:
+    """How many of n tokens `keep` leaves: a share rounds half up, at least 1; a count is capped at n.
+
+    Args:
+        keep: as checked by `check_keep`.
+        n: tokens that arrive.
+
+    Returns:
+        A number between 0 (only for n = 0) and n.
+    """
+    wanted = int(keep * n + 0.5) if isinstance(keep, float) else keep
+    return min(n, max(1, wanted))
+
+
+def check_range(
+    value: Any, by: str, name: str, low: float = float("-inf"), high: float = float("inf"), kind: type = float
+) -> None:
+    """Checks a number.
+
+    Args:
+        value: what the user gave.
+        by: the method's name.
+        name: the parameter's name.
+        low: smallest value allowed.
+        high: largest value allowed.
+        kind: `int` or `float` (an int is a float too; bool is neither).
+
+    Raises:
+        ParameterError: not a number of that kind, or outside.
+    """
+    kinds: tuple[type, ...] = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "a number" if kind is float else "an integer"
+        raise ParameterError(f"{by}: {name}={value!r} must be {what} in [{low:g}, {high:g}]")
+
+
+def check_choice(value: Any, by: str, name: str, choices: tuple[Any, ...]) -> None:
+    """Checks a word.
+
+    Raises:
+        ParameterError: it is none of the choices.
+    """
+    if value not in choices:
+        raise ParameterError(f"{by}: {name}={value!r} is not possible; one of {', '.join(map(repr, choices))}")
+
+
+# ---------------------------------------------------------------------- registry
+_METHODS: dict[str, type[Method]] = {}
+_loaded = False
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(cls: M) -> M:
+    """Class decorator: makes a method known by its name.
+
+    Raises:
+        ParameterError: another class already has the name.
+    """
+    name = cls.spec_name()
+    other = _METHODS.get(name)
+    same = other is not None and (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+    if other is not None and not same:
+        raise ParameterError(f"method name {name!r} of {cls.__module__} is already taken by {other.__module__}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ParameterError(f"method name {name!r} must be lower-case letters, digits and _")
+    _METHODS[name] = cls
+    return cls
+
+
+def _load() -> None:
+    """Imports every module of pruners/ and mergers/, then the entry points, once."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for folder in ("pruners", "mergers"):
+        package = importlib.import_module(f"{__package__}.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    for entry in importlib.metadata.entry_points(group="vlmtok.methods"):
+        try:
+            entry.load()
+        except Exception as problem:
+            warnings.warn(f"method plug-in {entry.name!r} does not load: {problem!r}", VlmtokWarning, stacklevel=3)
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Names of the registered methods.
+
+    Args:
+        pattern: shell wildcards, for instance ``"*prune*"``.
+
+    Returns:
+        Sorted names.
+    """
+    _load()
+    return sorted(fnmatch.filter(_METHODS, pattern))
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under a name.
+
+    Raises:
+        UnknownMethod: none is; the message names the nearest.
+    """
+    _load()
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, 3, 0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UnknownMethod(f"no method {name!r}{hint} Known: {', '.join(sorted(_METHODS))}")
+    return _METHODS[name]
+
+
+def create_method(name: str, **settings: Any) -> Method:
+    """Makes a method by name.
+
+    Args:
+        name: as in `list_methods`.
+        settings: its parameters; ``preset=NAME`` starts from one of its presets.
+
+    Returns:
+        The method.
+
+    Raises:
+        UnknownMethod: no such method.
+        ParameterError: no such parameter, or a value that is not possible.
+    """
+    cls = method_class(name)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    preset = settings.pop("preset", None)
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ParameterError(f"{name} has no parameter {key!r}{hint} Parameters: {', '.join(known) or 'none'}")
+    if preset is not None:
+        if not hasattr(cls, "preset"):
+            raise ParameterError(f"{name} has no presets")
+        made: Method = cls.preset(preset, **settings)
+        return made
+    return cls(**settings)
+
+
+# ---------------------------------------------------------------------- spec strings
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
+_WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
+
+
+def parse_methods(spec: str) -> list[Method]:
+    """Makes the methods that a spec string names: ``name[:key=value]*[+name...]``.
+
+    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable. ``+``
+    separates methods only outside values and before a letter. There are no commas.
+
+    Args:
+        spec: for instance ``"pitome:ratio=0.9:margin=0.5+todre:keep=0.1"``.
+
+    Returns:
+        The methods, in order.
+
+    Raises:
+        SpecError: the string cannot be parsed.
+        UnknownMethod: no method of that name.
+        ParameterError: no such parameter or value.
+    """
+    methods = []
+    for part in _split(spec, "+"):
+        name, *settings = _split(part, ":")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise SpecError(f"{name!r} in {spec!r} is no method name; write name:key=value:key=value+name")
+        values: dict[str, Any] = {}
+        for item in settings:
+            key, equals, text = item.partition("=")
+            if not equals or not key.isidentifier():
+                raise SpecError(f"{item!r} in {spec!r} is no setting; write key=value")
+            if key in values:
+                raise SpecError(f"{key!r} is given twice in {spec!r}")
+            values[key] = _parse_value(text, spec)
+        methods.append(create_method(name.lower(), **values))
+    return methods
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Splits at `mark` outside brackets; a ``+`` counts only before a letter."""
+    parts, depth, at = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            raise SpecError(f"bracket closed but not opened in {text!r}")
+        follows = text[i + 1 : i + 2]
+        if letter == mark and depth == 0 and (mark != "+" or follows.isalpha() or follows == "_"):
+            parts.append(text[at:i])
+            at = i + 1
+    if depth:
+        raise SpecError(f"bracket opened but not closed in {text!r}")
+    return [part.strip() for part in (*parts, text[at:])]
+
+
+def _parse_value(text: str, spec: str) -> Any:
+    text = text.strip()
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    if text[:1] in "([" and text[-1:] in ")]" and text:
+        if {"(": ")", "[": "]"}[text[0]] != text[-1]:
+            raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
+        inside = text[1:-1].strip()
+        items = [_parse_value(item, spec) for item in _split(inside.rstrip(";"), ";")] if inside else []
+        return tuple(items) if text[0] == "(" else items
+    if _NUMBER.match(text):
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if _WORD.match(text):
+        return text
+    raise SpecError(
+        f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]"
+    )
+
+
+def format_value(value: Any) -> str:
+    """A value as `parse_methods` reads it back."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        inside = ";".join(format_value(item) for item in value)
+        if isinstance(value, tuple):
+            return f"({inside}{';' if len(value) == 1 else ''})"
+        return f"[{inside}]"
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)

@@ -1,0 +1,119 @@
+"""`TokenView`: what a method sees of one stage at one moment, whatever the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import MissingSignal, ParameterError
+from .method import Counts, Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Signal = Tensor | Callable[[], Tensor | None] | None
+
+
+@dataclass(eq=False)
+class TokenView:
+    """The reducible tokens of one stage, with lazy signals; built by the core, or by hand in one line.
+
+    A view holds the stage's reducible tokens only: no protected token, no padding. All its rows have the same number
+    of tokens. One view row is one picture, one part of a picture or one sample, as the method's ``scope`` says.
+
+    Attributes:
+        tokens: `[B, N, C]`, any floating dtype.
+        site: where the method acts.
+        size: fp32 `[B, N]`, patches each token stands for; None means ones.
+        num_prefix: protected tokens in front of the row (CLS, registers); they are not among `tokens`.
+        depth: layers of the stage.
+        grid: (rows, columns) of the patches as they entered, or None where there is no single grid.
+        part: int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators; None means all 0.
+        entered: tokens of a row when they entered the stage; N by default.
+        columns: int64 `[B, N]`, place of each token in its whole row (prefix or text included).
+        signals: name to tensor, or to a function that makes it when first asked.
+        state: dict of `[B, N, ...]`, kept for this forward and gathered at `keep` by every reduction of any method.
+        row: dict of `[B, ...]`, kept for this forward, not gathered.
+        memory: the module that `Method.build` made; it lives across forwards.
+    """
+
+    tokens: Tensor
+    site: Site = field(default_factory=lambda: Site("vision", 0))
+    size: Tensor | None = None
+    num_prefix: int = 0
+    depth: int = 1
+    grid: tuple[int, int] | None = None
+    part: Tensor | None = None
+    entered: int | None = None
+    columns: Tensor | None = None
+    signals: Mapping[str, Signal] = field(default_factory=dict)
+    state: MutableMapping[str, Tensor] | None = None
+    row: MutableMapping[str, Any] | None = None
+    memory: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 3:
+            raise ParameterError(f"TokenView.tokens must be [B, N, C], got {list(self.tokens.shape)}")
+        batch, n, _ = self.tokens.shape
+        if self.size is not None and self.size.shape != (batch, n):
+            if self.size.shape == (batch, n, 1):
+                self.size = self.size.squeeze(-1)
+            else:
+                raise ParameterError(f"TokenView.size must be [B, N] = [{batch}, {n}], got {list(self.size.shape)}")
+        if self.entered is None:
+            self.entered = n
+        if self.columns is None:
+            place = torch.arange(self.num_prefix, self.num_prefix + n, device=self.tokens.device)
+            self.columns = place.expand(batch, n)
+        if self.part is None:
+            self.part = torch.zeros(batch, n, dtype=torch.int64, device=self.tokens.device)
+        if self.state is None:
+            self.state = {}
+        if self.row is None:
+            self.row = {}
+        self._made: dict[str, Tensor | None] = {}
+
+    @property
+    def counts(self) -> Counts:
+        """The same as host ints."""
+        entered = self.tokens.shape[1] if self.entered is None else self.entered
+        return Counts(self.site, self.tokens.shape[1], entered, self.num_prefix, self.depth)
+
+    @property
+    def layer(self) -> int:
+        """The site's layer; 0 where the stage has none."""
+        return self.site.layer or 0
+
+    def has(self, name: str) -> bool:
+        """Whether `signal(name)` can be asked for; a signal may still turn out to be None (no text row, say)."""
+        return name in self.signals
+
+    def signal(self, name: str) -> Tensor:
+        """A signal, made when first asked.
+
+        Args:
+            name: as in `Site.needs`, for instance ``"keys"`` or ``"cls_attention@vision:-1"``.
+
+        Returns:
+            Its tensor; the shapes are those of the table in `vlmtok.signals`.
+
+        Raises:
+            MissingSignal: the view has no such signal, or it does not exist for these rows.
+        """
+        value = self.maybe(name)
+        if value is None:
+            raise MissingSignal(
+                f"signal {name!r} does not exist at {self.site}; this view has: {', '.join(sorted(self.signals)) or '-'}"
+            )
+        return value
+
+    def maybe(self, name: str) -> Tensor | None:
+        """As `signal`, but None where it does not exist (a prompt without text behind the picture, say)."""
+        if name not in self._made:
+            value = self.signals.get(name)
+            self._made[name] = value() if callable(value) else value
+        return self._made[name]
