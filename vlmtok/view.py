@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 Signal = Tensor | Callable[[], Tensor | None] | None
 
 
-@dataclass(eq=False)
 class TokenView:
     """The reducible tokens of one stage, with lazy signals; built by the core, or by hand in one line.
 
@@ -32,8 +30,8 @@ class TokenView:
         num_prefix: protected tokens in front of the row (CLS, registers); they are not among `tokens`.
         depth: layers of the stage.
         grid: (rows, columns) of the patches as they entered, or None where there is no single grid.
-        part: int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators; None means all 0.
-        entered: tokens of a row when they entered the stage; N by default.
+        part: int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators.
+        entered: tokens of a row when they entered the stage.
         columns: int64 `[B, N]`, place of each token in its whole row (prefix or text included).
         signals: name to tensor, or to a function that makes it when first asked.
         state: dict of `[B, N, ...]`, kept for this forward and gathered at `keep` by every reduction of any method.
@@ -41,47 +39,70 @@ class TokenView:
         memory: the module that `Method.build` made; it lives across forwards.
     """
 
-    tokens: Tensor
-    site: Site = field(default_factory=lambda: Site("vision", 0))
-    size: Tensor | None = None
-    num_prefix: int = 0
-    depth: int = 1
-    grid: tuple[int, int] | None = None
-    part: Tensor | None = None
-    entered: int | None = None
-    columns: Tensor | None = None
-    signals: Mapping[str, Signal] = field(default_factory=dict)
-    state: MutableMapping[str, Tensor] | None = None
-    row: MutableMapping[str, Any] | None = None
-    memory: nn.Module | None = None
+    def __init__(
+        self,
+        tokens: Tensor,
+        site: Site = Site("vision", 0),
+        size: Tensor | None = None,
+        num_prefix: int = 0,
+        depth: int = 1,
+        grid: tuple[int, int] | None = None,
+        part: Tensor | None = None,
+        entered: int | None = None,
+        columns: Tensor | None = None,
+        signals: Mapping[str, Signal] | None = None,
+        state: MutableMapping[str, Tensor] | None = None,
+        row: MutableMapping[str, Any] | None = None,
+        memory: nn.Module | None = None,
+    ) -> None:
+        """Makes a view; only `tokens` is needed.
 
-    def __post_init__(self) -> None:
-        if self.tokens.dim() != 3:
-            raise ParameterError(f"TokenView.tokens must be [B, N, C], got {list(self.tokens.shape)}")
-        batch, n, _ = self.tokens.shape
-        if self.size is not None and self.size.shape != (batch, n):
-            if self.size.shape == (batch, n, 1):
-                self.size = self.size.squeeze(-1)
-            else:
-                raise ParameterError(f"TokenView.size must be [B, N] = [{batch}, {n}], got {list(self.size.shape)}")
-        if self.entered is None:
-            self.entered = n
-        if self.columns is None:
-            place = torch.arange(self.num_prefix, self.num_prefix + n, device=self.tokens.device)
-            self.columns = place.expand(batch, n)
-        if self.part is None:
-            self.part = torch.zeros(batch, n, dtype=torch.int64, device=self.tokens.device)
-        if self.state is None:
-            self.state = {}
-        if self.row is None:
-            self.row = {}
+        Raises:
+            ParameterError: `tokens` or `size` have a shape that does not fit.
+        """
+        if tokens.dim() != 3:
+            raise ParameterError(f"TokenView.tokens must be [B, N, C], got {list(tokens.shape)}")
+        batch, n, _ = tokens.shape
+        if size is not None and size.dim() == 3:
+            size = size.squeeze(-1)
+        if size is not None and size.shape != (batch, n):
+            raise ParameterError(f"TokenView.size must be [B, N] = [{batch}, {n}], got {list(size.shape)}")
+        self.tokens = tokens
+        self.site = site
+        self.size = size
+        self.num_prefix = num_prefix
+        self.depth = depth
+        self.grid = grid
+        self.entered = n if entered is None else entered
+        self.signals = {} if signals is None else signals
+        self.state: MutableMapping[str, Tensor] = {} if state is None else state
+        self.row: MutableMapping[str, Any] = {} if row is None else row
+        self.memory = memory
+        self._part = part
+        self._columns = columns
         self._made: dict[str, Tensor | None] = {}
+
+    # Made on demand: most methods ask for neither, and a tensor made is a launch paid.
+    @property
+    def part(self) -> Tensor:
+        """int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators."""
+        if self._part is None:
+            self._part = torch.zeros(self.tokens.shape[:2], dtype=torch.int64, device=self.tokens.device)
+        return self._part
+
+    @property
+    def columns(self) -> Tensor:
+        """int64 `[B, N]`, place of each token in its whole row."""
+        if self._columns is None:
+            batch, n, _ = self.tokens.shape
+            place = torch.arange(self.num_prefix, self.num_prefix + n, device=self.tokens.device)
+            self._columns = place.expand(batch, n)
+        return self._columns
 
     @property
     def counts(self) -> Counts:
         """The same as host ints."""
-        entered = self.tokens.shape[1] if self.entered is None else self.entered
-        return Counts(self.site, self.tokens.shape[1], entered, self.num_prefix, self.depth)
+        return Counts(self.site, self.tokens.shape[1], self.entered, self.num_prefix, self.depth)
 
     @property
     def layer(self) -> int:

@@ -1,0 +1,134 @@
+"""Adapters: one file per model family, found by the name of the model's class, so that no library is imported.
+
+`ROWS` names every class that an adapter carries or refuses. Third parties add theirs through the entry-point group
+``vlmtok.adapters`` (an `Adapter` subclass with `targets`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import warnings
+
+from torch import nn
+
+from ..errors import UnsupportedModel, VlmtokWarning
+from .base import Adapter
+
+_TIMM = "timm_vit"
+_OPEN_CLIP = "open_clip_vit"
+_HF = "hf_vit"
+
+ROWS: dict[tuple[str, str], str] = {
+    ("timm.models.vision_transformer", "VisionTransformer"): f"{_TIMM}:TimmViT",
+    ("timm.models.eva", "Eva"): f"{_TIMM}:TimmEva",
+    ("open_clip.model", "CLIP"): f"{_OPEN_CLIP}:OpenClip",
+    ("open_clip.model", "CustomTextCLIP"): f"{_OPEN_CLIP}:OpenClip",
+    ("open_clip.coca_model", "CoCa"): f"{_OPEN_CLIP}:OpenClip",
+    ("open_clip.transformer", "VisionTransformer"): f"{_OPEN_CLIP}:OpenClipVision",
+    ("open_clip.timm_model", "TimmModel"): f"{_OPEN_CLIP}:OpenClipTimm",
+    ("transformers.models.clip.modeling_clip", "CLIPVisionModel"): f"{_HF}:HFVision",
+    ("transformers.models.clip.modeling_clip", "CLIPVisionModelWithProjection"): f"{_HF}:HFVision",
+    ("transformers.models.clip.modeling_clip", "CLIPModel"): f"{_HF}:HFDual",
+    ("transformers.models.clip.modeling_clip", "CLIPForImageClassification"): f"{_HF}:HFVision",
+    ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"): f"{_HF}:HFVision",
+    ("transformers.models.siglip.modeling_siglip", "SiglipModel"): f"{_HF}:HFDual",
+    ("transformers.models.siglip.modeling_siglip", "SiglipForImageClassification"): f"{_HF}:HFVision",
+    ("transformers.models.vit.modeling_vit", "ViTModel"): f"{_HF}:HFVision",
+    ("transformers.models.vit.modeling_vit", "ViTForImageClassification"): f"{_HF}:HFVision",
+    ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"): f"{_HF}:HFVision",
+    ("transformers.models.dinov2.modeling_dinov2", "Dinov2ForImageClassification"): f"{_HF}:HFVision",
+    ("transformers.models.llava.modeling_llava", "LlavaForConditionalGeneration"): "hf_llava:HFLlava",
+    ("transformers.models.llava.modeling_llava", "LlavaModel"): "hf_llava:HFLlava",
+}
+
+REFUSED: dict[tuple[str, str], str] = {
+    ("timm.models.beit", "Beit"): "its relative position bias is a fixed table over all patches",
+    ("timm.models.swin_transformer", "SwinTransformer"): "its shifted windows need the whole grid of patches",
+    ("timm.models.swin_transformer_v2", "SwinTransformerV2"): "its shifted windows need the whole grid of patches",
+    ("timm.models.vision_transformer_sam", "VisionTransformerSAM"): (
+        "its windowed attention and its neck need the whole grid of patches"
+    ),
+    ("timm.models.vision_transformer_relpos", "VisionTransformerRelPos"): (
+        "its relative position bias is a fixed table over all patches"
+    ),
+    ("timm.models.naflexvit", "NaFlexVit"): "its attention masks and its pooling follow the padded patches by position",
+    ("timm.models.hiera", "Hiera"): "its stages pool the grid of patches",
+    ("timm.models.cait", "Cait"): "its talking heads and its class attention take no bias",
+    ("timm.models.xcit", "Xcit"): "its attention runs over channels and its convolutions need the grid",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): (
+        "its replicas share hooks across threads; use one process a device"
+    ),
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below wrappers: DistributedDataParallel, torch.compile, PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            model = model.module
+        elif type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _names(model: nn.Module) -> list[tuple[str, str]]:
+    return [(cls.__module__, cls.__qualname__) for cls in type(model).__mro__]
+
+
+def _load(where: str) -> type[Adapter]:
+    module, _, name = where.partition(":")
+    found: type[Adapter] = getattr(importlib.import_module(f".{module}", __name__), name)
+    return found
+
+
+def _third_parties() -> dict[tuple[str, str], type[Adapter]]:
+    found: dict[tuple[str, str], type[Adapter]] = {}
+    for entry in importlib.metadata.entry_points(group="vlmtok.adapters"):
+        try:
+            adapter = entry.load()
+            found.update(dict.fromkeys(adapter.targets, adapter))
+        except Exception as problem:
+            warnings.warn(f"adapter plug-in {entry.name!r} does not load: {problem!r}", VlmtokWarning, stacklevel=3)
+    return found
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter that carries a model.
+
+    Args:
+        model: any module; wrappers are looked through.
+
+    Returns:
+        The adapter, holding the unwrapped model.
+
+    Raises:
+        UnsupportedModel: nothing carries it; the message names the reason, or what was looked at.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"compress() takes a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
+    names = _names(model)
+    for name in names:  # the most derived class comes first
+        if name in ROWS:
+            return _load(ROWS[name])(model)
+        if name in REFUSED:
+            raise UnsupportedModel(f"{type(model).__name__} cannot be compressed: {REFUSED[name]}")
+    others = _third_parties()
+    for name in names:
+        if name in others:
+            return others[name](model)
+    known = sorted({qualified for _, qualified in ROWS})
+    near = difflib.get_close_matches(type(model).__name__, known, 3, 0.5)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    raise UnsupportedModel(
+        f"no adapter carries {type(model).__module__}.{type(model).__name__}.{hint} Carried: {', '.join(known)}. "
+        "CONTRIBUTING.md says how to write one."
+    )
+
+
+__all__ = ["REFUSED", "ROWS", "Adapter", "adapter_for", "unwrap"]

@@ -1,0 +1,121 @@
+"""`Adapter`: one model family's hook points, and nothing of any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..method import Layout
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+
+Projection = Callable[[nn.Module, Tensor, str], Tensor]
+"""q or k, `[B, H, L, d]`, from the attention, its input and ``"q"`` or ``"k"``."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Where a pre-norm block can be hooked; a tower family is a row of these.
+
+    The merge between attention and MLP takes three hooks: a pre-hook on the module whose input is the residual after
+    attention, a hook on the last module of the MLP branch (not shared with the attention branch), and one on the block.
+
+    Attributes:
+        norm: path, in the block, of the norm before attention.
+        attn: path of the attention.
+        mid: path of the module that reads the residual after attention.
+        branch_end: path of the last module of the MLP branch.
+        mlp: path of the MLP.
+        q: path, in the attention, of a module whose output is q, `[B, H, L, d]` or `[B, L, H d]`; None where there
+            is none and q and k are computed again from the attention's input.
+        k: the same for k.
+        project: q or k from the attention's input, as the block would compute it.
+        bias: name of the attention's argument that takes a float bias on the keys.
+        bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
+        heads: attribute of the attention with the number of heads.
+        scale: factor of the logits, from the attention.
+        rope: name of the block's argument with a rotary table, or None.
+        rotate: from the attention and a table, what rotates `[B, H, L, d]`.
+        first: path, in the tower, of the list of blocks.
+    """
+
+    norm: str
+    attn: str
+    mid: str
+    branch_end: str
+    mlp: str
+    project: Projection
+    scale: Callable[[nn.Module], float]
+    heads: str
+    bias: str
+    bias_rank: int = 4
+    q: str | None = None
+    k: str | None = None
+    rope: str | None = None
+    rotate: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A tower as data.
+
+    Attributes:
+        block: hook points of each block.
+        blocks: the blocks, in order.
+        num_prefix: protected tokens in front.
+        width: channels.
+        heads: attention heads.
+        grid: rows and columns of patches for an input of the configured size, or None.
+        last: the last block whose output is used.
+        stage: ``vision`` or ``text``.
+    """
+
+    block: BlockSpec
+    blocks: tuple[nn.Module, ...]
+    num_prefix: int
+    width: int
+    heads: int
+    grid: tuple[int, int] | None = None
+    last: int = -1
+    stage: str = "vision"
+
+
+class Adapter:
+    """Carries one family of models.
+
+    Subclasses name their classes in `targets` as (module, qualified name), so that a model is recognised without
+    importing its library.
+    """
+
+    name: ClassVar[str] = ""
+    targets: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        """Reads the model; raises `UnsupportedModel` with the reason where it cannot be carried."""
+        self.model = model
+
+    def layout(self) -> Layout:
+        """What the model offers to methods."""
+        raise NotImplementedError
+
+    def install(self, attachment: Attachment) -> None:
+        """Places the hooks that the attachment's entries need."""
+        raise NotImplementedError
+
+    def account(self) -> Any:
+        """The model's shape as counts and widths (see `vlmtok.flops`)."""
+        raise NotImplementedError
+
+    def refuse(self, why: str) -> UnsupportedModel:
+        """The error for a model of this family that cannot be carried."""
+        return UnsupportedModel(f"{type(self.model).__name__} is not supported by adapter {self.name!r}: {why}")
+
+
+def child(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path; an empty path is the module itself."""
+    return module.get_submodule(path) if path else module

@@ -1,0 +1,571 @@
+"""The three-hook surgery that shortens rows between attention and MLP of any pre-norm block, driven by `BlockSpec`.
+
+A block computes ``x1 = x + attn(norm(x))`` and ``x1 + mlp(norm2(x1))``; x1 is a local variable that no hook can shorten
+for the second residual. So: (1) a pre-hook on what reads x1 gives the MLP branch the shorter row M x1; (2) a hook on
+the last module of that branch keeps its output z; (3) a hook on the block returns M x1 + z. Without gradients (2) hands
+the block a zero to add. With them the block must stay whole (stochastic depth, checkpointing), so (2) puts z back on
+its slots' places, U z, and (3) returns S(x1 + U z) + (M - S) x1, where S gathers at `keep`: S U is the identity since a
+kept token owns its slot, so this is M x1 + z for any weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment import Attachment, Entry, Watch, replaying
+from ..errors import PassError
+from ..ledger import Event, Group, StageRun
+from ..method import StageLayout
+from ..reduction import Reduction
+from ..sequence import Row, Sequence
+from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signals
+from ..view import Signal, TokenView
+from .base import BlockSpec, TowerSpec, child
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A reduction over the whole row, with the sizes it met."""
+
+    wide: Reduction
+    size: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Takes the step again."""
+        return self.wide.apply(x, self.size)[0]
+
+
+@dataclass
+class LayerRecord:
+    """What a pass decided in one layer; a block that autograd runs again follows it.
+
+    Attributes:
+        bias: what was added to the attention logits, or None.
+        rope: the rotary table that the block got, or None.
+        inserted: how many tokens were put at the end of the row.
+        start: tokens put in and steps taken before the block, in order.
+        mid: steps between attention and MLP.
+        end: steps after the block.
+        probe: a few numbers of the block's input, to know it again.
+        taps: what hooks caught of this block; emptied when it ends.
+        branch: output of the MLP branch.
+        merged: M x1.
+        full: x1.
+    """
+
+    bias: Tensor | None = None
+    rope: Tensor | None = None
+    inserted: int = 0
+    start: list[Step | Tensor] = field(default_factory=list)
+    mid: list[Step] = field(default_factory=list)
+    end: list[Step] = field(default_factory=list)
+    probe: Tensor | None = None
+    taps: dict[str, Any] = field(default_factory=dict)
+    branch: Tensor | None = None
+    merged: Tensor | None = None
+    full: Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """One forward through a tower."""
+
+    sequence: Sequence
+    run: StageRun
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grad: bool = False
+
+    def record(self, layer: int) -> LayerRecord:
+        """The record of a layer."""
+        if layer not in self.records:
+            self.records[layer] = LayerRecord()
+        return self.records[layer]
+
+
+class Tower:
+    """Drives one tower: hooks call it with the layer, it asks the methods and shortens the row."""
+
+    def __init__(self, attachment: Attachment, spec: TowerSpec) -> None:
+        self.attachment = attachment
+        self.stage = spec.stage
+        self.block = spec.block
+        self.num_prefix = spec.num_prefix
+        self.depth = len(spec.blocks)
+        self.last = spec.last % self.depth
+        self.grid = spec.grid
+        self.watch = Watch(spec.stage)
+        self.current: Pass | None = None
+        self.trained: Pass | None = None
+        self.muted = False
+        self.checked = -1
+        self.entries = attachment.at(self.stage)
+        self.tapped = attachment.tapped(self.stage)
+        self.inserts = any(entry.inserts for entry in self.entries)
+        self.follow = bool(spec.block.rope)
+        proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
+        self.proportional_from = min(proportional, default=self.depth)
+        self._bias_at: int | None = None
+        self._install(spec)
+
+    # ------------------------------------------------------------------ layout and hooks
+    @staticmethod
+    def layout(spec: TowerSpec) -> StageLayout:
+        """What a tower offers to methods."""
+        return StageLayout(
+            depth=len(spec.blocks),
+            width=spec.width,
+            heads=spec.heads,
+            last=spec.last % len(spec.blocks),
+            points=frozenset({"start", "mid", "end"}),
+            provides=tower_signals(spec.num_prefix),
+            num_prefix=spec.num_prefix,
+        )
+
+    def _install(self, spec: TowerSpec) -> None:
+        """Hooks on the blocks that have something to do; block 0 starts the pass."""
+        if not self.entries and not self.tapped:
+            return
+        put = self.attachment.hook
+        first_cut = min((e.site.layer or 0 for e in self.entries), default=self.depth)
+        for layer, module in enumerate(spec.blocks):
+            here = {point: self.attachment.at(self.stage, layer, point) for point in ("start", "mid", "end")}
+            own = any(here.values()) or layer in self.tapped
+            biased = layer > self.proportional_from or (layer == self.proportional_from and bool(here["start"]))
+            moved = self.follow and layer > first_cut
+            if not (layer == 0 or own or biased or moved):
+                continue
+            attn = child(module, self.block.attn)
+            put(module, "pre", self.start, layer)
+            if biased or own:
+                put(attn, "pre", self.attend, layer)
+                if self._bias_at is None:
+                    names = list(inspect.signature(attn.forward).parameters)
+                    self._bias_at = names.index(self.block.bias)
+            wanted = self._projections(here, layer)
+            if "q" in wanted and self.block.q is not None:
+                put(child(attn, self.block.q), "post", self.tap_q, layer)
+            if "k" in wanted and self.block.k is not None:
+                put(child(attn, self.block.k), "post", self.tap_k, layer)
+            if here["mid"]:
+                put(child(module, self.block.mid), "pre", self.mid, layer)
+                put(child(module, self.block.branch_end), "post", self.branch, layer)
+            if own:
+                put(module, "post", self.end, layer)
+
+    def _projections(self, here: dict[str, list[Entry]], layer: int) -> set[str]:
+        """Which of q and k the signals of this layer need."""
+        needs = [n for point in ("mid", "end") for e in here[point] for n in e.needs if n.stage is None]
+        needs += self.tapped.get(layer, [])
+        return {which for n in needs if n.name in TOWER_SIGNALS for which in TOWER_SIGNALS[n.name].projections}
+
+    # ------------------------------------------------------------------ hooks, in the order in which they run
+    def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Block pre-hook: begins the pass, inserts, reduces at ``start``, hands over the rotary table."""
+        if self.muted:
+            return None
+        again = replaying()
+        x = args[0] if args else kwargs["hidden_states"]
+        if again:
+            record = self._replay(layer, x)
+        else:
+            if layer == 0:
+                self._begin(x)
+            record = self._enter(layer)
+            if self._pass.grad:
+                record.probe = x.detach()[0, -1, :8].clone()
+        before = x
+        if again:
+            for step in record.start:
+                x = step(x) if isinstance(step, Step) else torch.cat([x, step], 1)
+        else:
+            record.start, record.inserted = [], 0
+            for entry in self.attachment.at(self.stage, layer, "start"):
+                taps = self._ahead(layer, module, x, kwargs)
+                if entry.inserts:
+                    x = self._insert(entry, record, x, taps)
+                x = self._cut(entry, record.start, x, taps, layer)
+        changed = x is not before
+        if self.block.rope is not None and kwargs.get(self.block.rope) is not None:
+            if not again:
+                record.rope = self._table(kwargs[self.block.rope], x.shape[0])
+            if record.rope is not None:
+                kwargs = {**kwargs, self.block.rope: record.rope}
+                changed = True
+        if not changed:
+            return None
+        if args:
+            return (x, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": x}
+
+    def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
+        if self.muted:
+            return None
+        again = replaying()
+        record = (self.trained if again else self._pass).record(layer)  # type: ignore[union-attr]
+        if not again:
+            record.taps["attn"] = module
+            if self.block.q is None:
+                record.taps["x"] = args[0] if args else kwargs["hidden_states"]
+            if self.block.rope is not None:
+                record.taps["rope"] = kwargs.get(self.block.rope)
+            size = self._pass.sequence.size
+            if layer >= self.proportional_from and size is not None:
+                x = args[0] if args else kwargs["hidden_states"]
+                record.bias = size.log().to(x.dtype)
+        if record.bias is None:
+            return None
+        bias = record.bias if self.block.bias_rank == 2 else record.bias[:, None, None, :]
+        at = self._bias_at if self._bias_at is not None else 0
+        given = args[at] if at < len(args) else kwargs.get(self.block.bias)
+        if given is not None:
+            raise PassError(
+                f"the {self.stage} tower was called with an attention mask; proportional attention cannot be combined "
+                "with it (switch it off in the method, or call the model without a mask)"
+            )
+        if at < len(args):
+            return (*args[:at], bias, *args[at + 1 :]), kwargs
+        return args, {**kwargs, self.block.bias: bias}
+
+    def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Catches q."""
+        if not self.muted and not replaying():
+            self._pass.record(layer).taps["q"] = output
+
+    def tap_k(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Catches k."""
+        if not self.muted and not replaying():
+            self._pass.record(layer).taps["k"] = output
+
+    def mid(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
+        if self.muted:
+            return None
+        full = args[0]
+        if replaying():
+            record = self._trained.record(layer)
+            x = full
+            for step in record.mid:
+                x = step(x)
+        else:
+            record = self._pass.record(layer)
+            record.mid = []
+            taps = self._taps(record, full, layer)
+            self._carry(layer, taps)
+            x = full
+            for entry in self.attachment.at(self.stage, layer, "mid"):
+                x = self._cut(entry, record.mid, x, taps, layer)
+        if not record.mid:
+            return None
+        record.full, record.merged = full, x
+        return (x, *args[1:]), kwargs
+
+    def branch(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Hook on the end of the MLP branch: keeps its output aside, or puts it on the slots' places."""
+        if self.muted:
+            return None
+        again = replaying()
+        record = (self._trained if again else self._pass).record(layer)
+        if not record.mid or record.full is None:
+            return None
+        if not self._whole(record.full, module):
+            record.branch = output
+            return output.new_zeros(1)
+        kept = self._kept(record.mid)
+        index = kept.unsqueeze(-1).expand(-1, -1, output.shape[-1])
+        room = output.new_zeros(output.shape[0], record.full.shape[1], output.shape[-1])
+        return room.scatter(1, index, output)
+
+    def end(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Block hook: closes the merge, reduces at ``end``, takes inserted tokens off."""
+        if self.muted:
+            return None
+        again = replaying()
+        run = self._trained if again else self._pass
+        record = run.record(layer)
+        out = output[0] if isinstance(output, tuple) else output
+        before = out
+        if record.mid and record.merged is not None and record.full is not None:
+            if record.branch is not None:
+                out = record.merged + record.branch
+            else:
+                kept = self._kept(record.mid).unsqueeze(-1).expand_as(record.merged)
+                out = out.gather(1, kept) + (record.merged - record.full.gather(1, kept))
+        elif not again and not self.attachment.at(self.stage, layer, "mid"):
+            self._carry(layer, self._taps(record, out, layer))
+        sequence = run.sequence
+        if again:
+            for step in record.end:
+                out = step(out)
+            if record.inserted:
+                out = out[:, : out.shape[1] - record.inserted]
+        else:
+            if layer in self.tapped:
+                self._carry_outputs(layer, out)
+            record.end = []
+            for entry in self.attachment.at(self.stage, layer, "end"):
+                out = self._cut(entry, record.end, out, self._taps(record, out, layer), layer)
+            if sequence.row.inserted:
+                out = self._take_off(record, out)
+        record.taps.clear()
+        record.branch = record.merged = record.full = None
+        if out is before:
+            return None
+        return (out, *output[1:]) if isinstance(output, tuple) else out
+
+    # ------------------------------------------------------------------ passes
+    @property
+    def _pass(self) -> Pass:
+        if self.current is None:
+            raise PassError(f"{self.stage}: a block ran without block 0 before it; a pass starts at block 0")
+        return self.current
+
+    @property
+    def _trained(self) -> Pass:
+        if self.trained is None:
+            raise PassError(f"{self.stage}: autograd runs a block again that never ran with gradients before")
+        return self.trained
+
+    def _begin(self, x: Tensor) -> None:
+        """Starts the state of a forward."""
+        if not torch.compiler.is_compiling():
+            self.watch.begin()
+        n = x.shape[1] - self.num_prefix
+        source = None
+        if self.attachment.trace:
+            source = torch.arange(n, device=x.device).expand(x.shape[0], n)
+        sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
+        run = self.attachment.ledger.begin(StageRun(self.stage, x.shape[0], x.shape[1]))
+        self.current = Pass(sequence, run, grad=torch.is_grad_enabled())
+        if self.current.grad:
+            self.trained = self.current
+
+    def _enter(self, layer: int) -> LayerRecord:
+        if not torch.compiler.is_compiling():
+            self.watch.enter(layer)
+        return self._pass.record(layer)
+
+    def _replay(self, layer: int, x: Tensor) -> LayerRecord:
+        """A block that autograd runs again: its record, after a look whether it is the same forward."""
+        task = torch._C._current_graph_task_id()
+        record = self._trained.record(layer)
+        if task != self.checked and record.probe is not None:
+            self.checked = task
+            now = x.detach()[0, -1, :8]
+            if now.shape != record.probe.shape or not torch.allclose(now.float(), record.probe.float(), 1e-2, 1e-3):
+                raise PassError(
+                    "with gradient checkpointing, backward must follow its own forward: another forward with "
+                    "gradients ran in between, and its plan cannot be used for this one"
+                )
+        return record
+
+    def _whole(self, x: Tensor, module: nn.Module) -> bool:
+        """Whether the merge must pass through the block's own output."""
+        return module.training or (torch.is_grad_enabled() and x.requires_grad)
+
+    # ------------------------------------------------------------------ cutting
+    def _cut(
+        self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int
+    ) -> Tensor:
+        """Shows a view to a method and shortens the row as it says."""
+        sequence = self._pass.sequence
+        taps.row, taps.tokens = sequence.row, x
+        taps.inserted = sequence.outputs.get(entry.index)
+        view = self._view(entry, taps)
+        reduction = self.attachment.decide(entry, view)
+        row = sequence.row
+        if reduction is not None:
+            size = sequence.size
+            x, wide = sequence.take(reduction, x)
+            record.append(Step(wide, size))
+        if not torch.compiler.is_compiling():
+            group = Group(x.shape[0], row.n, sequence.row.n, sequence.entered, 0, row.length)
+            kind = "observe" if reduction is None else "cut"
+            event = Event(
+                self.stage, layer, entry.site.point, entry.index, kind, row.length, sequence.row.length, (group,)
+            )
+            self.attachment.ledger.visit(self._pass.run, event)
+        return x
+
+    def _view(self, entry: Entry, taps: TowerTaps) -> TokenView:
+        sequence = self._pass.sequence
+        signals: dict[str, Signal] = {}
+        for need in entry.needs:
+            signals[need.key] = self._signal(need, taps)
+        view = TokenView(
+            sequence.row.inner(taps.tokens.detach(), 1),
+            entry.site,
+            size=sequence.view_size(),
+            num_prefix=self.num_prefix,
+            depth=self.depth,
+            grid=self.grid if self.grid and self.grid[0] * self.grid[1] == sequence.entered else None,
+            entered=sequence.entered,
+            signals=signals,
+            state=sequence.state(entry.index),
+            row=sequence.note(entry.index, entry.scope),
+            memory=self.attachment.remember(entry.index),
+        )
+        for name, make in self.attachment.user.items():
+            if name in signals:
+                signals[name] = _bound(make, view)
+        return view
+
+    def _signal(self, need: Need, taps: TowerTaps) -> Signal:
+        if need.stage is not None:
+            return self._pass.sequence.carried.get(f"{need.name}@{need.layer}", (None, None))[0]
+        if need.name not in TOWER_SIGNALS:
+            return None  # the user's; bound when the view exists
+        make = TOWER_SIGNALS[need.name].make
+        return lambda: make(taps)
+
+    def _carry(self, layer: int, taps: TowerTaps) -> None:
+        """Derives what later sites wait for, while q and k of this layer are at hand."""
+        for need in self.tapped.get(layer, ()):
+            signal = TOWER_SIGNALS[need.name]
+            if need.name in ("protected", "inserted"):
+                continue  # of the block's output
+            with torch.no_grad():
+                self._pass.sequence.carried[f"{need.name}@{layer}"] = (signal.make(taps), signal.axis)
+
+    def _carry_outputs(self, layer: int, out: Tensor) -> None:
+        """The same for signals of the block's output."""
+        sequence = self._pass.sequence
+        for need in self.tapped.get(layer, ()):
+            if need.name == "protected":
+                sequence.carried[f"protected@{layer}"] = (sequence.row.guard(out, 1), None)
+
+    def _insert(self, entry: Entry, record: LayerRecord, x: Tensor, taps: TowerTaps) -> Tensor:
+        """Asks a method for tokens and puts them at the end of the row; gradients flow."""
+        sequence = self._pass.sequence
+        taps.inserted = sequence.outputs.get(entry.index)
+        tokens = entry.method.insert(self._view(entry, taps))
+        if tokens is None or tokens.shape[1] == 0:
+            return x
+        before = sequence.row.length
+        sequence.insert(tokens.shape[1])
+        record.taps.setdefault("owners", []).append((entry.index, tokens.shape[1]))
+        tokens = tokens.to(x.dtype)
+        record.start.append(tokens)
+        record.inserted += tokens.shape[1]
+        if not torch.compiler.is_compiling():
+            event = Event(self.stage, entry.site.layer, "start", entry.index, "insert", before, sequence.row.length)
+            self.attachment.ledger.visit(self._pass.run, event)
+        return torch.cat([x, tokens], 1)
+
+    def _take_off(self, record: LayerRecord, out: Tensor) -> Tensor:
+        """Inserted tokens leave; their outputs are a signal of the next insert."""
+        sequence = self._pass.sequence
+        at = sequence.row.prefix + sequence.row.n
+        place = at
+        for index, count in record.taps.get("owners", ()):
+            sequence.outputs[index] = out[:, place : place + count]
+            place += count
+        sequence.discard()
+        return out[:, :at]
+
+    # ------------------------------------------------------------------ taps
+    def _taps(self, record: LayerRecord, x: Tensor, layer: int) -> TowerTaps:
+        """Taps of the block that runs now."""
+        caught = record.taps
+        attn = caught["attn"]
+        heads = getattr(attn, self.block.heads)
+        bias = None if record.bias is None else record.bias[:, None, None, :]
+
+        def made(which: str) -> Tensor:
+            if which not in caught:
+                return self._project(attn, caught["x"], which)
+            caught[which] = _by_head(caught[which], heads)
+            return caught[which]
+
+        rotate = self._rotate(attn, caught.get("rope"))
+        return TowerTaps(
+            self._pass.sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
+        )
+
+    def _ahead(self, layer: int, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> TowerTaps:
+        """Taps of a block that has not run yet, from its own norm and projections."""
+        attn = child(module, self.block.attn)
+        sequence = self._pass.sequence
+
+        def made(which: str) -> Tensor:
+            self.muted = True
+            try:
+                with torch.no_grad():
+                    return self._project(attn, child(module, self.block.norm)(x), which)
+            finally:
+                self.muted = False
+
+        bias = None
+        if sequence.size is not None and layer >= self.proportional_from:
+            bias = sequence.size.log().to(x.dtype)[:, None, None, :]
+        table = kwargs.get(self.block.rope) if self.block.rope else None
+        if table is not None:
+            moved = self._table(table, x.shape[0])
+            table = table if moved is None else moved
+        rotate = self._rotate(attn, table)
+        return TowerTaps(
+            sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
+        )
+
+    def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
+        with torch.no_grad():
+            return self.block.project(attn, x, which)
+
+    def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        if table is None or self.block.rotate is None:
+            return None
+        return self.block.rotate(attn, table)
+
+    def _table(self, table: Tensor, batch: int) -> Tensor | None:
+        """The rotary table of the tokens that are left: a slot keeps the rotation of the token that represents it.
+
+        The table holds (sin, cos) halves, `[N0, D]`, `[H, N0, D]` or with a batch in front; inserted tokens get the
+        identity rotation. None where nothing moved.
+        """
+        sequence = self._pass.sequence
+        place, inserted = sequence.place, sequence.row.inserted
+        if place is None and not inserted:
+            return None
+        key = (id(table), sequence.cuts * 64 + inserted)
+        if key in self._pass.tables:
+            return self._pass.tables[key][1]
+        rows = table
+        if rows.dim() == 2:
+            rows = rows[None, None]
+        elif rows.dim() == 3:
+            rows = rows.unsqueeze(0 if rows.shape[0] != batch or batch == 1 else 1)
+        if place is not None:
+            index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[-1])
+            rows = rows.expand(batch, -1, -1, -1).gather(2, index)
+        if inserted:
+            half = rows.shape[-1] // 2
+            still = torch.cat([rows.new_zeros(half), rows.new_ones(rows.shape[-1] - half)])
+            rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
+        self._pass.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
+        return rows
+
+    @staticmethod
+    def _kept(steps: list[Step]) -> Tensor:
+        """S of several steps in a row: the place of each last slot's own token."""
+        kept = steps[0].wide.keep
+        for step in steps[1:]:
+            kept = kept.gather(1, step.wide.keep)
+        return kept
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[B, L, H d]` to `[B, H, L, d]`; what has four dimensions already stays."""
+    if x.dim() == 4:
+        return x
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _bound(make: Callable[[TokenView], Tensor], view: TokenView) -> Callable[[], Tensor]:
+    return lambda: make(view)

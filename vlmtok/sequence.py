@@ -1,0 +1,147 @@
+"""The state of one stage during one forward, and the only place that shortens anything in a tower.
+
+`Row` says how the tokens of a row split into those a method sees, protected ones and inserted ones. `Sequence` holds
+what travels with the view's tokens and follows every `Reduction`: sizes, sources, state, signals carried to later
+sites, places among the tokens that entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reduction import Reduction
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a tower: `prefix` protected tokens, `n` tokens of the view, `inserted` ones behind.
+
+    Attributes:
+        prefix: protected tokens in front.
+        n: the view's tokens.
+        inserted: tokens that live for this block only.
+    """
+
+    prefix: int
+    n: int
+    inserted: int = 0
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of the whole row."""
+        return self.prefix + self.n + self.inserted
+
+    @property
+    def guarded(self) -> int:
+        """P, how many protected and inserted tokens there are."""
+        return self.prefix + self.inserted
+
+    def inner(self, x: Tensor, dim: int) -> Tensor:
+        """The view's tokens along `dim` of a tensor over the whole row."""
+        return x.narrow(dim, self.prefix, self.n)
+
+    def guard(self, x: Tensor, dim: int) -> Tensor:
+        """Protected tokens, then inserted ones, along `dim`."""
+        if not self.inserted:
+            return x.narrow(dim, 0, self.prefix)
+        tail = x.narrow(dim, self.prefix + self.n, self.inserted)
+        return torch.cat([x.narrow(dim, 0, self.prefix), tail], dim) if self.prefix else tail
+
+    def widen(self, reduction: Reduction) -> Reduction:
+        """The reduction of the view as one of the whole row."""
+        return reduction.widen(self.prefix, self.n, self.inserted)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What travels with a stage's tokens during one forward.
+
+    Attributes:
+        row: the row as it is now.
+        entered: view tokens that entered the stage.
+        size: fp32 `[B, L]` over the whole row (inserted tokens have size 1), or None while all are 1.
+        place: int64 `[B, N]`, the entering token that represents each slot, or None while that is the identity or
+            nobody asks.
+        source: int64 `[B, entered]`, slot of every entering token (-1 dropped); kept only for traces.
+        states: per method, a dict of `[B, N, ...]`, gathered at `keep`.
+        notes: per method and scope, a dict of `[B, ...]`, not gathered.
+        carried: signals on their way to later sites, with the axis of the tokens.
+        outputs: per method, outputs of the tokens it inserted last.
+        follow: whether `place` is wanted (rope tables).
+        cuts: how many reductions were taken; what is made once per cut is keyed by it.
+    """
+
+    row: Row
+    entered: int
+    size: Tensor | None = None
+    place: Tensor | None = None
+    source: Tensor | None = None
+    states: dict[int, MutableMapping[str, Tensor]] = field(default_factory=dict)
+    notes: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    carried: dict[str, tuple[Tensor | None, int | None]] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    follow: bool = False
+    cuts: int = 0
+
+    def state(self, method: int) -> MutableMapping[str, Tensor]:
+        """The state dict of a method."""
+        return self.states.setdefault(method, {})
+
+    def note(self, method: int, scope: str) -> dict[str, Any]:
+        """The row dict of a method and scope."""
+        return self.notes.setdefault((method, scope), {})
+
+    def view_size(self) -> Tensor | None:
+        """Sizes of the view's tokens, fp32 `[B, N]`, or None while all are 1."""
+        return None if self.size is None else self.row.inner(self.size, 1)
+
+    def insert(self, count: int) -> None:
+        """Books tokens put at the end of the row."""
+        self.row = Row(self.row.prefix, self.row.n, self.row.inserted + count)
+        if self.size is not None:
+            self.size = torch.cat([self.size, self.size.new_ones(self.size.shape[0], count)], 1)
+
+    def discard(self) -> None:
+        """Books that the inserted tokens are gone."""
+        if self.size is not None:
+            self.size = self.size[:, : self.row.prefix + self.row.n]
+        self.row = Row(self.row.prefix, self.row.n)
+
+    def take(self, reduction: Reduction, x: Tensor) -> tuple[Tensor, Reduction]:
+        """Shortens a row and everything that travels with it.
+
+        Args:
+            reduction: of the view's tokens.
+            x: `[B, L, C]`, the whole row.
+
+        Returns:
+            The shorter row and the reduction over the whole row, which repeats the step on other tensors.
+        """
+        wide = self.row.widen(reduction)
+        shorter, size = wide.apply(x, self.size)
+        # Pruning leaves equal sizes equal: stay with None, so that no attention bias is made of ones.
+        self.size = size if self.size is not None or reduction.merges else None
+        self.book(reduction)
+        return shorter, wide
+
+    def book(self, reduction: Reduction) -> None:
+        """Follows a reduction in everything but the tokens and their sizes."""
+        for state in self.states.values():
+            for key, value in state.items():
+                state[key] = reduction.gather(value)
+        for key, (value, axis) in self.carried.items():
+            if axis is not None and value is not None:
+                self.carried[key] = (reduction.gather(value, axis), axis)
+        if self.follow:
+            self.place = reduction.keep if self.place is None else self.place.gather(1, reduction.keep)
+        if self.source is not None:
+            owner = reduction.assignment(self.row.n)
+            moved = owner.gather(1, self.source.clamp(min=0))
+            self.source = torch.where(self.source < 0, -1, moved)
+        self.row = Row(self.row.prefix, reduction.slots, self.row.inserted)
+        self.cuts += 1
