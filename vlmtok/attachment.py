@@ -292,7 +292,7 @@ class Watch:
 
 def replaying() -> bool:
     """Whether autograd is running this forward again (gradient checkpointing)."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def weak(module: nn.Module) -> Callable[[], nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError, SiteError
+from ..kernels.exact import exact
 from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
 from ..pruners.fastv import keep_top
 from ..reduction import Reduction
@@ -17,7 +18,7 @@ from .tome import bipartite
 
 
 def iterative_merge(x: Tensor, passes: int = 2) -> Reduction | None:
-    """Halves the tokens several times by bipartite matching (arXiv 2412.03248, section 3.2).
+    """Halves the tokens several times by bipartite matching (arXiv 2412.03248).
 
     A pass joins tokens at even places to their most similar token at an odd place and takes plain means of what the
     pass before left, so that after several passes a slot is not the mean of its patches.
@@ -51,7 +52,7 @@ def merged_count(n: int, passes: int = 2) -> int:
 
 
 def pagerank_importance(logits: Tensor, tau: float = 0.1, iterations: int = 5, damping: float = 0.0) -> Tensor:
-    """How much attention flows to each token over several hops (arXiv 2412.03248, section 3.3).
+    """How much attention flows to each token over several hops (arXiv 2412.03248).
 
     Args:
         logits: `[B, H, L, L]`, scaled and causally masked attention logits; rows are queries.
@@ -63,7 +64,7 @@ def pagerank_importance(logits: Tensor, tau: float = 0.1, iterations: int = 5, d
     Returns:
         fp32 `[B, L]`, the root mean square over heads.
     """
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+    with exact(logits.device):
         hop = (logits.float() / tau).softmax(-1)
         length = logits.shape[-1]
         mass = torch.full_like(hop[:, :, :1], 1.0 / length)

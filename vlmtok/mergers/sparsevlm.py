@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MissingSignal, ParameterError
+from ..kernels.exact import exact
 from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_keep, keep_count, register_method
 from ..pruners.pyramiddrop import check_layers
 from ..reduction import Reduction
@@ -20,7 +21,7 @@ _LAYERS, _DEPTH = (2, 6, 15), 32
 
 
 def rater_weights(visual: Tensor, text: Tensor) -> Tensor:
-    """How much the picture cares for each text token (arXiv 2410.04417, section 3.2).
+    """How much the picture cares for each text token (arXiv 2410.04417).
 
     Args:
         visual: `[B, N, D]`, visual embeddings at the language model's input.
@@ -75,13 +76,13 @@ def recycled_counts(dropped: int) -> tuple[int, int]:
 
 
 def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Density-peak clustering with k nearest neighbours (arXiv 2410.04417, section 3.4).
+    """Density-peak clustering with k nearest neighbours (arXiv 2410.04417, token recycling).
 
     A centre has a high density (its `clusters` nearest tokens, itself included, are near) and stands far from any
     token of higher density. Distances are Euclidean over the square root of D.
 
     Args:
-        x: `[B, M, D]`, the tokens; rows with NaN or infinity count as zero there.
+        x: `[B, M, D]`, the tokens; NaN and infinity count as 0.
         clusters: how many, at most M.
         noise: `[B, M]`, added to the densities. The release adds uniform noise up to 1e-6 to break ties; without it
             the lower index counts as denser.
@@ -91,7 +92,7 @@ def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> t
         in its own; else the nearest centre's, the first of equally near ones).
     """
     batch, m, width = x.shape
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with exact(x.device):
         points = x.float().nan_to_num(0.0, 0.0, 0.0)
         points = points - points.mean(1, keepdim=True)  # nearer to 0, less is lost in the difference of squares
         gram = points @ points.transpose(1, 2)
@@ -100,7 +101,7 @@ def density_clusters(x: Tensor, clusters: int, noise: Tensor | None = None) -> t
         place = torch.arange(m, device=x.device)
         far = (far / width).clamp(min=0.0).masked_fill(place[:, None] == place, 0.0)
         distance = far.sqrt()
-        density = torch.exp(-far.sort(dim=-1).values[..., :clusters].mean(-1))
+        density = torch.exp(-far.topk(clusters, dim=-1, largest=False).values.mean(-1))
         if noise is not None:
             density = density + noise
         mine, other = density.unsqueeze(2), density.unsqueeze(1)
@@ -126,8 +127,7 @@ def prune_and_recycle(x: Tensor, relevance: Tensor, k: int, noise: Tensor | None
         Slots: the kept tokens in their order, then the clusters (plain means of their members, named by their
         centres).
     """
-    batch, n, _ = x.shape
-    recycled, clusters = recycled_counts(n - k)
+    recycled, clusters = recycled_counts(x.shape[1] - k)
     relevance = torch.where(relevance.isnan(), float("-inf"), relevance.float())
     order = relevance.argsort(dim=1, descending=True, stable=True)
     # Clustered by falling relevance, so that of two tokens of equal density the more relevant one is the centre.
@@ -166,6 +166,8 @@ class SparseVLM(Method):
     parity = "raters, relevance and kept tokens equal the first release; clusters 1e-4"
     deviations = (
         "No noise on the cluster densities: of two tokens of equal density the more relevant one counts as denser.",
+        "With two clusters mutual nearest neighbours always tie, so that the release's clusters depend on its noise "
+        "there; `prune_and_recycle` takes that noise as an argument.",
         "Budgets are the released table; the paper's rank-based adaptive ratio is not in the released code.",
         "Where no text token is above the mean, all of them rate; the release gets NaN.",
         "Budgets scale with the visual tokens that entered; the release assumes 576 of one picture, at batch 1.",
@@ -187,7 +189,7 @@ class SparseVLM(Method):
                 check_keep(budget, "SparseVLM", "budgets")
         cuts = len(_LAYERS) if self.budgets is None else len(self.budgets)
         if self.layers is not None:
-            check_layers(self.layers, cuts, "SparseVLM", low=0)
+            check_layers(self.layers, "SparseVLM", cuts=cuts, low=0)
         elif cuts != len(_LAYERS):
             raise ParameterError(
                 f"SparseVLM: budgets={self.budgets!r} needs layers, one for each; the default layers are {len(_LAYERS)}"

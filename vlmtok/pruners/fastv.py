@@ -39,7 +39,7 @@ def keep_top(score: Tensor, k: int) -> Tensor:
 
 
 def last_row_score(last_attention: Tensor) -> Tensor:
-    """Attention of the prompt's last token, mean over heads (arXiv 2403.06764, section 4.1).
+    """Attention of the prompt's last token, mean over heads (arXiv 2403.06764).
 
     Args:
         last_attention: `[B, H, N]`, softmax over the whole row, cut to the visual tokens.

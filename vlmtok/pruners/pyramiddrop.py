@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..errors import ParameterError
 from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
@@ -28,31 +29,35 @@ def check_stages(layers: Sequence[int] | None, ratios: Sequence[float], by: str)
         raise ParameterError(f"{by}: ratios={ratios!r} must be a tuple with one share for each cut")
     for ratio in ratios:
         check_range(ratio, by, "ratios", 0, 1)
-    if 0 in ratios or any(later > earlier for earlier, later in zip(ratios, ratios[1:])):
+    if 0 in ratios or any(later > earlier for earlier, later in pairwise(ratios)):
         raise ParameterError(f"{by}: ratios={ratios!r} must lie in (0, 1] and never grow: tokens do not come back")
-    if layers is None:
-        return
-    check_layers(layers, len(ratios), by)
+    if layers is not None:
+        check_layers(layers, by, cuts=len(ratios))
 
 
-def check_layers(layers: Sequence[int], cuts: int, by: str, low: int = 1) -> None:
+def check_layers(
+    layers: Sequence[int], by: str, name: str = "layers", *, cuts: int | None = None, low: int = 1
+) -> None:
     """Checks the layers of a schedule.
 
     Args:
         layers: 0-based layers.
-        cuts: how many there must be.
         by: the method's name.
+        name: the parameter's name.
+        cuts: how many there must be; None for any number but none.
         low: the first layer that may be named.
 
     Raises:
         ParameterError: not that many, not ascending, or below `low`.
     """
-    if not isinstance(layers, (tuple, list)) or len(layers) != cuts:
-        raise ParameterError(f"{by}: layers={layers!r} must be a tuple with one layer for each of the {cuts} cuts")
+    if not isinstance(layers, (tuple, list)) or not layers:
+        raise ParameterError(f"{by}: {name}={layers!r} must be a tuple of layers")
+    if cuts is not None and len(layers) != cuts:
+        raise ParameterError(f"{by}: {name}={layers!r} must name one layer for each of the {cuts} cuts")
     for layer in layers:
-        check_range(layer, by, "layers", low, kind=int)
+        check_range(layer, by, name, low, kind=int)
     if list(layers) != sorted(set(layers)):
-        raise ParameterError(f"{by}: layers={layers!r} must ascend")
+        raise ParameterError(f"{by}: {name}={layers!r} must ascend")
 
 
 def share_of_entered(counts: Counts, ratio: float) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import MissingSignal, ParameterError
 from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
-from .fastv import keep_top
+from .fastv import keep_top, last_row_score
 from .pyramiddrop import check_layers, check_stages, share_of_entered
 
 DIRECTIONS = ("released", "paper")
@@ -18,7 +19,7 @@ _EPS = 1e-8
 
 
 def transition_variation(transition: Tensor, direction: str = "released") -> Tensor:
-    """Token transition variation of modules (arXiv 2507.20630, eq. 1 to 3).
+    """Token transition variation of modules (arXiv 2507.20630, eq. 1 and 2).
 
     A module scores a token by the ratio of the norms of its output and input, times the softmax over the row of how
     far it turns the token.
@@ -26,7 +27,7 @@ def transition_variation(transition: Tensor, direction: str = "released") -> Ten
     Args:
         transition: `[..., 2, L]`, for each token of the whole row the norm ratio and the cosine of a module's output
             and input (the signal ``transition`` holds both modules of a layer).
-        direction: ``"released"`` weighs by softmax(1 - cos), ``"paper"`` by softmax(1 - \\|cos\\|).
+        direction: ``"released"`` weighs by softmax(1 - cos), ``"paper"`` by softmax(1 - abs(cos)).
 
     Returns:
         fp32 `[..., L]`; a layer's value is the sum over its two modules.
@@ -34,7 +35,8 @@ def transition_variation(transition: Tensor, direction: str = "released") -> Ten
     ratio, cosine = transition.float().unbind(-2)
     if direction == "paper":
         cosine = cosine.abs()
-    return ratio * (1.0 - cosine).softmax(-1)
+    turn = torch.where(cosine.isnan(), float("-inf"), 1.0 - cosine)
+    return ratio * turn.softmax(-1)
 
 
 def instruction_attention(text_attention: Tensor) -> Tensor:
@@ -49,33 +51,23 @@ def instruction_attention(text_attention: Tensor) -> Tensor:
     return text_attention.float().mean((1, 2))
 
 
-def combined_score(variation: Tensor | None, attention: Tensor | None, alpha: float = 0.5) -> Tensor:
+def combined_score(variation: Tensor, attention: Tensor, alpha: float = 0.5) -> Tensor:
     """Weighs the two criteria, each normalised to sum 1 over the tokens that are left.
 
     Args:
-        variation: `[B, N]`, accumulated transition variation, or None to go without.
-        attention: `[B, N]`, instruction-guided attention, or None to go without. One of the two is needed.
-        alpha: weight of `variation`; `attention` has 1 - alpha. Without one of the two the other counts alone.
+        variation: `[B, N]`, accumulated transition variation.
+        attention: `[B, N]`, instruction-guided attention.
+        alpha: weight of `variation`; `attention` has 1 - alpha.
 
     Returns:
         fp32 `[B, N]`; higher means keep.
-
-    Raises:
-        ParameterError: both are None.
     """
-    if variation is None and attention is None:
-        raise ParameterError("combined_score needs a variation or an attention")
-    if attention is None and variation is not None:
-        return _share(variation)
-    if variation is None and attention is not None:
-        return _share(attention)
-    assert variation is not None and attention is not None
     return alpha * _share(variation) + (1.0 - alpha) * _share(attention)
 
 
 def _share(score: Tensor) -> Tensor:
     score = score.float()
-    return score / (score.sum(-1, keepdim=True) + _EPS)
+    return score / (score.nansum(-1, keepdim=True) + _EPS)
 
 
 @register_method
@@ -95,7 +87,7 @@ class TransPrune(Method):
             here). They are the paper's for 32 layers and must exist.
         accumulate: 0-based layers whose transitions are summed up; None means every layer from the one before the
             first cut to the one before the last (6 to 11, the paper's 7 to 12).
-        direction: ``"released"`` weighs a turn by softmax(1 - cos), ``"paper"`` by softmax(1 - \\|cos\\|).
+        direction: ``"released"`` weighs a turn by softmax(1 - cos), ``"paper"`` by softmax(1 - abs(cos)).
         positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them.
     """
 
@@ -126,8 +118,8 @@ class TransPrune(Method):
             raise ParameterError("TransPrune: layers=None is not possible; name the first layer of each step")
         check_stages(self.layers, self.ratios, "TransPrune")
         if self.accumulate is not None:
-            check_layers(self.accumulate, len(self.accumulate), "TransPrune", low=0)
-            if self.alpha > 0 and (not self.accumulate or min(self.accumulate) >= min(self.layers)):
+            check_layers(self.accumulate, "TransPrune", "accumulate", low=0)
+            if self.alpha > 0 and min(self.accumulate) >= min(self.layers):
                 raise ParameterError(
                     f"TransPrune: accumulate={self.accumulate!r} has no layer before the first cut at layer "
                     f"{min(self.layers)}; name one, or set alpha=0"
@@ -137,9 +129,9 @@ class TransPrune(Method):
 
     def sites(self, layout: Layout) -> list[Site]:
         """Ends of the accumulated layers (they only look) and starts of the layers of `layers`."""
-        needs = (
-            () if self.alpha == 1 else ("text_attention",) if self.alpha > 0 else ("text_attention", "last_attention")
-        )
+        needs: tuple[str, ...] = () if self.alpha == 1 else ("text_attention",)
+        if self.alpha == 0:
+            needs += ("last_attention",)
         cuts = [
             Site("decoder", layer, "start", needs, positions=self.positions)
             for layer in layout.layers("decoder", self.layers, "TransPrune")
@@ -183,15 +175,11 @@ class TransPrune(Method):
         view.state["variation"] = view.state["variation"] + seen if "variation" in view.state else seen
 
     def _score(self, view: TokenView) -> Tensor:
-        variation = attention = None
-        if self.alpha > 0:
-            if "variation" not in view.state:
-                raise MissingSignal(f"TransPrune has observed no layer before {view.site}")
-            variation = view.state["variation"]
-        if self.alpha < 1:
-            text = view.maybe("text_attention")
-            if text is not None and text.shape[2]:
-                attention = instruction_attention(text)
-            elif variation is None:
-                attention = view.signal("last_attention").float().mean(1)
-        return combined_score(variation, attention, self.alpha)
+        text = view.maybe("text_attention") if self.alpha < 1 else None
+        attention = None if text is None or text.shape[2] == 0 else instruction_attention(text)
+        if self.alpha == 0:
+            return last_row_score(view.signal("last_attention")) if attention is None else attention
+        if "variation" not in view.state:
+            raise MissingSignal(f"TransPrune has observed no layer before {view.site}")
+        variation = view.state["variation"]
+        return variation if attention is None else combined_score(variation, attention, self.alpha)

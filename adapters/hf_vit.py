@@ -1,0 +1,176 @@
+"""transformers: CLIP, SigLIP, ViT and DINOv2 vision models, alone or in a dual encoder. A family is a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..method import Layout
+from .base import Adapter, BlockSpec, TowerSpec
+from .vit_block import Tower
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+
+
+def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention with q_proj and k_proj."""
+    made: Tensor = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    return made.unflatten(-1, (made.shape[-1] // attn.head_dim, -1)).transpose(1, 2)
+
+
+_BLOCK: dict[str, Any] = {
+    "project": _project,
+    "bias": "attention_mask",
+    "q": "q_proj",
+    "k": "k_proj",
+    "mlp": "mlp",
+}
+CLIP_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="layer_norm1",
+    attn="self_attn",
+    mid="layer_norm2",
+    branch_end="mlp",
+    heads="num_heads",
+    scale=lambda attn: float(attn.scale),
+)
+VIT_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="layernorm_before",
+    attn="attention",
+    mid="layernorm_after",
+    branch_end="mlp",
+    heads="num_attention_heads",
+    scale=lambda attn: float(attn.scaling),
+)
+DINOV2_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="norm1",
+    attn="attention",
+    mid="norm2",
+    branch_end="layer_scale2",
+    heads="num_attention_heads",
+    scale=lambda attn: float(attn.scaling),
+)
+
+
+@dataclass(frozen=True)
+class VisionRow:
+    """One family of vision models.
+
+    Attributes:
+        layer: class name of its blocks, which finds them wherever a version keeps them.
+        block: hook points.
+        num_prefix: protected tokens in front.
+    """
+
+    layer: str
+    block: BlockSpec
+    num_prefix: int
+
+
+ROWS: dict[str, VisionRow] = {
+    "clip_vision_model": VisionRow("CLIPEncoderLayer", CLIP_BLOCK, 1),
+    "siglip_vision_model": VisionRow("SiglipEncoderLayer", CLIP_BLOCK, 0),
+    "vit": VisionRow("ViTLayer", VIT_BLOCK, 1),
+    "dinov2": VisionRow("Dinov2Layer", DINOV2_BLOCK, 1),
+}
+"""By ``config.model_type``."""
+
+
+def vision_spec(tower: nn.Module, last: int = -1) -> TowerSpec:
+    """A vision model of transformers as data.
+
+    Args:
+        tower: the model, or the tower of a bigger one.
+        last: the last block whose output is used.
+
+    Raises:
+        UnsupportedModel: no row for its type.
+    """
+    config = getattr(tower.config, "vision_config", tower.config)
+    row = ROWS.get(config.model_type)
+    if row is None:
+        raise UnsupportedModel(
+            f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}"
+        )
+    blocks = tuple(m for m in tower.modules() if type(m).__name__ == row.layer)
+    if not blocks:
+        raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
+    side = None
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if isinstance(size, int) and isinstance(patch, int):
+        side = (size // patch, size // patch)
+    return TowerSpec(
+        block=row.block,
+        blocks=blocks,
+        num_prefix=row.num_prefix,
+        width=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        grid=side,
+        last=last,
+    )
+
+
+def check_bias(tower: nn.Module, attachment: Attachment) -> None:
+    """Refuses proportional attention where the attention takes no bias on the keys.
+
+    Raises:
+        UnsupportedModel: flash attention with a proportional method.
+    """
+    config = getattr(tower.config, "vision_config", tower.config)
+    kind = str(getattr(config, "_attn_implementation", ""))
+    asking = [type(e.method).__name__ for e in attachment.at("vision") if e.method.proportional]
+    if asking and "flash" in kind:
+        raise UnsupportedModel(
+            f"{asking[0]} wants proportional attention, but {kind} takes no bias on the keys; load the model with "
+            "attn_implementation='sdpa', or switch proportional attention off in the method"
+        )
+
+
+class HFVision(Adapter):
+    """A vision model of transformers."""
+
+    name = "transformers-vision"
+    targets = (
+        ("transformers.models.clip.modeling_clip", "CLIPVisionModel"),
+        ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"),
+        ("transformers.models.vit.modeling_vit", "ViTModel"),
+        ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
+    )
+
+    def tower(self) -> TowerSpec:
+        """The tower as data."""
+        return vision_spec(self.vision())
+
+    def vision(self) -> nn.Module:
+        """The module that holds the blocks."""
+        return self.model
+
+    def layout(self) -> Layout:
+        """One stage: vision."""
+        return Layout(self.name, {"vision": Tower.layout(self.tower())})
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the blocks."""
+        check_bias(self.vision(), attachment)
+        attachment.drivers["vision"] = Tower(attachment, self.tower())
+
+
+class HFDual(HFVision):
+    """CLIPModel and SiglipModel: the tower below `vision_model`."""
+
+    name = "transformers-dual"
+    targets = (
+        ("transformers.models.clip.modeling_clip", "CLIPModel"),
+        ("transformers.models.siglip.modeling_siglip", "SiglipModel"),
+    )
+
+    def vision(self) -> nn.Module:
+        """The vision tower."""
+        tower: nn.Module = self.model.vision_model
+        return tower

@@ -1,0 +1,366 @@
+"""The public ops: check the arguments, choose the path, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ParameterError
+from . import library, reference
+from .dispatch import choose
+from .table import LIMIT_GREEDY, LIMIT_HEAD
+
+KINDS = ("elu", "paper", "gaussian")
+SPLITS = ("alternate", "halves")
+RULES = ("max", "sum")
+METRICS = ("cosine", "l2")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _documented(like: Callable[..., Any]) -> Callable[[F], F]:
+    """The docstring of the definition is that of the public function; there is one place for what an op means."""
+
+    def copy(function: F) -> F:
+        function.__doc__ = like.__doc__
+        return function
+
+    return copy
+
+
+# ---------------------------------------------------------------------- checks
+def _check(op: str, shape: str, **tensors: Tensor | None) -> None:
+    """Floating tensors of as many axes as `shape` has letters."""
+    axes = shape.count(",") + 1
+    for name, x in tensors.items():
+        if x is not None and (x.dim() != axes or not x.is_floating_point()):
+            raise ParameterError(f"{op}: {name} must be floating {shape}, got {x.dtype} {list(x.shape)}")
+
+
+def _check_index(op: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ParameterError(f"{op}: {name} must be {wanted} {list(shape)}, got {x.dtype} {list(x.shape)}")
+
+
+def _check_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.device != first.device:
+            raise ParameterError(f"{op}: {name} is on {x.device}, the others are on {first.device}")
+
+
+def _check_word(op: str, name: str, value: str, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ParameterError(f"{op}: {name}={value!r} is not possible; one of {', '.join(map(repr, words))}")
+
+
+_INTS = (torch.int64, torch.int32)
+_LONG = (torch.int64,)
+_BOOL = (torch.bool,)
+
+
+# ---------------------------------------------------------------------- running
+def _opaque() -> bool:
+    """Whether the torch path must be one node too.
+
+    Under torch.compile an op that multiplies stays opaque on every path: the precision of its matmuls can only be set
+    when it runs, and the greedy loop would unroll. An exported program takes plain torch.
+    """
+    return torch.compiler.is_compiling() and not _exporting()
+
+
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _select(op: str, triton: bool, *args: Any, **kwargs: Any) -> Any:
+    """Runs an op whose outputs carry no gradient."""
+    if triton or _opaque():
+        with torch.no_grad():
+            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+            return library.call(op, *args, path="triton" if triton else "torch", **kwargs)
+    return getattr(reference, op)(*args, **kwargs)
+
+
+@_documented(reference.match_max)
+def match_max(
+    a: Tensor,
+    b: Tensor,
+    *,
+    rank_a: Tensor | None = None,
+    rank_b: Tensor | None = None,
+    exclude_diag: bool = False,
+    valid_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    op = "match_max"
+    _check(op, "[B, M, D]", a=a)
+    _check(op, "[B, N, D]", b=b)
+    if a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2]:
+        raise ParameterError(f"{op}: a {list(a.shape)} and b {list(b.shape)} must agree in B and D")
+    if (rank_a is None) != (rank_b is None):
+        raise ParameterError(f"{op}: rank_a and rank_b are given together, or neither")
+    _check_index(op, tuple(a.shape[:2]), _INTS, rank_a=rank_a)
+    _check_index(op, tuple(b.shape[:2]), _INTS, rank_b=rank_b)
+    _check_index(op, tuple(b.shape[:2]), _BOOL, valid_b=valid_b)
+    _check_device(op, a, b=b, rank_a=rank_a, rank_b=rank_b, valid_b=valid_b)
+    triton = choose(op, a, batch=a.shape[0], pair_bytes=4 * a.shape[0] * a.shape[1] * b.shape[1], limit=_wide(a, b))
+    masks = {"rank_a": rank_a, "rank_b": rank_b, "exclude_diag": exclude_diag, "valid_b": valid_b}
+    return cast("tuple[Tensor, Tensor]", _select(op, triton, a, b, **masks))
+
+
+def _wide(*tensors: Tensor) -> str | None:
+    """Why a kernel cannot take these dtypes together, or None."""
+    if any(x.dtype == torch.float64 for x in tensors):
+        return "one dtype is torch.float64 and the kernels take float16, bfloat16 and float32"
+    return None
+
+
+def _check_energy(op: str, x: Tensor, margin: float, alpha: float, kind: str) -> None:
+    _check(op, "[B, N, D]", x=x)
+    _check_word(op, "kind", kind, KINDS)
+    if kind == "gaussian" and margin >= 1:
+        raise ParameterError(f"{op}: margin={margin!r} leaves a Gaussian of width 1 - margin no width; it must be < 1")
+
+
+def _square_bytes(x: Tensor) -> int:
+    return 4 * x.shape[0] * x.shape[1] * x.shape[1]
+
+
+@_documented(reference.energy)
+def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -> Tensor:
+    _check_energy("energy", x, margin, alpha, kind)
+    triton = choose("energy", x, batch=x.shape[0], pair_bytes=_square_bytes(x))
+    return cast(Tensor, _select("energy", triton, x, margin=margin, alpha=alpha, kind=kind))
+
+
+def _check_r(op: str, r: int, most: int) -> None:
+    if isinstance(r, bool) or not 0 <= r <= most:
+        raise ParameterError(f"{op}: r={r!r} must be in [0, {most}]")
+
+
+@_documented(reference.bipartite_match)
+def bipartite_match(metric: Tensor, r: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    op = "bipartite_match"
+    _check(op, "[B, N, D]", metric=metric)
+    _check_r(op, r, metric.shape[1] // 2)
+    triton = choose(op, metric, batch=metric.shape[0], pair_bytes=_square_bytes(metric) // 4)
+    return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, r, num_prefix))
+
+
+@_documented(reference.energy_match)
+def energy_match(
+    metric: Tensor,
+    r: int,
+    *,
+    margin: float,
+    alpha: float = 1.0,
+    kind: str = "elu",
+    split: str = "alternate",
+    protect: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "energy_match"
+    _check_energy(op, metric, margin, alpha, kind)
+    _check_word(op, "split", split, SPLITS)
+    _check_r(op, r, metric.shape[1] // 2)
+    triton = choose(op, metric, batch=metric.shape[0], pair_bytes=_square_bytes(metric))
+    settings = {"margin": margin, "alpha": alpha, "kind": kind, "split": split, "protect": protect}
+    return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, r, **settings))
+
+
+@_documented(reference.complete_match)
+def complete_match(
+    metric: Tensor, importance: Tensor, r: int, protected: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "complete_match"
+    _check(op, "[B, N, D]", metric=metric)
+    _check(op, "[B, N]", importance=importance)
+    rows = tuple(metric.shape[:2])
+    if tuple(importance.shape) != rows:
+        raise ParameterError(f"{op}: importance must be [B, N] = {list(rows)}, got {list(importance.shape)}")
+    _check_index(op, rows, _BOOL, protected=protected)
+    _check_r(op, r, metric.shape[1] // 2)
+    _check_device(op, metric, importance=importance, protected=protected)
+    triton = choose(op, metric, batch=metric.shape[0], pair_bytes=_square_bytes(metric))
+    return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, importance, r, protected))
+
+
+# ---------------------------------------------------------------------- merging
+@_documented(reference.merge_rows)
+def merge_rows(
+    x: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    *,
+    keep_weight: Tensor | None = None,
+    src_weight: Tensor | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+) -> tuple[Tensor, Tensor]:
+    op = "merge_rows"
+    _check(op, "[B, N, C]", x=x)
+    batch, n, _ = x.shape
+    _check(op, "[B, N]", size=size)
+    if tuple(size.shape) != (batch, n):
+        raise ParameterError(f"{op}: size must be [B, N] = {[batch, n]}, got {list(size.shape)}")
+    if keep.dim() != 2 or src.dim() != 2:
+        raise ParameterError(f"{op}: keep and src must be [B, K] and [B, R], got {keep.dim()} and {src.dim()} axes")
+    _check_index(op, (batch, keep.shape[1]), _LONG, keep=keep)
+    _check_index(op, (batch, src.shape[1]), _LONG, src=src, dst=dst)
+    if (keep_weight is None) != (src_weight is None):
+        raise ParameterError(f"{op}: keep_weight and src_weight are given together, or neither")
+    if keep_weight is not None and src_weight is not None:
+        _check(op, "[B, K]", keep_weight=keep_weight, src_weight=src_weight)
+        if keep_weight.shape != keep.shape or src_weight.shape != src.shape:
+            raise ParameterError(f"{op}: weights must have the shapes of keep and src")
+    if prefix < 0 or suffix < 0 or prefix + suffix > n:
+        raise ParameterError(f"{op}: prefix={prefix} and suffix={suffix} do not fit in {n} rows")
+    _check_device(op, x, size=size, keep=keep, src=src, dst=dst, keep_weight=keep_weight, src_weight=src_weight)
+    if prefix + keep.shape[1] + suffix == 0:
+        return x[:, :0], size[:, :0]
+    if not choose(op, x, batch=batch):
+        return reference.merge_rows(
+            x, size, keep, src, dst, keep_weight=keep_weight, src_weight=src_weight, prefix=prefix, suffix=suffix
+        )
+    tracked = [t for t in (x, keep_weight, src_weight) if t is not None and t.requires_grad]
+    if tracked and torch.is_grad_enabled():
+        return MergeRows.apply(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, "triton")
+    with torch.no_grad():
+        return _merge(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, "triton")
+
+
+def _merge(
+    x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor, keep_weight: Tensor | None,
+    src_weight: Tensor | None, prefix: int, suffix: int, path: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, total = library.call(
+        "merge_rows", x, size, keep, src, dst, keep_weight=keep_weight, src_weight=src_weight,
+        prefix=prefix, suffix=suffix, path=path,
+    )  # fmt: skip
+    return rows, total
+
+
+class MergeRows(torch.autograd.Function):
+    """Gradient of the opaque merge: for x by the transposed map, for the weights by row products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor, keep_weight: Tensor | None,
+        src_weight: Tensor | None, prefix: int, suffix: int, path: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Runs the op; sizes carry no gradient."""
+        rows, total = _merge(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, path)
+        weighted = keep_weight is not None
+        ctx.save_for_backward(x if weighted else None, size, keep, src, dst, keep_weight, src_weight, total)
+        ctx.edges, ctx.path, ctx.n = (prefix, suffix), path, x.shape[1]
+        ctx.mark_non_differentiable(total)
+        return rows, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients for x, keep_weight and src_weight."""
+        x, size, keep, src, dst, keep_weight, src_weight, total = ctx.saved_tensors
+        prefix, suffix = ctx.edges
+        slot = dst.clamp(min=0)
+        kept, joined = keep_weight, src_weight
+        if kept is None or joined is None:
+            inner = total[:, prefix : total.shape[1] - suffix]
+            mine = size.gather(1, keep + prefix)
+            tiny = torch.finfo(torch.float32).tiny
+            kept = torch.where(inner == mine, 1.0, mine / inner.clamp_min(tiny))
+            joined = size.gather(1, src + prefix) / inner.gather(1, slot).clamp_min(tiny)
+        grads: list[Tensor | None] = [None] * 10
+        if ctx.needs_input_grad[0]:
+            grads[0] = library.call(
+                "merge_rows_grad", grad, keep, src, dst, kept, joined, ctx.n, prefix, suffix, path=ctx.path
+            )
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        if ctx.needs_input_grad[5]:
+            mine = reference.take_rows(x, keep + prefix).to(wide)
+            slots = grad[:, prefix : grad.shape[1] - suffix].to(wide)
+            grads[5] = (mine * slots).sum(-1).to(keep_weight.dtype)
+        if ctx.needs_input_grad[6]:
+            theirs = reference.take_rows(grad, slot + prefix).to(wide)
+            dot = (reference.take_rows(x, src + prefix).to(wide) * theirs).sum(-1)
+            grads[6] = torch.where(dst < 0, 0.0, dot).to(src_weight.dtype)
+        return tuple(grads)
+
+
+# ---------------------------------------------------------------------- greedy choice
+@_documented(reference.greedy_select)
+def greedy_select(
+    x: Tensor,
+    k: int,
+    start: Tensor,
+    *,
+    rule: str = "max",
+    metric: str = "cosine",
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    op = "greedy_select"
+    _check(op, "[B, N, D]", x=x)
+    _check_word(op, "rule", rule, RULES)
+    _check_word(op, "metric", metric, METRICS)
+    if rule == "sum" and metric == "l2":
+        raise ParameterError(f"{op}: rule='sum' goes with metric='cosine'; a sum of negative distances has no floor")
+    batch, n, _ = x.shape
+    if isinstance(k, bool) or not 0 <= k <= n:
+        raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
+    _check_index(op, (batch,), _LONG, start=start)
+    _check_index(op, (batch, n), _BOOL, valid=valid)
+    _check_device(op, x, start=start, valid=valid)
+    limit = f"{n} rows exceed {LIMIT_GREEDY}, what one program can hold" if n > LIMIT_GREEDY else None
+    triton = choose(op, x, batch=batch, pair_bytes=_square_bytes(x), limit=limit)
+    return cast("tuple[Tensor, Tensor]", _select(op, triton, x, k, start, rule=rule, metric=metric, valid=valid))
+
+
+# ---------------------------------------------------------------------- statistics and attention
+@_documented(reference.transition_stats)
+def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    op = "transition_stats"
+    for name, t in (("x", x), ("y", y)):
+        if t.dim() < 2 or not t.is_floating_point():
+            raise ParameterError(f"{op}: {name} must be floating [..., L, C], got {t.dtype} {list(t.shape)}")
+    if x.shape != y.shape:
+        raise ParameterError(f"{op}: x {list(x.shape)} and y {list(y.shape)} must have one shape")
+    _check_device(op, x, y=y)
+    batch = x.shape[0] if x.dim() > 2 else 1
+    if choose(op, x, batch=batch, limit=_wide(x, y)):
+        return cast("tuple[Tensor, Tensor]", _select(op, True, x, y))
+    return reference.transition_stats(x, y)
+
+
+def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+    _check(op, "[B, H, T, d]", q=q)
+    _check(op, "[B, Hkv, L, d]", k=k)
+    heads, groups = q.shape[1], k.shape[1]
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or (heads % groups if groups else heads):
+        raise ParameterError(f"{op}: q {list(q.shape)} and k {list(k.shape)}: B and d must agree and Hkv divide H")
+    if bias is not None and (not bias.is_floating_point() or bias.dim() > 4):
+        raise ParameterError(f"{op}: bias must be floating, [B, H, T, L] or broadcastable, got {bias.dtype}")
+    _check_device(op, q, k=k, bias=bias)
+
+
+@_documented(reference.attention_rows)
+def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    _check_attention("attention_rows", q, k, bias)
+    return cast(Tensor, _select("attention_rows", False, q, k, scale=scale, bias=bias))
+
+
+@_documented(reference.received_attention)
+def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
+    op = "received_attention"
+    _check_attention(op, q, k, bias)
+    if chunk < 1:
+        raise ParameterError(f"{op}: chunk={chunk!r} must be at least 1")
+    limit = _wide(q, k)
+    if q.shape[3] > LIMIT_HEAD:
+        limit = f"a head width of {q.shape[3]} exceeds {LIMIT_HEAD}"
+    pair_bytes = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    triton = choose(op, q, batch=q.shape[0], pair_bytes=pair_bytes, limit=limit)
+    return cast(Tensor, _select(op, triton, q, k, scale=scale, bias=bias, chunk=chunk))

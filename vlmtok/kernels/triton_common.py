@@ -1,0 +1,101 @@
+"""What the Triton kernels share: the launch, and loading and multiplying tiles of rows."""
+
+# mypy: allow-untyped-defs
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import INTERPRETS, KernelError
+
+launches = 0
+"""Kernels launched so far by this process, one program grid each."""
+
+
+def launch(kernel: Any, programs: int, x: Tensor, *args: Any, warps: int, stages: int = 2, **constants: Any) -> None:
+    """Launches a kernel on a one-dimensional grid, on the device and current stream of `x`.
+
+    Args:
+        kernel: what `triton.jit` made.
+        programs: size of the grid; nothing happens for 0. (One axis: the others end at 65,535.)
+        x: a tensor on the device.
+        args: arguments of the kernel, in order.
+        warps: warps of a program.
+        stages: depth of the load pipeline.
+        constants: its constexpr arguments.
+    """
+    global launches
+    if programs == 0:
+        return
+    launches += 1
+    if torch.version.hip:
+        warps = min(warps, 16)  # 64 lanes a wave, 1,024 threads a program
+    # Fusing multiply and add is today's default; saying so silences the notice that it will change.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **constants}
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with its last axis contiguous; views over the other axes stay views."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    if wide not in (torch.float16, torch.bfloat16, torch.float32):
+        raise KernelError(f"the kernels take float16, bfloat16 and float32, not {a.dtype} with {b.dtype}")
+    return a.to(wide), b.to(wide)
+
+
+def product(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of `dot_rows` for a dtype.
+
+    fp32 is multiplied as it is (Triton's default on NVIDIA is TF32). The interpreter computes garbage from bf16, so
+    there tiles are widened first; the products are exact and the accumulator is fp32 on either path.
+    """
+    return {"UPCAST": INTERPRETS, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+
+
+def step(d: int, k: int) -> tuple[bool, int]:
+    """Whether d features fit one step of k, and the power of two to step by (a dot needs 16)."""
+    return d <= k, max(16, min(k, triton.next_power_of_2(max(d, 1)))) if d <= k else k
+
+
+@triton.jit
+def load_rows(x, rows, there, stride, features, d):
+    """Tile of rows `[len(rows), len(features)]`; zeros where a row is not there or a feature is beyond d."""
+    at = x + rows.to(tl.int64)[:, None] * stride + features[None, :]
+    return tl.load(at, mask=there[:, None] & (features < d)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_rows(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds the products of the rows of a with the rows of b, in fp32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def row_length(x):
+    """Lengths of the rows of a tile, fp32."""
+    wide = x.to(tl.float32)
+    return tl.sqrt(tl.sum(wide * wide, 1))
+
+
+@triton.jit
+def inverse_length(length, there, EPS: tl.constexpr):
+    """1 / length, 0 for a row that is not there or not finite."""
+    return tl.where(there & (length < float("inf")), 1.0 / tl.maximum(length, EPS), 0.0)
