@@ -119,3 +119,30 @@ class Adapter:
 def child(module: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path; an empty path is the module itself."""
     return module.get_submodule(path) if path else module
+
+
+@dataclass(frozen=True)
+class VLMSpec:
+    """A family of vision-language models as data; paths start at the inner model (`core`).
+
+    Attributes:
+        core: path of the inner model from the top one; empty where the model is its own core.
+        lm: path of the text model, whose `layers` hold the decoder.
+        tower: path of the vision tower.
+        projector: path of the module that maps tower features to the text width.
+        ids: config fields that hold placeholder ids, by modality: image first, video second.
+        positions: ``1d`` or ``mrope``.
+        feature: config field with the index of the hidden state that the projector reads; None means the last.
+        tower_cut: whether tokens may leave inside the tower: ``slots`` (the picture's first placeholders take what is
+            left), or None.
+        refuse: stages that cannot be offered, with the reason.
+    """
+
+    core: str = "model"
+    lm: str = "language_model"
+    tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
+    ids: tuple[str, ...] = ("image_token_id",)
+    positions: str = "1d"
+    feature: str | None = "vision_feature_layer"
+    tower_cut: str | None = None

@@ -95,9 +95,7 @@ def vision_spec(tower: nn.Module, last: int = -1) -> TowerSpec:
     config = getattr(tower.config, "vision_config", tower.config)
     row = ROWS.get(config.model_type)
     if row is None:
-        raise UnsupportedModel(
-            f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}"
-        )
+        raise UnsupportedModel(f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}")
     blocks = tuple(m for m in tower.modules() if type(m).__name__ == row.layer)
     if not blocks:
         raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")

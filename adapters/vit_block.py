@@ -26,7 +26,7 @@ from ..reduction import Reduction
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signals
 from ..view import Signal, TokenView
-from .base import BlockSpec, TowerSpec, child
+from .base import TowerSpec, child
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,9 +371,7 @@ class Tower:
         return module.training or (torch.is_grad_enabled() and x.requires_grad)
 
     # ------------------------------------------------------------------ cutting
-    def _cut(
-        self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int
-    ) -> Tensor:
+    def _cut(self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int) -> Tensor:
         """Shows a view to a method and shortens the row as it says."""
         sequence = self._pass.sequence
         taps.row, taps.tokens = sequence.row, x
@@ -510,9 +508,7 @@ class Tower:
             moved = self._table(table, x.shape[0])
             table = table if moved is None else moved
         rotate = self._rotate(attn, table)
-        return TowerTaps(
-            sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
-        )
+        return TowerTaps(sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate)
 
     def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
         with torch.no_grad():

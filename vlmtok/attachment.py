@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ParameterError, PassError, SiteError
+from .kernels.exact import exact
 from .ledger import Ledger
 from .method import LAYERED, POINTS, STAGES, Layout, Method, Site
 from .reduction import Reduction
@@ -220,21 +221,18 @@ class Attachment:
     # ------------------------------------------------------------------ running
     def decide(self, entry: Entry, view: TokenView) -> Reduction | None:
         """Asks a method, with gradients and autocast off, and checks the form of its answer."""
-        with torch.no_grad():
-            if torch.is_autocast_enabled(view.tokens.device.type):
-                with torch.autocast(view.tokens.device.type, enabled=False):
-                    reduction = entry.method.reduce(view)
-            else:
-                reduction = entry.method.reduce(view)
+        with exact(view.tokens.device):
+            reduction = entry.method.reduce(view)
         if reduction is None:
             return None
         by = type(entry.method).__name__
         if not isinstance(reduction, Reduction):
             raise ParameterError(f"{by}.reduce must return a Reduction or None, got {type(reduction).__name__}")
         batch, n, _ = view.tokens.shape
-        if reduction.keep.shape[0] != batch or not 1 <= reduction.slots:
+        least = 0 if entry.site.stage == "decoder" else 1  # a language model can go on without pictures
+        if reduction.keep.shape[0] != batch or reduction.slots < least:
             raise ParameterError(
-                f"{by} at {entry.site}: keep must be [B = {batch}, K >= 1], got {list(reduction.keep.shape)}"
+                f"{by} at {entry.site}: keep must be [B = {batch}, K >= {least}], got {list(reduction.keep.shape)}"
             )
         if entry.site.stage != "features" and reduction.slots > n:
             raise ParameterError(f"{by} at {entry.site}: {reduction.slots} slots of {n} tokens")

@@ -253,7 +253,9 @@ class Compression:
 
     # ------------------------------------------------------------------ mistakes
     def __call__(self, *args: object, **kwargs: object) -> None:
-        raise TypeError("this is the handle of a compression, not the model; call the model itself, the hooks are in it")
+        raise TypeError(
+            "this is the handle of a compression, not the model; call the model itself, the hooks are in it"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in ("generate", "forward", "encode_image", "forward_features", "get_image_features"):

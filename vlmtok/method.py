@@ -522,9 +522,7 @@ def _parse_value(text: str, spec: str) -> Any:
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     if _WORD.match(text):
         return text
-    raise SpecError(
-        f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]"
-    )
+    raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
 
 
 def format_value(value: Any) -> str:

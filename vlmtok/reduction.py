@@ -281,9 +281,7 @@ class Reduction:
         kept = one(self.keep, dtype=torch.float32) if size is None else size.gather(1, self.keep)
         joined = one(self.src, dtype=torch.float32) if size is None else size.gather(1, self.src)
         share = joined / total.gather(1, self.dst.clamp(min=0))
-        return Reduction(
-            self.keep, self.src, self.dst, kept / total, torch.where(self.dst < 0, 0.0, share), self.valid
-        )
+        return Reduction(self.keep, self.src, self.dst, kept / total, torch.where(self.dst < 0, 0.0, share), self.valid)
 
     def _where(self, n: int) -> tuple[Tensor, Tensor | None]:
         """Slot of every one of n tokens (-1 dropped), and the weight it has there (None without weights)."""

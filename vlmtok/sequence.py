@@ -129,19 +129,33 @@ class Sequence:
         self.book(reduction)
         return shorter, wide
 
-    def book(self, reduction: Reduction) -> None:
-        """Follows a reduction in everything but the tokens and their sizes."""
+    def book(self, reduction: Reduction, spare: int = 0) -> None:
+        """Follows a reduction in everything but the tokens and their sizes.
+
+        Args:
+            reduction: of the view's tokens.
+            spare: protected tokens that `keep` may name behind them; nothing travels with these.
+        """
         for state in self.states.values():
             for key, value in state.items():
-                state[key] = reduction.gather(value)
+                state[key] = reduction.gather(_padded(value, 1, spare))
         for key, (value, axis) in self.carried.items():
             if axis is not None and value is not None:
-                self.carried[key] = (reduction.gather(value, axis), axis)
+                self.carried[key] = (reduction.gather(_padded(value, axis, spare), axis), axis)
         if self.follow:
             self.place = reduction.keep if self.place is None else self.place.gather(1, reduction.keep)
         if self.source is not None:
-            owner = reduction.assignment(self.row.n)
+            owner = reduction.assignment(self.row.n + spare)
             moved = owner.gather(1, self.source.clamp(min=0))
             self.source = torch.where(self.source < 0, -1, moved)
         self.row = Row(self.row.prefix, reduction.slots, self.row.inserted)
         self.cuts += 1
+
+
+def _padded(table: Tensor, dim: int, spare: int) -> Tensor:
+    """The table with `spare` zero entries more along `dim`."""
+    if not spare:
+        return table
+    shape = list(table.shape)
+    shape[dim] = spare
+    return torch.cat([table, table.new_zeros(shape)], dim)

@@ -85,6 +85,8 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     if stage is None:
         if name in user:
             return Need(text, name)
+        if site.stage == "features" and name == "protected" and layout.gives("vision", name):
+            return Need(text, name, "vision", layout.stages["vision"].last)
         if not layout.gives(site.stage, name):
             offered = layout.stages[site.stage].provides | user
             raise MissingSignal(
@@ -207,18 +209,19 @@ def tower_signals(num_prefix: int) -> frozenset[str]:
 # ---------------------------------------------------------------------- decoders
 @dataclass
 class DecoderTaps:
-    """What was tapped of one decoder layer, for one group of view rows (no padding among them).
+    """What was tapped of one decoder layer, for one group of view rows.
+
+    Rows are counted without padding, as they are now: a row has length L. The layer may have seen more keys (S): what
+    the cache held before, padding, and tokens that another method dropped at the same site.
 
     Attributes:
-        q: gives the queries of some rows: int64 columns `[B, R]` to `[B, H, R, d]`, after rope.
-        k: gives the keys of the row, `[B, Hkv, S, d]`, after rope; S is L, behind what the cache held before.
+        q: gives the queries of some rows: int64 `[B, R]` to `[B, H, R, d]`, after rope.
+        k: gives the keys, `[B, Hkv, S, d]`, after rope.
         scale: factor of the logits.
         bias: gives what is added to the logits of those rows, `[B, 1, R, S]`: -inf where the layer does not look.
-        visual: int64 `[B, N]`, columns of the view's tokens in the row of length L.
-        text: int64 `[B, T]`, columns of the text behind the view's first token; T may be 0.
-        last: int64 `[B, 1]`, column of the prompt's last token.
-        length: L.
-        past: S - L.
+        here: int64 `[B, L]`, key of each token of the row.
+        visual: int64 `[B, N]`, places of the view's tokens in the row.
+        text: int64 `[B, T]`, places of the text behind the view's first token; T may be 0.
         mixed: whether some of that text stands before some of the view's tokens (else none of them can see it).
         transition: fp32 `[B, 2, 2, L]`, or None.
     """
@@ -227,55 +230,53 @@ class DecoderTaps:
     k: Callable[[], Tensor]
     scale: float
     bias: Callable[[Tensor], Tensor]
+    here: Tensor
     visual: Tensor
     text: Tensor
-    last: Tensor
-    length: int
-    past: int = 0
     mixed: bool = True
     transition: Tensor | None = None
 
-    def attend(self, rows: Tensor) -> Tensor:
-        """Attention of some rows on the columns of this row, fp32 `[B, H, R, L]`."""
+    def attend(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Attention of some rows on some tokens of the row, fp32 `[B, H, R, M]`."""
         attention = kernels.attention_rows(self.q(rows), self.k(), scale=self.scale, bias=self.bias(rows))
-        return attention[..., self.past :]
-
-
-def _columns(attention: Tensor, columns: Tensor) -> Tensor:
-    """`[B, H, R, L]` cut to columns `[B, N]`."""
-    index = columns[:, None, None, :].expand(-1, attention.shape[1], attention.shape[2], -1)
-    return attention.gather(3, index)
+        keys = self.here.gather(1, columns)[:, None, None, :]
+        return attention.gather(3, keys.expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
 def _text_attention(taps: DecoderTaps) -> Tensor | None:
     if taps.text.shape[1] == 0:
         return None
-    return _columns(taps.attend(taps.text), taps.visual)
+    return taps.attend(taps.text, taps.visual)
+
+
+def _last_attention(taps: DecoderTaps) -> Tensor:
+    batch, length = taps.here.shape
+    last = torch.full((batch, 1), length - 1, dtype=torch.int64, device=taps.here.device)
+    return taps.attend(last, taps.visual)[:, :, 0]
 
 
 def _attention_to_text(taps: DecoderTaps) -> Tensor:
     batch, n = taps.visual.shape
     if taps.text.shape[1] == 0 or not taps.mixed:
         return torch.zeros(batch, n, device=taps.visual.device)
-    mass = torch.zeros(batch, n, device=taps.visual.device)
-    for at in range(0, n, 256):  # rows in chunks: no N x L matrix of all heads at once
-        rows = taps.visual[:, at : at + 256]
-        mass[:, at : at + 256] = _columns(taps.attend(rows), taps.text).sum(-1).mean(1)
-    return mass
+    chunks = [taps.attend(rows, taps.text).sum(-1).mean(1) for rows in taps.visual.split(256, 1)]
+    return torch.cat(chunks, 1)
 
 
 def _attention_logits(taps: DecoderTaps) -> Tensor:
-    batch = taps.visual.shape[0]
-    rows = torch.arange(taps.length, device=taps.visual.device).expand(batch, taps.length)
+    batch, length = taps.here.shape
+    rows = torch.arange(length, device=taps.here.device).expand(batch, length)
     q, k = taps.q(rows).float(), taps.k().float()
     if q.shape[1] != k.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return ((q * taps.scale) @ k.transpose(-1, -2) + taps.bias(rows))[..., taps.past :]
+    logits = (q * taps.scale) @ k.transpose(-1, -2) + taps.bias(rows)
+    keys = taps.here[:, None, None, :].expand(-1, logits.shape[1], length, -1)
+    return logits.gather(3, keys)
 
 
 DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
     "text_attention": _text_attention,
-    "last_attention": lambda taps: _columns(taps.attend(taps.last), taps.visual)[:, :, 0],
+    "last_attention": _last_attention,
     "attention_to_text": _attention_to_text,
     "attention_logits": _attention_logits,
     "transition": lambda taps: taps.transition,

@@ -42,7 +42,7 @@ class TokenView:
     def __init__(
         self,
         tokens: Tensor,
-        site: Site = Site("vision", 0),
+        site: Site | None = None,
         size: Tensor | None = None,
         num_prefix: int = 0,
         depth: int = 1,
@@ -68,7 +68,7 @@ class TokenView:
         if size is not None and size.shape != (batch, n):
             raise ParameterError(f"TokenView.size must be [B, N] = [{batch}, {n}], got {list(size.shape)}")
         self.tokens = tokens
-        self.site = site
+        self.site = Site("vision", 0) if site is None else site
         self.size = size
         self.num_prefix = num_prefix
         self.depth = depth

@@ -15,7 +15,7 @@ from .exact import exact
 EPS = 1e-12
 """Smallest length by which a row is divided."""
 
-_LAST = 1e30  # above every state of the greedy choice: a row to take only when no free one is left
+_LAST = 1e30  # above every state of the greedy choice
 
 
 # ---------------------------------------------------------------------- rows
@@ -365,9 +365,9 @@ def greedy_select(
             it goes on with the invalid ones, lowest index first.
 
     Returns:
-        The choice in the order taken, int64 `[B, k]`, and the state at which each was taken, fp32 `[B, k]` (the
-        maximum or the sum of similarities; NaN for the first). The lowest index wins a tie; rows that are not finite
-        come after the others.
+        The choice in the order taken, int64 `[B, k]`, and the state at which each was taken, fp32 `[B, k]`: the
+        maximum or the sum of similarities; NaN for the first and for rows taken because no other was left. The lowest
+        index wins a tie; rows that are not finite come after the others.
     """
     batch, n, _ = x.shape
     if k == 0:
@@ -380,24 +380,25 @@ def greedy_select(
             wide = x.float()
             square = (wide * wide).sum(-1)
             gram = (wide @ wide.transpose(1, 2)).mul_(2.0).sub_(square.unsqueeze(2)).sub_(square.unsqueeze(1))
-        # What stands in the way of a row: nothing, being NaN, being invalid, being chosen. The next tier opens only
-        # when the one before is empty, without a branch.
-        tier = torch.where(gram.diagonal(dim1=1, dim2=2).isnan(), _LAST, 0.0)
-        if valid is not None:
-            tier = torch.where(valid, tier, 2.0 * _LAST)
-        rows = gram.nan_to_num_(nan=0.0).reshape(batch * n, n)
+        # A row that is to be taken late has a state that no similarity reaches and that none changes: 1e30 where it is
+        # not finite, 2e30 where it is not valid, infinity once it is chosen.
+        late = gram.diagonal(dim1=1, dim2=2).isnan()
+        rows = gram.masked_fill_(gram.isnan(), 0.0).reshape(batch * n, n)
         offset = torch.arange(0, batch * n, n, device=x.device)
-        order, value = [start], [rows.new_full((batch,), float("nan"))]
-        state = rows.index_select(0, start + offset)
-        tier.scatter_(1, start.unsqueeze(1), float("inf"))
+        state = rows.index_select(0, start + offset).masked_fill_(late, _LAST)
+        if valid is not None:
+            state.masked_fill_(~valid, 2.0 * _LAST)
+        state.scatter_(1, start.unsqueeze(1), float("inf"))
+        order, value = [start], [state.new_full((batch,), float("nan"))]
         for _ in range(k - 1):
-            pick = torch.where(tier > 0, tier, state).argmin(1)
+            least, pick = state.min(1)
             order.append(pick)
-            value.append(state.gather(1, pick.unsqueeze(1)).squeeze(1))
+            value.append(least)
             row = rows.index_select(0, pick + offset)
             state = state.add_(row) if rule == "sum" else torch.maximum(state, row, out=state)
-            tier.scatter_(1, pick.unsqueeze(1), float("inf"))
-        return torch.stack(order, 1), torch.stack(value, 1)
+            state.scatter_(1, pick.unsqueeze(1), float("inf"))
+        taken = torch.stack(value, 1)
+        return torch.stack(order, 1), taken.masked_fill_(taken >= _LAST, float("nan"))
 
 
 # ---------------------------------------------------------------------- statistics and attention

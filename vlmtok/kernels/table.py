@@ -150,9 +150,9 @@ TILES: tuple[Tile, ...] = (
     Tile("greedy_select", 4, LIMIT_GREEDY, 0, 1, LIMIT_GREEDY, 0, 32),
     # merge_rows: m entries are looked at in a step, n channels are a program's.
     Tile("merge_rows", 4, 256, 0, 512, 256, 0, 4),
+    Tile("merge_rows", 4, 512, 0, 512, 512, 0, 4),
     Tile("merge_rows", 4, 1024, 0, 512, 1024, 0, 4),
-    Tile("merge_rows", 4, 2048, 0, 512, 2048, 0, 4),
-    Tile("merge_rows", 4, _ANY, 0, 512, 4096, 0, 8),
+    Tile("merge_rows", 4, _ANY, 0, 512, 2048, 0, 8),
     Tile("transition_stats", 4, 1024, 0, 1, 1024, 0, 4),
     Tile("transition_stats", 4, _ANY, 0, 1, 2048, 0, 8),
     Tile("received_attention", 2, 64, 0, 64, 64, 64, 4),

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import INTERPRETS, KernelError
+from .reference import EPS
+from .table import Tile
 
 launches = 0
 """Kernels launched so far by this process, one program grid each."""
@@ -72,6 +74,15 @@ def step(d: int, k: int) -> tuple[bool, int]:
     return d <= k, max(16, min(k, triton.next_power_of_2(max(d, 1)))) if d <= k else k
 
 
+def scales_first(one_step: bool, config: Tile) -> bool:
+    """Whether row lengths are worth a launch of their own.
+
+    They are where rows are read in steps, and where many programs would measure the same columns again; small grids
+    are bound by the number of launches.
+    """
+    return not one_step or config.programs > 0
+
+
 @triton.jit
 def load_rows(x, rows, there, stride, features, d):
     """Tile of rows `[len(rows), len(features)]`; zeros where a row is not there or a feature is beyond d."""
@@ -89,13 +100,47 @@ def dot_rows(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_length(x):
-    """Lengths of the rows of a tile, fp32."""
+def tile_scale(x, EPS: tl.constexpr):
+    """1 / length of the rows of a tile, fp32; NaN for a row whose length is not finite."""
     wide = x.to(tl.float32)
-    return tl.sqrt(tl.sum(wide * wide, 1))
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    return tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS), float("nan"))
 
 
-@triton.jit
-def inverse_length(length, there, EPS: tl.constexpr):
-    """1 / length, 0 for a row that is not there or not finite."""
-    return tl.where(there & (length < float("inf")), 1.0 / tl.maximum(length, EPS), 0.0)
+@triton.jit(do_not_specialize=["rows", "n"])
+def _scale_kernel(
+    x, scale, rows, n, d, x_batch, x_row, EPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = row < rows
+    at = x + (row // n).to(tl.int64) * x_batch + (row % n).to(tl.int64) * x_row
+    feature = tl.arange(0, BK)
+    squares = tl.zeros((BM, BK), tl.float32)
+    for k in range(0, d, BK):
+        mask = there[:, None] & (k + feature < d)[None, :]
+        tile = tl.load(at[:, None] + k + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += tile * tile
+    length = tl.sqrt(tl.sum(squares, 1))
+    value = tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS), float("nan"))
+    tl.store(scale + row, value, mask=there)
+
+
+def row_scale(x: Tensor) -> Tensor:
+    """1 / length of every row, NaN for a row whose length is not finite; one launch.
+
+    Args:
+        x: `[B, N, D]`, last axis contiguous.
+
+    Returns:
+        fp32 `[B, N]`.
+    """
+    batch, n, d = x.shape
+    scale = x.new_empty(batch, n, dtype=torch.float32)
+    rows = batch * n
+    k = max(16, min(256, triton.next_power_of_2(max(d, 1))))
+    m = 16
+    launch(
+        _scale_kernel, triton.cdiv(rows, m), x, x, scale, rows, n, d, x.stride(0), x.stride(1),
+        warps=4, EPS=EPS, BM=m, BK=k,
+    )  # fmt: skip
+    return scale

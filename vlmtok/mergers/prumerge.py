@@ -100,10 +100,11 @@ def gather_neighbours(
     batch, n = score.shape
     k = kept.shape[1]
     count = min(neighbours, n - 1)
-    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+    with kernels.exact(keys.device):
         unit = kernels.unit_rows(keys).nan_to_num(0.0)
-        rows = unit.gather(1, kept.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
-        similarity = (rows @ unit.transpose(1, 2)).scatter(2, kept.unsqueeze(-1), float("-inf"))
+        similarity = (kernels.take_rows(unit, kept) @ unit.transpose(1, 2)).scatter(
+            2, kept.unsqueeze(-1), float("-inf")
+        )
         near = similarity.argsort(dim=2, descending=True, stable=True)[:, :, :count]
     slot = torch.arange(k, device=keys.device).unsqueeze(-1)
     near_slot = torch.where(valid.unsqueeze(-1), slot, -1).expand(batch, k, count)

@@ -44,12 +44,8 @@ def dominant_and_contextual(score: Tensor, keys: Tensor, dominant: int, contextu
     spans = rest[:, : stride * contextual].unflatten(1, (contextual, stride))
     targets = spans[:, :, 0]
     joining = torch.cat([spans[:, :, 1:].flatten(1), rest[:, stride * contextual :]], 1)
-    _, target = kernels.match_max(_rows(keys, joining), _rows(keys, targets))
+    _, target = kernels.match_max(kernels.take_rows(keys, joining), kernels.take_rows(keys, targets))
     return kept, targets, joining, target
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 @register_method

@@ -36,7 +36,7 @@ def instruction_relevance(x: Tensor, text: Tensor) -> Tensor:
     Returns:
         fp32 `[B, N]`, higher is closer; CLIP's patch tokens want it negated (see `CDPruner`).
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with kernels.exact(x.device):
         target = kernels.unit_rows(text)
         return (kernels.unit_rows(x) @ target.transpose(-1, -2)).mean(-1)
 
@@ -80,7 +80,7 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | 
     Returns:
         int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN rows come last.
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with kernels.exact(x.device):
         unit = kernels.unit_rows(x)
         batch, n, _ = unit.shape
         bad = unit.isnan().any(-1)

@@ -28,7 +28,7 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
     Returns:
         int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN tokens come last.
     """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with kernels.exact(x.device):
         unit = kernels.unit_rows(x)
         weight = saliency.float() ** alpha
         bad = unit.isnan().any(-1) | weight.isnan()

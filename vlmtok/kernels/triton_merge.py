@@ -1,0 +1,245 @@
+"""Merging rows in gather form: one program an output row, no atomics, the same bits every run."""
+
+# mypy: allow-untyped-defs
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .table import Tile, tile
+from .triton_common import launch, rows_of
+
+
+@triton.jit
+def _next(hit, entry, last):
+    """The first entry behind `last` that is hit (a large number if there is none)."""
+    return tl.min(tl.where(hit & (entry > last), entry, 2147483647), 0)
+
+
+@triton.jit
+def _row(x, index, n, stride, channel, d):
+    """A row in fp32; NaN where the index is outside, which would otherwise read foreign memory."""
+    width = tl.where((index >= 0) & (index < n), d, 0)
+    return tl.load(x + index * stride + channel, mask=channel < width, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _owns(keep, src, dst, entry, token, slots, entry_stride_src, entry_stride_dst, keep_stride, BM: tl.constexpr):
+    """Whether an entry is the first that names its token, and no slot keeps it."""
+    lane = tl.arange(0, BM)
+    found = tl.zeros((BM,), tl.int32)
+    for at in range(0, slots, BM):
+        k = at + lane
+        found += (tl.load(keep + k * keep_stride, mask=k < slots, other=-1) == token).to(tl.int32)
+    for at in range(0, entry, BM):
+        e = at + lane
+        same = tl.load(src + e * entry_stride_src, mask=e < entry, other=-1) == token
+        used = tl.load(dst + e * entry_stride_dst, mask=e < entry, other=-1) >= 0
+        found += (same & used).to(tl.int32)
+    return tl.sum(found, 0) == 0
+
+
+@triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
+def _merge_kernel(
+    x, size, keep, src, dst, keep_weight, src_weight, y, total,
+    n, slots, entries, d, prefix, suffix,
+    x_batch, x_row, size_batch, size_step, keep_batch, keep_step, src_batch, src_step, dst_batch, dst_step,
+    kw_batch, kw_step, sw_batch, sw_step,
+    WEIGHTED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    rows = prefix + slots + suffix
+    parts = tl.cdiv(d, BD)
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts) % rows
+    batch = (tl.program_id(0) // (parts * rows)).to(tl.int64)
+    x += batch * x_batch
+    size += batch * size_batch
+    keep += batch * keep_batch
+    src += batch * src_batch
+    dst += batch * dst_batch
+    channel = part * BD + tl.arange(0, BD)
+
+    slot = row - prefix
+    merges = (slot >= 0) & (slot < slots)
+    token = tl.load(keep + slot * keep_step, mask=merges, other=0).to(tl.int64) + prefix
+    if slot < 0:
+        token = row.to(tl.int64)
+    if slot >= slots:
+        token = (n - rows + row).to(tl.int64)
+    kept = _row(x, token, n, x_row, channel, d)
+    mass = tl.load(size + token * size_step, mask=(token >= 0) & (token < n), other=float("nan"))
+    whole = mass
+    change = tl.zeros((BD,), tl.float32)
+    entry_lane = tl.arange(0, BM)
+    for at in range(0, tl.where(merges, entries, 0), BM):
+        entry = at + entry_lane
+        hit = tl.load(dst + entry * dst_step, mask=entry < entries, other=-1) == slot
+        last = at - 1
+        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
+            last = _next(hit, entry, last)
+            named = tl.load(src + last * src_step).to(tl.int64)
+            token = named + prefix
+            joining = _row(x, token, n, x_row, channel, d)
+            own = tl.load(size + token * size_step, mask=(token >= 0) & (token < n), other=float("nan"))
+            if WEIGHTED:
+                change += tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32) * joining
+                if part == 0:
+                    if _owns(keep, src, dst, last, named, slots, src_step, dst_step, keep_step, BM):
+                        whole += own
+            else:
+                change += own * (joining - kept)
+                whole += own
+    if WEIGHTED:
+        weight = tl.load(keep_weight + batch * kw_batch + slot * kw_step, mask=merges, other=1.0).to(tl.float32)
+        result = tl.where(merges, weight * kept + change, kept)
+    else:
+        result = tl.where(whole == mass, kept, kept + change / whole)  # alone: bit for bit
+    at = batch * rows + row
+    tl.store(y + at * d + channel, result.to(y.dtype.element_ty), mask=channel < d)
+    if part == 0:
+        tl.store(total + at, whole)
+
+
+@triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
+def _merge_grad_kernel(
+    grad, keep, src, dst, keep_weight, src_weight, out,
+    n, slots, entries, d, prefix, suffix,
+    grad_batch, grad_row, keep_batch, keep_step, src_batch, src_step, dst_batch, dst_step,
+    kw_batch, kw_step, sw_batch, sw_step,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(d, BD)
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts) % n
+    batch = (tl.program_id(0) // (parts * n)).to(tl.int64)
+    grad += batch * grad_batch
+    keep += batch * keep_batch
+    src += batch * src_batch
+    dst += batch * dst_batch
+    channel = part * BD + tl.arange(0, BD)
+    rows = prefix + slots + suffix
+    token = row - prefix
+    inner = (token >= 0) & (row < n - suffix)
+    result = tl.zeros((BD,), tl.float32)
+    if token < 0:
+        result += _row(grad, row.to(tl.int64), rows, grad_row, channel, d)
+    if row >= n - suffix:
+        result += _row(grad, (rows - n + row).to(tl.int64), rows, grad_row, channel, d)
+    lane = tl.arange(0, BM)
+    for at in range(0, tl.where(inner, slots, 0), BM):
+        slot = at + lane
+        hit = tl.load(keep + slot * keep_step, mask=slot < slots, other=-1) == token
+        last = at - 1
+        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
+            last = _next(hit, slot, last)
+            weight = tl.load(keep_weight + batch * kw_batch + last * kw_step).to(tl.float32)
+            result += weight * _row(grad, (prefix + last).to(tl.int64), rows, grad_row, channel, d)
+    for at in range(0, tl.where(inner, entries, 0), BM):
+        entry = at + lane
+        goal = tl.load(dst + entry * dst_step, mask=entry < entries, other=-1)
+        hit = (tl.load(src + entry * src_step, mask=entry < entries, other=-1) == token) & (goal >= 0)
+        last = at - 1
+        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
+            last = _next(hit, entry, last)
+            weight = tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32)
+            slot_row = tl.load(dst + last * dst_step).to(tl.int64) + prefix
+            result += weight * _row(grad, slot_row, rows, grad_row, channel, d)
+    tl.store(out + (batch * n + row) * d + channel, result.to(out.dtype.element_ty), mask=channel < d)
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Both strides of each `[B, N]` tensor."""
+    return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride())]
+
+
+def merge_rows(
+    x: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    *,
+    keep_weight: Tensor | None = None,
+    src_weight: Tensor | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+    config: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`vlmtok.kernels.merge_rows` in Triton: rows and sizes in one launch.
+
+    Args:
+        x: `[B, prefix + N + suffix, C]`.
+        size: fp32 `[B, prefix + N + suffix]`.
+        keep: int64 `[B, K]`.
+        src: int64 `[B, R]`.
+        dst: int64 `[B, R]`.
+        keep_weight: `[B, K]`, or None.
+        src_weight: `[B, R]`, or None.
+        prefix: rows in front that stay.
+        suffix: rows behind that stay.
+        config: a row of the tile table; None takes the one that fits.
+
+    Returns:
+        The rows and their sizes.
+    """
+    x = rows_of(x)
+    batch, n, d = x.shape
+    slots, entries = keep.shape[1], src.shape[1]
+    rows = prefix + slots + suffix
+    y = x.new_empty(batch, rows, d)
+    total = size.new_empty(batch, rows)
+    config = config or tile("merge_rows", x.element_size(), d)
+    parts = max(1, triton.cdiv(d, config.n))  # a row without channels still has a size
+    launch(
+        _merge_kernel, batch * rows * parts, x,
+        x, size, keep, src, dst, keep_weight, src_weight, y, total, n, slots, entries, d, prefix, suffix,
+        x.stride(0), x.stride(1), *_strides(size, keep, src, dst, keep_weight, src_weight),
+        warps=config.warps, WEIGHTED=keep_weight is not None, BM=config.m, BD=config.n,
+    )  # fmt: skip
+    return y, total
+
+
+def merge_rows_grad(
+    grad: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    keep_weight: Tensor,
+    src_weight: Tensor,
+    n: int,
+    prefix: int = 0,
+    suffix: int = 0,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """Gradient of `merge_rows` with respect to x in Triton; see `vlmtok.kernels.reference.merge_rows_grad`.
+
+    Args:
+        grad: `[B, prefix + K + suffix, C]`.
+        keep: int64 `[B, K]`.
+        src: int64 `[B, R]`.
+        dst: int64 `[B, R]`.
+        keep_weight: `[B, K]`.
+        src_weight: `[B, R]`.
+        n: rows of x.
+        prefix: rows in front that stay.
+        suffix: rows behind that stay.
+        config: a row of the tile table; None takes the one that fits.
+
+    Returns:
+        `[B, n, C]` in the dtype of `grad`.
+    """
+    grad = rows_of(grad)
+    batch, _, d = grad.shape
+    out = grad.new_empty(batch, n, d)
+    config = config or tile("merge_rows", grad.element_size(), d)
+    launch(
+        _merge_grad_kernel, batch * n * triton.cdiv(d, config.n), grad,
+        grad, keep, src, dst, keep_weight, src_weight, out, n, keep.shape[1], src.shape[1], d, prefix, suffix,
+        grad.stride(0), grad.stride(1), *_strides(keep, src, dst, keep_weight, src_weight),
+        warps=config.warps, BM=config.m, BD=config.n,
+    )  # fmt: skip
+    return out

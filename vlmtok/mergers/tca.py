@@ -1,0 +1,700 @@
+"""TCA: condense a tower's tokens, remember class tokens of reliable pictures, and correct predictions with them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..errors import MissingSignal, ParameterError
+from ..method import Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..pruners.random import random_subset
+from ..reduction import Reduction
+from ..view import TokenView
+
+POLICIES = ("diversity", "similarity", "entropy", "fifo")
+
+
+# ---------------------------------------------------------------------- schedule
+@dataclass(frozen=True)
+class Condensation:
+    """How many patches of a layer go where.
+
+    Attributes:
+        kept: stay as they are, by falling score.
+        middle: are condensed to `centers` tokens.
+        fused: the lowest, summed into one token (0 leaves that token out).
+        centers: coreset centres.
+    """
+
+    kept: int
+    middle: int
+    fused: int
+    centers: int
+
+    @property
+    def slots(self) -> int:
+        """Tokens that leave the layer, CLS not counted."""
+        return self.kept + self.centers + (self.fused > 0)
+
+
+def condensation(n: int, m: int, centers: int = 4, fuse: bool = True) -> Condensation:
+    """Splits n patches by the release's one number: m - 1 are fused, 2 m condensed, the rest stays.
+
+    Args:
+        n: patches that arrive; one alone stays.
+        m: at most (n + 1) // 3, more is capped.
+        centers: coreset centres, at most 2 m.
+        fuse: keep a token for the fused ones; False drops them.
+
+    Returns:
+        The counts.
+    """
+    if n < 2:
+        return Condensation(n, 0, 0, 0)
+    m = max(1, min(m, (n + 1) // 3))
+    return Condensation(n + 1 - 3 * m, 2 * m, m - 1 if fuse else 0, min(centers, 2 * m))
+
+
+def from_ratio(ratio: float, n: int, centers: int = 4) -> int:
+    """The number m for a share of patches that a layer keeps (the paper's R): ``ratio * n + 2`` leave it."""
+    return int(((1.0 - ratio) * n + centers) / 3.0 + 0.5)
+
+
+def from_drop_rate(drop_rate: float, n: int) -> int:
+    """The number m for the release's drop rate, about a third of 1 - R: ``n + 1 - ceil((1 - drop_rate) n)``."""
+    return n + 1 - math.ceil((1.0 - drop_rate) * n)
+
+
+def schedule(ratio: float, n: int, layers: int = 3, centers: int = 4) -> list[int]:
+    """Patches that leave each condensing layer, for a share per layer: 178, 163, 148 of 196 for 0.9.
+
+    Args:
+        ratio: the paper's R.
+        n: patches that enter the tower.
+        layers: condensing layers.
+        centers: coreset centres.
+
+    Returns:
+        `layers` numbers, CLS not counted; a layer that would not get shorter leaves all.
+    """
+    left = []
+    for _ in range(layers):
+        slots = condensation(n, from_ratio(ratio, n, centers), centers).slots
+        n = min(n, slots)
+        left.append(n)
+    return left
+
+
+# ---------------------------------------------------------------------- condensation
+def cross_head_rank(attention: Tensor) -> Tensor:
+    """Mean over heads of a patch's rank by class-token attention (arXiv 2410.14729): one loud head does not decide.
+
+    Args:
+        attention: `[B, H, N]`.
+
+    Returns:
+        fp32 `[B, N]` in [0, 1): the lowest rank is 0, the highest (N - 1) / N; the lower index ranks higher in a tie.
+    """
+    n = attention.shape[2]
+    score = torch.where(attention.isnan(), float("-inf"), attention.float())
+    place = score.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    return (n - 1 - place).float().mean(1) / n
+
+
+def coreset(x: Tensor, k: int, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Condenses tokens to k centres: k-center greedy by Euclidean distance, then means weighted by 1 / distance.
+
+    Args:
+        x: `[B, N, C]`, any floating dtype.
+        k: centres; N where there are fewer tokens.
+        first: int64 `[B]`, the first centre.
+
+    Returns:
+        The centres in the order chosen, int64 `[B, k]`; the centre that each token joins, int64 `[B, N]`; and its
+        weight there, fp32 `[B, N]`, a sum of 1 per centre. A token at no distance, the centre itself included, weighs
+        as at distance 1. A centre always keeps itself, also as a copy of an earlier one.
+    """
+    k = min(k, x.shape[1])
+    centers, _ = kernels.greedy_select(x, k, first, rule="max", metric="l2")
+    wide = x.float()
+    chosen = kernels.take_rows(wide, centers)
+    # Differences, not a Gram matrix: only they are exactly 0 for equal tokens.
+    distance = torch.stack([(wide - chosen[:, j : j + 1]).norm(dim=-1) for j in range(k)], -1)
+    order = torch.arange(k, device=x.device).expand(x.shape[0], k)
+    joins = distance.argmin(-1).scatter(1, centers, order)
+    near = distance.gather(2, joins.unsqueeze(-1)).squeeze(-1)
+    weight = torch.where(near == 0, 1.0, 1.0 / near.clamp(min=1e-30))
+    total = torch.zeros_like(weight[:, :k]).scatter_add(1, joins, weight)
+    return centers, joins, weight / total.gather(1, joins)
+
+
+def condense(x: Tensor, score: Tensor, weight: Tensor, plan: Condensation, first: Tensor) -> Reduction:
+    """Keeps the best patches, condenses the middle ones to a coreset, and fuses the rest.
+
+    Args:
+        x: `[B, N, C]`, patches between attention and MLP.
+        score: `[B, N]`, higher stays.
+        weight: fp32 `[B, N]`, class-token attention, with which patches are fused (not normalised).
+        plan: how many go where.
+        first: int64 `[B]`, the coreset's first centre, counted in the middle patches by falling score.
+
+    Returns:
+        Slots: kept patches by falling score, centres in the order chosen, the fused token.
+    """
+    score = torch.where(score.isnan(), float("-inf"), score.float())
+    order = score.argsort(dim=1, descending=True, stable=True)
+    edge = plan.kept + plan.middle
+    kept, middle, low = order[:, : plan.kept], order[:, plan.kept : edge], order[:, edge : edge + plan.fused]
+    centers, joins, share = coreset(kernels.take_rows(x, middle), plan.centers, first)
+    own = torch.zeros_like(joins, dtype=torch.bool).scatter(1, centers, True)
+    slot = torch.where(own, -1, joins + plan.kept)
+    mass = weight.float().gather(1, low)
+    keep = torch.cat([kept, middle.gather(1, centers), low[:, :1]], 1)
+    keep_weight = torch.cat([torch.ones_like(kept, dtype=torch.float32), share.gather(1, centers), mass[:, :1]], 1)
+    src = torch.cat([middle, low[:, 1:]], 1)
+    dst = torch.cat([slot, torch.full_like(low[:, 1:], plan.kept + plan.centers)], 1)
+    return Reduction(keep, src, dst, keep_weight, torch.cat([share, mass[:, 1:]], 1))
+
+
+# ---------------------------------------------------------------------- reservoir
+def evict(entropy: Tensor, vectors: Tensor, ids: Tensor, policy: str) -> int:
+    """Which of a class's items leaves when it holds one too many.
+
+    Args:
+        entropy: fp32 `[m]`, of the predictions, in nats.
+        vectors: `[m, E]`, what items are compared by.
+        ids: int64 `[m]`, rising with the time at which an item came.
+        policy: ``"diversity"`` the greatest entropy plus mean cosine to the others (released default),
+            ``"similarity"`` the greatest entropy plus w (1 - mean cosine), w the ratio of their ranges rounded down
+            (released, `div` off), ``"entropy"`` the greatest entropy (paper), ``"fifo"`` the oldest.
+
+    Returns:
+        Its index; the lowest wins a tie.
+    """
+    if policy == "fifo":
+        return int(ids.argmin())
+    if policy == "entropy":
+        return int(entropy.argmax())
+    unit = kernels.unit_rows(vectors)
+    with kernels.exact(vectors.device):
+        cosine = unit @ unit.T
+    others = max(1, len(entropy) - 1)
+    alike = (cosine.sum(1) - cosine.diagonal()) / others
+    if policy == "diversity":
+        return int((entropy + alike).argmax())
+    alone = 1.0 - alike
+    spread = float(alone.max() - alone.min())
+    scale = int(float(entropy.max() - entropy.min()) / spread) if spread > 0 else 0
+    return int((entropy + scale * alone).argmax())
+
+
+def layer_weights(layers: int, scale: float) -> Tensor:
+    """Weights of a tower's layers in the correction: the softmax of 0 to 1 over `scale`.
+
+    Args:
+        layers: how many.
+        scale: small looks at the last layer alone, large at all alike.
+
+    Returns:
+        float64 `[layers]` (in fp32 the exponentials overflow), a sum of 1.
+    """
+    return torch.softmax(torch.linspace(0.0, 1.0, layers, dtype=torch.float64) / scale, 0)
+
+
+class Reservoir(nn.Module):
+    """Class tokens of the most reliable pictures of each class; the state of one stream of pictures.
+
+    It is not made for several threads: one stream, one compression. Buffers take their sizes with the first picture.
+
+    Attributes:
+        tokens: `[classes, capacity, layers, C]`, class token behind every layer.
+        features: `[classes, capacity, E]`, picture features, where items are compared by them (else E = 0).
+        entropy: fp32 `[classes, capacity]`, ascending, +inf where empty.
+        ids: int64 `[classes, capacity]`, number of the picture in the stream, -1 where empty.
+        seen: int64, pictures so far.
+        vocabulary: uint8 `[32]`, digest of the class embeddings, zeros while unknown.
+        anchors: `[classes, layers, C]`, mean of a class's items.
+        anchored: bool `[classes]`, which of them may be used.
+        active: whether any may; a host flag, so that a forward asks no tensor.
+        frozen: whether updates are off.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    entropy: Tensor
+    ids: Tensor
+    seen: Tensor
+    vocabulary: Tensor
+    anchors: Tensor
+    anchored: Tensor
+
+    def __init__(self, capacity: int, gate: str = "all_classes", frozen: bool = False) -> None:
+        """An empty reservoir.
+
+        Args:
+            capacity: items of a class.
+            gate: ``"all_classes"`` or ``"per_class"``, see `TCA`.
+            frozen: updates off.
+        """
+        super().__init__()
+        self.capacity = capacity
+        self.gate = gate
+        self.frozen = frozen
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, the classes too."""
+        device = self.seen.device if hasattr(self, "seen") else None
+        self._known: weakref.ref[Tensor] | None = None
+        self.active = False
+        for name, shape, dtype in (
+            ("tokens", (0, self.capacity, 0, 0), torch.float32),
+            ("features", (0, self.capacity, 0), torch.float32),
+            ("entropy", (0, self.capacity), torch.float32),
+            ("ids", (0, self.capacity), torch.int64),
+            ("seen", (), torch.int64),
+            ("vocabulary", (32,), torch.uint8),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        for name, shape, dtype in (("anchors", (0, 0, 0), torch.float32), ("anchored", (0,), torch.bool)):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are; 0 before the first picture."""
+        return self.ids.shape[0]
+
+    def check_vocabulary(self, classes: int, text_features: Tensor | None) -> None:
+        """Binds the reservoir to a list of classes, or checks that it is still the same.
+
+        Args:
+            classes: number of logits.
+            text_features: `[classes, E]`, embeddings of the class names, where they are known.
+
+        Raises:
+            ParameterError: another list of classes.
+        """
+        if self.classes and self.classes != classes:
+            raise ParameterError(
+                f"the reservoir holds {self.classes} classes, these logits have {classes}; call run.reset() first"
+            )
+        if text_features is None or (self._known is not None and self._known() is text_features):
+            return
+        plain = text_features.detach().float().cpu().contiguous()
+        digest = hashlib.sha256(plain.numpy().tobytes()).digest()
+        now = torch.tensor(list(digest), dtype=torch.uint8, device=self.vocabulary.device)
+        if bool(self.vocabulary.any()) and not torch.equal(now, self.vocabulary):
+            raise ParameterError(
+                "the class embeddings are not those that the reservoir was filled with; call run.reset() first"
+            )
+        self.vocabulary = now
+        self._known = weakref.ref(text_features)
+
+    def add(
+        self, label: int, tokens: Tensor, entropy: Tensor, feature: Tensor | None, policy: str, classes: int
+    ) -> int | None:
+        """Takes a picture in, and lets one of its class go where there are too many.
+
+        Args:
+            label: predicted class.
+            tokens: `[layers, C]`, its class token behind every layer.
+            entropy: fp32 scalar.
+            feature: `[E]`, compare items by it; None compares them by the mean of `tokens` over layers.
+            policy: as in `evict`.
+            classes: how many there are.
+
+        Returns:
+            Its place in its class, or None where it was let go itself.
+        """
+        if not self.classes:
+            self._allocate(classes, tokens, feature)
+        held = int((self.ids[label] >= 0).sum())
+        number = int(self.seen)
+        self.seen = self.seen + 1
+        width = self.features.shape[2]
+        own = feature if feature is not None and width else tokens.new_zeros(width)
+        items = torch.cat([self.tokens[label, :held], tokens.to(self.tokens).unsqueeze(0)])
+        features = torch.cat([self.features[label, :held], own.to(self.features).unsqueeze(0)])
+        entropies = torch.cat([self.entropy[label, :held], entropy.to(self.entropy).reshape(1)])
+        ids = torch.cat([self.ids[label, :held], self.ids.new_tensor([number])])
+        if held == self.capacity:
+            gone = evict(entropies, features if width else items.float().mean(1), ids, policy)
+            stay = torch.arange(held + 1, device=ids.device) != gone
+            items, features, entropies, ids = items[stay], features[stay], entropies[stay], ids[stay]
+        order = entropies.argsort(stable=True)
+        count = len(order)
+        self.tokens[label, :count] = items[order]
+        self.features[label, :count] = features[order]
+        self.entropy[label, :count] = entropies[order]
+        self.ids[label, :count] = ids[order]
+        self._refresh(label)
+        place = (self.ids[label] == number).nonzero()
+        return int(place[0]) if len(place) else None
+
+    def anchor(self, token: Tensor, layer: int) -> Tensor:
+        """The class anchor most similar to each row's class token.
+
+        Args:
+            token: `[B, C]`, class token at the start of a block.
+            layer: the layer before that block.
+
+        Returns:
+            `[B, C]`.
+        """
+        table = self.anchors[:, layer]
+        with kernels.exact(token.device):
+            similarity = kernels.unit_rows(token) @ kernels.unit_rows(table).T
+            similarity = torch.where(self.anchored & ~similarity.isnan(), similarity, float("-inf"))
+            return table[similarity.argmax(1)]
+
+    def affinity(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """How similar a picture is to every item, over layers.
+
+        Args:
+            tokens: `[layers, C]`.
+            weights: `[layers]`.
+
+        Returns:
+            Mean cosine of each item, fp32 `[items]`, and (class, place) of each, int64 `[items, 2]`.
+        """
+        where = (self.ids >= 0).nonzero()
+        items = kernels.unit_rows(self.tokens[where[:, 0], where[:, 1]])
+        cosine = (items * kernels.unit_rows(tokens.to(items.device))).sum(-1)
+        return (cosine * weights.to(cosine)).sum(-1), where
+
+    # ------------------------------------------------------------------ bookkeeping
+    def _allocate(self, classes: int, tokens: Tensor, feature: Tensor | None) -> None:
+        layers, width = tokens.shape
+        make = tokens.new_zeros
+        self.tokens = make(classes, self.capacity, layers, width)
+        self.features = make(classes, self.capacity, 0 if feature is None else feature.shape[-1], dtype=torch.float32)
+        self.entropy = make(classes, self.capacity, dtype=torch.float32).fill_(float("inf"))
+        self.ids = make(classes, self.capacity, dtype=torch.int64).fill_(-1)
+        self.seen, self.vocabulary = self.seen.to(tokens.device), self.vocabulary.to(tokens.device)
+        self.anchors = make(classes, layers, width)
+        self.anchored = make(classes, dtype=torch.bool)
+
+    def _refresh(self, label: int) -> None:
+        """Makes the anchor of a class anew, and says which anchors may be used: it takes two items of a class."""
+        held = (self.ids >= 0).sum(1)
+        count = int(held[label])
+        self.anchors[label] = self.tokens[label, :count].float().mean(0).to(self.anchors.dtype)
+        enough = held >= 2
+        self.anchored = enough & enough.all() if self.gate == "all_classes" else enough
+        self.active = bool(self.anchored.any())
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("tokens", "features", "entropy", "ids"):
+            saved = state.get(prefix + name)
+            if saved is not None:
+                if saved.shape[1] != self.capacity:
+                    raise ParameterError(
+                        f"the saved reservoir holds {saved.shape[1]} items a class, this one {self.capacity}"
+                    )
+                setattr(self, name, torch.empty_like(saved, device=self.seen.device))
+        super()._load_from_state_dict(state, prefix, *rest)
+        self._known = None
+        self.anchors = self.tokens.new_zeros(self.classes, *self.tokens.shape[2:])
+        self.anchored = torch.zeros(self.classes, dtype=torch.bool, device=self.ids.device)
+        self.active = False
+        for label in (self.ids >= 0).any(1).nonzero().flatten().tolist():
+            self._refresh(label)
+
+
+# ---------------------------------------------------------------------- the method
+_CONFIG: dict[str, tuple[int, float, float, float]] = {  # reservoir_size, scale, lambd, beta
+    "caltech101": (3, 1.0, 7.0, 6.0),
+    "dtd": (3, 1.0, 2.0, 6.0),
+    "eurosat": (2, 5.0, 8.0, 7.0),
+    "fgvc": (3, 0.02, 2.0, 2.0),
+    "food101": (3, 0.01, 2.0, 5.0),
+    "imagenet": (3, 0.1, 3.0, 5.0),
+    "imagenet_a": (3, 0.01, 3.0, 5.0),
+    "imagenet_r": (3, 0.1, 3.0, 8.0),
+    "imagenet_s": (3, 0.1, 4.0, 8.0),
+    "imagenet_v": (3, 0.1, 4.0, 9.0),
+    "flowers": (3, 0.01, 7.0, 7.0),
+    "pets": (3, 5.5, 2.0, 6.0),
+    "cars": (3, 0.1, 1.5, 8.0),
+    "sun397": (3, 0.01, 4.0, 3.0),
+    "ucf101": (3, 0.01, 6.0, 8.0),
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "released": {},
+    "paper": {"score": "rank", "fuse": False, "policy": "entropy", "correction": "mean"},
+    "condense": {"reservoir_size": 0},
+    **{name: dict(zip(("reservoir_size", "scale", "lambd", "beta"), row)) for name, row in _CONFIG.items()},
+}
+
+
+@register_method
+@dataclass(eq=False)
+class TCA(Method):
+    """Condenses a CLIP tower's patches and adapts zero-shot classification to a stream of pictures, without training.
+
+    In three layers patches are ranked by the class token's attention: the best stay, the middle is condensed to a few
+    coreset centres, the lowest are fused into one token. A reservoir keeps the class tokens of each class's most
+    reliable pictures; the mean of the nearest class joins attention there as an anchor, and similarity to all items
+    corrects the logits (`vlmtok.zero_shot`, which calls `finish`).
+
+    The outcome depends on all pictures before, and on their order: `run.reset()` starts anew, `run.state_dict()`
+    saves the stream, another list of classes is refused. Where there are no classes (`reservoir_size=0`, or `finish`
+    is never called), it only condenses.
+
+    Args:
+        ratio: share of patches that a condensing layer keeps (the paper's R): about ``ratio * n + 2`` of n.
+        drop_rate: the release's number instead, about a third of 1 - R (0.035 is R = 0.9); then `ratio` has no part.
+        layers: condensing layers; L/4, L/2 and 3L/4 by default, the release's 3, 6, 9 of 12.
+        centers: coreset centres.
+        score: rank patches by ``"attn_mean"`` over heads, as released, or by ``"rank"``, the paper's cross-head rank.
+        fuse: keep one token for the lowest, weighted by their attention, as released; the paper drops them.
+        first: the coreset's first centre: ``"top"``, the patch of highest score; ``"random"``, one draw by `seed` for
+            each layer and size; an index among the condensed patches by falling score; or one index a layer.
+        seed: of that draw.
+        reservoir_size: items of a class; 0 leaves reservoir, anchors and correction out.
+        policy: who leaves a full class: ``"diversity"`` or ``"similarity"`` (released, `div` on and off),
+            ``"entropy"`` (paper) or ``"fifo"``.
+        similarity: compare items by the mean of their class ``"tokens"`` over layers, or by the picture ``"features"``.
+        anchor_gate: use anchors once ``"all_classes"`` hold two items, as released, or ``"per_class"``.
+        correction: ``"exp"`` sums exp(-beta (1 - a)) over a class's items, as released; ``"mean"`` is the sum of a over
+            `reservoir_size`, as in the paper.
+        scale: of the layers' weights in a, the weighted mean cosine; small looks at the last layer alone.
+        lambd: weight of the correction.
+        beta: its sharpness.
+        include_self: let a picture that entered the reservoir vote for itself, as released.
+        update: False freezes the reservoir (`run.memory().frozen` later).
+        batch_mode: ``"sequential"`` takes pictures one by one, ``"synchronous"`` a batch with the anchors from before
+            it, then updates and corrects in order; the two differ.
+    """
+
+    paper = "Is Less More? Exploring Token Condensation as Training-free Test-time Adaptation (ICCV 2025)"
+    arxiv = "2410.14729"
+    code = "https://github.com/Jo-wang/TCA"
+    parity = "streams index-exact with the release, blocks 1e-5, a tiny tower end to end 2e-4"
+    deviations = (
+        "ratio is the paper's R and is solved into the release's integers; drop_rate takes the release's number.",
+        "A layer that would not get shorter is left alone; the release rewrites it.",
+        "A centre that copies an earlier one keeps itself; the release emits a zero token. Nothing is rounded to fp16.",
+        "The first centre is not drawn from global random numbers.",
+        "A batch is several pictures; the release takes it for views of one.",
+        "Equal entropies and similarities evict the lowest index; the release divides by zero.",
+        "Logits with NaN change nothing.",
+        "Towers without a class token condense by received attention (reservoir_size=0).",
+    )
+
+    ratio: float = 0.9
+    drop_rate: float | None = None
+    layers: int | tuple[int, ...] | list[int] | None = None
+    centers: int = 4
+    score: str = "attn_mean"
+    fuse: bool = True
+    first: str | int | tuple[int, ...] | list[int] = "top"
+    seed: int = 0
+    reservoir_size: int = 3
+    policy: str = "diversity"
+    similarity: str = "tokens"
+    anchor_gate: str = "all_classes"
+    correction: str = "exp"
+    scale: float = 0.1
+    lambd: float = 3.0
+    beta: float = 5.0
+    include_self: bool = True
+    update: bool = True
+    batch_mode: str = "sequential"
+
+    def __post_init__(self) -> None:
+        check_range(self.ratio, "TCA", "ratio", 0, 1)
+        if self.drop_rate is not None:
+            check_range(self.drop_rate, "TCA", "drop_rate", 0, 1)
+        check_range(self.centers, "TCA", "centers", 1, kind=int)
+        check_choice(self.score, "TCA", "score", ("attn_mean", "rank"))
+        if isinstance(self.first, str):
+            check_choice(self.first, "TCA", "first", ("top", "random"))
+        else:
+            for index in self.first if isinstance(self.first, (tuple, list)) else [self.first]:
+                check_range(index, "TCA", "first", 0, kind=int)
+        check_range(self.seed, "TCA", "seed", kind=int)
+        check_range(self.reservoir_size, "TCA", "reservoir_size", 0, kind=int)
+        check_choice(self.policy, "TCA", "policy", POLICIES)
+        check_choice(self.similarity, "TCA", "similarity", ("tokens", "features"))
+        check_choice(self.anchor_gate, "TCA", "anchor_gate", ("all_classes", "per_class"))
+        check_choice(self.correction, "TCA", "correction", ("exp", "mean"))
+        check_range(self.scale, "TCA", "scale", 1e-6)
+        check_range(self.lambd, "TCA", "lambd", 0)
+        check_range(self.beta, "TCA", "beta", 0)
+        for name in ("fuse", "include_self", "update"):
+            check_choice(getattr(self, name), "TCA", name, (True, False))
+        check_choice(self.batch_mode, "TCA", "batch_mode", ("sequential", "synchronous"))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TCA:
+        """Named settings.
+
+        Args:
+            name: ``"released"`` (the defaults), ``"paper"`` where it differs from the release, ``"condense"`` (no
+                reservoir), or the released configuration of a data set, tuned on it: ``"imagenet"``, ``"imagenet_a"``
+                (``_r``, ``_s``, ``_v``), ``"caltech101"``, ``"dtd"``, ``"eurosat"``, ``"fgvc"``, ``"food101"``,
+                ``"flowers"``, ``"pets"``, ``"cars"``, ``"sun397"``, ``"ucf101"``.
+            overrides: parameters that differ.
+
+        Returns:
+            The method.
+
+        Raises:
+            ParameterError: no such preset or parameter.
+        """
+        check_choice(name, "TCA", "preset", tuple(_PRESETS))
+        return cls(**{**_PRESETS[name], **overrides})
+
+    # ------------------------------------------------------------------ condensation
+    def sites(self, layout: Layout) -> list[Site]:
+        """Class tokens behind every layer, anchors before and condensation inside the condensing ones."""
+        depth = layout.stage("vision", "TCA").depth
+        condensing = layout.layers("vision", self._layers(depth), "TCA")
+        classed = layout.gives("vision", "cls_attention")
+        if not classed and self.reservoir_size:
+            raise MissingSignal(
+                f"TCA keeps class tokens, and the tower of {layout.family} has none; reservoir_size=0 condenses there"
+            )
+        score = "cls_attention" if classed else "received_attention"
+        sites = [Site("vision", layer, "mid", (score,)) for layer in condensing]
+        if self.reservoir_size:
+            sites += [Site("vision", layer, "start", ("protected",)) for layer in condensing if layer > 0]
+            sites += [Site("vision", layer, "end", ("protected",)) for layer in layout.layers("vision")]
+        return sites
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Condenses between attention and MLP; notes the class token behind a layer."""
+        if view.site.point == "end":
+            view.row[f"cls.{view.layer}"] = view.signal("protected")[:, 0]
+        if view.site.point != "mid":
+            return None
+        counts = view.counts
+        plan = self._plan(counts.n)
+        if plan is None:
+            return None
+        if view.has("cls_attention"):
+            attention = view.signal("cls_attention").float()
+        else:
+            attention = view.signal("received_attention").float().unsqueeze(1)
+        weight = attention.mean(1)
+        score = cross_head_rank(attention) if self.score == "rank" else weight
+        first = self._first(plan.middle, counts, view.tokens)
+        return condense(view.tokens, score, weight, plan, first)
+
+    def count(self, counts: Counts) -> int:
+        """What condensation leaves; everything at other sites."""
+        plan = self._plan(counts.n) if counts.site.point == "mid" else None
+        return counts.n if plan is None else plan.slots
+
+    def insert(self, view: TokenView) -> Tensor | None:
+        """The anchor nearest to the class token `[B, 1, C]`, while there are anchors."""
+        memory = view.memory
+        if not isinstance(memory, Reservoir) or not memory.active or view.layer == 0:
+            return None
+        return memory.anchor(view.signal("protected")[:, 0], view.layer - 1).unsqueeze(1)
+
+    def build(self, layout: Layout) -> nn.Module | None:
+        """The reservoir, empty."""
+        if not self.reservoir_size:
+            return None
+        return Reservoir(self.reservoir_size, self.anchor_gate, frozen=not self.update)
+
+    # ------------------------------------------------------------------ adaptation
+    def finish(self, logits: Tensor, row: MutableMapping[str, Any], memory: nn.Module | None) -> Tensor:
+        """Takes the pictures of the last forward into the reservoir and corrects their logits.
+
+        Args:
+            logits: `[B, classes]`, scaled as for the softmax.
+            row: of that forward. Beside what this method noted, ``features`` `[B, E]` (needed for
+                ``similarity="features"``) and ``text_features`` `[classes, E]` (checked against the reservoir's).
+            memory: the reservoir.
+
+        Returns:
+            `[B, classes]`.
+
+        Raises:
+            ParameterError: another list of classes; several pictures in sequential mode; no class tokens were noted.
+        """
+        if not isinstance(memory, Reservoir):
+            return logits
+        names = sorted((name for name in row if name.startswith("cls.")), key=lambda name: int(name[4:]))
+        if not names:
+            raise ParameterError(
+                "TCA: no class tokens were noted; run the compressed tower before correcting its logits"
+            )
+        if self.batch_mode == "sequential" and len(logits) != 1:
+            raise ParameterError(
+                f"TCA: batch_mode='sequential' takes one picture at a time, got {len(logits)}; "
+                "batch_mode='synchronous' takes batches"
+            )
+        # What the reservoir keeps must outlive an inference mode that the caller may be in.
+        with torch.inference_mode(False), kernels.exact(logits.device):
+            memory.check_vocabulary(logits.shape[1], row.get("text_features"))
+            tokens = torch.stack([row[name] for name in names], 1).detach()
+            features = row.get("features") if self.similarity == "features" else None
+            if self.similarity == "features" and features is None:
+                raise ParameterError("TCA: similarity='features' needs the picture features in row['features']")
+            corrected = [
+                self._adapt(one, tokens[i], None if features is None else features[i].detach(), memory)
+                for i, one in enumerate(logits)
+            ]
+            return torch.stack(corrected)
+
+    def _adapt(self, logits: Tensor, tokens: Tensor, feature: Tensor | None, memory: Reservoir) -> Tensor:
+        """Update, then correction, for one picture."""
+        log_p = logits.float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum()
+        if bool(entropy.isnan()):
+            return logits
+        place, label = None, int(logits.argmax())
+        if not memory.frozen:
+            place = memory.add(label, tokens, entropy, feature, self.policy, len(logits))
+        if not memory.classes:
+            return logits
+        alike, where = memory.affinity(tokens, layer_weights(len(tokens), self.scale))
+        if self.correction == "exp":
+            vote = torch.exp(-self.beta * (1.0 - alike))
+        else:
+            vote = alike / self.reservoir_size
+        if not self.include_self and place is not None:
+            vote = torch.where((where[:, 0] == label) & (where[:, 1] == place), 0.0, vote)
+        votes = torch.zeros_like(log_p).index_add(0, where[:, 0].to(log_p.device), vote.to(log_p.device))
+        return (logits.float() + self.lambd * votes).to(logits.dtype)
+
+    # ------------------------------------------------------------------ settings
+    def _layers(self, depth: int) -> list[int]:
+        if self.layers is None:
+            return sorted({depth // 4, depth // 2, 3 * depth // 4})
+        return [self.layers] if isinstance(self.layers, int) else list(self.layers)
+
+    def _plan(self, n: int) -> Condensation | None:
+        """Where n patches go; None where the layer would not get shorter (`drop_rate` may keep the count)."""
+        released = self.drop_rate is not None
+        m = from_ratio(self.ratio, n, self.centers) if self.drop_rate is None else from_drop_rate(self.drop_rate, n)
+        plan = condensation(n, m, self.centers, self.fuse)
+        return plan if plan.slots < n or (released and plan.slots == n and plan.fused) else None
+
+    def _first(self, middle: int, counts: Counts, like: Tensor) -> Tensor:
+        """The first centre of each row, int64 `[B]`."""
+        batch = like.shape[0]
+        if self.first == "random":
+            return random_subset(middle, 1, self.seed, str(counts.site)).to(like.device).expand(batch)
+        if isinstance(self.first, (tuple, list)):
+            condensing = sorted(layer % counts.depth for layer in self._layers(counts.depth))
+            if len(condensing) != len(self.first):
+                raise ParameterError(f"TCA: first={self.first!r} must have one index for each of layers {condensing}")
+            index = self.first[condensing.index(counts.layer)]
+        else:
+            index = 0 if self.first == "top" else int(self.first)
+        if index >= middle:
+            raise ParameterError(f"TCA: first={index} does not exist among {middle} condensed patches")
+        return torch.full((batch,), index, dtype=torch.int64, device=like.device)
