@@ -21,7 +21,7 @@ from ..attachment import Attachment, Entry, replaying, weak
 from ..errors import CacheError, PassError, UnsupportedModel
 from ..ledger import Event, StageRun
 from ..ledger import Group as Booked
-from ..method import StageLayout
+from ..method import Site, StageLayout
 from ..rows import PAD, TEXT, Group, Moved, Picture, RowNotes, Rows, RowState
 from ..signals import DECODER_SIGNALS, DecoderTaps, Need
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
@@ -103,7 +103,14 @@ class Call:
 class Decoder:
     """Drives one language model."""
 
-    def __init__(self, attachment: Attachment, spec: VLMSpec, core: nn.Module, tower: Any = None) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        spec: VLMSpec,
+        core: nn.Module,
+        tower: Any = None,
+        tower_grid: tuple[int, int] | None = None,
+    ) -> None:
         self.attachment = attachment
         self.spec = spec
         lm = child(core, spec.lm)
@@ -119,7 +126,9 @@ class Decoder:
         self.call: Call | None = None
         self.muted = False
         self.last_rows: Rows | None = None
+        self.steps: list[tuple[Site, Tensor]] = []
         self.tower = tower
+        self.tower_grid = tower_grid
         self.projector = Projector(attachment, spec, tower)
         self.points: dict[int, list[Entry]] = {}
         for entry in attachment.at("decoder"):
@@ -359,6 +368,7 @@ class Decoder:
             place,
             positions,
         )
+        self.steps = []
         if self.attachment.trace:
             rows.owner = place.clone()
         return rows
@@ -377,7 +387,7 @@ class Decoder:
         call.moved = x is not before
         if self.points:
             rows.enter(hold=True)
-        self.last_rows = rows
+        self.last_rows = rows if self.attachment.trace else None
         return x
 
     def _hand_over(self, call: Call, handover: Handover, x: Tensor) -> Tensor:
@@ -440,6 +450,8 @@ class Decoder:
                 )
             x, moved = rows.cut(x, pieces, renumber)
             self._lower(call, moved, renumber)
+            if rows.owner is not None:
+                self.steps.append((entry.site, rows.owner))
         kind = "cut" if pieces else "observe"
         ragged = any(reduction.valid is not None for _, reduction in pieces)
         event = Event(

@@ -167,6 +167,8 @@ class Projector:
             sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
             sequence.size = sizes if size is not None or reduction.merges else None
             valid = reduction.valid
+            if sequence.source is not None and self.tower is not None and self.tower.current is not None:
+                self.tower.current.steps.append((entry.site, sequence.source))
         if not torch.compiler.is_compiling():
             group = Group(x.shape[0], before, sequence.row.n, sequence.entered)
             event = Event(

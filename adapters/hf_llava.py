@@ -74,4 +74,5 @@ class HFLlava(Adapter):
         if spec is not None and (attachment.at("vision") or attachment.tapped("vision") or attachment.at("features")):
             check_bias(child(self.core, self.spec.tower), attachment)
             tower = attachment.drivers["vision"] = Tower(attachment, spec)
-        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, tower)
+        grid = None if spec is None else spec.grid
+        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, tower, grid)

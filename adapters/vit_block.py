@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attachment import Attachment, Entry, Watch, replaying
 from ..errors import PassError
 from ..ledger import Event, Group, StageRun
-from ..method import StageLayout
+from ..method import Site, StageLayout
 from ..reduction import Reduction
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signals
@@ -74,11 +74,21 @@ class LayerRecord:
 
 @dataclass
 class Pass:
-    """One forward through a tower."""
+    """One forward through a tower.
+
+    Attributes:
+        sequence: what travels with the tokens.
+        run: the books.
+        records: what was decided, by layer.
+        steps: sources after each cut, for traces.
+        tables: rotary tables of the rows as they are, with the table each was made from.
+        grad: whether gradients were on.
+    """
 
     sequence: Sequence
     run: StageRun
     records: dict[int, LayerRecord] = field(default_factory=dict)
+    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     grad: bool = False
 
@@ -383,6 +393,8 @@ class Tower:
             size = sequence.size
             x, wide = sequence.take(reduction, x)
             record.append(Step(wide, size))
+            if sequence.source is not None:
+                self._pass.steps.append((entry.site, sequence.source))
         if not torch.compiler.is_compiling():
             group = Group(x.shape[0], row.n, sequence.row.n, sequence.entered, 0, row.length)
             kind = "observe" if reduction is None else "cut"

@@ -154,7 +154,7 @@ class Attachment:
         for index, method in enumerate(self.methods):
             by = type(method).__name__
             sites = method.sites(self.layout)
-            if len(set((s.stage, s.layer, s.point) for s in sites)) != len(sites):
+            if len({(s.stage, s.layer, s.point) for s in sites}) != len(sites):
                 raise SiteError(f"{by} names the same site twice: {', '.join(map(str, sites))}")
             for site in sites:
                 check_stage(site, self.layout, by)
@@ -247,7 +247,7 @@ class Attachment:
     def remember(self, index: int) -> nn.Module | None:
         """The module that a method built."""
         key = str(index)
-        return self.memory[key] if key in self.memory else None
+        return self.memory[key] if key in self.memory else None  # noqa: SIM401 (a ModuleDict has no get)
 
 
 class Watch:

@@ -253,6 +253,7 @@ class Compression:
 
     # ------------------------------------------------------------------ mistakes
     def __call__(self, *args: object, **kwargs: object) -> None:
+        """Says that the handle is not the model."""
         raise TypeError(
             "this is the handle of a compression, not the model; call the model itself, the hooks are in it"
         )

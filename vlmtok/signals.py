@@ -1,8 +1,8 @@
 """Signals: what methods decide on, derived once from what adapters tap.
 
 An adapter taps q, k, the scale, the bias and the rope of a block, and the whole row of tokens. Everything a method can
-ask for follows from that here, so a new signal is one function. Shapes: B rows, N view tokens, P protected tokens, L the
-whole row, T text rows, H heads, d head width, C channels.
+ask for follows from that here, so a new signal is one function. Shapes: B rows, N view tokens, P protected tokens, L
+the whole row, T text rows, H heads, d head width, C channels.
 
 | name | shape | meaning |
 |---|---|---|

@@ -127,9 +127,8 @@ class TokenView:
         """
         value = self.maybe(name)
         if value is None:
-            raise MissingSignal(
-                f"signal {name!r} does not exist at {self.site}; this view has: {', '.join(sorted(self.signals)) or '-'}"
-            )
+            known = ", ".join(sorted(self.signals)) or "none"
+            raise MissingSignal(f"signal {name!r} does not exist at {self.site}; this view has: {known}")
         return value
 
     def maybe(self, name: str) -> Tensor | None:

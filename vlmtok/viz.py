@@ -1,0 +1,209 @@
+"""Pictures of what a compression did, with Pillow alone.
+
+Where a patch lies in the user's picture depends on how it was resized, cropped or padded. Instead of reading each
+library's settings, `region` runs the same preprocessing on ramps whose brightness is the coordinate, and reads the
+mapping off the result: right for any preprocessing that keeps rows and columns straight.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .errors import ParameterError
+from .trace import PictureTrace, Trace
+
+if TYPE_CHECKING:
+    from .compression import Compression
+
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom, in pixels of the user's picture."""
+
+DARK, DIM = 0.18, 0.45
+
+
+def region(size: tuple[int, int], preprocess: Any = None, crop: int = 0) -> Box:
+    """The part of a picture that the model's input shows; it may reach beyond the picture where it was padded.
+
+    Args:
+        size: width and height of the picture.
+        preprocess: a transformers processor or image processor, or a callable from a PIL picture to a tensor
+            `[3, H, W]` (torchvision, timm and open_clip transforms); None means that the whole picture was resized.
+        crop: which of several crops.
+
+    Returns:
+        Left, top, right and bottom in pixels of the picture.
+
+    Raises:
+        ParameterError: the preprocessing gives no straight image of the picture.
+    """
+    width, height = size
+    if preprocess is None:
+        return (0.0, 0.0, float(width), float(height))
+    across = _fit(preprocess, Image.linear_gradient("L").rotate(90).resize(size, Image.Resampling.BILINEAR), crop, 2)
+    down = _fit(preprocess, Image.linear_gradient("L").resize(size, Image.Resampling.BILINEAR), crop, 1)
+    return (across[0] * width, down[0] * height, across[1] * width, down[1] * height)
+
+
+def _fit(preprocess: Any, ramp: Image.Image, crop: int, axis: int) -> tuple[float, float]:
+    """First and last edge of the input along an axis, as shares of the picture's side."""
+    flat = ramp.size
+    black = _pixels(preprocess, Image.new("RGB", flat, (0, 0, 0)), crop)
+    white = _pixels(preprocess, Image.new("RGB", flat, (255, 255, 255)), crop)
+    shown = _pixels(preprocess, Image.merge("RGB", (ramp,) * 3), crop)
+    span = white - black
+    inside = span.abs() > 0.5 * span.abs().max()  # padding does not follow the picture
+    share = torch.where(inside, (shown - black) / torch.where(inside, span, 1.0), torch.nan)
+    line = torch.nanmedian(torch.nanmedian(share, 0).values, 0 if axis == 2 else 1).values
+    place = torch.arange(line.numel(), dtype=torch.float64) + 0.5
+    # The ends of the ramp are flat where resizing clamps; the middle gives the straight line.
+    good = ~line.isnan() & (line > 0.04) & (line < 0.96)
+    if int(good.sum()) < 2:
+        raise ParameterError("this preprocessing shows no straight image of the picture; pass a transform to pixels")
+    x, y = place[good], line[good].double()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    start = y.mean() - slope * x.mean()
+    # A ramp over n pixels runs from half a pixel to n minus half a pixel.
+    side = flat[0] if axis == 2 else flat[1]
+    grey = _grey_line(ramp, axis)
+    begin, end = float(start), float(start + slope * line.numel())
+    return _place(grey, begin, side), _place(grey, end, side)
+
+
+def _grey_line(ramp: Image.Image, axis: int) -> tuple[float, float]:
+    """Grey at the first edge of the ramp and its rise over the whole side, as a straight line."""
+    side = ramp.size[0] if axis == 2 else ramp.size[1]
+    values = [
+        ramp.getpixel((i, 0) if axis == 2 else (0, i)) / 255.0  # type: ignore[operator]
+        for i in range(side)
+    ]
+    line = torch.tensor(values, dtype=torch.float64)
+    place = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    good = (line > 0.04) & (line < 0.96)
+    x, y = place[good], line[good]
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    return float(y.mean() - slope * x.mean()), float(slope)
+
+
+def _place(grey: tuple[float, float], value: float, side: int) -> float:
+    return (value - grey[0]) / grey[1]
+
+
+def _pixels(preprocess: Any, image: Image.Image, crop: int) -> Tensor:
+    """The model's input `[3, H, W]`, whatever gave it."""
+    inner = getattr(preprocess, "image_processor", preprocess)
+    if hasattr(inner, "preprocess"):
+        pixels = inner(images=image, return_tensors="pt")["pixel_values"]
+    else:
+        pixels = preprocess(image)
+    if not isinstance(pixels, Tensor):
+        raise ParameterError(f"preprocessing must give a tensor of pixels, got {type(pixels).__name__}")
+    while pixels.dim() > 4:
+        pixels = pixels[0]
+    if pixels.dim() == 4:
+        pixels = pixels[min(crop, pixels.shape[0] - 1)]
+    if pixels.dim() != 3:
+        raise ParameterError(f"preprocessing must give pixels [3, H, W], got {list(pixels.shape)}")
+    return pixels.float()
+
+
+def overlay(
+    image: Image.Image,
+    run: Compression | Trace | PictureTrace,
+    picture: int = 0,
+    *,
+    preprocess: Any = None,
+) -> Image.Image:
+    """Draws what became of each patch of a picture.
+
+    Patches that stayed alone keep their looks; merged ones share one colour a group; patches dropped before the
+    language model are dark, those dropped inside it dim. What the model never saw (cropped away) is grey.
+
+    Args:
+        image: the picture as the user has it.
+        run: the compression (made with ``trace=True``) after a pass, or its trace.
+        picture: which picture of the pass.
+        preprocess: how the picture became the model's input (see `region`).
+
+    Returns:
+        A new RGB picture of the same size.
+
+    Raises:
+        ParameterError: no such picture, or its patches form no grid.
+    """
+    if not isinstance(image, Image.Image):
+        raise ParameterError(f"overlay() draws on a PIL picture, got {type(image).__name__}")
+    found = _picture(run, picture)
+    if found.grid is None:
+        raise ParameterError("the patches of this picture form no single grid; there is nothing to draw them on")
+    base = image.convert("RGB")
+    rows, columns = found.grid
+    left, top, right, bottom = region(base.size, preprocess)
+    cell_width, cell_height = (right - left) / columns, (bottom - top) / rows
+
+    def box(patch: int) -> tuple[int, int, int, int]:
+        row, column = divmod(patch, columns)
+        return (
+            round(left + column * cell_width),
+            round(top + row * cell_height),
+            round(left + (column + 1) * cell_width) - 1,
+            round(top + (row + 1) * cell_height) - 1,
+        )
+
+    grey = base.convert("L").convert("RGB")
+    seen = Image.new("L", base.size, 0)
+    ImageDraw.Draw(seen).rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), fill=255)
+    drawn = Image.composite(base, Image.blend(grey, Image.new("RGB", base.size, (128, 128, 128)), 0.5), seen)
+    sizes, gone = found.group_sizes().tolist(), found.dropped_at()
+    owner = found.owner.tolist()
+    shade = Image.new("RGBA", base.size, (0, 0, 0, 0))
+    pen = ImageDraw.Draw(shade)
+    for patch in range(found.patches):
+        site = gone[patch]
+        if owner[patch] < 0:
+            light = DIM if site is not None and site.stage == "decoder" else DARK
+            pen.rectangle(box(patch), fill=(0, 0, 0, round(255 * (1 - light))))
+        elif sizes[patch] > 1:
+            pen.rectangle(box(patch), fill=(*_colour(owner[patch]), 115))
+    drawn = Image.alpha_composite(drawn.convert("RGBA"), shade).convert("RGB")
+    _outline(drawn, owner, found.grid, box)
+    return drawn
+
+
+def _picture(run: Any, picture: int) -> PictureTrace:
+    if isinstance(run, PictureTrace):
+        return run
+    trace = run if isinstance(run, Trace) else run.trace()
+    if not 0 <= picture < len(trace):
+        raise ParameterError(f"picture {picture} does not exist; the pass had {len(trace)}")
+    return trace[picture]
+
+
+def _colour(group: int) -> tuple[int, int, int]:
+    """A colour of its own for each group: steps of the golden angle around the wheel."""
+    red, green, blue = colorsys.hsv_to_rgb((group * 0.381966) % 1.0, 0.75, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _outline(
+    image: Image.Image,
+    owner: list[int],
+    grid: tuple[int, int],
+    box: Callable[[int], tuple[int, int, int, int]],
+) -> None:
+    """Thin lines between patches of different slots, and around what stayed."""
+    pen = ImageDraw.Draw(image)
+    rows, columns = grid
+    line = (255, 255, 255)
+    for patch, slot in enumerate(owner):
+        row, column = divmod(patch, columns)
+        x0, y0, x1, y1 = box(patch)
+        if column + 1 < columns and slot != owner[patch + 1]:
+            pen.line((x1, y0, x1, y1), fill=line)
+        if row + 1 < rows and slot != owner[patch + columns]:
+            pen.line((x0, y1, x1, y1), fill=line)
