@@ -85,6 +85,33 @@ class TowerSpec:
     stage: str = "vision"
 
 
+@dataclass(frozen=True)
+class TextSpec:
+    """A text tower of a dual encoder as data.
+
+    Attributes:
+        block: hook points of each block.
+        blocks: the blocks, in order.
+        ids: module whose call brings the token ids, and
+        norm: the norm behind the last block; rows get their original length back before it.
+        width: channels.
+        heads: attention heads.
+        mask: name of the attention's argument with the causal mask.
+        end: column of the token that the head reads, int64 `[B]`, from ids `[B, L]`.
+        causal: whether a token sees only what stands before it.
+    """
+
+    block: BlockSpec
+    blocks: tuple[nn.Module, ...]
+    ids: nn.Module
+    norm: nn.Module
+    width: int
+    heads: int
+    mask: str
+    end: Callable[[Tensor], Tensor]
+    causal: bool = True
+
+
 class Adapter:
     """Carries one family of models.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
-from .base import Adapter, BlockSpec, TowerSpec
+from .base import Adapter, BlockSpec, TextSpec, TowerSpec
+from .text_tower import TextTower
 from .vit_block import Tower
 
 if TYPE_CHECKING:
@@ -159,8 +161,32 @@ class HFVision(Adapter):
         attachment.drivers["vision"] = Tower(attachment, self.tower())
 
 
+def text_spec(model: nn.Module) -> TextSpec | None:
+    """CLIP's text tower as data; SigLIP's has no causal mask and reads its last token, which may be padding."""
+    text = getattr(model, "text_model", None)
+    if text is None or text.config.model_type != "clip_text_model":
+        return None
+    blocks = tuple(m for m in text.modules() if type(m).__name__ == "CLIPEncoderLayer")
+    eos = text.config.eos_token_id
+
+    def end(ids: Tensor) -> Tensor:
+        # An eos id of 2 stands in old configs; the host then reads the highest id.
+        return ids.argmax(1) if eos == 2 else (ids == eos).to(torch.int64).argmax(1)
+
+    return TextSpec(
+        block=CLIP_BLOCK,
+        blocks=blocks,
+        ids=text,
+        norm=text.final_layer_norm,
+        width=int(text.config.hidden_size),
+        heads=int(text.config.num_attention_heads),
+        mask="attention_mask",
+        end=end,
+    )
+
+
 class HFDual(HFVision):
-    """CLIPModel and SiglipModel: the tower below `vision_model`."""
+    """CLIPModel and SiglipModel: the tower below `vision_model`, and CLIP's text tower."""
 
     name = "transformers-dual"
     targets = (
@@ -172,3 +198,18 @@ class HFDual(HFVision):
         """The vision tower."""
         tower: nn.Module = self.model.vision_model
         return tower
+
+    def layout(self) -> Layout:
+        """The stages of the towers."""
+        stages = dict(super().layout().stages)
+        text = text_spec(self.model)
+        if text is not None:
+            stages["text"] = TextTower.text_layout(text)
+        return Layout(self.name, stages)
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the towers."""
+        super().install(attachment)
+        text = text_spec(self.model)
+        if text is not None:
+            attachment.drivers["text"] = TextTower(attachment, text)

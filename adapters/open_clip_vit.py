@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Layout
-from .base import Adapter, BlockSpec, TowerSpec
+from .base import Adapter, BlockSpec, TextSpec, TowerSpec
+from .text_tower import TextTower
 from .vit_block import Tower
 
 if TYPE_CHECKING:
@@ -100,8 +103,41 @@ class OpenClipTimm(Adapter):
         self.inner.install(attachment)
 
 
+def text_spec(model: nn.Module) -> TextSpec | None:
+    """The text tower of a dual encoder as data, or None where its rows cannot be shortened.
+
+    CLIP keeps the parts of its text tower on itself, CustomTextCLIP below `text`.
+    """
+    tower = getattr(model, "text", model)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    plain = all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks)
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    if not len(blocks) or not plain or not tower.transformer.batch_first or pool not in ("argmax", "eos", "last"):
+        return None  # a transformers encoder, custom attention, or pooling over all tokens
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        return None  # masks differ from row to row
+    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+
+    def end(ids: Tensor) -> Tensor:
+        if pool == "last":
+            return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
+        return ids.argmax(1) if pool == "argmax" else (ids == eos).to(torch.int64).argmax(1)
+
+    return TextSpec(
+        block=replace(MHA_BLOCK, bias="attn_mask"),
+        blocks=tuple(blocks),
+        ids=tower.token_embedding,
+        norm=tower.ln_final,
+        width=int(tower.transformer.width),
+        heads=int(blocks[0].attn.num_heads),
+        mask="attn_mask",
+        end=end,
+        causal=getattr(tower, "attn_mask", None) is not None,
+    )
+
+
 class OpenClip(Adapter):
-    """A dual encoder of open_clip: the tower below `visual`."""
+    """A dual encoder of open_clip: the tower below `visual`, and the text tower."""
 
     name = "open_clip"
     targets = (
@@ -115,11 +151,17 @@ class OpenClip(Adapter):
         from . import adapter_for
 
         self.vision = adapter_for(model.visual)
+        self.text = text_spec(model)
 
     def layout(self) -> Layout:
         """The stages of the towers."""
-        return Layout(self.name, dict(self.vision.layout().stages))
+        stages = dict(self.vision.layout().stages)
+        if self.text is not None:
+            stages["text"] = TextTower.text_layout(self.text)
+        return Layout(self.name, stages)
 
     def install(self, attachment: Attachment) -> None:
         """Hooks on the towers."""
         self.vision.install(attachment)
+        if self.text is not None:
+            attachment.drivers["text"] = TextTower(attachment, self.text)

@@ -36,6 +36,11 @@ class Step:
     wide: Reduction
     size: Tensor | None
 
+    @property
+    def kept(self) -> Tensor:
+        """Place of each slot's own token, int64 `[B, K]`."""
+        return self.wide.keep
+
     def __call__(self, x: Tensor) -> Tensor:
         """Takes the step again."""
         return self.wide.apply(x, self.size)[0]
@@ -62,9 +67,9 @@ class LayerRecord:
     bias: Tensor | None = None
     rope: Tensor | None = None
     inserted: int = 0
-    start: list[Step | Tensor] = field(default_factory=list)
-    mid: list[Step] = field(default_factory=list)
-    end: list[Step] = field(default_factory=list)
+    start: list[Any] = field(default_factory=list)
+    mid: list[Any] = field(default_factory=list)
+    end: list[Any] = field(default_factory=list)
     probe: Tensor | None = None
     taps: dict[str, Any] = field(default_factory=dict)
     branch: Tensor | None = None
@@ -85,7 +90,7 @@ class Pass:
         grad: whether gradients were on.
     """
 
-    sequence: Sequence
+    sequence: Any
     run: StageRun
     records: dict[int, LayerRecord] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
@@ -101,6 +106,8 @@ class Pass:
 
 class Tower:
     """Drives one tower: hooks call it with the layer, it asks the methods and shortens the row."""
+
+    masks = False  # whether attention masks must follow the rows, so that every layer behind a cut needs its hook
 
     def __init__(self, attachment: Attachment, spec: TowerSpec) -> None:
         self.attachment = attachment
@@ -148,6 +155,7 @@ class Tower:
             here = {point: self.attachment.at(self.stage, layer, point) for point in ("start", "mid", "end")}
             own = any(here.values()) or layer in self.tapped
             biased = layer > self.proportional_from or (layer == self.proportional_from and bool(here["start"]))
+            biased = biased or (self.masks and layer >= first_cut)
             moved = self.follow and layer > first_cut
             if not (layer == 0 or own or biased or moved):
                 continue
@@ -193,7 +201,7 @@ class Tower:
         before = x
         if again:
             for step in record.start:
-                x = step(x) if isinstance(step, Step) else torch.cat([x, step], 1)
+                x = torch.cat([x, step], 1) if isinstance(step, Tensor) else step(x)
         else:
             record.start, record.inserted = [], 0
             for entry in self.attachment.at(self.stage, layer, "start"):
@@ -560,11 +568,11 @@ class Tower:
         return rows
 
     @staticmethod
-    def _kept(steps: list[Step]) -> Tensor:
+    def _kept(steps: list[Any]) -> Tensor:
         """S of several steps in a row: the place of each last slot's own token."""
-        kept = steps[0].wide.keep
+        kept: Tensor = steps[0].kept
         for step in steps[1:]:
-            kept = kept.gather(1, step.wide.keep)
+            kept = kept.gather(1, step.kept)
         return kept
 
 

@@ -376,6 +376,31 @@ class Rows:
         self.valid = valid
         self.length = place.shape[1]
 
+    def append(self, count: int) -> None:
+        """Books tokens put at the end of every row; they are read, never cut."""
+        batch, device = self.batch, self.label.device
+        self.label = torch.cat([self.label, self.label.new_full((batch, count), HELD)], 1)
+        self.place = torch.cat([self.place, self.place.new_full((batch, count), 1 << 40)], 1)
+        self.positions = torch.cat([self.positions, self.positions.new_zeros(batch, count)], 1)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, self.valid.new_ones(batch, count)], 1)
+        if self.size is not None:
+            self.size = torch.cat([self.size, torch.ones(batch, count, device=device)], 1)
+        for key, table in self.states.items():
+            self.states[key] = torch.cat([table, table.new_zeros(batch, count, *table.shape[2:])], 1)
+        self.lengths = [n + count for n in self.lengths]
+        self.length += count
+
+    def discard(self, count: int) -> None:
+        """Books that the tokens of the last `append` are gone."""
+        end = self.length - count
+        self.label, self.place, self.positions = self.label[:, :end], self.place[:, :end], self.positions[:, :end]
+        self.valid = None if self.valid is None else self.valid[:, :end]
+        self.size = None if self.size is None else self.size[:, :end]
+        self.states = {key: table[:, :end] for key, table in self.states.items()}
+        self.lengths = [n - count for n in self.lengths]
+        self.length = end
+
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
         """Puts rows back to their original length; a dropped column repeats the last one kept before it.
 
