@@ -39,8 +39,6 @@ ROWS: dict[tuple[str, str], str] = {
     ("transformers.models.vit.modeling_vit", "ViTForImageClassification"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2ForImageClassification"): f"{_HF}:HFVision",
-    ("transformers.models.llava.modeling_llava", "LlavaForConditionalGeneration"): "hf_llava:HFLlava",
-    ("transformers.models.llava.modeling_llava", "LlavaModel"): "hf_llava:HFLlava",
 }
 
 REFUSED: dict[tuple[str, str], str] = {
@@ -61,6 +59,18 @@ REFUSED: dict[tuple[str, str], str] = {
         "its replicas share hooks across threads; use one process a device"
     ),
 }
+
+
+def _vlm(model: nn.Module) -> Adapter | None:
+    """A vision-language model of transformers: told by its config, so that a family is a row in one file."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(kind, str) or not any(name.startswith("transformers.") for name, _ in _names(model)):
+        return None
+    from . import hf_vlm
+
+    if kind in hf_vlm.ROWS or kind in hf_vlm.REFUSED:
+        return hf_vlm.HFVLM(model)
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -118,6 +128,9 @@ def adapter_for(model: nn.Module) -> Adapter:
             return _load(ROWS[name])(model)
         if name in REFUSED:
             raise UnsupportedModel(f"{type(model).__name__} cannot be compressed: {REFUSED[name]}")
+    found = _vlm(model)
+    if found is not None:
+        return found
     others = _third_parties()
     for name in names:
         if name in others:

@@ -8,7 +8,6 @@ embeddings and mask, since hosts hand all layers the same ones. `generate()` is 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,16 @@ from ..signals import DECODER_SIGNALS, DecoderTaps, Need
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
 from ..view import Signal, TokenView
 from .base import VLMSpec, child
+from .decoder_taps import LayerTaps, gather_rotary, projection
 from .handover import Handover, Projector
+from .masks import RECURRENT, block_ids, build_mask, layer_kinds
+from .spans import BREAK, IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, joiner, usable
 
 BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
 BY_LENGTH = frozenset({"text_attention", "attention_to_text", "last_attention", "attention_logits", "transition"})
+HOST = -1
+"""Key, among the states of `Rows`, of what hosts keep for each token."""
+KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", "input_ids"})
 
 
 @dataclass
@@ -38,14 +43,16 @@ class Incoming:
     """What the inner model was called with; the text model sees only part of it.
 
     Attributes:
-        visual: bool `[B, S]`, placeholder columns, or None where the call brings no features.
-        mask: `[B, past + S]`, or None.
-        lengths: tokens of each picture, in the order of the placeholders, or None.
+        codes: int8 `[B, S]`, what each column is (see `spans`), or None where the call brings no features.
+        mask: `[B, past + S]`, or what else came as a mask.
+        types: int `[B, past + S or S]`, type ids, or None.
+        lengths: by code, what the encoder's outputs told, or None.
     """
 
-    visual: Tensor | None
-    mask: Tensor | None
-    lengths: list[int] | None
+    codes: Tensor | None
+    mask: Any
+    types: Tensor | None
+    lengths: dict[int, list[int]] | None
 
 
 @dataclass
@@ -53,13 +60,15 @@ class SegmentCall:
     """One segment during one call.
 
     Attributes:
-        rotary: position embeddings of its rows.
+        rotary: position embeddings by the host's own, for rows whose positions were turned; else None.
         masks: attention masks, by layer type.
         valid: bool `[B, past + L]`, or None.
+        blocks: int64 `[B, past + L]`, or None.
     """
 
-    rotary: Any
+    rotary: dict[str, Any] | None
     valid: Tensor | None
+    blocks: Tensor | None
     masks: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,15 +82,18 @@ class Call:
         rows: the rows of a prefill with pictures, or None.
         columns: S.
         run: the books.
-        added: what this call adds to the caches of each segment: (columns, validity) by first layer.
-        segments: by first layer.
         positions: int64 `[..., B, S]` as the host counts, of a call without pictures.
-        past: columns cached before the call at layer 0.
+        blocks: int64 `[B, S]`, bidirectional blocks of a call without pictures, or None.
+        added: what this call adds to the caches of each segment: (columns, validity, blocks) by first layer.
+        segments: by first layer.
         taps: per layer, what hooks caught.
         moved: whether the boundary changed the rows.
+        width: columns that the text model got.
+        since: int64 `[B, L]`, which of these columns each column of the rows is, once a layer was cut.
+        gathered: host position embeddings that follow `since`, with what each was made from.
         next: int64 `[B]`, position of the token behind this call, as the host counts.
         lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
-        shifts: the same by segment, where it was known to hold.
+        shifts: the same by segment, as it held there.
     """
 
     cache: Any
@@ -90,11 +102,14 @@ class Call:
     columns: int
     run: StageRun | None
     positions: Tensor | None = None
-    past: int = 0
-    added: dict[int, tuple[int, Tensor | None]] = field(default_factory=dict)
+    blocks: Tensor | None = None
+    added: dict[int, tuple[int, Tensor | None, Tensor | None]] = field(default_factory=dict)
     segments: dict[int, SegmentCall] = field(default_factory=dict)
     taps: dict[int, dict[str, Any]] = field(default_factory=dict)
     moved: bool = False
+    width: int = 0
+    since: Tensor | None = None
+    gathered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     next: Tensor | None = None
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
@@ -114,13 +129,18 @@ class Decoder:
         self.attachment = attachment
         self.spec = spec
         lm = child(core, spec.lm)
-        self.lm = weak(lm)
-        self.core_signature = inspect.signature(type(core).forward)
+        self.core, self.lm = weak(core), weak(lm)
+        self.signature = inspect.signature(type(core).forward)
         self.depth = len(lm.layers)
-        self.ids = [
-            int(getattr(core.config, name)) for name in spec.ids if getattr(core.config, name, None) is not None
-        ]
+        self.ids = [getattr(core.config, name, None) for name in spec.ids]
+        self.joins = joiner(core, spec)
         self.kinds = layer_kinds(lm.config, self.depth)
+        # Hosts read the length of the cache from the first layer that keeps keys.
+        self.probe = next((i for i, kind in enumerate(self.kinds) if kind not in RECURRENT), 0)
+        self.rule = spec.block
+        if self.rule is not None and self.rule.when is not None:
+            name, value = self.rule.when
+            self.rule = self.rule if getattr(lm.config, name, None) == value else None
         self.owner = ticket()
         self.incoming: Incoming | None = None
         self.call: Call | None = None
@@ -139,14 +159,23 @@ class Decoder:
 
     # ------------------------------------------------------------------ layout and hooks
     @staticmethod
-    def layout(lm: nn.Module) -> dict[str, StageLayout]:
+    def layout(lm: nn.Module, spec: VLMSpec) -> dict[str, StageLayout]:
         """What a text model offers to methods."""
         config = lm.config
         depth, width, heads = len(lm.layers), int(config.hidden_size), int(config.num_attention_heads)
+        kinds = layer_kinds(config, depth)
+        blind = frozenset(i for i, kind in enumerate(kinds) if kind in RECURRENT or not spec.attention)
         return {
             "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"})),
             "decoder": StageLayout(
-                depth, width, heads, depth - 1, frozenset({"start", "end"}), frozenset(DECODER_SIGNALS)
+                depth,
+                width,
+                heads,
+                depth - 1,
+                frozenset({"start", "end"}),
+                frozenset(DECODER_SIGNALS),
+                blind=blind,
+                last_cut=None if spec.last_cut is None else spec.last_cut(config),
             ),
         }
 
@@ -165,12 +194,15 @@ class Decoder:
         first = 0 if self.flash else min(self.points, default=self.depth)
         for layer in range(first, self.depth):
             put(lm.layers[layer], "pre", self.layer, layer)
+        if self.spec.deepstack is not None:
+            for layer in range(self.depth):
+                put(lm.layers[layer], "post", self.stack, layer)
         for cut, entries in self.points.items():
-            needs = {need.name for e in entries if e.site.point == "end" for need in e.needs}
-            if not needs:
+            needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
+            if not needs & set(DECODER_SIGNALS):
                 continue
             block = lm.layers[cut - 1]
-            if needs - {"transition"}:
+            if needs & (set(DECODER_SIGNALS) - {"transition"}):
                 put(block.self_attn, "pre", self.tap_attention, cut - 1)
                 put(projection(block.self_attn, "q"), "post", self.tap_q, cut - 1)
                 put(projection(block.self_attn, "k"), "post", self.tap_k, cut - 1)
@@ -181,44 +213,69 @@ class Decoder:
     # ------------------------------------------------------------------ the inner model
     def enter(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
-        given = self.core_signature.bind(module, *args, **kwargs).arguments
+        given = self.signature.bind(module, *args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         encoded = given.get("mm_encoder_outputs") or {}
-        features = [encoded.get(kind) for kind in ("image", "video") if encoded.get(kind) is not None]
-        pixels = given.get("pixel_values") is not None or given.get("pixel_values_videos") is not None
-        visual, lengths = None, None
+        features = {
+            code: encoded[name].pooler_output
+            for code, name in ((IMAGE, "image"), (VIDEO, "video"))
+            if encoded.get(name) is not None and getattr(encoded[name], "pooler_output", None) is not None
+        }
+        pixels = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        types = given.get(self.spec.types) if self.spec.types else None
+        codes = None
         if features or pixels:
-            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-            if ids is not None:
-                visual = torch.isin(ids, torch.tensor(self.ids, device=ids.device))
-            elif embeds is not None:
-                table = module.get_input_embeddings()
-                wanted = table(torch.tensor(self.ids, device=embeds.device)).to(embeds.dtype)
-                visual = (embeds[:, :, None] == wanted).all(-1).any(-1)
-            if features and getattr(features[0], "pooler_output", None) is not None:
-                lengths = [len(part) for feature in features for part in feature.pooler_output]
-        self.incoming = Incoming(visual, given.get("attention_mask"), lengths)
+            codes = self._codes(module, given.get("input_ids"), given.get("inputs_embeds"), types)
+        lengths = {code: [len(part) for part in parts] for code, parts in features.items()} or None
+        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths)
+
+    def _codes(
+        self, module: nn.Module, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None
+    ) -> Tensor | None:
+        """What each column is, int8 `[B, S]`."""
+        if ids is None:
+            if embeds is None:
+                return None
+            table = module.get_input_embeddings()
+            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+            for number in self.ids:
+                if number is not None:
+                    wanted = table(torch.tensor(number, device=embeds.device)).to(embeds.dtype)
+                    ids = torch.where((embeds == wanted).all(-1), number, ids)
+        codes = torch.full(ids.shape, NONE, dtype=torch.int8, device=ids.device)
+        for code, number in zip((IMAGE, VIDEO), self.ids):
+            if number is not None:
+                codes = torch.where(ids == number, code, codes)
+        if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
+            clip = (types[:, -ids.shape[1] :] == 2) & (codes > 0)
+            codes = torch.where(clip, VIDEO, codes)
+        if self.joins is not None:
+            codes = torch.where(ids == self.joins, BREAK, codes)
+        return codes.to(torch.int8)
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Text-model pre-hook: the boundary cut, positions, the mask of the first segment."""
         incoming, self.incoming = self.incoming, None
         self.call = None
-        x, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        x, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if x is None:
             return None
+        incoming = incoming or Incoming(None, kwargs.get("attention_mask"), None, None)
         batch, columns = x.shape[:2]
         held = 0 if cache is None else int(cache.get_seq_length())
-        stream = read_stream(cache, self.owner, batch, held)
-        visual = incoming.visual if incoming is not None and incoming.visual is not None else None
+        stream = read_stream(cache, self.owner, batch, held, self.probe)
         pictures: list[Picture] = []
-        if visual is not None:
-            self._refuse(mask, cache)
-            pictures, valid = self._pictures(visual, mask, columns, incoming.lengths if incoming else None)
+        valid: Tensor | None = None
+        if incoming.codes is not None and incoming.codes.shape == (batch, columns):
+            self._refuse(incoming.mask, cache)
+            pictures, valid = self._pictures(incoming, columns)
         if not pictures and stream is None:
-            self._book(batch, columns, held, 0, cache)
+            self._book(batch, columns, held, cache, None, [])
             return None
+        mask = incoming.mask
         self._refuse(mask, cache)
+        self._refuse_unknown(kwargs, batch, columns)
         positions = kwargs.get("position_ids")
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
@@ -228,38 +285,54 @@ class Decoder:
             begin = torch.full((batch,), held, device=x.device) if stream is None else stream.next
             assert begin is not None
             positions = begin[:, None] + torch.arange(columns, device=x.device)
-        run = self._book(batch, columns, held, len(pictures), cache)
+        run = self._book(batch, columns, held, cache, stream, pictures)
         if stream is None and held:
-            stream = self._past(batch, held, mask)
-        call = Call(cache, stream, None, columns, run, positions, held)
+            stream = Stream(self.owner, batch, seen=held, segments={0: Segment(0, held)})
+            if mask is not None:
+                stream.segments[0].valid = mask[:, :held].bool()
+        call = self.call = Call(cache, stream, None, columns, run, positions, width=columns)
         call.next = (positions if positions.dim() == 2 else positions[-3:].amax(0)).amax(-1) + 1
-        self.call = call
+        call.blocks = self._blocks(incoming, columns, held, stream)
+        kwargs = dict(kwargs)
         if pictures:
             below = None if stream is None else stream.segments[0].shift
-            call.rows = self._rows(x, pictures, valid, positions if below is None else positions - below[:, None])
+            low = positions if below is None else positions - below[:, None]
+            call.rows = self._rows(x, pictures, valid, low, call.blocks, incoming.lengths)
+            self._own(call.rows, kwargs)
             x = self._boundary(call, x)
-            call.added[0] = (x.shape[1], call.rows.valid)
+            call.width = x.shape[1]
+            call.added[0] = (x.shape[1], call.rows.valid, call.rows.states.get((HOST, "blocks")))
         elif stream is not None:
             padded = mask is not None and (columns > 1 or stream.segments[0].valid is not None)
-            call.added[0] = (columns, mask[:, -columns:].bool() if padded and mask is not None else None)
+            real = mask[:, -columns:].bool() if padded and mask is not None else None
+            call.added[0] = (columns, real, call.blocks)
         call.shifts[0] = call.lowered
         if not call.moved and (stream is None or not hasattr(cache, ATTRIBUTE)):
-            return None  # nothing differs from what the host does by itself, so far
+            # So far nothing differs from what the host does by itself; deepstack may be ours already.
+            return (args, kwargs) if self.spec.deepstack is not None and call.rows is not None else None
         return args, self._first_segment(call, x, kwargs)
 
     def _first_segment(self, call: Call, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Embeddings, positions and the 2-D mask that the text model gets."""
+        """Embeddings, positions and the mask that the text model gets."""
         if call.stream is None:
             call.stream = Stream(self.owner, x.shape[0], segments={0: Segment(0)})
-        segment = call.stream.segments[0]
-        if call.rows is not None:
-            positions = call.rows.positions
+        segment, rows = call.stream.segments[0], call.rows
+        if rows is not None:
+            positions = rows.positions
+            for name in self.spec.gather:
+                if (HOST, name) in rows.states:
+                    kwargs[name] = rows.states[HOST, name]
         else:
             assert call.positions is not None
             positions = call.positions if segment.shift is None else call.positions - segment.shift[:, None]
-        valid = segment.extended(*call.added[0], x.shape[0], x.device)
-        mask: Tensor | None
-        if valid is not None:
+        count, new, blocks = call.added[0]
+        valid = segment.extended(count, new, x.shape[0], x.device)
+        mask: Any
+        if self.spec.mask != "2d":
+            mask = self._outer_masks(
+                call, x, valid, segment.extended_blocks(count, blocks, x.shape[0], x.device), kwargs
+            )
+        elif valid is not None:
             mask = valid.to(torch.int64)
         elif call.cache is not None:
             mask = None
@@ -267,6 +340,20 @@ class Decoder:
             # Without a cache, position gaps and no mask read as packed sequences: say that all columns are one.
             mask = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
         return {**kwargs, "inputs_embeds": x, "position_ids": positions, "attention_mask": mask}
+
+    def _outer_masks(
+        self, call: Call, x: Tensor, valid: Tensor | None, blocks: Tensor | None, kwargs: dict[str, Any]
+    ) -> Any:
+        """Masks of hosts that build them outside the text model, in the container they came in."""
+        config = self.lm().config
+
+        def build(kind: str) -> Any:
+            layer = self.kinds.index(kind)
+            return build_mask(config, kind, x, valid, call.cache, layer, blocks, self.rule, explicit=call.cache is None)
+
+        if isinstance(kwargs.get("attention_mask"), dict) or len(set(self.kinds)) > 1:
+            return {kind: build(kind) for kind in dict.fromkeys(self.kinds)}
+        return build(self.kinds[0])
 
     def _refuse(self, mask: Any, cache: Any) -> None:
         """Says what cannot work, before anything is changed."""
@@ -278,7 +365,17 @@ class Decoder:
             )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             what = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-            raise CacheError(f"a cut needs the 2-D attention mask, and the language model got a {what} one")
+            raise CacheError(f"a cut needs the 2-D attention mask, and the model was called with a {what} one")
+
+    def _refuse_unknown(self, kwargs: dict[str, Any], batch: int, columns: int) -> None:
+        """A tensor with one entry for each token that nobody told us about would go out of step."""
+        known = {*KNOWN, *self.spec.gather, *(self.spec.deepstack or ()), self.spec.types}
+        for name, value in kwargs.items():
+            if name not in known and isinstance(value, Tensor) and value.shape[:2] == (batch, columns):
+                raise UnsupportedModel(
+                    f"the language model gets {name!r} {list(value.shape)}, one entry for each token, which this "
+                    f"compression does not know how to cut (family {self.core().config.model_type!r})"
+                )
 
     def _check_turn(self, stream: Stream, columns: int, mask: Tensor | None, positions: Tensor | None) -> None:
         """A call on a filled cache must bring new tokens only.
@@ -289,89 +386,133 @@ class Decoder:
             "pass only the new ids, and an attention_mask of the full length (all turns, pictures uncut); full ids are "
             "sliced by the length of the cut cache, which feeds tokens twice"
         )
-        if mask is not None and mask.shape[1] != stream.seen + columns:
+        if mask is not None and mask.shape[1] not in (stream.seen + columns, columns):
             raise CacheError(
                 f"the cache has seen {stream.seen} columns and this call brings {columns}, but the attention mask has "
                 f"{mask.shape[1]}: {advice}"
             )
         if columns > 1 and positions is not None and stream.next is not None:
-            text = positions if positions.dim() == 2 else positions[0]
-            first = text[:, 0] if mask is None else text.gather(1, mask[:, -columns:].argmax(1, keepdim=True))[:, 0]
+            text = positions if positions.dim() == 2 else positions[-1]
+            first = text[:, 0]
+            if mask is not None:
+                first = text.gather(1, mask[:, -columns:].to(torch.int64).argmax(1, keepdim=True))[:, 0]
             if not bool((first == stream.next).all()):
                 raise CacheError(
                     f"the next position is {stream.next.tolist()}, but this call starts at {first.tolist()}: {advice}"
                 )
 
-    def _past(self, batch: int, held: int, mask: Tensor | None) -> Stream:
-        """The past of a cache that was filled without a cut."""
-        stream = Stream(self.owner, batch, seen=held, segments={0: Segment(0, held)})
-        if mask is not None:
-            stream.segments[0].valid = mask[:, :held].bool()
-        return stream
-
-    def _book(self, batch: int, columns: int, held: int, pictures: int, cache: Any) -> StageRun | None:
+    def _book(
+        self, batch: int, columns: int, held: int, cache: Any, stream: Stream | None, pictures: list[Picture]
+    ) -> StageRun | None:
+        """Opens the books of a prefill, or counts a decode step."""
         ledger = self.attachment.ledger
-        if columns == 1 and held:
-            ledger.step(batch)
+        if columns == 1 and held and not pictures:
+            ledger.step(batch, held)
             return None
-        return ledger.begin(StageRun("decoder", batch, columns, held, pictures, cache is not None))
+        lengths = () if stream is None else tuple((first, s.length) for first, s in sorted(stream.segments.items()))
+        return ledger.begin(
+            StageRun(
+                "decoder",
+                batch,
+                columns,
+                held,
+                len(pictures),
+                cache is not None,
+                visual=sum(len(picture.columns) for picture in pictures),
+                seen=held if stream is None else stream.seen,
+                held=lengths,
+            )
+        )
 
     # ------------------------------------------------------------------ rows
-    def _pictures(
-        self, visual: Tensor, mask: Tensor | None, columns: int, lengths: list[int] | None
-    ) -> tuple[list[Picture], Tensor | None]:
+    def _pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
         """Finds the pictures of a call; the one read-back of a prefill."""
+        codes, mask = incoming.codes, incoming.mask
+        assert codes is not None
         valid = None if mask is None else mask[:, -columns:].bool()
-        both = visual if valid is None else torch.stack([visual, valid])
+        both = codes if valid is None else torch.stack([codes, valid.to(torch.int8)])
         host = both.cpu().tolist()
         seen, real = (host, None) if valid is None else host
-        if valid is not None and all(map(all, real)):
-            valid = None
-        total = sum(map(sum, seen))
-        lengths = self.projector.lengths(lengths, total)
+        if real is not None and all(map(all, real)):
+            valid = real = None
+        total = sum(code in (IMAGE, VIDEO) for row in seen for code in row)
+        lengths = self.projector.lengths(usable(incoming.lengths, self.spec), total)
         pictures = find_pictures(seen, lengths)
-        self._text_after(pictures, seen, real)
-        self.projector.number(pictures)
-        return pictures, valid
-
-    @staticmethod
-    def _text_after(pictures: list[Picture], seen: list[list[bool]], real: list[list[bool]] | None) -> None:
         for picture in pictures:
             row = seen[picture.row]
-            text = [not v and (real is None or real[picture.row][c]) for c, v in enumerate(row)]
+            text = [c in (NONE, BREAK) and (real is None or bool(real[picture.row][i])) for i, c in enumerate(row)]
             picture.text_after = sum(text[picture.columns[0] :])
             picture.text_after_last = sum(text[picture.columns[-1] :])
             picture.n = len(picture.columns)
+        self.projector.number(pictures)
+        return pictures, valid
 
-    def _rows(self, x: Tensor, pictures: list[Picture], valid: Tensor | None, positions: Tensor) -> Rows:
+    def _blocks(self, incoming: Incoming, columns: int, held: int, stream: Stream | None) -> Tensor | None:
+        """Bidirectional blocks of this call's columns."""
+        if self.rule is None or incoming.types is None or (self.rule.first_only and held):
+            return None
+        first = held if stream is None else stream.seen
+        return block_ids(incoming.types[:, -columns:], self.rule, first)
+
+    def _rows(
+        self,
+        x: Tensor,
+        pictures: list[Picture],
+        valid: Tensor | None,
+        positions: Tensor,
+        blocks: Tensor | None,
+        lengths: dict[int, list[int]] | None,
+    ) -> Rows:
         batch, columns = x.shape[:2]
         label = torch.full((batch, columns), TEXT)
-        part = torch.zeros(batch, columns, dtype=torch.int64) if any(p.parts for p in pictures) else None
         for picture in pictures:
             label[picture.row, picture.columns] = picture.index
-            if part is not None and picture.parts is not None:
-                part[picture.row, picture.columns] = torch.tensor(picture.parts)
         label = label.to(x.device)
-        lengths = [columns] * batch
+        counts = [columns] * batch
         if valid is not None:
             label = torch.where(valid, label, PAD)
-            lengths = valid.sum(1).tolist()
+            counts = valid.sum(1).tolist()
+        look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
+        part = PARTS[self.spec.parts](look)
         place = torch.arange(columns, device=x.device).expand(batch, columns)
-        rows = Rows(
-            batch,
-            columns,
-            lengths,
-            pictures,
-            label,
-            None if part is None else part.to(x.device),
-            valid,
-            place,
-            positions,
-        )
+        rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions)
+        if blocks is not None:
+            rows.states[HOST, "blocks"] = blocks
         self.steps = []
         if self.attachment.trace:
-            rows.owner = place.clone()
+            rows.owner, rows.first_part = place.clone(), part
         return rows
+
+    def _own(self, rows: Rows, kwargs: dict[str, Any]) -> None:
+        """Takes over what hosts keep for each token, so that it follows the cuts."""
+        for name in self.spec.gather:
+            if kwargs.get(name) is not None:
+                rows.states[HOST, name] = kwargs[name]
+        if self.spec.deepstack is None:
+            return
+        where, what = self.spec.deepstack
+        visual, features = kwargs.get(where), kwargs.get(what)
+        if visual is None or features is None:
+            return
+        x = kwargs["inputs_embeds"]
+        for layer, feature in enumerate(features):
+            room = x.new_zeros(x.shape)
+            rows.states[HOST, f"deepstack {layer}"] = room.masked_scatter(
+                visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
+            )
+        kwargs[where] = kwargs[what] = None
+
+    def stack(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Layer hook: adds the tower's features of this depth, as the host would."""
+        call = self.call
+        if call is None or call.rows is None or self.muted or replaying():
+            return None
+        feature = call.rows.states.get((HOST, f"deepstack {layer}"))
+        if feature is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + feature, *output[1:])
+        return output + feature
 
     def _boundary(self, call: Call, x: Tensor) -> Tensor:
         """What the tower and the projector left out goes, then methods act on the language model's input."""
@@ -396,7 +537,7 @@ class Decoder:
         assert rows is not None and call.run is not None
         pieces = []
         for group in rows.groups("picture"):
-            index = torch.tensor([self._picture(rows, unit).tower for unit in group.units], device=x.device)
+            index = torch.tensor([rows.pictures[i].tower for i in rows.of_pictures(group).tolist()], device=x.device)
             reduction = handover.reduction(index, group.n)
             if reduction is not None:
                 pieces.append((group, reduction))
@@ -411,10 +552,6 @@ class Decoder:
             self.attachment.ledger.visit(call.run, event)
         self.projector.carry(rows, handover)
         return x
-
-    @staticmethod
-    def _picture(rows: Rows, unit: tuple[int, int, int]) -> Picture:
-        return next(p for p in rows.pictures if (p.row, p.index) == unit[:2])
 
     # ------------------------------------------------------------------ visiting a method
     def _visit(
@@ -435,7 +572,9 @@ class Decoder:
             view = self._view(entry, x, rows, group, taps)
             reduction = self.attachment.decide(entry, view)
             slots = group.n if reduction is None else reduction.slots
-            booked.append(Booked(len(group.units), group.n, slots, group.entered, group.text, group.length))
+            booked.append(
+                Booked(len(group.units), group.n, slots, group.entered, group.text, group.length, group.mixed)
+            )
             if reduction is not None:
                 pieces.append((group, reduction))
         before = rows.length
@@ -545,7 +684,6 @@ class Decoder:
         if call is None or self.muted or replaying():
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        before = hidden
         if call.rows is not None and layer in self.points:
             hidden = self._cut_layer(call, layer, module, hidden, kwargs)
         segment = None if call.stream is None else call.stream.segment(layer)
@@ -553,72 +691,117 @@ class Decoder:
             if self.flash and call.moved:
                 return args, {**kwargs, "position_ids": None}  # gaps would read as packed sequences
             return None
-        part = call.segments.get(segment.first)
-        if part is None:
-            part = self._enter_segment(call, segment, hidden, kwargs["position_embeddings"])
+        if segment.first not in call.segments:
+            self._enter_segment(call, segment, hidden)
         kind = self.kinds[layer]
-        if kind not in part.masks:
-            part.masks[kind] = build_mask(self.lm().config, kind, hidden, part.valid, call.cache, layer)
         changed = {
             **kwargs,
-            "position_embeddings": part.rotary,
-            "attention_mask": part.masks[kind],
+            "position_embeddings": self._rotary(call, segment, kind, kwargs.get("position_embeddings"), hidden),
+            "attention_mask": self._mask(call, segment, kind, layer, hidden),
             "position_ids": None,
         }
-        if hidden is before:
-            return args, changed
-        if args:
-            return (hidden, *args[1:]), changed
-        return args, {**changed, "hidden_states": hidden}
+        if not args:
+            return args, {**changed, "hidden_states": hidden}
+        rest = list(args[1:])
+        for at in self.spec.layer_args:
+            value = args[at] if at < len(args) else None
+            if call.since is not None and isinstance(value, Tensor) and value.shape[1] == call.width:
+                index = call.since.unsqueeze(-1).expand(-1, -1, value.shape[-1])
+                rest[at - 1] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
+        return (hidden, *rest), changed
 
-    def _enter_segment(self, call: Call, segment: Segment, hidden: Tensor, rotary: Any) -> SegmentCall:
-        """A segment begins in this call: validity and rotary embeddings of its rows.
+    def _mask(self, call: Call, segment: Segment, kind: str, layer: int, hidden: Tensor) -> Any:
+        """The mask of a layer behind a cut; made once a segment and layer type."""
+        part = call.segments[segment.first]
+        count = call.added[segment.first][0]
+        if kind not in part.masks:
+            rows = hidden
+            if hidden.shape[1] != count:  # the host already looks at the last tokens only
+                rows = hidden.new_zeros(hidden.shape[0], count, 1).expand(-1, -1, hidden.shape[2])
+            part.masks[kind] = build_mask(
+                self.lm().config,
+                kind,
+                rows,
+                part.valid,
+                call.cache,
+                layer,
+                part.blocks,
+                self.rule,
+                explicit=hidden.shape[1] != count,
+            )
+        mask = part.masks[kind]
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] != hidden.shape[1]:
+            return mask[:, :, -hidden.shape[1] :]
+        return mask
 
-        Args:
-            call: this call.
-            segment: the segment, as the calls before left it.
-            hidden: `[B, L, C]`, its first layer's input.
-            rotary: position embeddings that fit these rows where no position was turned.
-        """
-        count, new = (hidden.shape[1], call.added[0][1]) if call.rows is None else (hidden.shape[1], call.rows.valid)
-        call.added[segment.first] = (count, new)
+    def _rotary(self, call: Call, segment: Segment, kind: str, given: Any, hidden: Tensor) -> Any:
+        """Position embeddings of a layer behind a cut: the host's own, at the columns that are left."""
+        part = call.segments[segment.first]
+        if part.rotary is not None:
+            if kind not in part.rotary:
+                part.rotary[kind] = self._turn(call, segment, kind, hidden)
+            return part.rotary[kind]
+        if call.since is None or given is None:
+            return given
+        first = given[0] if isinstance(given, (tuple, list)) else given
+        if first.shape[1] != call.width:  # sliced by the host to its last queries
+            return given
+        key = id(given)
+        if key not in call.gathered:
+            call.gathered[key] = (given, gather_rotary(given, call.since))
+        return call.gathered[key][1]
+
+    def _turn(self, call: Call, segment: Segment, kind: str, hidden: Tensor) -> Any:
+        """Position embeddings at positions that a cut renumbered."""
+        if call.rows is not None:
+            positions = call.rows.positions
+        else:
+            assert call.positions is not None
+            positions = call.positions if segment.shift is None else call.positions - segment.shift[:, None]
+        rotary = self.lm().rotary_emb
+        typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        return rotary(hidden, positions, kind) if typed else rotary(hidden, positions)
+
+    def _enter_segment(self, call: Call, segment: Segment, hidden: Tensor) -> None:
+        """A segment begins in this call: validity and positions of its rows."""
+        count, rows = hidden.shape[1], call.rows
+        if rows is None:
+            new, blocks = call.added[0][1:]
+        else:
+            new, blocks = rows.valid, rows.states.get((HOST, "blocks"))
+        call.added[segment.first] = (count, new, blocks)
         call.shifts[segment.first] = call.lowered
-        if segment.turned:
-            if call.rows is not None:
-                positions = call.rows.positions
-            else:
-                assert call.positions is not None
-                positions = call.positions if segment.shift is None else call.positions - segment.shift[:, None]
-            rotary = self.lm().rotary_emb(hidden, position_ids=positions)
-        valid = segment.extended(count, new, hidden.shape[0], hidden.device)
-        call.segments[segment.first] = SegmentCall(rotary, valid)
-        return call.segments[segment.first]
+        batch, device = hidden.shape[0], hidden.device
+        call.segments[segment.first] = SegmentCall(
+            {} if segment.turned else None,
+            segment.extended(count, new, batch, device),
+            segment.extended_blocks(count, blocks, batch, device),
+        )
 
     def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Methods at the end of the layer before and at the start of this one."""
         rows = call.rows
         assert rows is not None
         past = Segment(0) if call.stream is None else call.stream.segment(layer)
-        fresh = past.first == layer  # an earlier call cut here: its past differs from that of the layer before
-        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-        above = past
-        if call.stream is not None:
-            above = call.stream.segment(layer - 1)
-            if above.first in call.segments:
-                part = call.segments[above.first]
-                rotary, mask = part.rotary, part.masks.get(self.kinds[layer])
+        fresh = past.first == layer and layer > 0  # an earlier call cut here: the caches above and below differ
+        above = past if call.stream is None else call.stream.segment(layer - 1)
         if fresh and past.shift is not above.shift and past.shift is not None:
             old = past.shift if above.shift is None else past.shift - above.shift
             rows.positions = rows.positions - old[:, None]
+        rotary, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        if above.first in call.segments:
+            rotary = self._rotary(call, above, self.kinds[layer], rotary, hidden)
+            mask = None if fresh else self._mask(call, above, self.kinds[layer], layer, hidden)
         taps = LayerTaps(self, call, layer, module, hidden, rotary, None if fresh else mask, past)
-        lowered = call.lowered
-        taken = False
+        lowered, taken = call.lowered, False
         for entry in self.points[layer]:
             derive = taps.ahead if entry.site.point == "start" else taps.behind
             hidden, moved = self._visit(call, entry, hidden, derive, renumber_by_default=False)
             if moved is not None:
                 taken = True
                 taps.follow(hidden, moved)
+                call.since = moved.source if call.since is None else call.since.gather(1, moved.source)
+                call.gathered.clear()
         call.taps.pop(layer - 1, None)
         if not taken:
             return hidden
@@ -630,41 +813,43 @@ class Decoder:
         past.turned = past.turned or call.lowered is not lowered
         for first, later in call.stream.segments.items():
             later.turned = later.turned or (first > layer and past.turned)
-        self._enter_segment(call, past, hidden, taps.rotary)
+        self._enter_segment(call, past, hidden)
         return hidden
 
     # ------------------------------------------------------------------ taps
     def tap_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Attention pre-hook: the rotary embeddings and the mask of the layer."""
-        if self._listens():
-            assert self.call is not None
-            caught = self.call.taps.setdefault(layer, {})
-            caught["rotary"], caught["mask"] = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        caught = self._catch(layer)
+        if caught is not None:
+            caught["rotary"], caught["mask"] = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches q before rope."""
-        if self._listens():
-            assert self.call is not None
-            self.call.taps.setdefault(layer, {})["q"] = output
+        caught = self._catch(layer)
+        if caught is not None:
+            caught["q"] = output
 
     def tap_k(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches k before rope."""
-        if self._listens():
-            assert self.call is not None
-            self.call.taps.setdefault(layer, {})["k"] = output
+        caught = self._catch(layer)
+        if caught is not None:
+            caught["k"] = output
 
     def tap_transition(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Catches how attention and MLP change their input, as two numbers a token."""
-        if not self._listens():
+        caught = self._catch(layer)
+        if caught is None:
             return
-        assert self.call is not None
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
-        self.call.taps.setdefault(layer, {}).setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
+        caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
 
-    def _listens(self) -> bool:
-        return self.call is not None and self.call.rows is not None and not self.muted and not replaying()
+    def _catch(self, layer: int) -> dict[str, Any] | None:
+        """Where taps of this layer go, while a prefill with pictures runs."""
+        if self.call is None or self.call.rows is None or self.muted or replaying():
+            return None
+        return self.call.taps.setdefault(layer, {})
 
     # ------------------------------------------------------------------ after the text model
     def finish(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -677,300 +862,29 @@ class Decoder:
             cache = getattr(output, "past_key_values", None)
         stream = call.stream
         if stream is not None:
-            for first, segment in stream.segments.items():
-                count, new = call.added.get(first, call.added[0])
-                segment.valid = segment.extended(count, new, stream.rows, kwargs["inputs_embeds"].device)
-                segment.length += count
-                lowered = call.shifts.get(first, call.lowered)
-                if lowered is not None:
-                    segment.shift = lowered if segment.shift is None else segment.shift + lowered
-            stream.seen += call.columns
-            stream.next = call.next
+            self._file(call, stream, kwargs["inputs_embeds"].device)
             if cache is not None:
                 file_stream(cache, stream)
-        rows = call.rows
-        if rows is None or (rows.length == call.columns and not call.moved):
+        rows, hidden = call.rows, output[0]
+        if rows is None or (rows.length == call.columns and not call.moved) or hidden.shape[1] != rows.length:
             return None
-        hidden = output[0]
         restored = rows.restore(hidden, call.columns)
         if isinstance(output, tuple):
             return (restored, *output[1:])
         output.last_hidden_state = restored
         return output
 
-
-class LayerTaps:
-    """Taps of the layer that ran last and of the one to come, at one boundary between them."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        call: Call,
-        layer: int,
-        module: nn.Module,
-        hidden: Tensor,
-        rotary: Any,
-        mask: Any,
-        past: Segment,
-    ) -> None:
-        self.decoder = decoder
-        self.call = call
-        self.layer = layer
-        self.module = module
-        self.hidden = hidden.detach()
-        self.rotary = rotary
-        self.mask = mask
-        self.past = past
-        self.back: list[Tensor] = []
-
-    def follow(self, hidden: Tensor, moved: Moved) -> None:
-        """A method cut the rows here; the next one at this boundary sees what is left."""
-        self.hidden = hidden.detach()
-        self.rotary = gather_rotary(self.rotary, moved.source)
-        self.mask = None
-        self.back.append(moved.source)
-
-    def behind(self, group: Group) -> DecoderTaps:
-        """Taps of the layer before, from what it did."""
-        layer = self.layer - 1
-        caught = self.call.taps.get(layer, {})
-        transition = caught.get("transition")
-        if "q" not in caught:
-            return self._taps(group, layer, None, None, None, None, transition)
-        rows_before = caught["q"].shape[1]
-        attn = caught.get("attn") or self.decoder.lm().layers[layer].self_attn
-        q, k = by_head(caught["q"], attn), by_head(caught["k"], attn)
-        return self._taps(group, layer, attn, (q, k, rows_before), caught["rotary"], caught["mask"], transition)
-
-    def ahead(self, group: Group) -> DecoderTaps:
-        """Taps of the layer to come, from its own norm and projections."""
-        attn = self.module.self_attn
-        self.back_start = len(self.back)
-        return self._taps(group, self.layer, attn, None, self.rotary, self.mask, None, ahead=True)
-
-    def _taps(
-        self,
-        group: Group,
-        layer: int,
-        attn: nn.Module | None,
-        caught: tuple[Tensor, Tensor, int] | None,
-        rotary: Any,
-        mask: Any,
-        transition: list[Tensor] | None,
-        ahead: bool = False,
-    ) -> DecoderTaps:
-        rows = self.call.rows
-        assert rows is not None
-        device = self.hidden.device
-        now = rows.valid_columns(group)
-        if now is None:
-            now = torch.arange(rows.length, device=device).expand(len(group.units), rows.length)
-        old = now  # columns as the layer had them
-        if not ahead:
-            for source in reversed(self.back):
-                old = source[group.index].gather(1, old)
-        visual = rows.relative(group, group.columns)
-        text = rows.relative(group, rows.text_columns(group)) if group.text else visual[:, :0]
-        moved = None
-        if transition is not None:
-            table = torch.stack(transition, 1)[group.index]
-            moved = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
-        if attn is None:
-            return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, moved)
-        cached = self._cached(layer, group, ahead)
-        past = 0 if cached is None else cached.shape[2]
-        length = self.hidden.shape[1] if caught is None else caught[2]
-
-        def q(places: Tensor) -> Tensor:
-            columns = old.gather(1, places)
-            if caught is not None:
-                part = caught[0][group.index].gather(2, _spread(columns, caught[0]))
-            else:
-                picked = self.hidden[group.index[:, None], columns]
-                part = self._project(attn, picked, "q")
-            return rotate(attn, part, gather_rotary(rotary, columns, group.index))
-
-        def k() -> Tensor:
-            if caught is not None:
-                made = caught[1][group.index]
-            else:
-                made = self._project(attn, self.hidden, "k")[group.index]
-            everything = torch.arange(length, device=device).expand(len(group.units), length)
-            made = rotate(attn, made, gather_rotary(rotary, everything, group.index))
-            return made if cached is None else torch.cat([cached.to(made.dtype), made], 2)
-
-        def bias(places: Tensor) -> Tensor:
-            columns = old.gather(1, places)
-            if isinstance(mask, Tensor) and mask.dim() == 4:
-                seen = mask[group.index] if mask.shape[0] > 1 else mask.expand(len(group.units), -1, -1, -1)
-                seen = seen[:, :1, :, : past + length].gather(
-                    2, columns[:, None, :, None].expand(-1, 1, -1, past + length)
-                )
-                return torch.where(seen, 0.0, float("-inf")) if seen.dtype == torch.bool else seen.float()
-            key = torch.arange(-past, length, device=device)
-            look = key[None, None, :] <= columns[:, :, None]
-            real = self._real(group, past, length, ahead)
-            if real is not None:
-                look = look & real[:, None, :]
-            return torch.where(look, 0.0, float("-inf"))[:, None]
-
-        return DecoderTaps(q, k, float(attn.scaling), bias, old + past, visual, text, group.mixed, moved)
-
-    def _cached(self, layer: int, group: Group, ahead: bool) -> Tensor | None:
-        """Keys that the layer's cache held before this call, after rope."""
-        count = self.past.length if ahead else self._above().length
-        if not count or self.call.cache is None:
-            return None
-        keys: Tensor = self.call.cache.layers[layer].keys
-        return keys[group.index][:, :, :count]
-
-    def _above(self) -> Segment:
-        stream = self.call.stream
-        return Segment(0) if stream is None else stream.segment(self.layer - 1)
-
-    def _real(self, group: Group, past: int, length: int, ahead: bool) -> Tensor | None:
-        """Which keys are no padding, bool `[G, past + length]`, or None where all are real."""
-        rows = self.call.rows
-        assert rows is not None
-        segment = self.past if ahead else self._above()
-        new = rows.valid
-        if not ahead and self.back:
-            first = segment.first if segment.first in self.call.added else 0
-            new = self.call.added[first][1]
-        joined = segment.extended(length, new, rows.batch, self.hidden.device)
-        return None if joined is None else joined[group.index]
-
-    def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
-        """Queries or keys of a layer that has not run, before rope, with taps muted."""
-        self.decoder.muted = True
-        try:
-            normed = self.module.input_layernorm(x)
-            module = attn.q_proj if which == "q" else attn.k_proj
-            made = module(normed)
-            norm = getattr(attn, f"{which}_norm", None)
-            if norm is not None:
-                made = norm(made.unflatten(-1, (-1, attn.head_dim)))
-            return by_head(made, attn)
-        finally:
-            self.decoder.muted = False
-
-
-def _nothing(*_: Any) -> Tensor:
-    raise PassError("this signal was not tapped")
-
-
-def _spread(columns: Tensor, table: Tensor) -> Tensor:
-    """Columns `[G, R]` as an index along dim 2 of `[G, H, L, d]`."""
-    return columns[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
-
-
-# ---------------------------------------------------------------------- what differs between hosts
-def projection(attn: nn.Module, which: str) -> nn.Module:
-    """The last module whose output is q or k before rope: its norm, where there is one."""
-    norm = getattr(attn, f"{which}_norm", None)
-    found: nn.Module = norm if isinstance(norm, nn.Module) else getattr(attn, f"{which}_proj")
-    return found
-
-
-def by_head(x: Tensor, attn: nn.Module) -> Tensor:
-    """`[B, L, H d]` or `[B, L, H, d]` to `[B, H, L, d]`."""
-    if x.dim() == 3:
-        x = x.unflatten(-1, (-1, attn.head_dim))
-    return x.transpose(1, 2)
-
-
-def rotate(attn: nn.Module, x: Tensor, rotary: Any) -> Tensor:
-    """Applies the family's own rotary function to `[G, H, R, d]`."""
-    apply = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise UnsupportedModel(f"{type(attn).__name__} has no rotary function that attention rows can be derived with")
-    cos, sin = rotary
-    turned: Tensor = apply(x, x, cos, sin)[0]
-    return turned
-
-
-def gather_rotary(rotary: Any, columns: Tensor, rows: Tensor | None = None) -> Any:
-    """Position embeddings of some columns: a pair, or one tensor, `[B or 1, L, D]`, gathered on dim -2.
-
-    Args:
-        rotary: what the host hands its layers.
-        columns: int64 `[B, R]`.
-        rows: int64 `[B]`, rows that the columns are of; None means all.
-    """
-    if isinstance(rotary, (tuple, list)):
-        return tuple(gather_rotary(part, columns, rows) for part in rotary)
-    part = rotary
-    if part.shape[0] == 1:
-        part = part.expand(columns.shape[0], *part.shape[1:])
-    elif rows is not None:
-        part = part[rows]
-    return part.gather(1, columns.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
-
-
-def layer_kinds(config: Any, depth: int) -> list[str]:
-    """The attention type of each layer, as masks are told apart."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return list(kinds)
-    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * depth
-
-
-def build_mask(config: Any, kind: str, hidden: Tensor, valid: Tensor | None, cache: Any, layer: int) -> Any:
-    """The mask of one layer type for rows that a cut left, by the host's own function.
-
-    Args:
-        config: of the text model.
-        kind: layer type.
-        hidden: `[B, L, C]`.
-        valid: bool `[B, past + L]`, or None.
-        cache: the cache, or None.
-        layer: whose cache length counts.
-    """
-    from transformers import masking_utils
-
-    make = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-    return make(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=valid,
-        past_key_values=cache,
-        position_ids=None,  # gaps would read as packed sequences
-        layer_idx=layer,
-    )
-
-
-def find_pictures(seen: list[list[bool]], lengths: list[int] | None) -> list[Picture]:
-    """Pictures from the runs of placeholders.
-
-    Args:
-        seen: `[B][S]`, placeholder columns.
-        lengths: tokens of each picture in the order of the placeholders; splits runs of adjacent pictures.
-
-    Returns:
-        Pictures, row by row.
-
-    Raises:
-        CacheError: a run does not end where a picture does.
-    """
-    queue = list(lengths or [])
-    pictures: list[Picture] = []
-    for row, columns in enumerate(seen):
-        index, at = 0, 0
-        while at < len(columns):
-            if not columns[at]:
-                at += 1
-                continue
-            end = at
-            while end < len(columns) and columns[end]:
-                end += 1
-            while at < end:
-                take = queue.pop(0) if queue else end - at
-                if take > end - at:
-                    raise CacheError(
-                        f"row {row} has a run of {end - at} placeholders where a picture needs {take}; chunked prefill "
-                        "that splits a picture cannot be combined with a compression"
-                    )
-                pictures.append(Picture(row, index, list(range(at, at + take))))
-                index += 1
-                at += take
-    return pictures
+    @staticmethod
+    def _file(call: Call, stream: Stream, device: torch.device) -> None:
+        """What this call added is past now."""
+        for first, segment in stream.segments.items():
+            count, new, blocks = call.added.get(first, call.added[0])
+            valid = segment.extended(count, new, stream.rows, device)
+            segment.blocks = segment.extended_blocks(count, blocks, stream.rows, device)
+            segment.valid = valid
+            segment.length += count
+            lowered = call.shifts.get(first, call.lowered)
+            if lowered is not None:
+                segment.shift = lowered if segment.shift is None else segment.shift + lowered
+        stream.seen += call.columns
+        stream.next = call.next

@@ -23,6 +23,7 @@ from ..sequence import Row, Sequence
 from ..signals import Need
 from ..view import Signal, TokenView
 from .base import VLMSpec, child
+from .spans import IMAGE
 from .vit_block import Tower
 
 
@@ -192,12 +193,13 @@ class Projector:
         return sequence.carried.get(f"{need.name}@{need.layer}", (None, None))[0]
 
     # ------------------------------------------------------------------ towards the language model
-    def lengths(self, lengths: list[int] | None, total: int) -> list[int] | None:
+    def lengths(self, lengths: dict[int, list[int]] | None, total: int) -> dict[int, list[int]] | None:
         """Tokens of each picture, in the order of the placeholders; None where only their runs tell."""
-        if lengths is not None and sum(lengths) == total:
+        if lengths is not None and sum(map(sum, lengths.values())) == total:
             return lengths
-        if self.shape is not None and self.shape[1] and total % self.shape[1] == 0:
-            return [self.shape[1]] * (total // self.shape[1])
+        plain = self.spec.parts == "one"  # one row of the projector's output is one picture
+        if plain and self.shape is not None and self.shape[1] and total % self.shape[1] == 0:
+            return {IMAGE: [self.shape[1]] * (total // self.shape[1])}
         return None
 
     def number(self, pictures: list[Picture]) -> None:

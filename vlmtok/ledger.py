@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Group:
         entered: tokens of each when it entered the stage.
         text: text rows behind the view's first token (language models).
         length: length of the whole row, padding left out (language models) or not (towers).
+        mixed: whether some of that text stands before some of the view's tokens.
     """
 
     rows: int
@@ -24,6 +27,7 @@ class Group:
     entered: int
     text: int = 0
     length: int = 0
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class Event:
 
 
 @dataclass
+class Decoding:
+    """Decode steps of so many rows, one token each, behind a call of the language model.
+
+    Attributes:
+        rows: rows of each step.
+        first: steps that ran before them.
+        steps: how many.
+        head: rows that the language model's head saw in all of them.
+    """
+
+    rows: int
+    first: int = 0
+    steps: int = 0
+    head: int = 0
+
+
+@dataclass
 class StageRun:
     """One pass through one stage.
 
@@ -64,7 +85,13 @@ class StageRun:
         past: tokens that the cache held before (language models).
         pictures: pictures of the pass (language models).
         cached: whether keys and values were cached.
+        visual: visual tokens of all rows that entered (language models).
+        seen: tokens that the cache of a bare model would have held before.
+        held: (first layer, tokens) of each run of layers whose caches hold equally many; empty means `past` in all.
         events: visits, in order.
+        parts: rows that modules outside the blocks saw, by name (see `vlmtok.flops.Part`).
+        decodings: decode steps behind it.
+        captured: whether it was captured into a CUDA graph, whose replays run no Python.
     """
 
     stage: str
@@ -73,24 +100,29 @@ class StageRun:
     past: int = 0
     pictures: int = 0
     cached: bool = False
+    visual: int = 0
+    seen: int = 0
+    held: tuple[tuple[int, int], ...] = ()
     events: list[Event] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
+    decodings: list[Decoding] = field(default_factory=list)
+    captured: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether it adds text to a filled cache: a later turn, or candidates that are checked."""
+        return bool(self.past) and not self.pictures
+
+    @property
+    def steps(self) -> int:
+        """Decode steps behind it."""
+        return sum(decoding.steps for decoding in self.decodings)
 
     def key(self) -> tuple[object, ...]:
         """What two passes of the same cost share."""
-        return (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, tuple(self.events))
-
-
-@dataclass
-class Decoding:
-    """Decode steps since the last prefill.
-
-    Attributes:
-        steps: how many.
-        rows: rows of each.
-    """
-
-    steps: int = 0
-    rows: int = 0
+        tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
+        shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
+        return (*shape, self.held, *tables)
 
 
 @dataclass
@@ -98,27 +130,32 @@ class Ledger:
     """Passes of a compression.
 
     Attributes:
-        last: the last pass of each stage.
+        last: the last pass of each stage; what adds text to a filled cache stands under ``continued``, so that the
+            prefill is not lost behind it.
         passes: how many passes each stage has seen.
         fired: visits per (stage, layer, point, method).
-        decoding: decode steps behind the last prefill.
+        steps: decode steps so far.
     """
 
     last: dict[str, StageRun] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     fired: dict[tuple[str, int | None, str, int], int] = field(default_factory=dict)
-    decoding: Decoding = field(default_factory=Decoding)
     steps: int = 0
+    _decoder: StageRun | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
 
     def begin(self, run: StageRun) -> StageRun:
         """Opens the books of a pass; those of the stage's pass before are closed."""
-        if run.stage in self.last:
-            self._close(self.last[run.stage])
-        self.last[run.stage] = run
-        self.passes[run.stage] = self.passes.get(run.stage, 0) + 1
+        if not torch.compiler.is_compiling() and torch.cuda.is_initialized():
+            run.captured = torch.cuda.is_current_stream_capturing()
+        name = "continued" if run.continues else run.stage
+        for closed in (name, "continued") if run.stage == "decoder" else (name,):
+            if closed in self.last:
+                self._close(self.last.pop(closed))
+        self.last[name] = run
+        self.passes[name] = self.passes.get(name, 0) + 1
         if run.stage == "decoder":
-            self.decoding = Decoding()
+            self._decoder = run
         return run
 
     def visit(self, run: StageRun, event: Event) -> None:
@@ -127,11 +164,36 @@ class Ledger:
         key = (event.stage, event.layer, event.point, event.method)
         self.fired[key] = self.fired.get(key, 0) + 1
 
-    def step(self, rows: int) -> None:
-        """Books one decode step."""
-        self.decoding.steps += 1
-        self.decoding.rows = rows
+    def step(self, rows: int, past: int) -> None:
+        """Books one decode step.
+
+        Args:
+            rows: of the batch.
+            past: tokens that the cache held before, for a cache that was filled bare.
+        """
+        run = self._decoder
+        if run is None:
+            run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
+        if not run.decodings or run.decodings[-1].rows != rows:
+            run.decodings.append(Decoding(rows, run.steps))
+        run.decodings[-1].steps += 1
         self.steps += 1
+
+    def note(self, stage: str, part: str, rows: int) -> None:
+        """Books rows that a module outside the blocks saw.
+
+        Args:
+            stage: whose last pass it belongs to.
+            part: its name.
+            rows: rows of its input; pictures for a pool.
+        """
+        run = self._decoder if stage == "decoder" else self.last.get(stage)
+        if run is None:
+            return
+        if run.decodings:
+            run.decodings[-1].head += rows
+        else:
+            run.parts[part] = run.parts.get(part, 0) + rows
 
     def totals(self) -> list[tuple[StageRun, int]]:
         """Every kind of pass so far, with how often it ran."""

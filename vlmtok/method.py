@@ -104,6 +104,8 @@ class StageLayout:
         points: points at which a method may act.
         provides: signals that can be derived at this stage.
         num_prefix: protected tokens in front of a row.
+        blind: layers whose attention gives no signal.
+        last_cut: the last layer at whose start tokens may leave; None means any.
     """
 
     depth: int
@@ -113,6 +115,8 @@ class StageLayout:
     points: frozenset[str] = frozenset({"end"})
     provides: frozenset[str] = frozenset()
     num_prefix: int = 0
+    blind: frozenset[int] = frozenset()
+    last_cut: int | None = None
 
 
 @dataclass(frozen=True)

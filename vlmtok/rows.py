@@ -28,7 +28,8 @@ class Picture:
         row: its row.
         index: its place among the row's pictures.
         columns: original columns of its tokens.
-        parts: part of each of these tokens (see `TokenView.part`), or None for all 0.
+        runs: where, among these, each of its runs begins.
+        video: whether it is a clip.
         grid: rows and columns of patches, or None.
         tower: which picture of the tower it is.
         text_after: text columns of the row behind its first token.
@@ -40,7 +41,8 @@ class Picture:
     row: int
     index: int
     columns: list[int]
-    parts: list[int] | None = None
+    runs: list[int] = field(default_factory=lambda: [0])
+    video: bool = False
     grid: tuple[int, int] | None = None
     tower: int = 0
     text_after: int = 0
@@ -113,6 +115,7 @@ class Rows:
         notes: per (method, scope), name and view row.
         carried: signals on their way, `[B, L, ...]` with the axis that the tokens have in a view, or one entry for
             each picture (axis None).
+        first_part: int64 `[B, S]`, `part` as it was at first; kept only for traces.
         owner: int64 `[B, S]`, column that owns each original column (-1 dropped); kept only for traces.
     """
 
@@ -130,6 +133,7 @@ class Rows:
     known: dict[tuple[int, str], set[tuple[int, int, int]]] = field(default_factory=dict)
     notes: dict[tuple[int, str], dict[str, dict[tuple[int, int, int], Any]]] = field(default_factory=dict)
     carried: dict[str, tuple[Tensor, int | None]] = field(default_factory=dict)
+    first_part: Tensor | None = None
     owner: Tensor | None = None
 
     # ------------------------------------------------------------------ views

@@ -93,6 +93,11 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
                 f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give; "
                 f"it gives there: {', '.join(sorted(offered)) or 'none'}"
             )
+        if site.layer in layout.stages[site.stage].blind and name != "transition":
+            raise MissingSignal(
+                f"{by} needs the signal {name!r} at {site}, but no attention rows can be derived from that layer of "
+                f"{layout.family}"
+            )
         return Need(text, name)
     if not layout.gives(stage, name):
         offered = sorted(layout.stages[stage].provides) if stage in layout.stages else []
@@ -304,6 +309,11 @@ def check_stage(site: Site, layout: Layout, by: str) -> None:
             raise SiteError(
                 f"{by}: decoder layer 0 start is not possible (hosts read the length of cache layer 0); "
                 "use the stage 'projected'"
+            )
+        if stage.last_cut is not None and layer + (site.point == "end") > stage.last_cut:
+            raise SiteError(
+                f"{by}: {site} is not possible; later layers of {layout.family} reuse keys of earlier ones, so the "
+                f"last place is decoder layer {stage.last_cut} start"
             )
         if layer == stage.depth - 1 and site.point == "end":
             raise SiteError(f"{by}: decoder layer {layer} end is not possible: no layer follows; use an earlier one")

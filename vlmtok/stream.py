@@ -52,6 +52,15 @@ class Segment:
         new = valid if valid is not None else torch.ones(rows, count, dtype=torch.bool, device=device)
         return torch.cat([old, new], 1)
 
+    def extended_blocks(self, count: int, blocks: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+        """Block of cached and new columns together, int64 `[B, length + count]`, or None where there is none."""
+        if self.blocks is None and blocks is None:
+            return None
+        none: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        old = self.blocks if self.blocks is not None else torch.full((rows, self.length), -1, **none)
+        new = blocks if blocks is not None else torch.full((rows, count), -1, **none)
+        return torch.cat([old, new], 1)
+
     def copy(self, first: int) -> Segment:
         """The same past for later layers."""
         return Segment(first, self.length, self.valid, self.blocks, self.shift, self.turned)
@@ -101,14 +110,15 @@ class Stream:
             self.next = self.next - count
 
 
-def read_stream(cache: Any, owner: int, rows: int, held: int) -> Stream | None:
+def read_stream(cache: Any, owner: int, rows: int, held: int, layer: int = 0) -> Stream | None:
     """The stream filed with a cache, brought up to what the cache holds now.
 
     Args:
         cache: a cache object, or None.
         owner: ticket of the attachment that asks.
         rows: rows of this call.
-        held: columns that the cache holds at layer 0.
+        held: columns that the cache says it holds, and
+        layer: the layer that it reads them from.
 
     Returns:
         The stream; None where nothing was cut in this cache.
@@ -128,7 +138,7 @@ def read_stream(cache: Any, owner: int, rows: int, held: int) -> Stream | None:
         raise CacheError(
             f"this cache was filled with {stream.rows} rows, and the call has {rows}; start with a fresh one"
         )
-    have = stream.segments[0].length
+    have = stream.segment(layer).length
     if held > have:
         raise CacheError(
             f"the cache holds {held} columns where this compression filed {have}: it was used while the compression "

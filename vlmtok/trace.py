@@ -153,7 +153,7 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
             return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
 
         steps += [(site, at(owner)) for site, owner in decoder.steps]
-        parts = None if picture.parts is None else torch.tensor(picture.parts)
+        parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid

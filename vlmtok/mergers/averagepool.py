@@ -40,7 +40,6 @@ class AveragePool(Method):
 
     paper = "baseline; as in TokenFLEX (2025)"
     arxiv = "2504.03154"
-    training_free = True
     parity = "equals torch.nn.functional.adaptive_avg_pool2d"
     deviations = (
         "TokenFLEX pools before its projector and trains with it; this pools what a released projector gives, which is "

@@ -273,9 +273,7 @@ class CrossGET(Method):
         metric = view.signal("keys" if self.guidance == "attention" else "keys_full")
         guide = self._importance(view)
         importance = torch.zeros_like(metric[..., 0], dtype=torch.float32) if guide is None else guide
-        skip = self._skip(view.site)
-        stay, src, dst = kernels.complete_match(metric[:, skip:], importance[:, skip:], r)
-        keep, src, dst = torch.cat([stay.new_zeros(batch, skip), stay + skip], 1), src + skip, dst + skip
+        keep, src, dst = kernels.complete_match(metric, importance, r)
         # Equal importance is the size-weighted mean.
         return Reduction(keep, src, dst) if guide is None else ensemble(keep, src, dst, importance, view.size)
 
@@ -286,7 +284,7 @@ class CrossGET(Method):
         r = self.rl if counts.site.stage == "text" else self.rv
         if counts.site.point != "mid" or r is None:
             return counts.n
-        return counts.n - min(r, (counts.n - self._skip(counts.site)) // 2)
+        return counts.n - min(r, counts.n // 2)
 
     def insert(self, view: TokenView) -> Tensor | None:
         """The cross token `[B, 1, C]`: what it was (at first CLS; in text EOT), detached, plus the parameter."""
@@ -321,8 +319,3 @@ class CrossGET(Method):
         # In text the query is EOT's even where a cross token stands behind it, as released.
         guide = -1 if self.guidance == "cross" and view.site.stage == "vision" else 0
         return cosine_importance(view.signal("keys_full"), view.signal("protected_queries")[:, guide])
-
-    @staticmethod
-    def _skip(site: Site) -> int:
-        """Tokens in front of the view that stay: the first token of a text."""
-        return int(site.stage == "text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,37 +82,41 @@ def adaptive_choice(score: Tensor, count: Tensor, plus: bool = False) -> tuple[T
     return key.argsort(dim=1), count + spaced.sum(1)
 
 
-def gather_neighbours(
-    keys: Tensor, score: Tensor, kept: Tensor, valid: Tensor, neighbours: int = 32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What joins the kept tokens: to each its most similar other tokens, to one more slot all that do not stay.
+def prune_and_merge(
+    keys: Tensor, score: Tensor, order: Tensor, count: Tensor, slots: int, neighbours: int = 32
+) -> Reduction:
+    """Lets each token that stays gather its most similar others, and one more slot all that do not stay.
 
     Args:
-        keys: `[B, N, D]`.
+        keys: `[B, N, D]`, any floating dtype.
         score: fp32 `[B, N]`, weights with which tokens join.
-        kept: int64 `[B, K]`.
-        valid: bool `[B, K]`, which of them stay.
-        neighbours: how many join each; fewer where there are fewer others. They may be kept themselves.
+        order: int64 `[B, N]`, all tokens, those that stay first.
+        count: int64 `[B]`, how many stay, at most `slots`.
+        slots: at most N.
+        neighbours: how many join each; fewer where there are fewer others. They may stay themselves.
 
     Returns:
-        src and dst, int64 `[B, R]`, and weights, fp32 `[B, R]`; slot K is the additional one.
+        A ragged reduction: `count` tokens in their order, the merged one (unless every slot has a token of its own),
+        and invalid slots.
     """
     batch, n = score.shape
-    k = kept.shape[1]
-    count = min(neighbours, n - 1)
+    kept = order[:, :slots]
+    near = min(neighbours, n - 1)
     with kernels.exact(keys.device):
         unit = kernels.unit_rows(keys).nan_to_num(0.0)
         similarity = (kernels.take_rows(unit, kept) @ unit.transpose(1, 2)).scatter(
             2, kept.unsqueeze(-1), float("-inf")
         )
-        near = similarity.argsort(dim=2, descending=True, stable=True)[:, :, :count]
-    slot = torch.arange(k, device=keys.device).unsqueeze(-1)
-    near_slot = torch.where(valid.unsqueeze(-1), slot, -1).expand(batch, k, count)
-    stays = torch.zeros_like(score, dtype=torch.bool).scatter(1, kept, valid)
-    everything = torch.arange(n, device=keys.device).expand(batch, n)
-    src = torch.cat([near.flatten(1), everything], 1)
-    dst = torch.cat([near_slot.flatten(1), torch.where(stays, -1, k)], 1)
-    return src, dst, score.gather(1, src)
+        joining = similarity.argsort(dim=2, descending=True, stable=True)[:, :, :near]
+    slot = torch.arange(slots, device=keys.device)
+    limit = count.unsqueeze(1)
+    to = torch.where(slot < limit, slot, -1).unsqueeze(-1).expand(batch, slots, near)
+    # The first token that does not stay stands for the merged one; all behind it join it.
+    merged = torch.where(order.argsort(dim=1) > limit, limit, -1)
+    src = torch.cat([joining.flatten(1), torch.arange(n, device=keys.device).expand(batch, n)], 1)
+    dst = torch.cat([to.flatten(1), merged], 1)
+    keep_weight = torch.where(slot == limit, score.gather(1, kept), 1.0)
+    return Reduction(kept, src, dst, keep_weight, score.gather(1, src), slot <= limit)
 
 
 @register_method
@@ -139,7 +143,7 @@ class PruMerge(Method):
         "Each crop has its own number of outliers; the release pools them over the batch.",
         "A picture without outliers keeps the merged token, and with plus=True three or four spaced ones; the release "
         "divides by zero.",
-        "Fewer than 32 other tokens all join; the release fails.",
+        "Fewer than 32 other tokens all join; the release fails. Where every token stays, there is no merged one.",
         "Spaced tokens reach to the end of any grid; the release stops at patch 575.",
         "plus=True with a fixed keep uses the spacing of the adaptive form; the release's training branch differs.",
     )
@@ -164,7 +168,7 @@ class PruMerge(Method):
         return [Site("features", needs=tuple(f"{name}@vision:-1" for name in names))]
 
     def reduce(self, view: TokenView) -> Reduction | None:
-        """Slots: kept tokens, room for more where rows are ragged, and the merged token."""
+        """Slots: kept tokens, the merged one, and invalid ones where rows are ragged."""
         batch, n, _ = view.tokens.shape
         fixed = self._fixed(n)
         if n < 2 or fixed == n:
@@ -179,18 +183,9 @@ class PruMerge(Method):
         else:
             count = torch.full((batch,), fixed, dtype=torch.int64, device=score.device)
         order, count = adaptive_choice(score, count, self.plus)
-        room = n if self.plus else (n // 4 if fixed is None else fixed)
-        kept = order[:, :room]
-        valid = torch.arange(room, device=score.device) < count.unsqueeze(1)
-        src, dst, weight = gather_neighbours(keys, score, kept, valid, self.neighbours)
-        # The merged token has no token of its own: the class token stands for it with weight 0.
-        keep = torch.cat([kept, kept.new_full((batch, 1), n)], 1)
-        keep_weight = torch.ones_like(keep, dtype=torch.float32)
-        keep_weight[:, -1] = 0.0
-        ragged = None
-        if self.count(view.counts) is None:
-            ragged = torch.cat([valid, valid.new_ones(batch, 1)], 1)
-        return Reduction(keep, src, dst, keep_weight, weight, ragged)
+        most = n if self.plus else (n // 4 if fixed is None else fixed) + 1
+        reduction = prune_and_merge(keys, score, order, count, most, self.neighbours)
+        return reduction if self.count(view.counts) is None else replace(reduction, valid=None)
 
     def count(self, counts: Counts) -> int | None:
         """A fixed `keep` and the merged token; None where the picture decides."""

@@ -480,6 +480,8 @@ class TCA(Method):
     code = "https://github.com/Jo-wang/TCA"
     parity = "streams index-exact with the release, blocks 1e-5, a tiny tower end to end 2e-4"
     deviations = (
+        "score='rank', fuse=False, policy='entropy' and correction='mean' follow descriptions of the paper; they are "
+        "not in the release.",
         "ratio is the paper's R and is solved into the release's integers; drop_rate takes the release's number.",
         "A layer that would not get shorter is left alone; the release rewrites it.",
         "A centre that copies an earlier one keeps itself; the release emits a zero token. Nothing is rounded to fp16.",

@@ -95,8 +95,9 @@ class VisionZip(Method):
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets."""
         layout.stage("features", "VisionZip")
-        name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        return [Site("features", needs=(f"{name}@vision:feature", "keys@vision:feature"))]
+        if layout.gives("vision", "cls_attention"):
+            return [Site("features", needs=("cls_attention@vision:feature", "keys@vision:feature", "protected"))]
+        return [Site("features", needs=("received_attention@vision:feature", "keys@vision:feature"))]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Slots: the class token, dominant patches, contextual tokens."""

@@ -1,0 +1,177 @@
+"""transformers: vision-language models that feed visual embeddings to a text model. A family is a row of `VLMSpec`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import UnsupportedModel
+from ..method import Layout, StageLayout
+from .base import Adapter, BlockRule, TowerSpec, VLMSpec, child
+from .decoder import Decoder
+from .hf_vit import check_bias, vision_spec
+from .vit_block import Tower
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+
+
+def _first_storing_layer(config: Any) -> int:
+    """Gemma4 shares keys of its last storing layers: a cut behind the first of them would give keys of two lengths."""
+    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    kinds = list(config.layer_types)
+    storing = kinds[: len(kinds) - shared]
+    if not shared:
+        return len(kinds) - 1
+    return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
+
+
+_BOTH = ("image_token_id", "video_token_id")
+_QWEN = VLMSpec(
+    tower="visual",
+    projector="visual.merger",
+    ids=_BOTH,
+    types="mm_token_type_ids",
+    positions="mrope",
+    feature=None,
+    parts="mrope",
+)
+_QWEN3 = replace(_QWEN, deepstack=("visual_pos_masks", "deepstack_visual_embeds"))
+_SMOLVLM = VLMSpec(
+    lm="text_model",
+    tower="vision_model",
+    projector="connector",
+    feature=None,
+    lengths="crops",
+    parts="runs",
+    thumbnail="last",
+)
+_PALIGEMMA = VLMSpec(
+    mask="4d",
+    types="token_type_ids",
+    block=BlockRule(types=(0,), runs=False, sliding="or", first_only=True),
+    feature=None,
+    tower_cut="slots",
+)
+
+ROWS: dict[str, VLMSpec] = {
+    "llava": VLMSpec(tower_cut="slots"),
+    "llava_next": VLMSpec(parts="anyres", thumbnail="first"),
+    "llava_onevision": VLMSpec(ids=_BOTH, parts="anyres", thumbnail="first"),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "glm4v": _QWEN,
+    "glm46v": _QWEN,
+    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",)),
+    "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last"),
+    "idefics3": _SMOLVLM,
+    "smolvlm": _SMOLVLM,
+    "mistral3": VLMSpec(parts="rows", joins="image_break_token_id"),
+    "gemma3": VLMSpec(mask="dict", types="token_type_ids", block=BlockRule(), feature=None, parts="runs"),
+    "gemma4": VLMSpec(
+        projector="embed_vision",
+        ids=_BOTH,
+        mask="dict",
+        types="mm_token_type_ids",
+        block=BlockRule(types=(1, 2), full=False, when=("use_bidirectional_attention", "vision")),
+        gather=("per_layer_inputs",),
+        layer_args=(1,),
+        last_cut=_first_storing_layer,
+        feature=None,
+    ),
+    "paligemma": _PALIGEMMA,
+    "llama4": VLMSpec(
+        core="",
+        lm="language_model.model",
+        tower="vision_model",
+        ids=("image_token_index",),
+        feature=None,
+        attention=False,
+        parts="runs",
+        thumbnail="last",
+    ),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last"),
+    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last"),
+    "lfm2_vl": VLMSpec(feature=None, parts="runs", thumbnail="last"),
+}
+"""By ``config.model_type``."""
+
+REFUSED: dict[str, str] = {
+    "mllama": "pictures enter through cross-attention, and its cache holds vision states",
+    "florence2": "it is an encoder-decoder; pictures are part of the encoder's input",
+    "idefics": "pictures enter through cross-attention",
+    "kosmos-2": "its own generate() builds the prompt",
+    "kosmos-2.5": "its own generate() builds the prompt",
+    "chameleon": "pictures are discrete tokens of the vocabulary",
+    "emu3": "pictures are discrete tokens of the vocabulary",
+    "molmo2": "its mask is built outside the language model in a form that cannot be rebuilt",
+    "gemma3n": "its layers carry four streams of hidden states",
+    "ernie4_5_vl_moe": "its experts are chosen by moe_mm_token_type_ids, which a cut would have to follow",
+}
+"""Families that cannot be carried, with the reason."""
+
+
+class HFVLM(Adapter):
+    """A vision-language model of transformers."""
+
+    name = "transformers-vlm"
+
+    def __init__(self, model: nn.Module, spec: VLMSpec | None = None) -> None:
+        super().__init__(model)
+        kind = model.config.model_type
+        if spec is None and kind in REFUSED:
+            raise self.refuse(REFUSED[kind])
+        spec = spec or ROWS.get(kind)
+        if spec is None:
+            raise self.refuse(f"no row for model type {kind!r}; rows: {', '.join(ROWS)}")
+        # A bare inner model (LlavaModel) is its own core.
+        inner = spec.core and hasattr(model, spec.core)
+        self.core = child(model, spec.core) if inner else model
+        self.spec = spec
+        self.lm = child(self.core, spec.lm)
+
+    def tower(self) -> TowerSpec | None:
+        """The tower as data, or None where tokens cannot leave in it."""
+        if self.spec.tower_cut is None:
+            return None
+        tower = child(self.core, self.spec.tower)
+        config = self.core.config
+        index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
+        if not isinstance(index, int):
+            return None  # features of several layers are concatenated: they must have equal lengths
+        try:
+            depth = len(vision_spec(tower).blocks)
+        except UnsupportedModel:
+            return None
+        # Hidden state 0 is the embedding, so hidden state i is the output of block i - 1.
+        last = (index if index >= 0 else depth + 1 + index) - 1
+        spec = vision_spec(tower, max(last, 0))
+        if getattr(config, "vision_feature_select_strategy", "default") == "full" and spec.num_prefix:
+            return None  # CLS would take a placeholder of its own
+        return spec if last >= 0 else None
+
+    def layout(self) -> Layout:
+        """Tower, features, projected tokens and decoder."""
+        stages: dict[str, StageLayout] = {}
+        tower = self.tower()
+        if tower is not None:
+            stages["vision"] = Tower.layout(tower)
+            stages["features"] = StageLayout(1, tower.width, 0, 0, provides=frozenset({"protected"}))
+        stages.update(Decoder.layout(self.lm, self.spec))
+        return Layout(f"{self.name} ({self.model.config.model_type})", stages)
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the tower, the projector and the language model."""
+        spec = self.tower()
+        tower = None
+        if spec is not None and (attachment.at("vision") or attachment.tapped("vision") or attachment.at("features")):
+            check_bias(child(self.core, self.spec.tower), attachment)
+            tower = attachment.drivers["vision"] = Tower(attachment, spec)
+        grid = None if spec is None else spec.grid
+        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, tower, grid)
