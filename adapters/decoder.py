@@ -640,9 +640,7 @@ class Decoder:
             row=RowNotes(rows, group, entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )
-        for name, make in self.attachment.user.items():
-            if name in signals:
-                signals[name] = lambda make=make: make(view)
+        self.attachment.bind_user(view, signals)
         return view
 
     def _signal(self, need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:

@@ -156,9 +156,7 @@ class Projector:
             row=sequence.note(entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )
-        for name, make in self.attachment.user.items():
-            if name in signals:
-                signals[name] = lambda make=make: make(view)
+        self.attachment.bind_user(view, signals)
         reduction = self.attachment.decide(entry, view)
         before = sequence.row.n
         if reduction is not None:

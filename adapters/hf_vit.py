@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
+from . import account
 from .base import Adapter, BlockSpec, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
+    from ..flops import ModelShape
 
 
 def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
@@ -159,6 +161,10 @@ class HFVision(Adapter):
         """Hooks on the blocks."""
         check_bias(self.vision(), attachment)
         attachment.drivers["vision"] = Tower(attachment, self.tower())
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_hf_vision(self)
 
 
 def text_spec(model: nn.Module) -> TextSpec | None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout, StageLayout
+from . import account
 from .base import Adapter, BlockRule, TowerSpec, VLMSpec, child
 from .decoder import Decoder
 from .hf_vit import check_bias, vision_spec
@@ -16,6 +17,7 @@ from .vit_block import Tower
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
+    from ..flops import ModelShape
 
 
 def _first_storing_layer(config: Any) -> int:
@@ -175,3 +177,7 @@ class HFVLM(Adapter):
             tower = attachment.drivers["vision"] = Tower(attachment, spec)
         grid = None if spec is None else spec.grid
         attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, tower, grid)
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_hf_vlm(self)

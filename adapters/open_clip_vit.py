@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Layout
+from . import account
 from .base import Adapter, BlockSpec, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
+    from ..flops import ModelShape
 
 
 def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
@@ -81,6 +83,10 @@ class OpenClipVision(Adapter):
         """Hooks on the blocks."""
         attachment.drivers["vision"] = Tower(attachment, self.tower())
 
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_open_clip_tower(self)
+
 
 class OpenClipTimm(Adapter):
     """open_clip's TimmModel: the trunk is timm's business."""
@@ -101,6 +107,10 @@ class OpenClipTimm(Adapter):
     def install(self, attachment: Attachment) -> None:
         """The trunk's."""
         self.inner.install(attachment)
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_open_clip_timm(self)
 
 
 def text_spec(model: nn.Module) -> TextSpec | None:
@@ -165,3 +175,7 @@ class OpenClip(Adapter):
         self.vision.install(attachment)
         if self.text is not None:
             attachment.drivers["text"] = TextTower(attachment, self.text)
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_open_clip(self)

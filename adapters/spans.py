@@ -1,7 +1,8 @@
 """Where pictures stand in a prompt, and how their tokens fall into parts, rows and columns.
 
 Placeholders show runs; the encoder's outputs, where they reach a hook, show how many tokens each picture has; position
-ids and separator embeddings show the rest. `generate` passes neither picture sizes nor grids, so nothing here needs them.
+ids and separator embeddings show the rest. `generate` passes neither picture sizes nor grids, so nothing here needs
+them.
 """
 
 from __future__ import annotations
@@ -59,9 +60,8 @@ def find_pictures(
                 run = run[take:]
         if open_need and whole:
             raise CacheError(
-                f"row {row} has {sum(map(len, found[-1][1]))} placeholders of a picture with "
-                f"{sum(map(len, found[-1][1])) + open_need} tokens; a prefill in chunks that splits a picture cannot be "
-                "combined with a compression"
+                f"row {row} ends within a picture of which {open_need} tokens are missing; a prefill in chunks that "
+                "splits a picture cannot be combined with a compression"
             )
         for index, (code, runs) in enumerate(found):
             columns = [column for run in runs for column in run]

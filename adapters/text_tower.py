@@ -1,13 +1,14 @@
 """Text towers of dual encoders: the same surgery, with the token that the head reads anywhere in the row.
 
-The end-of-text token moves as tokens leave, padding (where a mask hides it) differs from row to row, and the causal mask
-must fit what is left. `Rows` keeps the books, as for language models; before the final norm the rows get their original
+The end-of-text token moves as tokens leave, padding (where a mask hides it) differs from row to row, and the causal
+mask must fit what is left. `Rows` keeps the books, as for language models; before the final norm the rows get their original
 length back, so that hosts find the end-of-text token at its place.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,6 +243,15 @@ class TextTower(Tower):
         state.masks[key] = mask.clamp(min=low)
         return state.masks[key]
 
+    def notes(self, method: int, scope: str) -> MutableMapping[str, Any]:
+        """What a method noted during the last forward, rows of all groups together."""
+        notes = self._pass.sequence.rows.notes.get((method, scope), {})
+        joined: dict[str, Any] = {}
+        for name, by_row in notes.items():
+            values = [by_row[unit] for unit in sorted(by_row)]
+            joined[name] = torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values[0]
+        return joined
+
     # ------------------------------------------------------------------ cutting
     def _cut(self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int) -> Tensor:
         state: TextState = self._pass.sequence
@@ -311,9 +321,7 @@ class TextTower(Tower):
             row=RowNotes(rows, group, entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )
-        for name, make in self.attachment.user.items():
-            if name in signals:
-                signals[name] = lambda make=make: make(view)
+        self.attachment.bind_user(view, signals)
         return view
 
     def _guards(self, group: Group) -> Tensor:

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Layout
+from . import account
 from .base import Adapter, BlockSpec, TowerSpec
 from .vit_block import Tower
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
+    from ..flops import ModelShape
 
 
 def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
@@ -113,6 +115,10 @@ class TimmViT(Adapter):
     def install(self, attachment: Attachment) -> None:
         """Hooks on the blocks."""
         attachment.drivers["vision"] = Tower(attachment, self.tower())
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_timm(self)
 
 
 class TimmEva(TimmViT):

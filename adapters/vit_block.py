@@ -11,7 +11,7 @@ kept token owns its slot, so this is M x1 + z for any weights.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -353,7 +353,9 @@ class Tower:
 
     def _begin(self, x: Tensor) -> None:
         """Starts the state of a forward."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.attachment.compiled = True
+        else:
             self.watch.begin()
         n = x.shape[1] - self.num_prefix
         source = None
@@ -387,6 +389,11 @@ class Tower:
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
         return module.training or (torch.is_grad_enabled() and x.requires_grad)
+
+    def notes(self, method: int, scope: str) -> MutableMapping[str, Any]:
+        """What a method noted during the last forward."""
+        found: MutableMapping[str, Any] = self._pass.sequence.note(method, scope)
+        return found
 
     # ------------------------------------------------------------------ cutting
     def _cut(self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int) -> Tensor:
@@ -430,9 +437,7 @@ class Tower:
             row=sequence.note(entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )
-        for name, make in self.attachment.user.items():
-            if name in signals:
-                signals[name] = _bound(make, view)
+        self.attachment.bind_user(view, signals)
         return view
 
     def _signal(self, need: Need, taps: TowerTaps) -> Signal:
@@ -581,7 +586,3 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     if x.dim() == 4:
         return x
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _bound(make: Callable[[TokenView], Tensor], view: TokenView) -> Callable[[], Tensor]:
-    return lambda: make(view)

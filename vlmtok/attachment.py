@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .method import LAYERED, POINTS, STAGES, Layout, Method, Site
 from .reduction import Reduction
 from .signals import Need, check_stage, resolve_need
-from .view import TokenView
+from .view import Signal, TokenView
 
 UserSignal = Callable[[TokenView], Tensor]
 
@@ -120,6 +120,7 @@ class Attachment:
         trace: whether tensors of the last pass are kept.
         ledger: what ran.
         active: until removal.
+        compiled: whether a pass ran inside torch.compile, which keeps no books.
         drivers: what the adapter put behind the hooks, by stage.
     """
 
@@ -137,6 +138,7 @@ class Attachment:
         self.ledger = Ledger()
         self.active = True
         self.pauses = 0
+        self.compiled = False
         self.entries = self._resolve()
         self.memory = nn.ModuleDict()
         for index, method in enumerate(self.methods):
@@ -240,9 +242,10 @@ class Attachment:
             raise ParameterError(f"{by} at {entry.site}: towers take no ragged reductions (valid)")
         return reduction
 
-    def user_signals(self, view_of: Callable[[], TokenView]) -> dict[str, Callable[[], Tensor]]:
-        """The user's signals as the view holds them."""
-        return {name: (lambda fn=fn: fn(view_of())) for name, fn in self.user.items()}
+    def bind_user(self, view: TokenView, signals: MutableMapping[str, Signal]) -> None:
+        """Adds the user's signals to those of a view; they win over built-in ones of the same name."""
+        for name, make in self.user.items():
+            signals[name] = lambda make=make: make(view)  # type: ignore[misc]
 
     def remember(self, index: int) -> nn.Module | None:
         """The module that a method built."""

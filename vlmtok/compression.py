@@ -6,7 +6,7 @@ import contextlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def compress(
         UnknownMethod, SpecError: of spec strings.
     """
     from .adapters import adapter_for
+    from .adapters.account import meter
 
     methods = _methods(method)
     adapter = adapter_for(model)
@@ -70,6 +71,7 @@ def compress(
     _forget_compiled(adapter.model, "compress")
     try:
         adapter.install(attachment)
+        meter(adapter, attachment)
     except BaseException:
         attachment.remove()
         raise
@@ -117,7 +119,7 @@ def _end(attachment: Attachment, model: nn.Module | None, quiet: bool = False) -
     attachment.remove()
     if model is not None:
         _forget_compiled(model, "remove")
-    if not attachment.ledger.fired and not quiet:
+    if not attachment.ledger.fired and not attachment.compiled and not quiet:
         warnings.warn(
             f"the hooks of {' + '.join(map(str, attachment.methods))} never ran; was the compressed model called?",
             VlmtokWarning,
@@ -239,6 +241,25 @@ class Compression:
     def memory(self, index: int = 0) -> nn.Module | None:
         """The module that method `index` built, or None."""
         return self._attachment.remember(index)
+
+    def row(self, index: int = 0, stage: str = "vision") -> MutableMapping[str, Any]:
+        """What a method noted in `TokenView.row` during the last forward of a tower.
+
+        Args:
+            index: place of the method in its list.
+            stage: ``vision`` or ``text``.
+
+        Returns:
+            The notes, `[B, ...]` each.
+
+        Raises:
+            PassError: that tower has not run.
+        """
+        driver = self._attachment.drivers.get(stage)
+        if driver is None or driver.current is None:
+            raise PassError(f"the {stage} tower has not run under this compression")
+        notes: MutableMapping[str, Any] = driver.notes(index, self._attachment.methods[index].scope)
+        return notes
 
     def reset(self) -> None:
         """Empties what methods gathered across forwards (modules with a `reset`)."""

@@ -78,6 +78,7 @@ class Counts:
         entered: tokens of the row when it entered the stage.
         num_prefix: protected tokens in front.
         depth: layers of the stage.
+        grid: rows and columns of the patches, or None where there is no single grid.
     """
 
     site: Site
@@ -85,6 +86,7 @@ class Counts:
     entered: int
     num_prefix: int = 0
     depth: int = 1
+    grid: tuple[int, int] | None = None
 
     @property
     def layer(self) -> int:

@@ -128,9 +128,14 @@ class Reduction:
         if self.src is None or self.dst is None:
             index = self.keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
             return tokens.gather(1, index), size.gather(1, self.keep)
-        return kernels.merge_rows(
+        merged, sizes = kernels.merge_rows(
             tokens, size, self.keep, self.src, self.dst, keep_weight=self.keep_weight, src_weight=self.src_weight
         )
+        if self.valid is not None:  # a token of an invalid slot may belong to another one
+            owner = self.assignment(tokens.shape[1])
+            table = size.new_zeros(size.shape[0], self.slots + 1)
+            sizes = table.scatter_add(1, torch.where(owner < 0, self.slots, owner), size)[:, :-1]
+        return merged, sizes
 
     def assignment(self, n: int) -> Tensor:
         """The slot that owns each input token.
@@ -150,9 +155,8 @@ class Reduction:
             first = owner.new_full((batch, n + 1), none).scatter_reduce(1, token, entry, "amin")
             owner = torch.where(first < none, self.dst.gather(1, first.clamp(max=none - 1)), owner)
         slot = torch.arange(slots, device=self.keep.device).expand(batch, slots)
-        if self.valid is not None:
-            slot = torch.where(self.valid, slot, -1)
-        return owner.scatter(1, self.keep, slot)[:, :n]
+        token = self.keep if self.valid is None else torch.where(self.valid, self.keep, n)
+        return owner.scatter(1, token, slot)[:, :n]
 
     def unmerge(self, tokens: Tensor, n: int) -> Tensor:
         """Gives every input token the value of the slot that owns it.

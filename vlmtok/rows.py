@@ -225,6 +225,9 @@ class Rows:
         column = torch.arange(self.length, device=device)
         columns = torch.where(mask, column, self.length).sort(1).values[:, :n]
         grids = {members[0].grid if len(members) == 1 else None for _, members, _ in rows}
+        grid = grids.pop() if len(grids) == 1 else None
+        if grid is not None and grid[0] * grid[1] != n:
+            grid = None  # some of its tokens are gone
         return Group(
             units,
             index,
@@ -234,7 +237,7 @@ class Rows:
             self.lengths[units[0][0]],
             any(members[0].text_after != members[-1].text_after_last for _, members, _ in rows),
             sum(p.entered for p in rows[0][1]) if scope != "part" else n,
-            grids.pop() if len(grids) == 1 else None,
+            grid,
         )
 
     def of_pictures(self, group: Group) -> Tensor:
@@ -308,7 +311,9 @@ class Rows:
                 ragged = True
                 kept = torch.where(reduction.valid, kept, length)
             keep[at, kept] = True
-            source[at, kept.sort(1).values] = kept
+            # Places ascend; real slots take them in slot order, invalid ones the column that is cut off.
+            order = kept if reduction.valid is None else kept.gather(1, _real_first(reduction.valid))
+            source[at, kept.sort(1).values] = order
             if joined is not None:
                 owner = reduction.assignment(group.n)
                 target = kept.gather(1, owner.clamp(min=0)) if reduction.slots else owner
@@ -424,6 +429,11 @@ class Rows:
         first = 0 if self.valid is None else self.valid.to(torch.int64).argmax(1, keepdim=True)
         latest = torch.where(latest < 0, first, latest)
         return hidden.gather(1, latest.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def _real_first(valid: Tensor) -> Tensor:
+    """Order that puts valid slots first and leaves their order alone."""
+    return torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
 
 
 def _follow(table: Tensor, source: Tensor) -> Tensor:

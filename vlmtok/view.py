@@ -102,7 +102,7 @@ class TokenView:
     @property
     def counts(self) -> Counts:
         """The same as host ints."""
-        return Counts(self.site, self.tokens.shape[1], self.entered, self.num_prefix, self.depth)
+        return Counts(self.site, self.tokens.shape[1], self.entered, self.num_prefix, self.depth, self.grid)
 
     @property
     def layer(self) -> int:

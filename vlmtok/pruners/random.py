@@ -12,6 +12,7 @@ from ..reduction import Reduction
 from ..view import TokenView
 
 
+@torch.compiler.assume_constant_result
 def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
     """k of n places, drawn without replacement.
 
