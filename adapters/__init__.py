@@ -107,11 +107,12 @@ def _third_parties() -> dict[tuple[str, str], type[Adapter]]:
     return found
 
 
-def adapter_for(model: nn.Module) -> Adapter:
+def adapter_for(model: nn.Module, name: str | None = None) -> Adapter:
     """The adapter that carries a model.
 
     Args:
         model: any module; wrappers are looked through.
+        name: None, or ``"generic-vlm"`` for a vision-language model of transformers that no row describes.
 
     Returns:
         The adapter, holding the unwrapped model.
@@ -122,26 +123,46 @@ def adapter_for(model: nn.Module) -> Adapter:
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"compress() takes a torch.nn.Module, got {type(model).__name__}")
     model = unwrap(model)
+    if name is not None:
+        return _named(model, name)
     names = _names(model)
-    for name in names:  # the most derived class comes first
-        if name in ROWS:
-            return _load(ROWS[name])(model)
-        if name in REFUSED:
-            raise UnsupportedModel(f"{type(model).__name__} cannot be compressed: {REFUSED[name]}")
+    for known in names:  # the most derived class comes first
+        if known in ROWS:
+            return _load(ROWS[known])(model)
+        if known in REFUSED:
+            raise UnsupportedModel(f"{type(model).__name__} cannot be compressed: {REFUSED[known]}")
     found = _vlm(model)
     if found is not None:
         return found
     others = _third_parties()
-    for name in names:
-        if name in others:
-            return others[name](model)
-    known = sorted({qualified for _, qualified in ROWS})
-    near = difflib.get_close_matches(type(model).__name__, known, 3, 0.5)
+    for known in names:
+        if known in others:
+            return others[known](model)
+    carried = sorted({qualified for _, qualified in ROWS})
+    near = difflib.get_close_matches(type(model).__name__, carried, 3, 0.5)
     hint = f" Nearest: {', '.join(near)}." if near else ""
     raise UnsupportedModel(
-        f"no adapter carries {type(model).__module__}.{type(model).__name__}.{hint} Carried: {', '.join(known)}. "
-        "CONTRIBUTING.md says how to write one."
+        f"no adapter carries {type(model).__module__}.{type(model).__name__}.{hint} Carried: {', '.join(carried)}, "
+        f"and the vision-language models {', '.join(vlm_families())}. A vision-language model of transformers with the "
+        "standard layout may run with adapter='generic-vlm'; CONTRIBUTING.md says how to write an adapter."
     )
+
+
+def vlm_families() -> list[str]:
+    """Model types of transformers that a row describes."""
+    from . import hf_vlm
+
+    return sorted(hf_vlm.ROWS)
+
+
+def _named(model: nn.Module, name: str) -> Adapter:
+    from . import hf_vlm
+
+    if name != "generic-vlm":
+        raise UnsupportedModel(f"adapter {name!r} cannot be asked for by name; 'generic-vlm' can")
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise UnsupportedModel(f"adapter 'generic-vlm' takes models of transformers, got {type(model).__name__}")
+    return hf_vlm.HFVLM(model, hf_vlm.discover(model))
 
 
 __all__ = ["REFUSED", "ROWS", "Adapter", "adapter_for", "unwrap"]

@@ -284,17 +284,17 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     model, core, lm = adapter.model, adapter.core, adapter.lm
     notes: list[str] = []
     vision = None
-    tower = child(core, adapter.spec.tower)
     try:
+        tower = child(core, adapter.spec.tower)
         spec = adapter.tower() or vision_spec(tower)
         vision = hf_tower(tower, model, spec, tower, ())
-    except UnsupportedModel:
-        notes.append(f"the vision tower ({type(tower).__name__}) is not counted")
+    except (UnsupportedModel, AttributeError) as problem:  # no such path, or no row for this kind of tower
+        notes.append(f"the vision tower is not counted ({problem})")
     projector = None
     if adapter.spec.projector:
         module = child(core, adapter.spec.projector)
         projector = Part("projector", weights(module), path=path_of(model, module))
-    language = _language(model, lm, notes)
+    language = None if lm is None else _language(model, lm, notes)
     visual = 0 if vision is None else vision.tokens - vision.protected
     layout = adapter.layout()
     return ModelShape(_name(model), layout, vision, None, projector, language, visual, notes=tuple(notes))
@@ -306,7 +306,7 @@ def _language(model: nn.Module, lm: nn.Module, notes: list[str]) -> LanguageShap
     kv = int(getattr(config, "num_key_value_heads", None) or count)
     blocks = []
     for layer in lm.layers:
-        if not hasattr(layer, "self_attn") or hasattr(layer.mlp, "experts"):
+        if not hasattr(layer, "self_attn") or not hasattr(layer, "mlp") or hasattr(layer.mlp, "experts"):
             notes.append(f"the language model ({type(lm).__name__}: experts, or no attention) is not counted")
             return None
         blocks.append(block_shape(layer.self_attn, layer.mlp, width, count, kv))

@@ -35,13 +35,13 @@ class BlockSpec:
             is none and q and k are computed again from the attention's input.
         k: the same for k.
         project: q or k from the attention's input, as the block would compute it.
-        bias: name of the attention's argument that takes a float bias on the keys.
+        bias: name of the attention's argument that takes a float bias on the keys, or None where there is none.
         bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
         heads: attribute of the attention with the number of heads.
         scale: factor of the logits, from the attention.
         rope: name of the block's argument with a rotary table, or None.
         rotate: from the attention and a table, what rotates `[B, H, L, d]`.
-        first: path, in the tower, of the list of blocks.
+        through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
     """
 
     norm: str
@@ -52,12 +52,13 @@ class BlockSpec:
     project: Projection
     scale: Callable[[nn.Module], float]
     heads: str
-    bias: str
+    bias: str | None
     bias_rank: int = 4
     q: str | None = None
     k: str | None = None
     rope: str | None = None
     rotate: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]] | None = None
+    through: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class TowerSpec:
         grid: rows and columns of patches for an input of the configured size, or None.
         last: the last block whose output is used.
         stage: ``vision`` or ``text``.
+        spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
+            for readers that want the whole grid.
+        carries: whether its signals reach the language model's boundary.
     """
 
     block: BlockSpec
@@ -83,6 +87,8 @@ class TowerSpec:
     grid: tuple[int, int] | None = None
     last: int = -1
     stage: str = "vision"
+    spread: bool = False
+    carries: bool = True
 
 
 @dataclass(frozen=True)

@@ -217,17 +217,17 @@ class Decoder:
         given = {**given, **given.pop("kwargs", {})}
         encoded = given.get("mm_encoder_outputs") or {}
         features = {
-            code: encoded[name].pooler_output
+            code: getattr(encoded[name], "pooler_output", None)  # absent where the projector runs later
             for code, name in ((IMAGE, "image"), (VIDEO, "video"))
-            if encoded.get(name) is not None and getattr(encoded[name], "pooler_output", None) is not None
+            if encoded.get(name) is not None
         }
         pixels = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
         types = given.get(self.spec.types) if self.spec.types else None
         codes = None
         if features or pixels:
             codes = self._codes(module, given.get("input_ids"), given.get("inputs_embeds"), types)
-        lengths = {code: [len(part) for part in parts] for code, parts in features.items()} or None
-        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths)
+        lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
+        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None)
 
     def _codes(
         self, module: nn.Module, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None
@@ -275,6 +275,8 @@ class Decoder:
             return None
         mask = incoming.mask
         self._refuse(mask, cache)
+        if self.spec.mask == "2d":
+            self._refuse(kwargs.get("attention_mask"), cache)
         self._refuse_unknown(kwargs, batch, columns)
         positions = kwargs.get("position_ids")
         if positions is not None and positions.shape[-2] != batch:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
@@ -62,6 +63,34 @@ DINOV2_BLOCK = BlockSpec(
 )
 
 
+def _fused(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention with one projection for q, k and v."""
+    width = attn.qkv.weight.shape[0] // 3
+    at = 0 if which == "q" else width
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[at : at + width]
+    made = F.linear(x, attn.qkv.weight[at : at + width], bias)
+    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _normed(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention that norms them over all heads together."""
+    made = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    made = (attn.q_norm if which == "q" else attn.k_norm)(made)
+    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+BLIP2_BLOCK = replace(CLIP_BLOCK, project=_fused, q=None, k=None, bias=None)
+INTERNVL_BLOCK = replace(
+    VIT_BLOCK,
+    project=_normed,
+    q="q_norm",
+    k="k_norm",
+    heads="num_heads",
+    scale=lambda attn: float(attn.scale),
+    through=True,  # a learned factor follows the MLP
+)
+
+
 @dataclass(frozen=True)
 class VisionRow:
     """One family of vision models.
@@ -82,8 +111,20 @@ ROWS: dict[str, VisionRow] = {
     "siglip_vision_model": VisionRow("SiglipEncoderLayer", CLIP_BLOCK, 0),
     "vit": VisionRow("ViTLayer", VIT_BLOCK, 1),
     "dinov2": VisionRow("Dinov2Layer", DINOV2_BLOCK, 1),
+    "blip_2_vision_model": VisionRow("Blip2EncoderLayer", BLIP2_BLOCK, 1),
+    "instructblip_vision_model": VisionRow("InstructBlipEncoderLayer", BLIP2_BLOCK, 1),
+    "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
+    "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0),
+    "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0),
 }
 """By ``config.model_type``."""
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """A size as (rows, columns)."""
+    if isinstance(value, int):
+        return (value, value)
+    return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) and len(value) == 2 else None
 
 
 def vision_spec(tower: nn.Module, last: int = -1) -> TowerSpec:
@@ -104,9 +145,9 @@ def vision_spec(tower: nn.Module, last: int = -1) -> TowerSpec:
     if not blocks:
         raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
     side = None
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if isinstance(size, int) and isinstance(patch, int):
-        side = (size // patch, size // patch)
+    size, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    if size and patch:
+        side = (size[0] // patch[0], size[1] // patch[1])
     return TowerSpec(
         block=row.block,
         blocks=blocks,

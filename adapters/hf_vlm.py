@@ -49,6 +49,16 @@ _SMOLVLM = VLMSpec(
     lengths="crops",
     parts="runs",
     thumbnail="last",
+    tower_cut="spread",
+)
+_BLIP = VLMSpec(
+    core="",
+    tower="vision_model",
+    projector="",
+    feature=None,
+    tower_cut="free",
+    boundary="generate() calls the language model with embeddings alone, so nothing tells pictures from text; its "
+    "32 queries are few, and cuts in the tower are free",
 )
 _PALIGEMMA = VLMSpec(
     mask="4d",
@@ -60,8 +70,8 @@ _PALIGEMMA = VLMSpec(
 
 ROWS: dict[str, VLMSpec] = {
     "llava": VLMSpec(tower_cut="slots"),
-    "llava_next": VLMSpec(parts="anyres", thumbnail="first"),
-    "llava_onevision": VLMSpec(ids=_BOTH, parts="anyres", thumbnail="first"),
+    "llava_next": VLMSpec(parts="anyres", thumbnail="first", tower_cut="spread"),
+    "llava_onevision": VLMSpec(ids=_BOTH, parts="anyres", thumbnail="first", tower_cut="spread"),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN3,
@@ -71,11 +81,13 @@ ROWS: dict[str, VLMSpec] = {
     "glm4v": _QWEN,
     "glm46v": _QWEN,
     "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",)),
-    "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last"),
+    "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(parts="rows", joins="image_break_token_id"),
-    "gemma3": VLMSpec(mask="dict", types="token_type_ids", block=BlockRule(), feature=None, parts="runs"),
+    "gemma3": VLMSpec(
+        mask="dict", types="token_type_ids", block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
+    ),
     "gemma4": VLMSpec(
         projector="embed_vision",
         ids=_BOTH,
@@ -98,8 +110,10 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         thumbnail="last",
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last"),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread"),
     "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last"),
+    "blip-2": _BLIP,
+    "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(feature=None, parts="runs", thumbnail="last"),
 }
 """By ``config.model_type``."""
@@ -119,6 +133,53 @@ REFUSED: dict[str, str] = {
 """Families that cannot be carried, with the reason."""
 
 
+def discover(model: nn.Module) -> VLMSpec:
+    """The row of a family that nobody wrote one for: the standard call, found by the names of its parts.
+
+    Most families call a text model with embeddings, a 2-D mask, positions and a cache, and nothing else.
+
+    Args:
+        model: a vision-language model of transformers.
+
+    Raises:
+        UnsupportedModel: a part is missing; the message names it.
+    """
+    kind = model.config.model_type
+    if kind in REFUSED:
+        raise UnsupportedModel(f"{type(model).__name__} cannot be compressed: {REFUSED[kind]}")
+    core = "model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+    inner = child(model, core)
+    paths = [f"{name}{below}" for name in ("language_model", "text_model") for below in ("", ".model")]
+    found = [path for path in paths if _holds_layers(inner, path)]
+    ids = [
+        name
+        for name in ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        if isinstance(getattr(inner.config, name, None), int)
+    ]
+    if not found or not ids:
+        missing = "a language_model or text_model with layers" if not found else "a config field image_token_id"
+        raise UnsupportedModel(f"adapter 'generic-vlm' finds no {missing} in {type(model).__name__}")
+    text = child(inner, found[0]).config
+    rope = getattr(text, "rope_parameters", None) or {}
+    mrope = "mrope_section" in rope or any("mrope_section" in r for r in rope.values() if isinstance(r, dict))
+    return VLMSpec(
+        core=core,
+        lm=found[0],
+        projector="",
+        ids=tuple(ids[:2]),
+        types="mm_token_type_ids" if mrope else None,
+        positions="mrope" if mrope else "1d",
+        parts="mrope" if mrope else "runs",
+    )
+
+
+def _holds_layers(inner: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(getattr(child(inner, path), "layers", None), nn.ModuleList)
+    except AttributeError:
+        return False
+
+
 class HFVLM(Adapter):
     """A vision-language model of transformers."""
 
@@ -136,11 +197,11 @@ class HFVLM(Adapter):
         inner = spec.core and hasattr(model, spec.core)
         self.core = child(model, spec.core) if inner else model
         self.spec = spec
-        self.lm = child(self.core, spec.lm)
+        self.lm = None if spec.boundary else child(self.core, spec.lm)
 
     def tower(self) -> TowerSpec | None:
         """The tower as data, or None where tokens cannot leave in it."""
-        if self.spec.tower_cut is None:
+        if self.spec.tower_cut is None or not hasattr(self.core, self.spec.tower.split(".")[0]):
             return None
         tower = child(self.core, self.spec.tower)
         config = self.core.config
@@ -156,7 +217,10 @@ class HFVLM(Adapter):
         spec = vision_spec(tower, max(last, 0))
         if getattr(config, "vision_feature_select_strategy", "default") == "full" and spec.num_prefix:
             return None  # CLS would take a placeholder of its own
-        return spec if last >= 0 else None
+        if last < 0:
+            return None
+        spread = self.spec.tower_cut == "spread"
+        return replace(spec, spread=spread, carries=not spread)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""
@@ -164,8 +228,10 @@ class HFVLM(Adapter):
         tower = self.tower()
         if tower is not None:
             stages["vision"] = Tower.layout(tower)
-            stages["features"] = StageLayout(1, tower.width, 0, 0, provides=frozenset({"protected"}))
-        stages.update(Decoder.layout(self.lm, self.spec))
+            if self.spec.tower_cut == "slots":
+                stages["features"] = StageLayout(1, tower.width, 0, 0, provides=frozenset({"protected"}))
+        if self.lm is not None:
+            stages.update(Decoder.layout(self.lm, self.spec))
         return Layout(f"{self.name} ({self.model.config.model_type})", stages)
 
     def install(self, attachment: Attachment) -> None:
@@ -175,8 +241,11 @@ class HFVLM(Adapter):
         if spec is not None and (attachment.at("vision") or attachment.tapped("vision") or attachment.at("features")):
             check_bias(child(self.core, self.spec.tower), attachment)
             tower = attachment.drivers["vision"] = Tower(attachment, spec)
+        if self.lm is None:
+            return
         grid = None if spec is None else spec.grid
-        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, tower, grid)
+        slots = tower if self.spec.tower_cut == "slots" else None
+        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, slots, grid)
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, Entry, Watch, replaying
-from ..errors import PassError
+from ..errors import PassError, UnsupportedModel
 from ..ledger import Event, Group, StageRun
 from ..method import Site, StageLayout
 from ..reduction import Reduction
 from ..sequence import Row, Sequence
-from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signals
+from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
 from .base import TowerSpec, child
 
@@ -124,11 +124,12 @@ class Tower:
         self.checked = -1
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
-        self.inserts = any(entry.inserts for entry in self.entries)
+        self.spread = spec.spread
         self.follow = bool(spec.block.rope)
         proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
         self.proportional_from = min(proportional, default=self.depth)
         self._bias_at: int | None = None
+        self.refuse_bias()
         self._install(spec)
 
     # ------------------------------------------------------------------ layout and hooks
@@ -143,6 +144,7 @@ class Tower:
             points=frozenset({"start", "mid", "end"}),
             provides=tower_signals(spec.num_prefix),
             num_prefix=spec.num_prefix,
+            carries=spec.carries,
         )
 
     def _install(self, spec: TowerSpec) -> None:
@@ -155,15 +157,15 @@ class Tower:
             here = {point: self.attachment.at(self.stage, layer, point) for point in ("start", "mid", "end")}
             own = any(here.values()) or layer in self.tapped
             biased = layer > self.proportional_from or (layer == self.proportional_from and bool(here["start"]))
-            biased = biased or (self.masks and layer >= first_cut)
+            biased = (biased and self.block.bias is not None) or (self.masks and layer >= first_cut)
             moved = self.follow and layer > first_cut
-            if not (layer == 0 or own or biased or moved):
+            if not (layer == 0 or own or biased or moved or (self.spread and layer == self.last)):
                 continue
             attn = child(module, self.block.attn)
             put(module, "pre", self.start, layer)
             if biased or own:
                 put(attn, "pre", self.attend, layer)
-                if self._bias_at is None:
+                if self._bias_at is None and self.block.bias is not None:
                     names = list(inspect.signature(attn.forward).parameters)
                     self._bias_at = names.index(self.block.bias)
             wanted = self._projections(here, layer)
@@ -174,7 +176,7 @@ class Tower:
             if here["mid"]:
                 put(child(module, self.block.mid), "pre", self.mid, layer)
                 put(child(module, self.block.branch_end), "post", self.branch, layer)
-            if own:
+            if own or (self.spread and layer == self.last):
                 put(module, "post", self.end, layer)
 
     def _projections(self, here: dict[str, list[Entry]], layer: int) -> set[str]:
@@ -182,6 +184,19 @@ class Tower:
         needs = [n for point in ("mid", "end") for e in here[point] for n in e.needs if n.stage is None]
         needs += self.tapped.get(layer, [])
         return {which for n in needs if n.name in TOWER_SIGNALS for which in TOWER_SIGNALS[n.name].projections}
+
+    def refuse_bias(self) -> None:
+        """Refuses proportional attention where the attention takes no bias on the keys.
+
+        Raises:
+            UnsupportedModel: the block has no such argument.
+        """
+        asking = [type(entry.method).__name__ for entry in self.entries if entry.method.proportional]
+        if asking and self.block.bias is None:
+            raise UnsupportedModel(
+                f"{asking[0]} wants proportional attention, but the attention of this tower takes no bias on the keys; "
+                "switch it off in the method (prop_attn=False)"
+            )
 
     # ------------------------------------------------------------------ hooks, in the order in which they run
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,7 +222,9 @@ class Tower:
             for entry in self.attachment.at(self.stage, layer, "start"):
                 taps = self._ahead(layer, module, x, kwargs)
                 if entry.inserts:
-                    x = self._insert(entry, record, x, taps)
+                    longer = self._insert(entry, record, x, taps)
+                    if longer is not x:
+                        x, taps = longer, self._ahead(layer, module, longer, kwargs)
                 x = self._cut(entry, record.start, x, taps, layer)
         changed = x is not before
         if self.block.rope is not None and kwargs.get(self.block.rope) is not None:
@@ -229,7 +246,7 @@ class Tower:
         again = replaying()
         record = (self.trained if again else self._pass).record(layer)  # type: ignore[union-attr]
         if not again:
-            record.taps["attn"] = module
+            record.taps.update(attn=module, row=self._pass.sequence.row, cuts=())
             if self.block.q is None:
                 record.taps["x"] = args[0] if args else kwargs["hidden_states"]
             if self.block.rope is not None:
@@ -238,7 +255,7 @@ class Tower:
             if layer >= self.proportional_from and size is not None:
                 x = args[0] if args else kwargs["hidden_states"]
                 record.bias = size.log().to(x.dtype)
-        if record.bias is None:
+        if record.bias is None or self.block.bias is None:
             return None
         bias = record.bias if self.block.bias_rank == 2 else record.bias[:, None, None, :]
         at = self._bias_at if self._bias_at is not None else 0
@@ -275,11 +292,10 @@ class Tower:
         else:
             record = self._pass.record(layer)
             record.mid = []
-            taps = self._taps(record, full, layer)
-            self._carry(layer, taps)
+            self._carry(layer, self._taps(record, full, layer))
             x = full
             for entry in self.attachment.at(self.stage, layer, "mid"):
-                x = self._cut(entry, record.mid, x, taps, layer)
+                x = self._cut(entry, record.mid, x, self._taps(record, x, layer), layer)
         if not record.mid:
             return None
         record.full, record.merged = full, x
@@ -332,6 +348,8 @@ class Tower:
                 out = self._cut(entry, record.end, out, self._taps(record, out, layer), layer)
             if sequence.row.inserted:
                 out = self._take_off(record, out)
+        if self.spread and layer == self.last and sequence.cuts:
+            out = self._spread(run, out, again)
         record.taps.clear()
         record.branch = record.merged = record.full = None
         if out is before:
@@ -359,7 +377,7 @@ class Tower:
             self.watch.begin()
         n = x.shape[1] - self.num_prefix
         source = None
-        if self.attachment.trace:
+        if self.attachment.trace or self.spread:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
         sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
         run = self.attachment.ledger.begin(StageRun(self.stage, x.shape[0], x.shape[1]))
@@ -388,7 +406,7 @@ class Tower:
 
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
-        return module.training or (torch.is_grad_enabled() and x.requires_grad)
+        return self.block.through or module.training or (torch.is_grad_enabled() and x.requires_grad)
 
     def notes(self, method: int, scope: str) -> MutableMapping[str, Any]:
         """What a method noted during the last forward."""
@@ -399,7 +417,6 @@ class Tower:
     def _cut(self, entry: Entry, record: list[Any], x: Tensor, taps: TowerTaps, layer: int) -> Tensor:
         """Shows a view to a method and shortens the row as it says."""
         sequence = self._pass.sequence
-        taps.row, taps.tokens = sequence.row, x
         taps.inserted = sequence.outputs.get(entry.index)
         view = self._view(entry, taps)
         reduction = self.attachment.decide(entry, view)
@@ -408,6 +425,8 @@ class Tower:
             size = sequence.size
             x, wide = sequence.take(reduction, x)
             record.append(Step(wide, size))
+            caught = self._pass.record(layer).taps
+            caught["cuts"] = (*caught.get("cuts", ()), reduction)
             if sequence.source is not None:
                 self._pass.steps.append((entry.site, sequence.source))
         if not torch.compiler.is_compiling():
@@ -445,8 +464,7 @@ class Tower:
             return self._pass.sequence.carried.get(f"{need.name}@{need.layer}", (None, None))[0]
         if need.name not in TOWER_SIGNALS:
             return None  # the user's; bound when the view exists
-        make = TOWER_SIGNALS[need.name].make
-        return lambda: make(taps)
+        return lambda: tower_signal(need.name, taps)
 
     def _carry(self, layer: int, taps: TowerTaps) -> None:
         """Derives what later sites wait for, while q and k of this layer are at hand."""
@@ -493,6 +511,21 @@ class Tower:
         sequence.discard()
         return out[:, :at]
 
+    def _spread(self, run: Pass, out: Tensor, again: bool) -> Tensor:
+        """Every patch gets its slot's features, zeros where it was dropped; the row is whole again."""
+        sequence = run.sequence
+        source = sequence.source
+        inner = out[:, self.num_prefix :]
+        index = source.clamp(min=0).unsqueeze(-1).expand(-1, -1, out.shape[-1])
+        whole = inner.gather(1, index) * (source >= 0).unsqueeze(-1).to(out.dtype)
+        if not again:
+            before = sequence.row.length
+            sequence.restore()
+            if not torch.compiler.is_compiling():
+                event = Event(self.stage, self.last, "end", -1, "spread", before, sequence.row.length)
+                self.attachment.ledger.visit(run.run, event)
+        return torch.cat([out[:, : self.num_prefix], whole], 1)
+
     # ------------------------------------------------------------------ taps
     def _taps(self, record: LayerRecord, x: Tensor, layer: int) -> TowerTaps:
         """Taps of the block that runs now."""
@@ -509,7 +542,15 @@ class Tower:
 
         rotate = self._rotate(attn, caught.get("rope"))
         return TowerTaps(
-            self._pass.sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
+            caught.get("row", self._pass.sequence.row),
+            x,
+            lambda: made("q"),
+            lambda: made("k"),
+            self.block.scale(attn),
+            bias,
+            rotate,
+            left=self._pass.sequence.row,
+            cuts=caught.get("cuts", ()),
         )
 
     def _ahead(self, layer: int, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> TowerTaps:

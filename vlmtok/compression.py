@@ -27,6 +27,7 @@ def compress(
     *,
     signals: Mapping[str, Callable[[TokenView], Tensor]] | None = None,
     trace: bool = False,
+    adapter: str | None = None,
 ) -> Compression:
     """Makes a model process fewer visual tokens, until the compression is removed.
 
@@ -38,6 +39,7 @@ def compress(
             the order of the forward, and in list order where they meet.
         signals: signals of your own, by name: from the view, a tensor `[B, N, ...]`.
         trace: keep what the last pass decided, for `Compression.trace` and pictures.
+        adapter: None finds it; ``"generic-vlm"`` tries a vision-language model of transformers that is not listed.
 
     Returns:
         The handle: use it in ``with``, or keep it for `report()` and `remove()`. Dropping it changes nothing.
@@ -53,8 +55,8 @@ def compress(
     from .adapters.account import meter
 
     methods = _methods(method)
-    adapter = adapter_for(model)
-    found = {id(hook.attachment): hook.attachment for *_, hook in hooks_of(adapter.model)}
+    carrier = adapter_for(model, adapter)
+    found = {id(hook.attachment): hook.attachment for *_, hook in hooks_of(carrier.model)}
     for attachment in found.values():
         if attachment is not None and attachment.active:
             names = " + ".join(map(str, attachment.methods))
@@ -62,20 +64,20 @@ def compress(
                 f"this model already carries a compression ({names}); remove it first (vlmtok.remove(model)), or pass "
                 "all methods in one list"
             )
-    attachment = Attachment(methods, adapter.layout(), signals, trace)
+    attachment = Attachment(methods, carrier.layout(), signals, trace)
     if not attachment.entries:
         raise SiteError(
-            f"{' + '.join(map(str, methods))} has nothing to do on {adapter.layout().family}: no site is left"
+            f"{' + '.join(map(str, methods))} has nothing to do on {carrier.layout().family}: no site is left"
         )
-    sweep(adapter.model)
-    _forget_compiled(adapter.model, "compress")
+    sweep(carrier.model)
+    _forget_compiled(carrier.model, "compress")
     try:
-        adapter.install(attachment)
-        meter(adapter, attachment)
+        carrier.install(attachment)
+        meter(carrier, attachment)
     except BaseException:
         attachment.remove()
         raise
-    return Compression(attachment, adapter.model)
+    return Compression(attachment, carrier.model)
 
 
 def remove(model: nn.Module) -> int:

@@ -108,6 +108,7 @@ class StageLayout:
         num_prefix: protected tokens in front of a row.
         blind: layers whose attention gives no signal.
         last_cut: the last layer at whose start tokens may leave; None means any.
+        carries: whether signals of this stage reach later ones.
     """
 
     depth: int
@@ -119,6 +120,7 @@ class StageLayout:
     num_prefix: int = 0
     blind: frozenset[int] = frozenset()
     last_cut: int | None = None
+    carries: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,11 @@ class Layout:
             )
         return self.stages[name]
 
-    def gives(self, stage: str, signal: str) -> bool:
-        """Whether `signal` can be derived at `stage`."""
-        return stage in self.stages and signal in self.stages[stage].provides
+    def gives(self, stage: str, signal: str, later: bool = False) -> bool:
+        """Whether `signal` can be derived at `stage`, and, if asked, reach a later stage."""
+        if stage not in self.stages or (later and not self.stages[stage].carries):
+            return False
+        return signal in self.stages[stage].provides
 
     def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
         """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.

@@ -112,6 +112,14 @@ class Sequence:
             self.size = self.size[:, : self.row.prefix + self.row.n]
         self.row = Row(self.row.prefix, self.row.n)
 
+    def restore(self) -> None:
+        """Books that every entering token has a place again; what travelled with slots ends here."""
+        self.row = Row(self.row.prefix, self.entered)
+        self.size = self.place = None
+        self.states.clear()
+        self.carried.clear()
+        self.cuts += 1
+
     def take(self, reduction: Reduction, x: Tensor) -> tuple[Tensor, Reduction]:
         """Shortens a row and everything that travels with it.
 

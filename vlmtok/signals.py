@@ -39,6 +39,7 @@ from .errors import MissingSignal, SiteError
 from .method import LAYERED, STAGES, Layout, Site
 
 if TYPE_CHECKING:
+    from .reduction import Reduction
     from .sequence import Row
 
 
@@ -99,11 +100,11 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
                 f"{layout.family}"
             )
         return Need(text, name)
-    if not layout.gives(stage, name):
-        offered = sorted(layout.stages[stage].provides) if stage in layout.stages else []
+    if not layout.gives(stage, name, later=stage != site.stage):
+        offered = sorted(layout.stages[stage].provides) if layout.has(stage) and layout.stages[stage].carries else []
         raise MissingSignal(
             f"{by} needs {text!r}, which {layout.family} cannot give; "
-            f"{f'{stage} gives: ' + ', '.join(offered) if offered else f'it has no stage {stage!r}'}"
+            f"{f'{stage} gives: ' + ', '.join(offered) if offered else f'nothing of {stage!r} reaches {site.stage}'}"
         )
     depth, last = layout.stages[stage].depth, layout.stages[stage].last
     layer = last if found["layer"] == "feature" else int(found["layer"])
@@ -122,7 +123,7 @@ class TowerTaps:
     """What was tapped of one tower block.
 
     Attributes:
-        row: how the row splits into view, protected and inserted tokens.
+        row: how the row that the block saw splits into view, protected and inserted tokens.
         tokens: `[B, L, C]`, the whole row at the site.
         q: gives q, `[B, H, L, d]`, before rope.
         k: gives k, `[B, H, L, d]`, before rope.
@@ -130,6 +131,8 @@ class TowerTaps:
         bias: what the block adds to the logits, or None.
         rotate: applies the block's rope to `[B, H, L, d]`, or None.
         inserted: outputs of the method's previous insert, or None.
+        left: how the row at the site splits, or None while it is the row that the block saw.
+        cuts: what was taken of the block's row since.
     """
 
     row: Row
@@ -140,6 +143,8 @@ class TowerTaps:
     bias: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     inserted: Tensor | None = None
+    left: Row | None = None
+    cuts: tuple[Reduction, ...] = ()
 
     def rotated(self) -> tuple[Tensor, Tensor]:
         """q and k as the attention uses them."""
@@ -196,7 +201,7 @@ class TowerSignal:
 TOWER_SIGNALS: dict[str, TowerSignal] = {
     "keys": TowerSignal(lambda taps: taps.row.inner(taps.k(), 2).mean(1), 1, "k"),
     "keys_full": TowerSignal(lambda taps: _flat(taps.row.inner(taps.k(), 2)), 1, "k"),
-    "protected": TowerSignal(lambda taps: taps.row.guard(taps.tokens, 1)),
+    "protected": TowerSignal(lambda taps: (taps.left or taps.row).guard(taps.tokens, 1)),
     "protected_queries": TowerSignal(lambda taps: _flat(taps.row.guard(taps.q(), 2)), None, "q"),
     "protected_keys": TowerSignal(lambda taps: _flat(taps.row.guard(taps.k(), 2)), None, "k"),
     "inserted": TowerSignal(lambda taps: taps.inserted),
@@ -204,6 +209,16 @@ TOWER_SIGNALS: dict[str, TowerSignal] = {
     "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
     "received_attention": TowerSignal(_received, 1, "qk"),
 }
+
+
+def tower_signal(name: str, taps: TowerTaps) -> Tensor | None:
+    """A signal of the tokens that are left at the site; it comes from all that the block saw."""
+    signal = TOWER_SIGNALS[name]
+    value = signal.make(taps)
+    if value is not None and signal.axis is not None:
+        for reduction in taps.cuts:
+            value = reduction.gather(value, signal.axis)
+    return value
 
 
 def tower_signals(num_prefix: int) -> frozenset[str]:
