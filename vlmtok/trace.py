@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,38 @@ class PictureTrace:
     steps: tuple[tuple[Site, Tensor], ...]
     grid: tuple[int, int] | None
     parts: Tensor | None = None
+
+    def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
+        """Grids of the picture's parts.
+
+        Returns:
+            By part: rows and columns, and the patches row by row, int64 `[rows * columns]`. Parts that are no grid are
+            left out. A part with a separator behind each row is a canvas of crops.
+        """
+        if self.parts is None:
+            return {} if self.grid is None else {0: (self.grid, torch.arange(self.patches))}
+        found: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        breaks = (self.parts < 0).nonzero()[:, 0]
+        for part in self.parts[self.parts >= 0].unique().tolist():
+            at = (self.parts == part).nonzero()[:, 0]
+            behind = breaks[(breaks > at[0]) & (breaks <= at[-1] + 1)]
+            shape = self._shape(len(at), len(behind))
+            if shape is not None:
+                found[part] = (shape, at)
+        return found
+
+    def _shape(self, n: int, rows: int) -> tuple[int, int] | None:
+        if rows > 1 and n % rows == 0:
+            return rows, n // rows
+        if self.grid is not None and self.grid[0] * self.grid[1] == n:
+            return self.grid
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else None
+
+    @property
+    def canvas(self) -> bool:
+        """Whether separators stand behind the rows, so that part 1 shows the whole picture in fine patches."""
+        return self.parts is not None and bool((self.parts < 0).any())
 
     @property
     def patches(self) -> int:

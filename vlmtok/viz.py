@@ -8,7 +8,7 @@ mapping off the result: right for any preprocessing that keeps rows and columns 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ def region(size: tuple[int, int], preprocess: Any = None, crop: int = 0) -> Box:
         size: width and height of the picture.
         preprocess: a transformers processor or image processor, or a callable from a PIL picture to a tensor
             `[3, H, W]` (torchvision, timm and open_clip transforms); None means that the whole picture was resized.
+            Processors that hand over flattened patches resize the whole picture too.
         crop: which of several crops.
 
     Returns:
@@ -43,11 +44,21 @@ def region(size: tuple[int, int], preprocess: Any = None, crop: int = 0) -> Box:
         ParameterError: the preprocessing gives no straight image of the picture.
     """
     width, height = size
-    if preprocess is None:
+    if preprocess is None or _flattens(preprocess, size):
         return (0.0, 0.0, float(width), float(height))
     across = _fit(preprocess, Image.linear_gradient("L").rotate(90).resize(size, Image.Resampling.BILINEAR), crop, 2)
     down = _fit(preprocess, Image.linear_gradient("L").resize(size, Image.Resampling.BILINEAR), crop, 1)
     return (across[0] * width, down[0] * height, across[1] * width, down[1] * height)
+
+
+def _flattens(preprocess: Any, size: tuple[int, int]) -> bool:
+    """Whether a processor gives patches `[n, D]` instead of pictures."""
+    inner = getattr(preprocess, "image_processor", preprocess)
+    if not hasattr(inner, "preprocess"):
+        return False
+    pixels = inner(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"]
+    # Pictures come as [B, 3, H, W] or [B, crops, 3, H, W]; patches have fewer axes, or are tiny pictures themselves.
+    return isinstance(pixels, Tensor) and (pixels.dim() < 4 or pixels.shape[-1] < 32)
 
 
 def _fit(preprocess: Any, ramp: Image.Image, crop: int, axis: int) -> tuple[float, float]:
@@ -118,6 +129,7 @@ def overlay(
     picture: int = 0,
     *,
     preprocess: Any = None,
+    part: int | None = None,
 ) -> Image.Image:
     """Draws what became of each patch of a picture.
 
@@ -125,54 +137,97 @@ def overlay(
     language model are dark, those dropped inside it dim. What the model never saw (cropped away) is grey.
 
     Args:
-        image: the picture as the user has it.
+        image: the picture as the user has it; for a clip, the frame.
         run: the compression (made with ``trace=True``) after a pass, or its trace.
         picture: which picture of the pass.
-        preprocess: how the picture became the model's input (see `region`).
+        preprocess: how the picture became the model's input (see `region`); crops can be placed only with it.
+        part: which part to draw: 0 the thumbnail or only picture, 1.. crops or frames. By default all crops where
+            there are any, else the whole picture.
 
     Returns:
         A new RGB picture of the same size.
 
     Raises:
-        ParameterError: no such picture, or its patches form no grid.
+        ParameterError: no such picture or part, or its patches form no grid.
     """
     if not isinstance(image, Image.Image):
         raise ParameterError(f"overlay() draws on a PIL picture, got {type(image).__name__}")
     found = _picture(run, picture)
-    if found.grid is None:
-        raise ParameterError("the patches of this picture form no single grid; there is nothing to draw them on")
     base = image.convert("RGB")
-    rows, columns = found.grid
-    left, top, right, bottom = region(base.size, preprocess)
-    cell_width, cell_height = (right - left) / columns, (bottom - top) / rows
-
-    def box(patch: int) -> tuple[int, int, int, int]:
-        row, column = divmod(patch, columns)
-        return (
-            round(left + column * cell_width),
-            round(top + row * cell_height),
-            round(left + (column + 1) * cell_width) - 1,
-            round(top + (row + 1) * cell_height) - 1,
-        )
-
-    grey = base.convert("L").convert("RGB")
+    pieces = _pieces(found, base.size, preprocess, part)
+    grey = Image.blend(base.convert("L").convert("RGB"), Image.new("RGB", base.size, (128, 128, 128)), 0.5)
     seen = Image.new("L", base.size, 0)
-    ImageDraw.Draw(seen).rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), fill=255)
-    drawn = Image.composite(base, Image.blend(grey, Image.new("RGB", base.size, (128, 128, 128)), 0.5), seen)
-    sizes, gone = found.group_sizes().tolist(), found.dropped_at()
-    owner = found.owner.tolist()
+    for piece in pieces:
+        left, top, right, bottom = piece.box
+        ImageDraw.Draw(seen).rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), fill=255)
+    drawn = Image.composite(base, grey, seen)
+    sizes, gone, owner = found.group_sizes().tolist(), found.dropped_at(), found.owner.tolist()
     shade = Image.new("RGBA", base.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(shade)
-    for patch in range(found.patches):
-        site = gone[patch]
-        if owner[patch] < 0:
-            light = DIM if site is not None and site.stage == "decoder" else DARK
-            pen.rectangle(box(patch), fill=(0, 0, 0, round(255 * (1 - light))))
-        elif sizes[patch] > 1:
-            pen.rectangle(box(patch), fill=(*_colour(owner[patch]), 115))
+    for piece in pieces:
+        for place, patch in enumerate(piece.patches):
+            site = gone[patch]
+            if owner[patch] < 0:
+                light = DIM if site is not None and site.stage == "decoder" else DARK
+                pen.rectangle(piece.cell(place), fill=(0, 0, 0, round(255 * (1 - light))))
+            elif sizes[patch] > 1:
+                pen.rectangle(piece.cell(place), fill=(*_colour(owner[patch]), 115))
     drawn = Image.alpha_composite(drawn.convert("RGBA"), shade).convert("RGB")
-    _outline(drawn, owner, found.grid, box)
+    for piece in pieces:
+        _outline(drawn, [owner[patch] for patch in piece.patches], piece)
     return drawn
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A grid of patches and where it lies in the picture."""
+
+    box: Box
+    grid: tuple[int, int]
+    patches: list[int]
+
+    def cell(self, place: int) -> tuple[int, int, int, int]:
+        """Pixels of one cell, both ends included."""
+        row, column = divmod(place, self.grid[1])
+        left, top, right, bottom = self.box
+        wide, high = (right - left) / self.grid[1], (bottom - top) / self.grid[0]
+        return (
+            round(left + column * wide),
+            round(top + row * high),
+            round(left + (column + 1) * wide) - 1,
+            round(top + (row + 1) * high) - 1,
+        )
+
+
+def _pieces(found: PictureTrace, size: tuple[int, int], preprocess: Any, part: int | None) -> list[_Piece]:
+    """The grids to draw, each with its place in the picture."""
+    grids = found.grids()
+    if part is not None and part not in grids:
+        raise ParameterError(f"part {part} of this picture is no grid; grids: {sorted(grids) or 'none'}")
+    if not grids:
+        raise ParameterError("the patches of this picture form no single grid; there is nothing to draw them on")
+    whole = (0.0, 0.0, float(size[0]), float(size[1]))
+    crops = sorted(p for p in grids if p > 0)
+    wanted = [part] if part is not None else crops if crops and (found.canvas or preprocess is not None) else [0]
+    pieces = []
+    for number in wanted:
+        if number not in grids:
+            raise ParameterError(f"part {number} of this picture is no grid; grids: {sorted(grids)}")
+        grid, patches = grids[number]
+        if found.canvas or (number == 0 and crops):
+            box = whole  # a canvas is cut to the picture, and a thumbnail shows all of it
+        else:
+            box = region(size, preprocess, _crop_index(found, number))
+        pieces.append(_Piece(box, grid, patches.tolist()))
+    return pieces
+
+
+def _crop_index(found: PictureTrace, part: int) -> int:
+    """Which of the model's crops shows a part: crops lie in the order of their tokens."""
+    if found.parts is None:
+        return 0
+    order = list(dict.fromkeys(p for p in found.parts.tolist() if p >= 0))
+    return order.index(part)
 
 
 def _picture(run: Any, picture: int) -> PictureTrace:
@@ -190,20 +245,15 @@ def _colour(group: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _outline(
-    image: Image.Image,
-    owner: list[int],
-    grid: tuple[int, int],
-    box: Callable[[int], tuple[int, int, int, int]],
-) -> None:
-    """Thin lines between patches of different slots, and around what stayed."""
+def _outline(image: Image.Image, owner: list[int], piece: _Piece) -> None:
+    """Thin lines between cells of different slots."""
     pen = ImageDraw.Draw(image)
-    rows, columns = grid
+    rows, columns = piece.grid
     line = (255, 255, 255)
-    for patch, slot in enumerate(owner):
-        row, column = divmod(patch, columns)
-        x0, y0, x1, y1 = box(patch)
-        if column + 1 < columns and slot != owner[patch + 1]:
+    for place, slot in enumerate(owner):
+        row, column = divmod(place, columns)
+        x0, y0, x1, y1 = piece.cell(place)
+        if column + 1 < columns and slot != owner[place + 1]:
             pen.line((x1, y0, x1, y1), fill=line)
-        if row + 1 < rows and slot != owner[patch + columns]:
+        if row + 1 < rows and slot != owner[place + columns]:
             pen.line((x0, y1, x1, y1), fill=line)
