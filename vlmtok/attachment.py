@@ -115,7 +115,8 @@ class Attachment:
         methods: in list order.
         layout: what the model offers.
         entries: methods at their sites, in the order of the forward.
-        memory: modules that methods built, by index.
+        memory: modules that methods built, by index; whoever attaches fills it in.
+        owner: the dispatcher that placed it, by which a later `compress` finds its way.
         user: signals that the user gives.
         trace: whether tensors of the last pass are kept.
         ledger: what ran.
@@ -130,8 +131,10 @@ class Attachment:
         layout: Layout,
         user: Mapping[str, UserSignal] | None = None,
         trace: bool = False,
+        owner: Any = None,
     ) -> None:
         self.methods = list(methods)
+        self.owner = owner
         self.layout = layout
         self.user = dict(user or {})
         self.trace = trace
@@ -140,11 +143,7 @@ class Attachment:
         self.pauses = 0
         self.compiled = False
         self.entries = self._resolve()
-        self.memory = nn.ModuleDict()
-        for index, method in enumerate(self.methods):
-            module = method.build(layout)
-            if module is not None:
-                self.memory[str(index)] = module
+        self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -210,6 +209,14 @@ class Attachment:
         else:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
+    def suspend(self) -> None:
+        """Goes quiet while another attachment tries to take its place."""
+        self.active = False
+
+    def resume(self) -> None:
+        """Acts again."""
+        self.active = True
+
     def remove(self) -> None:
         """Takes every hook out and forgets what passes left behind; calling it again does nothing."""
         self.active = False
@@ -249,8 +256,7 @@ class Attachment:
 
     def remember(self, index: int) -> nn.Module | None:
         """The module that a method built."""
-        key = str(index)
-        return self.memory[key] if key in self.memory else None  # noqa: SIM401 (a ModuleDict has no get)
+        return self.memory.get(index)
 
 
 class Watch:

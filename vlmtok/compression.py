@@ -6,7 +6,8 @@ import contextlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -44,40 +45,28 @@ def compress(
     Returns:
         The handle: use it in ``with``, or keep it for `report()` and `remove()`. Dropping it changes nothing.
 
+    A model may carry several compressions at different sites; they act as if given in one list.
+
     Raises:
         UnsupportedModel: no adapter carries the model.
-        SiteError: a method has no place to act there, or the model carries a compression already.
+        SiteError: a method has no place to act there, or another compression of the model acts at that site.
         MissingSignal: a method needs what the model cannot give.
         ParameterError: a method's settings do not fit the model.
         UnknownMethod, SpecError: of spec strings.
     """
     from .adapters import adapter_for
-    from .adapters.account import meter
 
     methods = _methods(method)
     carrier = adapter_for(model, adapter)
-    found = {id(hook.attachment): hook.attachment for *_, hook in hooks_of(carrier.model)}
-    for attachment in found.values():
-        if attachment is not None and attachment.active:
-            names = " + ".join(map(str, attachment.methods))
-            raise SiteError(
-                f"this model already carries a compression ({names}); remove it first (vlmtok.remove(model)), or pass "
-                "all methods in one list"
-            )
-    attachment = Attachment(methods, carrier.layout(), signals, trace)
-    if not attachment.entries:
-        raise SiteError(
-            f"{' + '.join(map(str, methods))} has nothing to do on {carrier.layout().family}: no site is left"
-        )
     sweep(carrier.model)
-    _forget_compiled(carrier.model, "compress")
-    try:
-        carrier.install(attachment)
-        meter(carrier, attachment)
-    except BaseException:
-        attachment.remove()
-        raise
-    return Compression(attachment, carrier.model)
+    dispatcher = _dispatcher(carrier.model) or Dispatcher(carrier.model, adapter)
+    part = dispatcher.model()
+    if part is not carrier.model and any(module is part for module in carrier.model.modules()):
+        raise SiteError(
+            f"a part of this model, its {type(part).__name__}, carries another compression already; remove that one "
+            "first (vlmtok.remove(model)), and compress the whole model with all methods"
+        )
+    return dispatcher.add(methods, dict(signals or {}), trace)
 
 
 def remove(model: nn.Module) -> int:
@@ -89,16 +78,167 @@ def remove(model: nn.Module) -> int:
     Returns:
         How many were ended.
     """
-    found = {id(hook.attachment): hook.attachment for *_, hook in hooks_of(model) if hook.attachment is not None}
-    live = [attachment for attachment in found.values() if attachment.active]
-    for attachment in live:
-        _end(attachment, model)
+    dispatcher = _dispatcher(model)
+    count = 0 if dispatcher is None else len(dispatcher.members)
+    if dispatcher is not None:
+        for member in list(dispatcher.members):
+            dispatcher.drop(member)
     sweep(model)
-    return len(live)
+    return count
+
+
+def _dispatcher(model: nn.Module) -> Dispatcher | None:
+    """Who placed the live hooks of a model."""
+    for *_, hook in hooks_of(model):
+        if hook.attachment is not None and hook.attachment.active:
+            found: Dispatcher = hook.attachment.owner
+            return found
+    return None
+
+
+@dataclass(eq=False)
+class Member:
+    """What one `compress` call brought.
+
+    Attributes:
+        methods: in list order.
+        signals: of the user.
+        trace: whether traces are wanted.
+        memory: modules that its methods built, by their place in the list.
+        first: place of its first method among all.
+        fired: whether any of its hooks ran under an earlier attachment.
+    """
+
+    methods: list[Method]
+    signals: dict[str, Callable[[TokenView], Tensor]]
+    trace: bool
+    memory: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    first: int = 0
+    fired: bool = False
+
+
+class Dispatcher:
+    """One model's compressions: one attachment carries the methods of all, so that they know of each other's cuts.
+
+    Adding or removing one places the hooks anew and starts new books.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None) -> None:
+        self.model = weakref.ref(model)
+        self.adapter = adapter
+        self.members: list[Member] = []
+        self.attachment: Attachment | None = None
+
+    def add(self, methods: list[Method], signals: dict[str, Callable[[TokenView], Tensor]], trace: bool) -> Compression:
+        """Adds a compression; the model is left as it was where that fails."""
+        member = Member(methods, signals, trace)
+        attachment = self._attach([*self.members, member])
+        self._check(attachment, member)
+        for index, method in enumerate(methods):
+            module = method.build(attachment.layout)
+            if module is not None:
+                member.memory[str(index)] = module
+        self._replace(attachment, [*self.members, member], "compress")
+        return Compression(self, member)
+
+    def drop(self, member: Member, quiet: bool = False) -> None:
+        """Ends a compression; the others go on."""
+        if member not in self.members:
+            return
+        fired = self.has_fired(member)
+        others = [other for other in self.members if other is not member]
+        if others and self.model() is not None:
+            self._replace(self._attach(others), others, "remove")
+        else:
+            self._detach()
+            self.members = []
+            model = self.model()
+            if model is not None:
+                _forget_compiled(model, "remove")
+        if not fired and not quiet:
+            warnings.warn(
+                f"the hooks of {' + '.join(map(str, member.methods))} never ran; was the compressed model called?",
+                VlmtokWarning,
+                stacklevel=5,
+            )
+
+    def has_fired(self, member: Member) -> bool:
+        """Whether any hook of a member ran."""
+        if member.fired or self.attachment is None or self.attachment.compiled:
+            return True
+        own = range(member.first, member.first + len(member.methods))
+        return any(key[3] in own for key in self.attachment.ledger.fired)
+
+    def _attach(self, members: list[Member]) -> Attachment:
+        """The attachment of some members, its hooks not placed yet."""
+        from .adapters import adapter_for
+
+        signals = {name: make for member in members for name, make in member.signals.items()}
+        methods = [method for member in members for method in member.methods]
+        layout = adapter_for(self._model(), self.adapter).layout()
+        return Attachment(methods, layout, signals, any(member.trace for member in members), owner=self)
+
+    def _check(self, attachment: Attachment, member: Member) -> None:
+        """Refuses a compression that has nothing to do, or acts where another one acts."""
+        first = sum(len(other.methods) for other in self.members)
+        own = [entry for entry in attachment.entries if entry.index >= first]
+        if not own:
+            names = " + ".join(map(str, member.methods))
+            raise SiteError(f"{names} has nothing to do on {attachment.layout.family}: no site is left")
+        taken = {(e.site.stage, e.site.layer, e.site.point): e for e in attachment.entries if e.index < first}
+        for entry in own:
+            other = taken.get((entry.site.stage, entry.site.layer, entry.site.point))
+            if other is not None:
+                raise SiteError(
+                    f"{entry.method} wants to act at {entry.site}, where {other.method} of another compression acts "
+                    "already; remove that one first (vlmtok.remove(model)), or pass both in one list"
+                )
+
+    def _replace(self, attachment: Attachment, members: list[Member], why: str) -> None:
+        """Puts an attachment in the place of the one before."""
+        from .adapters import adapter_for
+        from .adapters.account import meter
+
+        for member in self.members:
+            member.fired = self.has_fired(member)
+        before, pauses = self.attachment, 0 if self.attachment is None else self.attachment.pauses
+        _forget_compiled(self._model(), why)
+        if before is not None:
+            before.suspend()
+        try:
+            carrier = adapter_for(self._model(), self.adapter)
+            carrier.install(attachment)
+            meter(carrier, attachment)
+        except BaseException:
+            attachment.remove()
+            if before is not None:
+                before.resume()
+            raise
+        if before is not None:
+            before.remove()
+        self.attachment, self.members = attachment, members
+        attachment.pauses = pauses
+        first = 0
+        for member in members:
+            member.first = first
+            for index, module in member.memory.items():
+                attachment.memory[first + int(index)] = module
+            first += len(member.methods)
+
+    def _detach(self) -> None:
+        if self.attachment is not None:
+            self.attachment.remove()
+
+    def _model(self) -> nn.Module:
+        model = self.model()
+        if model is None:
+            raise PassError("the compressed model no longer exists")
+        return model
 
 
 def _methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
-    items = [method] if isinstance(method, (Method, str)) else list(method)
+    single = isinstance(method, (Method, str)) or not isinstance(method, Iterable)
+    items = [method] if single else list(method)
     methods: list[Method] = []
     for item in items:
         if isinstance(item, str):
@@ -115,28 +255,12 @@ def _methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
     return methods
 
 
-def _end(attachment: Attachment, model: nn.Module | None, quiet: bool = False) -> None:
-    if not attachment.active:
-        return
-    attachment.remove()
-    if model is not None:
-        _forget_compiled(model, "remove")
-    if not attachment.ledger.fired and not attachment.compiled and not quiet:
-        warnings.warn(
-            f"the hooks of {' + '.join(map(str, attachment.methods))} never ran; was the compressed model called?",
-            VlmtokWarning,
-            stacklevel=4,
-        )
-
-
 def _forget_compiled(model: nn.Module, why: str) -> None:
     """Resets Dynamo where the model has compiled code: it would not see hooks come or go."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return
-    entries = dynamo.eval_frame._debug_get_cache_entry_list
-    codes = {type(module).forward.__code__ for module in model.modules() if hasattr(type(module).forward, "__code__")}
-    if any(entries(code) for code in codes):
+    if _has_compiled(model, dynamo):
         dynamo.reset()
         warnings.warn(
             f"vlmtok.{why}: the model has compiled code, which does not see hooks come or go; Dynamo's caches were "
@@ -146,6 +270,23 @@ def _forget_compiled(model: nn.Module, why: str) -> None:
         )
 
 
+def _has_compiled(model: nn.Module, dynamo: Any) -> bool:
+    """Whether Dynamo holds code of this model: its own, or that of a compiled function that calls it."""
+    entries = dynamo.eval_frame._debug_get_cache_entry_list
+    kinds = {type(module) for module in model.modules()}
+    if any(entries(kind.forward.__code__) for kind in kinds if hasattr(kind.forward, "__code__")):
+        return True
+    # A caller's code took ours in; its guards name the classes of the modules they hold for.
+    names = [repr(kind) for kind in kinds if not kind.__module__.startswith("torch.")]
+    for reference in dynamo.convert_frame.input_codes.seen:
+        code = reference()
+        for entry in () if code is None else entries(code):
+            guards = str(entry.guard_manager)
+            if any(name in guards for name in names):
+                return True
+    return False
+
+
 class Compression:
     """The handle of one `compress` call.
 
@@ -153,19 +294,34 @@ class Compression:
     `vlmtok.remove(model)` end the compression and give back the exact model.
     """
 
-    def __init__(self, attachment: Attachment, model: nn.Module) -> None:
-        self._attachment = attachment
-        self._model = weakref.ref(model)
+    def __init__(self, dispatcher: Dispatcher, member: Member) -> None:
+        self._dispatcher = dispatcher
+        self._member = member
+        self._last = dispatcher.attachment
 
     # ------------------------------------------------------------------ lifetime
     @property
     def active(self) -> bool:
         """Whether the hooks are still in place."""
-        return self._attachment.active
+        return self._member in self._dispatcher.members
 
     def remove(self) -> None:
         """Ends the compression; calling it again does nothing. Warns where the hooks never ran."""
-        _end(self._attachment, self._model())
+        self._end()
+
+    def _end(self, quiet: bool = False) -> None:
+        self._last = self._attachment
+        self._dispatcher.drop(self._member, quiet)
+
+    @property
+    def _attachment(self) -> Attachment:
+        """What carries the methods now, or carried them last."""
+        now = self._dispatcher.attachment if self.active else self._last
+        assert now is not None
+        return now
+
+    def _model(self) -> nn.Module | None:
+        return self._dispatcher.model()
 
     def __enter__(self) -> Compression:
         if not self.active:
@@ -173,22 +329,23 @@ class Compression:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        _end(self._attachment, self._model(), quiet=kind is not None)
+        self._end(quiet=kind is not None)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Compression]:
-        """Runs the model bare inside this ``with``."""
-        self._attachment.pauses += 1
+        """Runs the model bare inside this ``with``, other compressions of it included."""
+        attachment = self._attachment
+        attachment.pauses += 1
         try:
             yield self
         finally:
-            self._attachment.pauses -= 1
+            attachment.pauses -= 1
 
     # ------------------------------------------------------------------ what it did
     @property
     def methods(self) -> list[Method]:
         """The methods, in list order."""
-        return list(self._attachment.methods)
+        return list(self._member.methods)
 
     @property
     def layout(self) -> Layout:
@@ -222,15 +379,15 @@ class Compression:
     # ------------------------------------------------------------------ what methods learn
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that the methods brought (cross tokens, say); the model's own are not among them."""
-        return self._attachment.memory.parameters()
+        return self._member.memory.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with names."""
-        return self._attachment.memory.named_parameters()
+        return self._member.memory.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers of the methods."""
-        return self._attachment.memory.state_dict()
+        return self._member.memory.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what `state_dict` gave.
@@ -238,11 +395,11 @@ class Compression:
         Raises:
             RuntimeError: names or shapes do not fit.
         """
-        self._attachment.memory.load_state_dict(state)
+        self._member.memory.load_state_dict(state)
 
     def memory(self, index: int = 0) -> nn.Module | None:
         """The module that method `index` built, or None."""
-        return self._attachment.remember(index)
+        return self._attachment.remember(self._member.first + index)
 
     def row(self, index: int = 0, stage: str = "vision") -> MutableMapping[str, Any]:
         """What a method noted in `TokenView.row` during the last forward of a tower.
@@ -260,18 +417,18 @@ class Compression:
         driver = self._attachment.drivers.get(stage)
         if driver is None or driver.current is None:
             raise PassError(f"the {stage} tower has not run under this compression")
-        notes: MutableMapping[str, Any] = driver.notes(index, self._attachment.methods[index].scope)
+        notes: MutableMapping[str, Any] = driver.notes(self._member.first + index, self._member.methods[index].scope)
         return notes
 
     def reset(self) -> None:
         """Empties what methods gathered across forwards (modules with a `reset`)."""
-        for module in self._attachment.memory.values():
+        for module in self._member.memory.values():
             if hasattr(module, "reset"):
                 module.reset()
 
     def to(self, *args: Any, **kwargs: Any) -> Compression:
         """Moves the methods' modules, as `nn.Module.to`."""
-        self._attachment.memory.to(*args, **kwargs)
+        self._member.memory.to(*args, **kwargs)
         return self
 
     # ------------------------------------------------------------------ mistakes
