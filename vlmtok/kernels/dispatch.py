@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError, VlmtokError
-from .table import prefers_triton
+from .table import device_facts, prefers_triton
 
 log = logging.getLogger("vlmtok.kernels")
 
@@ -50,9 +50,9 @@ def use(mode: str) -> Iterator[None]:
     """Context that overrides the environment variable ``VLMTOK_KERNELS``, for the whole process.
 
     Args:
-        mode: ``"torch"`` takes the plain torch definitions; ``"triton"`` the kernels, and raises `KernelError` where one
-            cannot take a call; ``"auto"`` goes by the table in `vlmtok.kernels.table`, and takes torch where a kernel
-            cannot run.
+        mode: ``"torch"`` takes the plain torch definitions; ``"triton"`` the kernels, and raises `KernelError` where
+            one cannot take a call; ``"auto"`` goes by the table in `vlmtok.kernels.table`, and takes torch where a
+            kernel cannot run.
 
     Raises:
         ParameterError: no such mode.
@@ -111,9 +111,14 @@ def choose(op: str, x: Tensor, *, batch: int, pair_bytes: int = 0, limit: str | 
             triton = prefers_triton(op, batch, pair_bytes, x.device)
         if _mode == "auto" and problem is not None and not torch.compiler.is_compiling():
             _tell(op, problem)
-    if not torch.compiler.is_compiling():
-        _ran[f"{op}:{'triton' if triton else 'torch'}"] += 1
+    note(op, "triton" if triton else "torch")
     return triton
+
+
+def note(op: str, path: str) -> None:
+    """Counts a call for `ran`; free under torch.compile."""
+    if not torch.compiler.is_compiling():
+        _ran[f"{op}:{path}"] += 1
 
 
 def _problem(x: Tensor) -> str | None:
@@ -122,6 +127,8 @@ def _problem(x: Tensor) -> str | None:
         return "triton is not installed"
     if x.device.type not in ("cuda", "meta") and not (x.device.type == "cpu" and INTERPRETS):
         return f"the tensor is on {x.device.type} and Triton compiles for CUDA and HIP devices"
+    if x.device.type == "cuda" and torch.cuda.is_available() and not device_facts(x.device.index)[1]:
+        return f"{x.device} is older than compute capability 8.0"
     if x.dtype not in DTYPES:
         return f"its dtype is {x.dtype} and the kernels take float16, bfloat16 and float32"
     return None

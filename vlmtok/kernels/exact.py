@@ -44,7 +44,7 @@ def _raise_precision() -> Callable[[], Any] | None:
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set through torch.backends.*.fp32_precision, which the older getter refuses to read
-        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = cuda.fp32_precision, cpu.fp32_precision
         cuda.fp32_precision = cpu.fp32_precision = "ieee"
 

@@ -62,7 +62,9 @@ def _implementation(name: str) -> Callable[..., Any]:
             launcher = importlib.import_module(f".{_LAUNCHERS[name]}", __package__)
             return getattr(launcher, name)(*args, **kwargs)
         with torch.no_grad():
-            return definition(*args, **kwargs)
+            result = definition(*args, **kwargs)
+        # The shapes below promise contiguous outputs; a definition may return a view.
+        return result.contiguous() if isinstance(result, Tensor) else tuple(x.contiguous() for x in result)
 
     run.__name__ = name
     return run
@@ -198,7 +200,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "attention_rows": _attention_flops,
     "received_attention": _attention_flops,
 }
-"""Formula of every op: 2 x the MACs of the matmuls of its torch definition, from shapes as FlopCounterMode passes them."""
+"""Formula of every op, on shapes as FlopCounterMode passes them: 2 x the MACs of the matmuls of its definition."""
 
 _formulas_registered = False
 

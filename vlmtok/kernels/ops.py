@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import ParameterError
 from . import library, reference
-from .dispatch import choose
+from .dispatch import choose, note
 from .table import LIMIT_GREEDY, LIMIT_HEAD
 
 KINDS = ("elu", "paper", "gaussian")
 SPLITS = ("alternate", "halves")
 RULES = ("max", "sum")
 METRICS = ("cosine", "l2")
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _documented(like: Callable[..., Any]) -> Callable[[F], F]:
-    """The docstring of the definition is that of the public function; there is one place for what an op means."""
-
-    def copy(function: F) -> F:
-        function.__doc__ = like.__doc__
-        return function
-
-    return copy
 
 
 # ---------------------------------------------------------------------- checks
@@ -85,7 +73,6 @@ def _select(op: str, triton: bool, *args: Any, **kwargs: Any) -> Any:
     return getattr(reference, op)(*args, **kwargs)
 
 
-@_documented(reference.match_max)
 def match_max(
     a: Tensor,
     b: Tensor,
@@ -95,6 +82,20 @@ def match_max(
     exclude_diag: bool = False,
     valid_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The most similar row of `b` for each row of `a`, by cosine.
+
+    Args:
+        a: `[B, M, D]`, any floating dtype.
+        b: `[B, N, D]`.
+        rank_a: int `[B, M]`, and
+        rank_b: int `[B, N]`: row i may only match columns j with ``rank_b[j] > rank_a[i]``. Both or neither.
+        exclude_diag: row i may not match column i.
+        valid_b: bool `[B, N]`, columns that may be matched; None means all.
+
+    Returns:
+        The cosine, fp32 `[B, M]` (-inf where no column is allowed), and its column, int64 `[B, M]` (0 there). The
+        lowest column wins a tie; a NaN similarity never wins.
+    """
     op = "match_max"
     _check(op, "[B, M, D]", a=a)
     _check(op, "[B, N, D]", b=b)
@@ -129,8 +130,20 @@ def _square_bytes(x: Tensor) -> int:
     return 4 * x.shape[0] * x.shape[1] * x.shape[1]
 
 
-@_documented(reference.energy)
 def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -> Tensor:
+    """PiToMe's energy: how much company a token has (arXiv 2405.16148, eq. 4).
+
+    Args:
+        x: `[B, N, D]`, the metric, any floating dtype.
+        margin: cosine from which on two tokens count as alike.
+        alpha: slope of the part below the margin.
+        kind: ``"elu"`` mean of ELU(cos - margin), as released; ``"paper"`` counts the full cosine from the margin on,
+            as printed; ``"gaussian"`` mean of a Gaussian kernel of width 1 - margin, as released for text.
+
+    Returns:
+        fp32 `[B, N]`; higher means more redundant. The diagonal is counted. A row that is not finite counts as a zero
+        row.
+    """
     _check_energy("energy", x, margin, alpha, kind)
     triton = choose("energy", x, batch=x.shape[0], pair_bytes=_square_bytes(x))
     return cast(Tensor, _select("energy", triton, x, margin=margin, alpha=alpha, kind=kind))
@@ -141,8 +154,18 @@ def _check_r(op: str, r: int, most: int) -> None:
         raise ParameterError(f"{op}: r={r!r} must be in [0, {most}]")
 
 
-@_documented(reference.bipartite_match)
 def bipartite_match(metric: Tensor, r: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs the even places of a row with the odd ones and merges the r most similar pairs (ToMe, arXiv 2210.09461).
+
+    Args:
+        metric: `[B, N, D]`, what is compared; protected tokens are not among them.
+        r: pairs to merge, 0 to N // 2.
+        num_prefix: protected tokens in front of the row; they count for which places are even.
+
+    Returns:
+        keep `[B, N - r]`: the even places that stay (ascending behind a prefix, by falling similarity without one),
+        then the odd ones; src `[B, r]` by falling similarity; dst `[B, r]`, the slot of each. All int64.
+    """
     op = "bipartite_match"
     _check(op, "[B, N, D]", metric=metric)
     _check_r(op, r, metric.shape[1] // 2)
@@ -150,7 +173,6 @@ def bipartite_match(metric: Tensor, r: int, num_prefix: int = 0) -> tuple[Tensor
     return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, r, num_prefix))
 
 
-@_documented(reference.energy_match)
 def energy_match(
     metric: Tensor,
     r: int,
@@ -161,6 +183,23 @@ def energy_match(
     split: str = "alternate",
     protect: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """PiToMe's matching (arXiv 2405.16148, algorithm 1).
+
+    Args:
+        metric: `[B, N, D]`, what is compared; protected tokens are not among them.
+        r: tokens to merge away, 0 to N // 2.
+        margin: as in `energy`.
+        alpha: as in `energy`.
+        kind: as in `energy`.
+        split: the 2r tokens of highest energy are split into sources and targets by ``"alternate"`` ranks, or into
+            ``"halves"``.
+        protect: leave tokens of low energy alone; False matches all tokens, every second rank with the others, and
+            merges the r most similar pairs (the ordered matching of the released DeiT and MAE patches).
+
+    Returns:
+        keep `[B, N - r]`: protected tokens by falling energy (or unmerged sources by falling similarity), then the
+        targets by falling energy; src `[B, r]`; dst `[B, r]`, the slot of each. All int64.
+    """
     op = "energy_match"
     _check_energy(op, metric, margin, alpha, kind)
     _check_word(op, "split", split, SPLITS)
@@ -170,10 +209,23 @@ def energy_match(
     return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, r, **settings))
 
 
-@_documented(reference.complete_match)
 def complete_match(
     metric: Tensor, importance: Tensor, r: int, protected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Complete-graph soft matching of CrossGET (arXiv 2305.17455, section 3.1).
+
+    Every token looks for its most similar token among those whose own best similarity ranks later; the r tokens of
+    smallest importance minus that similarity join their most similar token among the others.
+
+    Args:
+        metric: `[B, N, D]`, what is compared.
+        importance: `[B, N]`; important tokens merge later.
+        r: tokens to merge away; at most (N - protected tokens) // 2, or protected ones would merge.
+        protected: bool `[B, N]`, tokens that neither join nor are joined; None means none.
+
+    Returns:
+        keep `[B, N - r]` ascending; src `[B, r]` by rising priority; dst `[B, r]`, the slot of each. All int64.
+    """
     op = "complete_match"
     _check(op, "[B, N, D]", metric=metric)
     _check(op, "[B, N]", importance=importance)
@@ -188,7 +240,6 @@ def complete_match(
 
 
 # ---------------------------------------------------------------------- merging
-@_documented(reference.merge_rows)
 def merge_rows(
     x: Tensor,
     size: Tensor,
@@ -201,6 +252,23 @@ def merge_rows(
     prefix: int = 0,
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """Gathers the kept rows and adds the joining rows to them (see `vlmtok.Reduction` for the meaning).
+
+    Args:
+        x: `[B, prefix + N + suffix, C]`, any floating dtype; gradients flow.
+        size: fp32 `[B, prefix + N + suffix]`.
+        keep: int64 `[B, K]`; keep, src and dst count from the first row behind the prefix.
+        src: int64 `[B, R]`.
+        dst: int64 `[B, R]`, -1 for an empty entry.
+        keep_weight: fp32 `[B, K]`, or None for the size-weighted mean; gradients flow.
+        src_weight: fp32 `[B, R]`, or None; gradients flow.
+        prefix: rows in front that stay as they are.
+        suffix: rows behind that stay as they are.
+
+    Returns:
+        The rows `[B, prefix + K + suffix, C]` in the dtype of `x`, and their sizes, fp32. Sums are accumulated in fp32;
+        a slot that nothing joins is its kept row, bit for bit, where there are no weights.
+    """
     op = "merge_rows"
     _check(op, "[B, N, C]", x=x)
     batch, n, _ = x.shape
@@ -261,7 +329,7 @@ class MergeRows(torch.autograd.Function):
         return rows, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for x, keep_weight and src_weight."""
         x, size, keep, src, dst, keep_weight, src_weight, total = ctx.saved_tensors
@@ -292,7 +360,6 @@ class MergeRows(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------- greedy choice
-@_documented(reference.greedy_select)
 def greedy_select(
     x: Tensor,
     k: int,
@@ -302,6 +369,23 @@ def greedy_select(
     metric: str = "cosine",
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Farthest-first choice of k rows, one after the other.
+
+    Args:
+        x: `[B, N, D]`, any floating dtype.
+        k: how many, at most N.
+        start: int64 `[B]`, the first row chosen.
+        rule: the next row minimises its ``"max"`` similarity to the chosen ones (k-center) or the ``"sum"`` of
+            similarities (max-sum diversification).
+        metric: ``"cosine"``, or ``"l2"`` for minus the squared Euclidean distance (rule ``"max"`` only).
+        valid: bool `[B, N]`, rows that may be chosen; None means all. A row with fewer than k valid ones repeats none:
+            it goes on with the invalid ones, lowest index first.
+
+    Returns:
+        The choice in the order taken, int64 `[B, k]`, and the state at which each was taken, fp32 `[B, k]`: the
+        maximum or the sum of similarities; NaN for the first and for rows taken because no other was left. The lowest
+        index wins a tie; rows that are not finite come after the others.
+    """
     op = "greedy_select"
     _check(op, "[B, N, D]", x=x)
     _check_word(op, "rule", rule, RULES)
@@ -320,8 +404,16 @@ def greedy_select(
 
 
 # ---------------------------------------------------------------------- statistics and attention
-@_documented(reference.transition_stats)
 def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """How a module changes a token: the ratio of norms and the cosine (TransPrune, arXiv 2507.20630, eq. 1 and 2).
+
+    Args:
+        x: `[..., L, C]`, input of the module.
+        y: `[..., L, C]`, its output.
+
+    Returns:
+        ``|y| / |x|`` and ``cos(x, y)``, fp32 `[..., L]`; a zero row of x has ratio 0, and either has cosine 0.
+    """
     op = "transition_stats"
     for name, t in (("x", x), ("y", y)):
         if t.dim() < 2 or not t.is_floating_point():
@@ -346,14 +438,36 @@ def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None
     _check_device(op, q, k=k, bias=bias)
 
 
-@_documented(reference.attention_rows)
 def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of some query rows, in fp32.
+
+    Args:
+        q: `[B, H, T, d]`.
+        k: `[B, Hkv, L, d]`; Hkv divides H (grouped-query attention).
+        scale: factor of the logits.
+        bias: what is added to the logits, broadcastable to `[B, H, T, L]`, or None.
+
+    Returns:
+        fp32 `[B, H, T, L]`. A row that may look nowhere (bias -inf everywhere) is NaN, as in torch's softmax.
+    """
     _check_attention("attention_rows", q, k, bias)
+    note("attention_rows", "torch")  # a few rows make no N x N: torch suffices
     return cast(Tensor, _select("attention_rows", False, q, k, scale=scale, bias=bias))
 
 
-@_documented(reference.received_attention)
 def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
+    """Attention that each token receives: the mean over heads and query rows, no `[L, L]` kept.
+
+    Args:
+        q: `[B, H, L, d]`.
+        k: `[B, Hkv, L, d]`.
+        scale: factor of the logits.
+        bias: broadcastable to `[B, H, L, L]`, or None.
+        chunk: query rows per step.
+
+    Returns:
+        fp32 `[B, L]`; a row sums to 1.
+    """
     op = "received_attention"
     _check_attention(op, q, k, bias)
     if chunk < 1:

@@ -6,6 +6,8 @@ public functions of `vlmtok.kernels`, not here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,10 +52,10 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat_index(index: Tensor, n: int) -> Tensor:
     """Rows `[B, K]` as rows of the flattened `[B n, C]`."""
-    batch = index.shape[0]
+    batch, step = index.shape[0], max(n, 1)
     if batch == 1:
         return index.reshape(-1)
-    return (index + torch.arange(0, batch * n, n, device=index.device).unsqueeze(1)).reshape(-1)
+    return (index + torch.arange(0, batch * step, step, device=index.device).unsqueeze(1)).reshape(-1)
 
 
 # ---------------------------------------------------------------------- matching
@@ -66,20 +68,7 @@ def match_max(
     exclude_diag: bool = False,
     valid_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most similar row of `b` for each row of `a`, by cosine.
-
-    Args:
-        a: `[B, M, D]`, any floating dtype.
-        b: `[B, N, D]`.
-        rank_a: int `[B, M]`, and
-        rank_b: int `[B, N]`: row i may only match columns j with ``rank_b[j] > rank_a[i]``. Both or neither.
-        exclude_diag: row i may not match column i.
-        valid_b: bool `[B, N]`, columns that may be matched; None means all.
-
-    Returns:
-        The cosine, fp32 `[B, M]` (-inf where no column is allowed), and its column, int64 `[B, M]` (0 there). The
-        lowest column wins a tie; a NaN similarity never wins.
-    """
+    """Definition of `vlmtok.kernels.match_max`."""
     none = float("-inf")
     if b.shape[1] == 0:
         return a.new_full(a.shape[:2], none, dtype=torch.float32), a.new_zeros(a.shape[:2], dtype=torch.int64)
@@ -96,19 +85,7 @@ def match_max(
 
 
 def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -> Tensor:
-    """PiToMe's energy: how much company a token has (arXiv 2405.16148, eq. 4).
-
-    Args:
-        x: `[B, N, D]`, the metric, any floating dtype.
-        margin: cosine from which on two tokens count as alike.
-        alpha: slope of the part below the margin.
-        kind: ``"elu"`` mean of ELU(cos - margin), as released; ``"paper"`` counts the full cosine from the margin on,
-            as printed; ``"gaussian"`` mean of a Gaussian kernel of width 1 - margin, as released for text.
-
-    Returns:
-        fp32 `[B, N]`; higher means more redundant. The diagonal is counted. A row that is not finite counts as a zero
-        row.
-    """
+    """Definition of `vlmtok.kernels.energy`."""
     with exact(x.device):
         unit = unit_rows(x).nan_to_num_(nan=0.0)
         over = unit @ unit.transpose(1, 2)
@@ -124,23 +101,15 @@ def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -
         return total / x.shape[1]
 
 
-def bipartite_match(metric: Tensor, r: int, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs the even places of a row with the odd ones and merges the r most similar pairs (ToMe, arXiv 2210.09461).
-
-    Args:
-        metric: `[B, N, D]`, what is compared; protected tokens are not among them.
-        r: pairs to merge, 0 to N // 2.
-        num_prefix: protected tokens in front of the row; they count for which places are even.
-
-    Returns:
-        keep `[B, N - r]`: the even places that stay (ascending behind a prefix, by falling similarity without one),
-        then the odd ones; src `[B, r]` by falling similarity; dst `[B, r]`, the slot of each. All int64.
-    """
+def bipartite_match(
+    metric: Tensor, r: int, num_prefix: int = 0, *, match: Callable[..., tuple[Tensor, Tensor]] = match_max
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Definition of `vlmtok.kernels.bipartite_match`. The Triton path passes its own `match`."""
     batch, n, _ = metric.shape
     first = num_prefix % 2  # of these tokens, the first at an even place of the whole row
-    even = torch.arange(first, n, 2, device=metric.device)
-    odd = torch.arange(1 - first, n, 2, device=metric.device)
-    similarity, partner = match_max(metric[:, first::2], metric[:, 1 - first :: 2])
+    place = torch.arange(n, device=metric.device)
+    even, odd = place[first::2], place[1 - first :: 2]
+    similarity, partner = match(metric[:, first::2], metric[:, 1 - first :: 2])
     order = similarity.argsort(dim=1, descending=True, stable=True)
     merged, stay = order[:, :r], order[:, r:]
     if num_prefix:
@@ -158,32 +127,18 @@ def energy_match(
     kind: str = "elu",
     split: str = "alternate",
     protect: bool = True,
+    energy_of: Callable[..., Tensor] = energy,
+    match: Callable[..., tuple[Tensor, Tensor]] = match_max,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PiToMe's matching (arXiv 2405.16148, algorithm 1).
-
-    Args:
-        metric: `[B, N, D]`, what is compared; protected tokens are not among them.
-        r: tokens to merge away, 0 to N // 2.
-        margin: as in `energy`.
-        alpha: as in `energy`.
-        kind: as in `energy`.
-        split: the 2r tokens of highest energy are split into sources and targets by ``"alternate"`` ranks, or into
-            ``"halves"``.
-        protect: leave tokens of low energy alone; False matches all tokens, every second rank with the others, and
-            merges the r most similar pairs (the ordered matching of the released DeiT and MAE patches).
-
-    Returns:
-        keep `[B, N - r]`: protected tokens by falling energy (or unmerged sources by falling similarity), then the
-        targets by falling energy; src `[B, r]`; dst `[B, r]`, the slot of each. All int64.
-    """
-    order = energy(metric, margin=margin, alpha=alpha, kind=kind).argsort(dim=1, descending=True, stable=True)
+    """Definition of `vlmtok.kernels.energy_match`. The Triton path passes its own `energy_of` and `match`."""
+    order = energy_of(metric, margin=margin, alpha=alpha, kind=kind).argsort(dim=1, descending=True, stable=True)
     if protect:
         top, rest = order[:, : 2 * r], order[:, 2 * r :]
         sources, targets = (top[:, 0::2], top[:, 1::2]) if split == "alternate" else (top[:, :r], top[:, r:])
-        _, partner = match_max(take_rows(metric, sources), take_rows(metric, targets))
+        _, partner = match(take_rows(metric, sources), take_rows(metric, targets))
     else:
         sources, targets = order[:, 0::2], order[:, 1::2]
-        similarity, partner = match_max(take_rows(metric, sources), take_rows(metric, targets))
+        similarity, partner = match(take_rows(metric, sources), take_rows(metric, targets))
         best = similarity.argsort(dim=1, descending=True, stable=True)
         rest = sources.gather(1, best[:, r:])
         sources, partner = sources.gather(1, best[:, :r]), partner.gather(1, best[:, :r])
@@ -191,36 +146,28 @@ def energy_match(
 
 
 def complete_match(
-    metric: Tensor, importance: Tensor, r: int, protected: Tensor | None = None
+    metric: Tensor,
+    importance: Tensor,
+    r: int,
+    protected: Tensor | None = None,
+    *,
+    match: Callable[..., tuple[Tensor, Tensor]] = match_max,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Complete-graph soft matching of CrossGET (arXiv 2305.17455, section 3.1).
-
-    Every token looks for its most similar token among those whose own best similarity ranks later; the r tokens of
-    smallest importance minus that similarity join their most similar token among the others.
-
-    Args:
-        metric: `[B, N, D]`, what is compared.
-        importance: `[B, N]`; important tokens merge later.
-        r: tokens to merge away; at most (N - protected tokens) // 2, or protected ones would merge.
-        protected: bool `[B, N]`, tokens that neither join nor are joined; None means none.
-
-    Returns:
-        keep `[B, N - r]` ascending; src `[B, r]` by rising priority; dst `[B, r]`, the slot of each. All int64.
-    """
+    """Definition of `vlmtok.kernels.complete_match`. The Triton path passes its own `match`."""
     free = None if protected is None else ~protected
-    best, _ = match_max(metric, metric, exclude_diag=True, valid_b=free)
+    best, _ = match(metric, metric, exclude_diag=True, valid_b=free)
     if protected is not None:
         best = best.masked_fill(protected, float("-inf"))
     order = best.argsort(dim=1, descending=True, stable=True)
     place = torch.arange(metric.shape[1], device=metric.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)
-    later, _ = match_max(metric, metric, rank_a=rank, rank_b=rank, valid_b=free)
+    later, _ = match(metric, metric, rank_a=rank, rank_b=rank, valid_b=free)
     if protected is not None:
         later = later.masked_fill(protected, float("-inf"))
     priority = (importance.float() - later).argsort(dim=1, stable=True)
     src, keep = priority[:, :r], priority[:, r:].sort(dim=1).values
     valid = None if free is None else free.gather(1, keep)
-    _, dst = match_max(take_rows(metric, src), take_rows(metric, keep), valid_b=valid)
+    _, dst = match(take_rows(metric, src), take_rows(metric, keep), valid_b=valid)
     return keep, src, dst
 
 
@@ -237,23 +184,7 @@ def merge_rows(
     prefix: int = 0,
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Gathers the kept rows and adds the joining rows to them (see `vlmtok.Reduction` for the meaning).
-
-    Args:
-        x: `[B, prefix + N + suffix, C]`, any floating dtype; gradients flow.
-        size: fp32 `[B, prefix + N + suffix]`.
-        keep: int64 `[B, K]`; keep, src and dst count from the first row behind the prefix.
-        src: int64 `[B, R]`.
-        dst: int64 `[B, R]`, -1 for an empty entry.
-        keep_weight: fp32 `[B, K]`, or None for the size-weighted mean; gradients flow.
-        src_weight: fp32 `[B, R]`, or None; gradients flow.
-        prefix: rows in front that stay as they are.
-        suffix: rows behind that stay as they are.
-
-    Returns:
-        The rows `[B, prefix + K + suffix, C]` in the dtype of `x`, and their sizes, fp32. Sums are accumulated in fp32;
-        a slot that nothing joins is its kept row, bit for bit, where there are no weights.
-    """
+    """Definition of `vlmtok.kernels.merge_rows`."""
     keep, dst, src = _widen(keep, prefix, suffix, x.shape[1]), torch.where(dst < 0, dst, dst + prefix), src + prefix
     kept_size = size.gather(1, keep)
     rows = take_rows(x, keep)
@@ -303,7 +234,7 @@ def merge_rows_grad(
     Returns:
         `[B, n, C]` in the dtype of `grad`.
     """
-    batch, slots, width = grad.shape
+    batch, width = grad.shape[0], grad.shape[2]
     kept = _widen(keep, prefix, suffix, n)
     kept_weight = F.pad(keep_weight, (prefix, suffix), value=1.0) if prefix or suffix else keep_weight
     empty = dst < 0
@@ -352,23 +283,7 @@ def greedy_select(
     metric: str = "cosine",
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Farthest-first choice of k rows, one after the other.
-
-    Args:
-        x: `[B, N, D]`, any floating dtype.
-        k: how many, at most N.
-        start: int64 `[B]`, the first row chosen.
-        rule: the next row minimises its ``"max"`` similarity to the chosen ones (k-center) or the ``"sum"`` of
-            similarities (max-sum diversification).
-        metric: ``"cosine"``, or ``"l2"`` for minus the squared Euclidean distance (rule ``"max"`` only).
-        valid: bool `[B, N]`, rows that may be chosen; None means all. A row with fewer than k valid ones repeats none:
-            it goes on with the invalid ones, lowest index first.
-
-    Returns:
-        The choice in the order taken, int64 `[B, k]`, and the state at which each was taken, fp32 `[B, k]`: the
-        maximum or the sum of similarities; NaN for the first and for rows taken because no other was left. The lowest
-        index wins a tie; rows that are not finite come after the others.
-    """
+    """Definition of `vlmtok.kernels.greedy_select`."""
     batch, n, _ = x.shape
     if k == 0:
         return start.new_empty(batch, 0), x.new_empty(batch, 0, dtype=torch.float32)
@@ -403,15 +318,7 @@ def greedy_select(
 
 # ---------------------------------------------------------------------- statistics and attention
 def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """How a module changes a token: the ratio of norms and the cosine (TransPrune, arXiv 2507.20630, eq. 1 and 2).
-
-    Args:
-        x: `[..., L, C]`, input of the module.
-        y: `[..., L, C]`, its output.
-
-    Returns:
-        ``|y| / |x|`` and ``cos(x, y)``, fp32 `[..., L]`; a zero row of x has ratio 0, and either has cosine 0.
-    """
+    """Definition of `vlmtok.kernels.transition_stats`."""
     with exact(x.device):
         a, b = x.float(), y.float()
         na, nb = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
@@ -421,17 +328,7 @@ def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention of some query rows, in fp32.
-
-    Args:
-        q: `[B, H, T, d]`.
-        k: `[B, Hkv, L, d]`; Hkv divides H (grouped-query attention).
-        scale: factor of the logits.
-        bias: what is added to the logits, broadcastable to `[B, H, T, L]`, or None.
-
-    Returns:
-        fp32 `[B, H, T, L]`. A row that may look nowhere (bias -inf everywhere) is NaN, as in torch's softmax.
-    """
+    """Definition of `vlmtok.kernels.attention_rows`."""
     batch, heads, rows, width = q.shape
     groups, length = k.shape[1], k.shape[2]
     with exact(q.device):
@@ -444,18 +341,7 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = 
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
-    """Attention that each token receives: the mean over heads and query rows, no `[L, L]` kept.
-
-    Args:
-        q: `[B, H, L, d]`.
-        k: `[B, Hkv, L, d]`.
-        scale: factor of the logits.
-        bias: broadcastable to `[B, H, L, L]`, or None.
-        chunk: query rows per step.
-
-    Returns:
-        fp32 `[B, L]`; a row sums to 1.
-    """
+    """Definition of `vlmtok.kernels.received_attention`."""
     with exact(q.device):
         total = q.new_zeros(q.shape[0], k.shape[2], dtype=torch.float32)
         rows = q.shape[2]

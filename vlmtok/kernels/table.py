@@ -7,7 +7,6 @@ new token count. ``python -m vlmtok.kernels.bench --sweep`` prints rows to paste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -69,13 +68,30 @@ def prefers_triton(op: str, batch: int, pair_bytes: int, device: torch.device) -
         What the table says.
     """
     measured = any(row.device for row in POLICIES)
-    row = policy(op, _device_name(device.index) if measured else "")
+    row = policy(op, device_facts(device.index)[0] if measured else "")
     return batch >= row.min_batch or pair_bytes >= row.pair_bytes
 
 
-@lru_cache
-def _device_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
+_facts: dict[int | None, tuple[str, bool]] = {}
+
+
+def device_facts(index: int | None) -> tuple[str, bool]:
+    """Name of a CUDA or HIP device, and whether the kernels are built for it (compute capability 8.0 on; any HIP).
+
+    Args:
+        index: of the device.
+
+    Returns:
+        Both, looked up once.
+    """
+    if index not in _facts:
+        modern = torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+        _facts[index] = torch.cuda.get_device_name(index), modern
+    return _facts[index]
+
+
+# What torch.compiler.assume_constant_result sets, which would import Dynamo to set it.
+device_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- tiles
@@ -127,17 +143,27 @@ TILES: tuple[Tile, ...] = (
     Tile("match", 4, 64, 0, 32, 32, 64, 4),
     Tile("match", 4, 128, 0, 32, 32, 128, 4),
     Tile("match", 4, _ANY, 0, 32, 64, 32, 4),
+    # With a rank or the diagonal masked, 128 x 64 spills.
+    Tile("match_masked", 2, 64, 132, 64, 64, 64, 4),
+    Tile("match_masked", 2, 64, 0, 16, 64, 64, 4),
+    Tile("match_masked", 2, 128, 132, 64, 64, 128, 4),
+    Tile("match_masked", 2, 128, 0, 16, 64, 128, 4),
+    Tile("match_masked", 2, _ANY, 0, 32, 64, 64, 4),
+    Tile("match_masked", 4, 64, 0, 32, 32, 64, 4),
+    Tile("match_masked", 4, 128, 0, 32, 32, 128, 4),
+    Tile("match_masked", 4, _ANY, 0, 32, 32, 32, 4),
     Tile("energy", 2, 64, 528, 128, 64, 64, 4),
     Tile("energy", 2, 64, 132, 64, 64, 64, 4),
     Tile("energy", 2, 64, 0, 16, 64, 64, 4),
     Tile("energy", 2, 128, 132, 64, 64, 128, 4),
     Tile("energy", 2, 128, 0, 16, 64, 128, 4),
     Tile("energy", 2, _ANY, 132, 64, 64, 64, 4),
-    Tile("energy", 2, _ANY, 0, 32, 64, 64, 4),
+    Tile("energy", 2, _ANY, 0, 16, 64, 64, 4),
     Tile("energy", 4, 64, 0, 32, 32, 64, 4),
     Tile("energy", 4, 128, 0, 32, 32, 128, 4),
     Tile("energy", 4, _ANY, 0, 32, 64, 32, 4),
     # order: one program sorts a picture.
+    Tile("order", 8, 64, 0, 1, 64, 0, 4),
     Tile("order", 8, 256, 0, 1, 256, 0, 4),
     Tile("order", 8, 512, 0, 1, 512, 0, 4),
     Tile("order", 8, 1024, 0, 1, 1024, 0, 8),
@@ -149,14 +175,13 @@ TILES: tuple[Tile, ...] = (
     Tile("greedy_select", 4, 4096, 0, 1, 4096, 0, 16),
     Tile("greedy_select", 4, LIMIT_GREEDY, 0, 1, LIMIT_GREEDY, 0, 32),
     # merge_rows: m entries are looked at in a step, n channels are a program's.
-    Tile("merge_rows", 4, 256, 0, 512, 256, 0, 4),
     Tile("merge_rows", 4, 512, 0, 512, 512, 0, 4),
     Tile("merge_rows", 4, 1024, 0, 512, 1024, 0, 4),
     Tile("merge_rows", 4, _ANY, 0, 512, 2048, 0, 8),
     Tile("transition_stats", 4, 1024, 0, 1, 1024, 0, 4),
     Tile("transition_stats", 4, _ANY, 0, 1, 2048, 0, 8),
     Tile("received_attention", 2, 64, 0, 64, 64, 64, 4),
-    Tile("received_attention", 2, 128, 0, 64, 64, 128, 4),
+    Tile("received_attention", 2, 128, 0, 64, 32, 128, 4),
     Tile("received_attention", 2, LIMIT_HEAD, 0, 32, 32, 256, 4),
     Tile("received_attention", 4, 64, 0, 32, 32, 64, 4),
     Tile("received_attention", 4, 128, 0, 32, 32, 128, 4),

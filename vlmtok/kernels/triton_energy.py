@@ -110,7 +110,15 @@ def _energy_kernel(
     tl.store(out + batch * n + i, total / n, mask=there_a)
 
 
-def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu", config: Tile | None = None) -> Tensor:
+def energy(
+    x: Tensor,
+    *,
+    margin: float,
+    alpha: float = 1.0,
+    kind: str = "elu",
+    scale: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
     """`vlmtok.kernels.energy` in Triton.
 
     Args:
@@ -118,6 +126,7 @@ def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu", c
         margin: cosine from which on two tokens count as alike.
         alpha: slope below the margin.
         kind: ``"elu"``, ``"paper"`` or ``"gaussian"``.
+        scale: fp32 `[B, N]`, `row_scale` of `x` where it is known already.
         config: a row of the tile table; None takes the one that fits.
 
     Returns:
@@ -128,7 +137,8 @@ def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu", c
     out = x.new_empty(batch, n, dtype=torch.float32)
     config = config or tile("energy", x.element_size(), d, batch * n)
     one_step, k = step(d, config.k)
-    scale = row_scale(x) if scales_first(one_step, config) else None
+    if scale is None and scales_first(one_step, config):
+        scale = row_scale(x)
     launch(
         _energy_kernel, batch * triton.cdiv(n, config.m), x,
         x, scale, out, n, d, float(margin), float(alpha), x.stride(0), x.stride(1),

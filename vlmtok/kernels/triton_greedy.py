@@ -70,7 +70,7 @@ def _greedy_kernel(
 
 
 def products(x: Tensor) -> Tensor:
-    """`x @ x^T` per picture in fp32, `[B, N, N]`; half precision goes through the tensor cores, its products are exact."""
+    """`x @ x^T` of every picture in fp32, `[B, N, N]`; products of halves are exact, so they take the tensor cores."""
     with exact(x.device):
         turned = x.transpose(1, 2)
         if x.is_cuda and x.dtype != torch.float32 and _HAS_OUT_DTYPE:

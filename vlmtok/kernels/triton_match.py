@@ -30,7 +30,7 @@ from .triton_common import (
 def _match_kernel(
     a, b, scale_a, scale_b, pick_a, pick_b, rank_a, rank_b, valid_b, value, index,
     m, n, d, offset,
-    a_batch, a_row, b_batch, b_row, scale_a_batch, scale_b_batch, scale_step, pick_a_batch, pick_b_batch,
+    a_batch, a_row, b_batch, b_row, scale_a_batch, scale_b_batch, scale_step, pick_a_batch, pick_b_batch, valid_batch,
     SCALED: tl.constexpr, PICKED: tl.constexpr, DIAG: tl.constexpr, RANKED: tl.constexpr, VALID: tl.constexpr,
     VALUES: tl.constexpr, EPS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ONE_STEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -79,7 +79,7 @@ def _match_kernel(
                 dots = dot_rows(tile_a, tile_b, dots, UPCAST, PRECISION)
         # A column that may not be matched gets a NaN scale: NaN is greater than nothing.
         if VALID:
-            free = tl.load(valid_b + batch * n + j, mask=there_b, other=0) != 0
+            free = tl.load(valid_b + batch * valid_batch + row_b, mask=there_b, other=0) != 0
             right = tl.where(free, right, float("nan"))
         # Written so that the cosine of i and j is bit for bit that of j and i: mutual neighbours tie.
         similarity = dots * (left[:, None] * right[None, :])
@@ -88,7 +88,11 @@ def _match_kernel(
             better = better & (i[:, None] != j[None, :])
         if RANKED:
             theirs = tl.load(rank_b + batch * n + j, mask=there_b, other=0)
-            better = better & (theirs[None, :] > mine[:, None])
+            if RANKED == 1:
+                better = better & (theirs[None, :] > mine[:, None])
+            else:  # by falling score, the lower index first
+                behind = (theirs[None, :] == mine[:, None]) & (j[None, :] > i[:, None])
+                better = better & ((theirs[None, :] < mine[:, None]) | behind)
         best = tl.where(better, similarity, best)
         origin = tl.where(better, start, origin)
     top = tl.max(best, 1)
@@ -127,17 +131,18 @@ def match(
         scale_b: that of `b`. Both or neither, with one stride of the last axis.
         pick_a: int64 `[B, M]`, last axis contiguous: the rows of `a` that match; and
         pick_b: int64 `[B, N]`, the rows of `b` that can be matched. Both or neither.
-        rank_a: int `[B, M]`, contiguous.
-        rank_b: int `[B, N]`, contiguous.
+        rank_a: `[B, M]`, contiguous: ranks (int), or scores (fp32) by whose falling order rows rank; and
+        rank_b: `[B, N]`, contiguous. Row i may only match columns of later rank.
         exclude_diag: row i may not match column i.
-        valid_b: bool `[B, N]`, contiguous.
+        valid_b: bool, one for every row of `b` (picked or not), last axis contiguous.
         offset: added to the column.
         config: a row of the tile table; None takes the one that fits.
     """
     batch, d = a.shape[0], a.shape[2]
     m = a.shape[1] if pick_a is None else pick_a.shape[1]
     n = b.shape[1] if pick_b is None else pick_b.shape[1]
-    config = config or tile("match", a.element_size(), d, batch * m)
+    masked = exclude_diag or rank_a is not None
+    config = config or tile("match_masked" if masked else "match", a.element_size(), d, batch * m)
     one_step, k = step(d, config.k)
     if scale_a is None and scales_first(one_step, config):
         scale_a, scale_b = row_scale(a), row_scale(b)
@@ -147,11 +152,18 @@ def match(
         m, n, d, offset,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         _batch_stride(scale_a), _batch_stride(scale_b), 1 if scale_a is None else scale_a.stride(1),
-        _batch_stride(pick_a), _batch_stride(pick_b),
+        _batch_stride(pick_a), _batch_stride(pick_b), _batch_stride(valid_b),
         warps=config.warps, stages=config.stages, SCALED=scale_a is not None, PICKED=pick_a is not None,
-        DIAG=exclude_diag, RANKED=rank_a is not None, VALID=valid_b is not None, VALUES=value is not None,
+        DIAG=exclude_diag, RANKED=_ranked(rank_a), VALID=valid_b is not None, VALUES=value is not None,
         EPS=EPS, ONE_STEP=one_step, BM=config.m, BN=config.n, BK=k, **product(a.dtype),
     )  # fmt: skip
+
+
+def _ranked(rank: Tensor | None) -> int:
+    """How rows are ranked: not at all, by number, or by falling score."""
+    if rank is None:
+        return 0
+    return 2 if rank.is_floating_point() else 1
 
 
 def _batch_stride(x: Tensor | None) -> int:
@@ -166,8 +178,22 @@ def match_max(
     rank_b: Tensor | None = None,
     exclude_diag: bool = False,
     valid_b: Tensor | None = None,
+    config: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vlmtok.kernels.match_max` in Triton."""
+    """`vlmtok.kernels.match_max` in Triton.
+
+    Args:
+        a: `[B, M, D]`.
+        b: `[B, N, D]`, in a dtype of its own.
+        rank_a: int `[B, M]`, or None.
+        rank_b: int `[B, N]`, or None.
+        exclude_diag: row i may not match column i.
+        valid_b: bool `[B, N]`, or None.
+        config: a row of the tile table; None takes the one that fits.
+
+    Returns:
+        The cosine, fp32, and its column, int64, `[B, M]`.
+    """
     same = a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
     a, b = same_dtype(rows_of(a), rows_of(b))
     value = a.new_empty(a.shape[:2], dtype=torch.float32)
@@ -178,5 +204,6 @@ def match_max(
         a, b, index, value, scale_a=scale, scale_b=scale,
         rank_a=None if rank_a is None else rank_a.contiguous(), rank_b=None if rank_b is None else rank_b.contiguous(),
         exclude_diag=exclude_diag, valid_b=None if valid_b is None else valid_b.contiguous(),
+        config=config,
     )  # fmt: skip
     return value, index

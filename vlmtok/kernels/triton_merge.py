@@ -27,19 +27,25 @@ def _row(x, index, n, stride, channel, d):
 
 
 @triton.jit
-def _owns(keep, src, dst, entry, token, slots, entry_stride_src, entry_stride_dst, keep_stride, BM: tl.constexpr):
+def _size(size, index, n, step):
+    """A size; NaN where the index is outside."""
+    return tl.load(size + index * step, mask=(index >= 0) & (index < n), other=float("nan"))
+
+
+@triton.jit
+def _owns(keep, src, dst, entry, token, slots, keep_step, src_step, dst_step, BM: tl.constexpr):
     """Whether an entry is the first that names its token, and no slot keeps it."""
     lane = tl.arange(0, BM)
-    found = tl.zeros((BM,), tl.int32)
+    others = tl.zeros((BM,), tl.int32)
     for at in range(0, slots, BM):
         k = at + lane
-        found += (tl.load(keep + k * keep_stride, mask=k < slots, other=-1) == token).to(tl.int32)
+        others += (tl.load(keep + k * keep_step, mask=k < slots, other=-1) == token).to(tl.int32)
     for at in range(0, entry, BM):
         e = at + lane
-        same = tl.load(src + e * entry_stride_src, mask=e < entry, other=-1) == token
-        used = tl.load(dst + e * entry_stride_dst, mask=e < entry, other=-1) >= 0
-        found += (same & used).to(tl.int32)
-    return tl.sum(found, 0) == 0
+        same = tl.load(src + e * src_step, mask=e < entry, other=-1) == token
+        used = tl.load(dst + e * dst_step, mask=e < entry, other=-1) >= 0
+        others += (same & used).to(tl.int32)
+    return tl.sum(others, 0) == 0
 
 
 @triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
@@ -51,16 +57,20 @@ def _merge_kernel(
     WEIGHTED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     rows = prefix + slots + suffix
-    parts = tl.cdiv(d, BD)
+    # With weights a size follows ownership, not the weights; a program of its own works it out.
+    parts = tl.maximum(tl.cdiv(d, BD), 1)
+    if WEIGHTED:
+        parts = tl.cdiv(d, BD) + 1
     part = tl.program_id(0) % parts
     row = (tl.program_id(0) // parts) % rows
     batch = (tl.program_id(0) // (parts * rows)).to(tl.int64)
+    out = batch * rows + row
     x += batch * x_batch
     size += batch * size_batch
     keep += batch * keep_batch
     src += batch * src_batch
     dst += batch * dst_batch
-    channel = part * BD + tl.arange(0, BD)
+    lane = tl.arange(0, BM)
 
     slot = row - prefix
     merges = (slot >= 0) & (slot < slots)
@@ -69,38 +79,46 @@ def _merge_kernel(
         token = row.to(tl.int64)
     if slot >= slots:
         token = (n - rows + row).to(tl.int64)
-    kept = _row(x, token, n, x_row, channel, d)
-    mass = tl.load(size + token * size_step, mask=(token >= 0) & (token < n), other=float("nan"))
-    whole = mass
-    change = tl.zeros((BD,), tl.float32)
-    entry_lane = tl.arange(0, BM)
-    for at in range(0, tl.where(merges, entries, 0), BM):
-        entry = at + entry_lane
-        hit = tl.load(dst + entry * dst_step, mask=entry < entries, other=-1) == slot
-        last = at - 1
-        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-            last = _next(hit, entry, last)
-            named = tl.load(src + last * src_step).to(tl.int64)
-            token = named + prefix
-            joining = _row(x, token, n, x_row, channel, d)
-            own = tl.load(size + token * size_step, mask=(token >= 0) & (token < n), other=float("nan"))
-            if WEIGHTED:
-                change += tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32) * joining
-                if part == 0:
-                    if _owns(keep, src, dst, last, named, slots, src_step, dst_step, keep_step, BM):
-                        whole += own
-            else:
-                change += own * (joining - kept)
-                whole += own
-    if WEIGHTED:
-        weight = tl.load(keep_weight + batch * kw_batch + slot * kw_step, mask=merges, other=1.0).to(tl.float32)
-        result = tl.where(merges, weight * kept + change, kept)
+    looked_at = tl.where(merges, entries, 0)
+
+    if WEIGHTED and part == parts - 1:
+        whole = _size(size, token, n, size_step)
+        for at in range(0, looked_at, BM):
+            hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
+            last = at - 1
+            for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
+                last = _next(hit, at + lane, last)
+                named = tl.load(src + last * src_step).to(tl.int64)
+                if _owns(keep, src, dst, last, named, slots, keep_step, src_step, dst_step, BM):
+                    whole += _size(size, named + prefix, n, size_step)
+        tl.store(total + out, whole)
     else:
-        result = tl.where(whole == mass, kept, kept + change / whole)  # alone: bit for bit
-    at = batch * rows + row
-    tl.store(y + at * d + channel, result.to(y.dtype.element_ty), mask=channel < d)
-    if part == 0:
-        tl.store(total + at, whole)
+        channel = part * BD + tl.arange(0, BD)
+        kept = _row(x, token, n, x_row, channel, d)
+        mass = _size(size, token, n, size_step)
+        whole = mass
+        change = tl.zeros((BD,), tl.float32)
+        for at in range(0, looked_at, BM):
+            hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
+            last = at - 1
+            for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
+                last = _next(hit, at + lane, last)
+                token = tl.load(src + last * src_step).to(tl.int64) + prefix
+                joining = _row(x, token, n, x_row, channel, d)
+                if WEIGHTED:
+                    change += tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32) * joining
+                else:
+                    own = _size(size, token, n, size_step)
+                    change += own * (joining - kept)
+                    whole += own
+        if WEIGHTED:
+            weight = tl.load(keep_weight + batch * kw_batch + slot * kw_step, mask=merges, other=1.0).to(tl.float32)
+            result = tl.where(merges, weight * kept + change, kept)
+        else:
+            result = tl.where(whole == mass, kept, kept + change / whole)  # alone: bit for bit
+            if part == 0:
+                tl.store(total + out, whole)
+        tl.store(y + out * d + channel, result.to(y.dtype.element_ty), mask=channel < d)
 
 
 @triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
@@ -192,7 +210,7 @@ def merge_rows(
     y = x.new_empty(batch, rows, d)
     total = size.new_empty(batch, rows)
     config = config or tile("merge_rows", x.element_size(), d)
-    parts = max(1, triton.cdiv(d, config.n))  # a row without channels still has a size
+    parts = max(1, triton.cdiv(d, config.n)) if keep_weight is None else triton.cdiv(d, config.n) + 1
     launch(
         _merge_kernel, batch * rows * parts, x,
         x, size, keep, src, dst, keep_weight, src_weight, y, total, n, slots, entries, d, prefix, suffix,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ class AIM(Method):
         "Equal similarities and importances go to the lowest index.",
     )
     scope = "sample"
+    budget_parameter = "first"
 
     passes: int = 2
     prune: bool = True
@@ -183,6 +184,15 @@ class AIM(Method):
                 for i in layout.layers("decoder", range(first, last + 1), "AIM")
             ]
         return sites
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `first` and `last` together through the decoder."""
+        if not self.prune:
+            raise ParameterError("AIM: a budget moves where it prunes, and prune=False leaves that out")
+        depth = layout.stage("decoder", "AIM").depth
+        first, last = self._span(depth)
+        begin = 1 + round(level * (depth - 2))
+        return replace(self, first=begin, last=min(begin + last - first, depth - 1))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Merges at ``projected``, prunes in the decoder."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +47,7 @@ class AveragePool(Method):
         "the same for a linear one.",
     )
     scope = "part"
+    budget_parameter = "output_size"
 
     output_size: int | tuple[int, int] | None = None
     overlap: bool = False
@@ -66,6 +68,12 @@ class AveragePool(Method):
         """The language model's input."""
         layout.stage("projected", "AveragePool")
         return [Site("projected", positions=self.positions)]
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `output_size` through the sides that a square grid allows."""
+        side = math.isqrt(tokens)
+        sides = [out for out in range(1, side + 1) if self.overlap or side % out == 0]
+        return replace(self, output_size=sides[min(int(level * len(sides)), len(sides) - 1)])
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """One slot a window, row by row; its first token stands for it.

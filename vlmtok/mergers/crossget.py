@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -187,6 +187,8 @@ class CrossGET(Method):
         "The BLIP and BLIP-2 forms exist in the paper only and are left out.",
     )
 
+    budget_parameter = "rv"
+
     rv: int | None = 16
     rl: int | None = None
     guidance: str | None = "cls"
@@ -259,6 +261,12 @@ class CrossGET(Method):
         if self.guidance == "attention" and layout.has("features"):
             sites.append(Site("features", needs=("protected",)))
         return sites
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `rv`."""
+        if self.rv is None:
+            raise ParameterError("CrossGET: a budget moves rv, and rv=None leaves the vision tower alone")
+        return replace(self, rv=round((1.0 - level) * (tokens // 2)))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Matches and merges; at ``features`` appends the cross token."""

@@ -115,6 +115,8 @@ class PiToMe(Method):
         "preset('paper') is the paper's.",
     )
 
+    budget_parameter = "ratio"
+
     ratio: float | list[float] = 0.9
     margin: float | tuple[float, float] = (0.9, 0.9)
     alpha: float = 1.0

@@ -148,6 +148,7 @@ class PruMerge(Method):
         "plus=True with a fixed keep uses the spacing of the adaptive form; the release's training branch differs.",
     )
     scope = "part"
+    budget_parameter = "keep"
 
     keep: float | int | None = None
     plus: bool = False

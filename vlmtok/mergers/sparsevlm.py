@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,18 @@ from torch import Tensor
 from .. import kernels
 from ..errors import MissingSignal, ParameterError
 from ..kernels.exact import exact
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_keep, keep_count, register_method
+from ..method import (
+    POSITIONS,
+    Counts,
+    Layout,
+    Method,
+    Site,
+    check_choice,
+    check_keep,
+    keep_count,
+    register_method,
+    scaled,
+)
 from ..pruners.pyramiddrop import check_layers
 from ..reduction import Reduction
 from ..view import TokenView
@@ -174,6 +185,7 @@ class SparseVLM(Method):
         "At least one token stays.",
     )
     scope = "sample"
+    budget_parameter = "budgets"
 
     tokens: int = 192
     budgets: tuple[int | float, ...] | None = None
@@ -204,6 +216,11 @@ class SparseVLM(Method):
             Site("decoder", layer, "end", ("text_attention", "last_attention"), positions=self.positions)
             for layer in layout.layers("decoder", list(plan), "SparseVLM")
         ]
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `budgets`, from those of the table where none are given."""
+        given = self.budgets or tuple(budget / _PATCHES for budget in _BUDGETS[self.tokens])
+        return replace(self, budgets=scaled(given, level, tokens))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Chooses raters at ``projected``, prunes and recycles in the decoder."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -492,6 +492,8 @@ class TCA(Method):
         "Towers without a class token condense by received attention (reservoir_size=0).",
     )
 
+    budget_parameter = "ratio"
+
     ratio: float = 0.9
     drop_rate: float | None = None
     layers: int | tuple[int, ...] | list[int] | None = None
@@ -555,6 +557,12 @@ class TCA(Method):
         """
         check_choice(name, "TCA", "preset", tuple(_PRESETS))
         return cls(**{**_PRESETS[name], **overrides})
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves the number that is in force."""
+        if self.drop_rate is None:
+            return super().at_level(level, layout, tokens)
+        return replace(self, drop_rate=1.0 - level)
 
     # ------------------------------------------------------------------ condensation
     def sites(self, layout: Layout) -> list[Site]:

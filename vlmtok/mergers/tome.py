@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ class ToMe(Method):
         "Keys are read after a key norm, where a model has one.",
     )
 
+    budget_parameter = "r"
+
     r: int | list[int] | tuple[int, float] = 8
     prop_attn: bool = True
 
@@ -108,6 +111,18 @@ class ToMe(Method):
         """Every layer of the tower in which something merges."""
         plan = inflected_schedule(self.r, layout.stage("vision", "ToMe").depth)
         return [Site("vision", i, "mid", ("keys",)) for i in layout.layers("vision") if plan[i] > 0]
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `r`; a number becomes a list where layers have to differ by one."""
+        depth = layout.stage("vision", "ToMe").depth
+        total = round((1.0 - level) * depth * (tokens // 2))
+        if isinstance(self.r, tuple):
+            return replace(self, r=(round(total / depth), self.r[1]))
+        if isinstance(self.r, list):
+            so_far = [round(total * sum(self.r[:i]) / max(sum(self.r), 1)) for i in range(len(self.r) + 1)]
+            return replace(self, r=[later - before for before, later in pairwise(so_far)])
+        each, rest = divmod(total, depth)
+        return replace(self, r=[each + (i < rest) for i in range(depth)] if rest else each)
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Bipartite matching of the view's keys."""

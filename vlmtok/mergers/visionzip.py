@@ -76,6 +76,7 @@ class VisionZip(Method):
         "behind all patches of a LLaVA-NeXT picture.",
     )
     scope = "part"
+    budget_parameter = "keep"
 
     keep: float | int = 0.111
     contextual: float | int = 0.15625

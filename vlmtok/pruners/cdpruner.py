@@ -143,6 +143,7 @@ class CDPruner(Method):
         "Text behind the picture includes the prompt's template.",
     )
     scope = "part"
+    budget_parameter = "keep"
 
     keep: float | int = 0.111
     negate: bool = True

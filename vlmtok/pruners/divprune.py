@@ -73,6 +73,8 @@ class DivPrune(Method):
         "Shares round half up; the release rounds half to even.",
     )
 
+    budget_parameter = "keep"
+
     keep: float | int = 0.098
     newlines: str = "candidates"
     positions: str | None = None

@@ -79,6 +79,7 @@ class FastV(Method):
         "K = 0, a random choice in the release, is the method Random.",
         "Equal scores go to the lowest index.",
     )
+    budget_parameter = "keep"
     scope = "sample"
 
     K: int = 2

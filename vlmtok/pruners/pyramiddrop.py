@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..errors import ParameterError
@@ -103,6 +103,7 @@ class PyramidDrop(Method):
         "first picture only.",
         "At least one token stays; equal scores go to the lowest index; scores are fp32.",
     )
+    budget_parameter = "ratios"
     scope = "sample"
 
     layers: tuple[int, ...] | None = None
@@ -120,6 +121,11 @@ class PyramidDrop(Method):
             Site("decoder", layer, "start", ("last_attention",), positions=self.positions)
             for layer in layout.layers("decoder", list(plan), "PyramidDrop")
         ]
+
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """Moves `ratios` to powers with one exponent, so that (lambda, lambda^2, ...) stays of that form."""
+        exponent = (1.0 - level) / max(level, 1e-9)
+        return replace(self, ratios=tuple(max(ratio**exponent, 1e-9) for ratio in self.ratios))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """The best tokens by the last row's attention."""

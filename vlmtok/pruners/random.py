@@ -46,6 +46,8 @@ class Random(Method):
     paper = "baseline"
     parity = "seeded; no reference"
 
+    budget_parameter = "keep"
+
     keep: float | int = 0.5
     seed: int = 0
     stage: str = "auto"

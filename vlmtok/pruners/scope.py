@@ -71,6 +71,7 @@ class SCOPE(Method):
         "A tower without a class token is scored by received attention; the release knows CLIP only.",
     )
     scope = "part"
+    budget_parameter = "keep"
 
     keep: float | int = 0.111
     alpha: float = 1.0

@@ -72,7 +72,7 @@ def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None 
     if how == "random":
         pick = random_subset(n, 1, seed, "todre").to(x.device)
         return pick.expand(batch)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with kernels.exact(x.device):
         if how == "cls" and attention is not None:
             score = attention.float().mean(1)
         else:
@@ -119,6 +119,8 @@ class ToDRE(Method):
         "Keys and values of dropped tokens stay cached in the layers below the check.",
     )
 
+    budget_parameter = "keep"
+
     keep: float | int | None = 0.1
     rule: str = "sum"
     pivot: str | int = "cls"
@@ -149,7 +151,7 @@ class ToDRE(Method):
         sites = []
         if self.keep is not None:
             layout.stage("projected", "ToDRE")
-            attention = layout.gives("vision", "cls_attention") and self.pivot == "cls"
+            attention = layout.gives("vision", "cls_attention", later=True) and self.pivot == "cls"
             needs = ("cls_attention@vision:-1",) if attention else ()
             sites.append(Site("projected", needs=needs, positions=self.positions, scope="picture"))
         if self.tau is not None:

@@ -103,6 +103,7 @@ class TransPrune(Method):
         "All pictures of a prompt are pruned; the release prunes the first and takes the others for text.",
         "At least one token stays; equal scores go to the lowest index; scores are fp32.",
     )
+    budget_parameter = "ratios"
     scope = "sample"
 
     alpha: float = 0.5

@@ -1,0 +1,110 @@
+"""The kernels in Triton's interpreter, and the public functions on the Triton path."""
+
+import importlib
+from types import SimpleNamespace
+
+import checks
+import pytest
+import torch
+
+from vlmtok import kernels
+from vlmtok.errors import ParameterError
+from vlmtok.kernels import dispatch, reference
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
+NAMES = ("common", "match", "energy", "order", "merge", "greedy", "transition", "received")
+
+
+def modules():
+    """The modules with kernels, by short name."""
+    return SimpleNamespace(**{name: importlib.import_module(f"vlmtok.kernels.triton_{name}") for name in NAMES})
+
+
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_kernel(name):
+    checks.CHECKS[name](modules())
+
+
+def test_this_process_interprets():
+    assert dispatch.INTERPRETS
+
+
+def test_public_functions_take_the_kernels():
+    """Every op, through dispatch and the opaque op, equals its definition."""
+    x = checks.rows(2, 12, 8)
+    keep, src, dst = checks.plan(2, 12, 4)
+    q = checks.rows(4, 12, 8).reshape(2, 2, 12, 8)
+    start = torch.tensor([0, 3])
+    calls = {
+        "match_max": lambda m: m.match_max(x, x),
+        "energy": lambda m: m.energy(x, margin=0.3),
+        "bipartite_match": lambda m: m.bipartite_match(x, 3, 1),
+        "energy_match": lambda m: m.energy_match(x, 3, margin=0.3),
+        "complete_match": lambda m: m.complete_match(x, torch.zeros(2, 12), 3),
+        "merge_rows": lambda m: m.merge_rows(x, torch.ones(2, 12), keep, src, dst),
+        "greedy_select": lambda m: m.greedy_select(x, 4, start),
+        "transition_stats": lambda m: m.transition_stats(x, x + 1),
+        "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
+    }
+    from vlmtok.kernels import triton_common
+
+    for op, call in calls.items():
+        kernels.ran(reset=True)
+        before = triton_common.launches
+        with kernels.use("triton"):
+            found = call(kernels)
+        assert kernels.ran() == {f"{op}:triton": 1} and triton_common.launches > before
+        expected = call(reference)
+        if isinstance(found, torch.Tensor):
+            found, expected = [found], [expected]
+        checks.same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_through_the_kernels(weighted):
+    x = checks.rows(2, 12, 20).requires_grad_()
+    keep, src, dst = checks.plan(2, 10, 4, repeats=weighted)
+    weights = {}
+    if weighted:
+        weights = {"keep_weight": checks.rows(2, 6, 1)[..., 0], "src_weight": checks.rows(2, 4, 1, seed=1)[..., 0]}
+    inputs = [x, *(w.requires_grad_() for w in weights.values())]
+    size = checks.rows(2, 12, 1, seed=2)[..., 0].abs() + 0.5
+    grads = []
+    for mode in ("triton", "torch"):
+        with kernels.use(mode):
+            y, total = kernels.merge_rows(x, size, keep, src, dst, prefix=1, suffix=1, **weights)
+            assert not total.requires_grad
+            grads.append(torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(-1)))
+    for a, b in zip(*grads):
+        checks.close(a, b, 1e-5)
+
+
+def test_auto_stays_on_torch_for_cpu_tensors():
+    kernels.ran(reset=True)
+    with kernels.use("auto"):
+        kernels.energy(checks.rows(64, 4, 8), margin=0.3)
+    assert kernels.ran() == {"energy:torch": 1}
+
+
+def test_bad_input_is_an_error_here_too():
+    x = checks.rows(1, 6, 8)
+    with kernels.use("triton"):
+        for call in (
+            lambda: kernels.match_max(x.long(), x),
+            lambda: kernels.match_max(x, x.to("meta")),
+            lambda: kernels.greedy_select(x, 7, torch.zeros(1, dtype=torch.int64)),
+        ):
+            with pytest.raises(ParameterError):
+                call()
+        with pytest.raises(kernels.KernelError):
+            kernels.energy(x.double(), margin=0.3)
+
+
+def test_an_index_outside_reads_nothing_foreign():
+    """No illegal access: what does not exist is NaN."""
+    x, size = checks.rows(1, 6, 8), torch.ones(1, 6)
+    keep, src, dst = torch.tensor([[0, 99, -7]]), torch.tensor([[3, 10**9]]), torch.tensor([[0, 2]])
+    with kernels.use("triton"):
+        rows, total = kernels.merge_rows(x, size, keep, src, dst)
+    assert rows[0, 0].isfinite().all() and rows[0, 1:].isnan().all()
+    assert total[0, 0] == 2 and total[0, 1:].isnan().all()

@@ -1,0 +1,118 @@
+"""The ops once more, in double precision and explicit loops, from their formulas: what `reference` is compared with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of two rows; 0 for a zero row, NaN where a length is not finite."""
+    a, b = a.double(), b.double()
+    if not (a.norm().isfinite() and b.norm().isfinite()):
+        return torch.tensor(float("nan"), dtype=torch.float64)
+    return a @ b / (a.norm().clamp_min(1e-12) * b.norm().clamp_min(1e-12))
+
+
+def match_max(a, b, rank_a=None, rank_b=None, exclude_diag=False, valid_b=None):
+    batch, m, _ = a.shape
+    value = torch.full((batch, m), float("-inf"), dtype=torch.float64)
+    index = torch.zeros(batch, m, dtype=torch.int64)
+    for p in range(batch):
+        for i in range(m):
+            for j in range(b.shape[1]):
+                allowed = not (exclude_diag and i == j)
+                allowed &= valid_b is None or bool(valid_b[p, j])
+                allowed &= rank_a is None or int(rank_b[p, j]) > int(rank_a[p, i])
+                similarity = cosine(a[p, i], b[p, j])
+                if allowed and similarity > value[p, i]:
+                    value[p, i], index[p, i] = similarity, j
+    return value, index
+
+
+def energy(x, margin, alpha=1.0, kind="elu"):
+    batch, n, _ = x.shape
+    out = torch.zeros(batch, n, dtype=torch.float64)
+    for p in range(batch):
+        for i in range(n):
+            for j in range(n):
+                s = float(cosine(x[p, i], x[p, j]).nan_to_num(0.0))
+                if kind == "gaussian":
+                    sigma = 1 - margin
+                    out[p, i] += math.exp(-(((1 - s) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
+                elif s - margin >= 0:
+                    out[p, i] += s if kind == "paper" else s - margin
+                else:
+                    out[p, i] += alpha * (math.exp(s - margin) - 1)
+    return out / max(n, 1)
+
+
+def greedy_select(x, k, start, rule="max", metric="cosine", valid=None):
+    batch, n, _ = x.shape
+    picks = []
+    for p in range(batch):
+        rows = x[p].double()
+        finite = [bool(row.norm().isfinite()) for row in rows]
+
+        def similarity(i, j, rows=rows, finite=finite):
+            if not (finite[i] and finite[j]):
+                return 0.0
+            return float(cosine(rows[i], rows[j])) if metric == "cosine" else -float(((rows[i] - rows[j]) ** 2).sum())
+
+        chosen = [int(start[p])]
+        while len(chosen) < k:
+            best = None
+            for j in range(n):
+                if j in chosen:
+                    continue
+                tier = 2 if valid is not None and not valid[p, j] else 0 if finite[j] else 1
+                all_of_them = [similarity(i, j) for i in chosen]
+                state = 0.0 if tier else max(all_of_them) if rule == "max" else sum(all_of_them)
+                if best is None or (tier, state) < best[:2]:
+                    best = (tier, state, j)
+            chosen.append(best[2])
+        picks.append(chosen[:k])
+    return torch.tensor(picks)
+
+
+def merge_rows(x, size, keep, src, dst, keep_weight=None, src_weight=None):
+    x, size = x.double(), size.double()
+    batch, slots = keep.shape
+    rows = torch.zeros(batch, slots, x.shape[2], dtype=torch.float64)
+    total = torch.zeros(batch, slots, dtype=torch.float64)
+    for p in range(batch):
+        owned = {int(token) for token in keep[p]}
+        for s in range(slots):
+            total[p, s] = size[p, keep[p, s]]
+        members = [[(int(keep[p, s]), None if keep_weight is None else float(keep_weight[p, s]))] for s in range(slots)]
+        for r in range(src.shape[1]):
+            token, slot = int(src[p, r]), int(dst[p, r])
+            if slot < 0:
+                continue
+            members[slot].append((token, None if src_weight is None else float(src_weight[p, r])))
+            if keep_weight is None or token not in owned:
+                total[p, slot] += size[p, token]
+            owned.add(token)
+        for s in range(slots):
+            if keep_weight is not None:
+                rows[p, s] = sum(weight * x[p, token] for token, weight in members[s])
+            elif len(members[s]) == 1 or total[p, s] == size[p, keep[p, s]]:
+                rows[p, s] = x[p, keep[p, s]]
+            else:
+                rows[p, s] = sum(size[p, token] * x[p, token] for token, _ in members[s]) / total[p, s]
+    return rows, total
+
+
+def attention(q, k, scale, bias=None):
+    batch, heads, rows, _ = q.shape
+    shared = heads // k.shape[1]
+    out = torch.zeros(batch, heads, rows, k.shape[2], dtype=torch.float64)
+    for p in range(batch):
+        for h in range(heads):
+            logits = q[p, h].double() @ k[p, h // shared].double().T * scale
+            if bias is not None:
+                logits = logits + bias.expand(out.shape)[p, h].double()
+            out[p, h] = logits.softmax(-1)
+    return out

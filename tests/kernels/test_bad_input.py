@@ -1,0 +1,123 @@
+"""Right answers or one clear error, on the torch path; `interpreter/` does the same for the kernels."""
+
+import pytest
+import torch
+
+from vlmtok import kernels
+from vlmtok.errors import ParameterError
+
+X = torch.randn(2, 6, 8)
+LONG = torch.arange(3).expand(2, 3)
+Q = torch.randn(2, 4, 6, 8)
+
+
+def bad_calls():
+    meta = X.to("meta")
+    merge = (X, torch.ones(2, 6), LONG, LONG + 3, LONG)
+
+    def merged(at, value, **weights):
+        args = list(merge)
+        args[at] = value
+        return lambda: kernels.merge_rows(*args, **weights)
+
+    return {
+        "match: integers": (lambda: kernels.match_max(X.long(), X), "floating"),
+        "match: axes": (lambda: kernels.match_max(X[0], X), "floating \\[B, M, D\\]"),
+        "match: widths": (lambda: kernels.match_max(X, X[..., :4]), "agree"),
+        "match: batches": (lambda: kernels.match_max(X[:1], X), "agree"),
+        "match: devices": (lambda: kernels.match_max(X, meta), "is on meta"),
+        "match: one rank": (lambda: kernels.match_max(X, X, rank_a=torch.zeros(2, 6).long()), "together"),
+        "match: rank dtype": (lambda: kernels.match_max(X, X, rank_a=X[..., 0], rank_b=X[..., 0]), "int64 or int32"),
+        "match: mask dtype": (lambda: kernels.match_max(X, X, valid_b=torch.ones(2, 6)), "bool"),
+        "match: mask shape": (lambda: kernels.match_max(X, X, valid_b=torch.ones(2, 5).bool()), "\\[2, 6\\]"),
+        "energy: integers": (lambda: kernels.energy(X.int(), margin=0.5), "floating"),
+        "energy: kind": (lambda: kernels.energy(X, margin=0.5, kind="relu"), "elu"),
+        "energy: width 0": (lambda: kernels.energy(X, margin=1.0, kind="gaussian"), "< 1"),
+        "bipartite: r": (lambda: kernels.bipartite_match(X, 4), "\\[0, 3\\]"),
+        "bipartite: negative": (lambda: kernels.bipartite_match(X, -1), "\\[0, 3\\]"),
+        "energy match: split": (lambda: kernels.energy_match(X, 2, margin=0.5, split="thirds"), "halves"),
+        "complete: importance": (lambda: kernels.complete_match(X, X[:, :3, 0], 2), "\\[2, 6\\]"),
+        "merge: integers": (merged(0, X.long()), "floating"),
+        "merge: size": (merged(1, torch.ones(2, 5)), "\\[2, 6\\]"),
+        "merge: keep dtype": (merged(2, LONG.int()), "int64"),
+        "merge: dst shape": (merged(4, LONG[:, :2]), "\\[2, 3\\]"),
+        "merge: device": (merged(3, LONG.to("meta")), "is on meta"),
+        "merge: one weight": (merged(0, X, keep_weight=torch.ones(2, 3)), "together"),
+        "merge: weight shape": (merged(0, X, keep_weight=torch.ones(2, 3), src_weight=torch.ones(2, 2)), "shapes"),
+        "merge: rows around": (merged(0, X, prefix=4, suffix=3), "do not fit"),
+        "greedy: k": (lambda: kernels.greedy_select(X, 7, LONG[:, 0]), "\\[0, 6\\]"),
+        "greedy: rule": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], rule="min"), "sum"),
+        "greedy: metric": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], metric="l1"), "l2"),
+        "greedy: sum of distances": (
+            lambda: kernels.greedy_select(X, 2, LONG[:, 0], rule="sum", metric="l2"), "cosine",
+        ),
+        "greedy: start": (lambda: kernels.greedy_select(X, 2, LONG[:, :1]), "\\[2\\]"),
+        "transition: shapes": (lambda: kernels.transition_stats(X, X[:, :3]), "one shape"),
+        "transition: integers": (lambda: kernels.transition_stats(X.int(), X), "floating"),
+        "attention: heads": (lambda: kernels.attention_rows(Q, Q[:, :3], scale=1.0), "divide"),
+        "attention: bias": (lambda: kernels.attention_rows(Q, Q, scale=1.0, bias=LONG), "bias"),
+        "received: chunk": (lambda: kernels.received_attention(Q, Q, scale=1.0, chunk=0), "at least 1"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_one_clear_error(case):
+    call, message = bad_calls()[case]
+    with pytest.raises(ParameterError, match=message):
+        call()
+
+
+def test_views_are_fine():
+    wide = torch.randn(2, 8, 12)
+    for view in (wide.transpose(1, 2), wide[:, ::2], wide[:, :, ::3], wide[:1].expand(3, -1, -1)):
+        same = view.contiguous()
+        for a, b in zip(kernels.match_max(view, view.flip(1)), kernels.match_max(same, same.flip(1))):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(kernels.energy(view, margin=0.3), kernels.energy(same, margin=0.3))
+        index = torch.arange(2).expand(view.shape[0], 2)
+        size = torch.ones(view.shape[0], view.shape[1])
+        for a, b in zip(
+            kernels.merge_rows(view, size, index, index + 2, index),
+            kernels.merge_rows(same, size, index, index + 2, index),
+        ):
+            assert torch.equal(a, b)
+
+
+def test_mixed_dtypes_are_computed_in_fp32():
+    a, b = X, X.flip(1).to(torch.bfloat16)
+    value, index = kernels.match_max(a, b)
+    expected = kernels.match_max(a, b.float())
+    assert torch.equal(value, expected[0]) and torch.equal(index, expected[1])
+    ratio, _ = kernels.transition_stats(a, b)
+    torch.testing.assert_close(ratio, b.float().norm(dim=-1) / a.norm(dim=-1))
+
+
+@pytest.mark.parametrize("batch, n, d", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_nothing_is_fine(batch, n, d):
+    x = torch.randn(batch, n, d)
+    value, index = kernels.match_max(x, x)
+    assert value.shape == index.shape == (batch, n)
+    value, index = kernels.match_max(torch.randn(batch, 3, d), x)
+    assert index.eq(0).all() and (value.eq(float("-inf")).all() if n == 0 else value.eq(0).all() or d)
+    assert kernels.energy(x, margin=0.3).shape == (batch, n)
+    start = torch.zeros(batch, dtype=torch.int64)
+    assert kernels.greedy_select(x, 0, start)[0].shape == (batch, 0)
+    for keep, src, dst in (
+        kernels.bipartite_match(x, n // 2, 1),
+        kernels.energy_match(x, n // 2, margin=0.3),
+        kernels.complete_match(x, torch.zeros(batch, n), 0),
+    ):
+        assert keep.shape[1] + src.shape[1] == n and dst.shape == src.shape
+    none = torch.zeros(batch, 0, dtype=torch.int64)
+    size = torch.ones(batch, n)
+    everything = torch.arange(n).expand(batch, n)
+    rows, total = kernels.merge_rows(x, size, everything, none, none)
+    assert torch.equal(rows, x) and torch.equal(total, size)
+    rows, total = kernels.merge_rows(x, size, none, none, none)
+    assert rows.shape == (batch, 0, d) and total.shape == (batch, 0)
+    weights = {"keep_weight": torch.full((batch, n), 2.0), "src_weight": none.float()}
+    assert torch.equal(kernels.merge_rows(x, size, everything, none, none, **weights)[0], 2 * x)
+    assert kernels.transition_stats(x, x)[0].shape == (batch, n)
+    q = torch.randn(batch, 2, n, d)
+    assert kernels.attention_rows(q, q, scale=1.0).shape == (batch, 2, n, n)
+    assert kernels.received_attention(q, q, scale=1.0).shape == (batch, n)

@@ -1,0 +1,60 @@
+"""At batch 1 a merge layer costs its launches: at most 6 on the Triton path, head mean and attention bias included."""
+
+import pytest
+import torch
+from count_ops import CountOps
+
+from vlmtok import kernels
+
+PLANS = {
+    "tome": lambda metric: kernels.bipartite_match(metric, 8, 1),
+    "pitome": lambda metric: kernels.energy_match(metric, 8, margin=0.4),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_of_a_merge_layer(plan, dtype):
+    keys = torch.empty(1, 16, 577, 64, dtype=dtype, device="meta")
+    x, size = torch.empty(1, 577, 1024, dtype=dtype, device="meta"), torch.ones(1, 577, device="meta")
+    with kernels.use("triton"), CountOps() as count:
+        keep, src, dst = PLANS[plan](keys[:, :, 1:].mean(1))
+        _, total = kernels.merge_rows(x, size, keep, src, dst, prefix=1)
+        kernels.key_bias(total, dtype)
+    assert count.total == {"tome": 5, "pitome": 6}[plan], count
+
+
+@pytest.mark.parametrize(
+    "name, most",
+    [("match_max", 1), ("match_max twice", 2), ("energy", 1), ("complete", 5), ("greedy", 3), ("transition", 1)],
+)
+def test_launches_of_an_op(name, most):
+    x = torch.empty(1, 576, 64, dtype=torch.bfloat16, device="meta")
+    start = torch.zeros(1, dtype=torch.int64, device="meta")
+    importance = torch.empty(1, 576, device="meta")
+    call = {
+        "match_max": lambda: kernels.match_max(x[:, ::2], x[:, 1::2]),
+        "match_max twice": lambda: kernels.match_max(x, x, exclude_diag=True),  # lengths first: it must be symmetric
+        "energy": lambda: kernels.energy(x, margin=0.4),
+        "complete": lambda: kernels.complete_match(x, importance, 8),
+        "greedy": lambda: kernels.greedy_select(x, 57, start),
+        "transition": lambda: kernels.transition_stats(x, x),
+    }[name]
+    with kernels.use("triton"), CountOps() as count:
+        call()
+    # On the meta device the products of halves are widened first; the tensor cores take them as they are.
+    assert count.total - count.ops["aten._to_copy.default"] <= most, count
+
+
+def test_the_counter_counts():
+    x = torch.empty(2, 4, device="meta")
+    with CountOps() as count:
+        y = x.t().reshape(8).unsqueeze(0)  # a view, a copy, a view
+        y = torch.empty_like(y).copy_(y) + 1
+        y.add_(1)
+    assert dict(count.ops) == {
+        "aten.clone.default": 1,
+        "aten.copy_.default": 1,
+        "aten.add.Tensor": 1,
+        "aten.add_.Tensor": 1,
+    }
