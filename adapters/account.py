@@ -8,6 +8,7 @@ hook on it books how many rows it really saw.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from ..attachment import replaying
 from ..errors import UnsupportedModel
 from ..flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from ..ledger import StageRun
-from .base import Adapter, BlockSpec, TowerSpec, child
+from .base import Adapter, BlockSpec, TextSpec, TowerSpec, child
+from .masks import layer_kinds
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
@@ -95,15 +97,16 @@ def tower_shape(model: nn.Module, spec: TowerSpec, stem: nn.Module | None, parts
         recomputed=spec.block.q is None,
         grid=spec.grid,
         first=path_of(model, spec.blocks[0]),
+        spread=spec.spread,
     )
 
 
-def text_shape(model: nn.Module, spec: Any, tokens: int, parts: Iterable[Part]) -> TowerShape:
-    """A text tower.
+def text_shape(model: nn.Module, spec: TextSpec, tokens: int, parts: Iterable[Part]) -> TowerShape:
+    """A text tower that methods can shorten.
 
     Args:
         model: the model whose paths count.
-        spec: the tower as data (`TextSpec`).
+        spec: the tower as data.
         tokens: its context length.
         parts: what stands behind the blocks.
     """
@@ -138,7 +141,7 @@ def multihead_pool(name: str, attn: nn.MultiheadAttention, queries: int, rest: i
     return Part(name, row, width * ((attn.kdim or width) + (attn.vdim or width)) + 2 * queries * width, 0, path)
 
 
-def latent_pool(name: str, pool: nn.Module, path: str) -> Part:
+def latent_pool(name: str, pool: Any, path: str) -> Part:
     """timm's attention pooling: learned queries (`AttentionPoolLatent`), or none but the tokens themselves (`Prr`)."""
     inner = int(pool.num_heads) * int(pool.head_dim)
     if not hasattr(pool, "kv"):
@@ -162,11 +165,11 @@ def of_timm(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> M
     outside = [trunk.patch_embed, *spec.blocks, *([] if pool is None else [pool])]
     parts += [Part(part.name, part.row, path=prefix + part.path) for part in heads(trunk, outside)]
     stem = getattr(trunk.patch_embed, "proj", None)
-    notes = ()
+    notes = []
     if hasattr(trunk.patch_embed, "backbone"):
-        notes = ("the convolutions in front of the patch embedding are not counted",)
+        notes = ["the convolutions in front of the patch embedding are not counted"]
     tower = tower_shape(model or trunk, spec, stem, parts)
-    return ModelShape(_name(model or trunk), adapter.layout(), tower, notes=notes)
+    return ModelShape(_name(model or trunk), adapter.layout(), tower, notes=tuple(notes))
 
 
 def of_open_clip_tower(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> ModelShape:
@@ -195,7 +198,7 @@ def of_open_clip_timm(adapter: Any, prefix: str = "", model: nn.Module | None = 
     shape = of_timm(adapter.inner, f"{prefix}trunk.", model or outer)
     assert shape.vision is not None
     head = [Part(p.name, p.row, path=f"{prefix}head.{p.path}".rstrip(".")) for p in heads(outer.head, ())]
-    vision = _with_parts(shape.vision, [*shape.vision.parts, *head])
+    vision = replace(shape.vision, parts=(*shape.vision.parts, *head))
     return ModelShape(shape.name, adapter.layout(), vision, notes=shape.notes)
 
 
@@ -223,25 +226,35 @@ def of_open_clip(adapter: Any) -> ModelShape:
 
 def of_hf_vision(adapter: Any) -> ModelShape:
     """A vision model of transformers, alone or in a dual encoder."""
-    from .hf_vit import text_spec
-
     model, tower = adapter.model, adapter.vision()
-    around: list[nn.Module] = []
-    text, notes = None, []
-    written = getattr(model, "text_model", None)
-    if written is not None:
-        around.append(written)
-        projection = getattr(model, "text_projection", None)
-        around += [] if projection is None else [projection]
-        spec = text_spec(model)
-        if spec is None:
-            notes.append("the text tower is not counted")
-        else:
-            tokens = int(written.config.max_position_embeddings)
-            parts = [] if projection is None else heads_of(model, projection)
-            text = text_shape(model, spec, tokens, parts)
+    beside = [getattr(model, name, None) for name in ("text_model", "text_projection")]
+    around = [module for module in beside if module is not None]
     vision = hf_tower(model, model, adapter.tower(), tower, around)
-    return ModelShape(_name(model), adapter.layout(), vision, text, notes=tuple(notes))
+    return ModelShape(_name(model), adapter.layout(), vision, _hf_text(model, around))
+
+
+def _hf_text(model: Any, parts: list[nn.Module]) -> TowerShape | None:
+    """The text tower of a dual encoder; its blocks are those of the family's vision tower.
+
+    Args:
+        model: the dual encoder.
+        parts: the text model, and the projection behind it if there is one.
+    """
+    from .hf_vit import ROWS, text_spec
+
+    if not parts:
+        return None
+    text: Any = parts[0]
+    specs = {row.layer: row.block for row in ROWS.values()}
+    blocks = [module for module in text.modules() if type(module).__name__ in specs]
+    others = [module for module in model.children() if module not in parts]
+    return TowerShape(
+        blocks=_blocks(specs[type(blocks[0]).__name__], blocks, int(text.config.hidden_size)),
+        tokens=int(text.config.max_position_embeddings),
+        protected=0 if text_spec(model) is None else 2,  # start and end of text
+        parts=tuple(heads(model, [*others, *blocks])),
+        first=path_of(model, blocks[0]),
+    )
 
 
 def heads_of(model: nn.Module, module: nn.Module) -> list[Part]:
@@ -263,8 +276,11 @@ def hf_tower(
         around: modules of `model` that are no part of the tower.
     """
     stem = next((m for m in tower.modules() if isinstance(m, nn.Conv2d)), None)
-    pools = [m for m in tower.modules() if isinstance(getattr(m, "attention", None), nn.MultiheadAttention)]
-    pools = [pool for pool in pools if hasattr(pool, "probe")]
+    pools: list[Any] = [
+        m
+        for m in tower.modules()
+        if hasattr(m, "probe") and isinstance(getattr(m, "attention", None), nn.MultiheadAttention)
+    ]
     parts = [
         multihead_pool("pool", p.attention, int(p.probe.shape[1]), weights(p) - weights(p.attention), path_of(top, p))
         for p in pools
@@ -283,45 +299,47 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
 
     model, core, lm = adapter.model, adapter.core, adapter.lm
     notes: list[str] = []
-    vision = None
+    vision, path = None, adapter.spec.projector
     try:
         tower = child(core, adapter.spec.tower)
         spec = adapter.tower() or vision_spec(tower)
-        vision = hf_tower(tower, model, spec, tower, ())
+        vision = hf_tower(tower, model, spec, tower, [child(core, path)] if path else [])
     except (UnsupportedModel, AttributeError) as problem:  # no such path, or no row for this kind of tower
         notes.append(f"the vision tower is not counted ({problem})")
-    projector = None
-    if adapter.spec.projector:
-        module = child(core, adapter.spec.projector)
-        projector = Part("projector", weights(module), path=path_of(model, module))
+    projector: list[Part] = []
+    if path and vision is not None:
+        module = child(core, path)
+        projector = heads_of(model, module)
+        # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
+        own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        projector += [Part(name, p.numel(), path=path_of(model, module)) for name, p in own]
     language = None if lm is None else _language(model, lm, notes)
-    visual = 0 if vision is None else vision.tokens - vision.protected
+    # Where tokens are pooled, or a picture has several crops, only the prompt tells how many there are.
+    visual = vision.tokens - vision.protected if vision is not None and adapter.spec.tower_cut == "slots" else 0
     layout = adapter.layout()
-    return ModelShape(_name(model), layout, vision, None, projector, language, visual, notes=tuple(notes))
+    return ModelShape(_name(model), layout, vision, None, tuple(projector), language, visual, notes=tuple(notes))
 
 
-def _language(model: nn.Module, lm: nn.Module, notes: list[str]) -> LanguageShape | None:
+def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
     config = lm.config
     width, count = int(config.hidden_size), int(config.num_attention_heads)
     kv = int(getattr(config, "num_key_value_heads", None) or count)
     blocks = []
-    for layer in lm.layers:
-        if not hasattr(layer, "self_attn") or not hasattr(layer, "mlp") or hasattr(layer.mlp, "experts"):
-            notes.append(f"the language model ({type(lm).__name__}: experts, or no attention) is not counted")
+    for layer, kind in zip(lm.layers, layer_kinds(config, len(lm.layers))):
+        parts = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
+        whole = None not in parts and weights(layer) == sum(map(weights, parts))
+        if not whole or hasattr(layer.mlp, "experts"):
+            what = "layers of another form than attention and one MLP"
+            notes.append(f"the language model is not counted ({type(lm).__name__} has {what})")
             return None
-        blocks.append(block_shape(layer.self_attn, layer.mlp, width, count, kv))
+        window = int(getattr(config, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
+        blocks.append(replace(block_shape(layer.self_attn, layer.mlp, width, count, kv), window=window))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = None
     if output is not None:
         head = Part("lm_head", weights(output), path=path_of(model, output))
     size = next(lm.parameters()).element_size()
     return LanguageShape(tuple(blocks), head, 2 * kv * blocks[0].head_width * size)
-
-
-def _with_parts(tower: TowerShape, parts: Iterable[Part]) -> TowerShape:
-    from dataclasses import replace
-
-    return replace(tower, parts=tuple(parts))
 
 
 def _name(model: nn.Module) -> str:
@@ -344,8 +362,8 @@ class Meter:
                 self.stages.append(stage)
             for part in tower.parts:
                 self._put(model, stage, part)
-        if shape.projector is not None and shape.vision is not None:
-            self._put(model, "vision", shape.projector)
+        for part in shape.projector:
+            self._put(model, "vision", part)
         if shape.language is not None and shape.language.head is not None:
             self._put(model, "decoder", shape.language.head)
 
@@ -367,7 +385,12 @@ class Meter:
             return
         stage, part = self.places[place]
         x = args[0] if args else next(iter(kwargs.values()))
-        rows = x.shape[0] if part.token or part.pair else x.numel() // x.shape[-1]
+        if part.token or part.pair:
+            rows = x.shape[0]
+        else:
+            # What is no linear map itself multiplies what it gives.
+            seen = x if hasattr(module, "in_features") else output[0] if isinstance(output, tuple) else output
+            rows = seen.numel() // seen.shape[-1]
         self.attachment.ledger.note(stage, part.name, rows)
 
 

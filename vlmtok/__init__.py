@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -41,6 +43,17 @@ _HOME = {
     "zero_shot": "zero_shot",
 }
 _MODULES = ("errors", "flops", "kernels", "signals", "viz")
+
+
+class _Package(ModuleType):
+    """A function wins over the module of its name (`estimate`, `budget`), also when that is imported later."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _HOME.get(name) == name):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Conventions in use in papers: each a pure function of counts and widths.
 
-Papers count the same model differently: MACs or FLOPs, with or without text, two or three MLP matrices, tokens before or
-after a merge. A convention takes a `ModelShape` (widths) and the profiles of a pass (counts) and nothing else, so that
-figures of different papers can be compared on the same run.
+Papers count the same model differently: MACs or FLOPs, with or without text, two or three MLP matrices, tokens before
+or after a merge. A convention takes a `ModelShape` (widths) and the profiles of a pass (counts) and nothing else, so
+that figures of different papers can be compared on the same run.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def pitome(shape: ModelShape, profiles: Profiles) -> float:
 
 @_register("tome", "MACs", ("vision",), "tower blocks; as pitome, but the MLP after the merge", "pitome-post")
 def tome(shape: ModelShape, profiles: Profiles) -> float:
-    """The same with the tokens that the MLP gets: what ToMe's merge between attention and MLP costs (arXiv 2210.09461)."""
+    """The same with the tokens that the MLP gets: a merge between attention and MLP as it is (arXiv 2210.09461)."""
     rows, layers = _blocks(shape, profiles)
     return rows * sum(_block(b.width, b.hidden, t.queries, t.mlp) for b, t in layers)
 

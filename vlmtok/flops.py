@@ -7,7 +7,7 @@ attention over all keys, masked ones and padding included. The conventions of pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .ledger import StageRun
@@ -27,6 +27,7 @@ class BlockShape:
         attn: MACs of one token in the weights of attention (q, k, v, output).
         mlp: MACs of one token in the weights of the MLP.
         hidden: m, hidden channels of the MLP.
+        window: tokens that a sliding-window layer sees in a decode step; 0 means all.
     """
 
     width: int
@@ -36,6 +37,7 @@ class BlockShape:
     attn: int
     mlp: int
     hidden: int
+    window: int = 0
 
     @classmethod
     def of(
@@ -79,6 +81,25 @@ class BlockShape:
         """MACs of QK^T and AV of one row."""
         return 2 * self.heads * self.head_width * queries * keys
 
+    def held(self, tokens: int) -> int:
+        """Tokens that the layer's cache holds of so many that it has seen."""
+        return min(tokens, self.window - 1) if self.window else tokens
+
+    def step(self, held: int, first: int, steps: int) -> int:
+        """MACs of decode steps of one row.
+
+        Args:
+            held: tokens that the layer's cache held behind the prefill.
+            first: tokens that joined it since.
+            steps: how many.
+        """
+        # A step sees what it adds itself; the sum over steps of how many tokens that is.
+        low, high = held + first + 1, held + first + steps
+        cap = self.window or high
+        rising = max(min(high, cap) - low + 1, 0)
+        keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
+        return steps * (self.attn + self.mlp) + self.products(1, keys)
+
     def macs(self, tokens: Tokens) -> int:
         """MACs of one row."""
         return tokens.queries * self.attn + self.products(tokens.queries, tokens.keys) + tokens.mlp * self.mlp
@@ -120,6 +141,7 @@ class TowerShape:
         recomputed: whether q and k have no module to be read from, so that signals compute them again.
         grid: rows and columns of patches at the configured size, or None.
         first: dotted path of the first block in the model; empty where there is no model.
+        spread: whether rows get their full length back behind the last block that is used.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -130,6 +152,7 @@ class TowerShape:
     recomputed: bool = False
     grid: tuple[int, int] | None = None
     first: str = ""
+    spread: bool = False
 
     @property
     def depth(self) -> int:
@@ -166,10 +189,11 @@ class ModelShape:
         layout: what it offers to methods.
         vision: the vision tower, or None.
         text: the text tower of a dual encoder, or None.
-        projector: maps tower features to the language model, or None.
+        projector: the linear maps from tower features to the language model.
         language: the language model, or None.
-        visual: visual tokens of one picture in the language model.
+        visual: visual tokens of one picture in the language model; 0 where the configuration does not say.
         crops: rows of the tower that make one picture.
+        parts: visual tokens of a picture's parts (thumbnail, crops), or empty where it is one.
         notes: what could not be counted.
     """
 
@@ -177,10 +201,11 @@ class ModelShape:
     layout: Layout
     vision: TowerShape | None = None
     text: TowerShape | None = None
-    projector: Part | None = None
+    projector: tuple[Part, ...] = ()
     language: LanguageShape | None = None
     visual: int = 0
     crops: int = 1
+    parts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -228,19 +253,14 @@ class Profile:
         Args:
             blocks: the layers.
             rows: rows of each step.
-            first: steps that ran before.
+            first: tokens that joined the caches before.
             steps: how many.
         """
-        total = 0
-        grown = sum(range(first + 1, first + steps + 1))  # a step attends to what it adds itself
-        for block, tokens in zip(blocks, self.layers):
-            total += steps * (block.attn + block.mlp) + block.products(1, steps * tokens.keys + grown)
-        return rows * total
+        return rows * sum(block.step(tokens.keys, first, steps) for block, tokens in zip(blocks, self.layers))
 
-    @property
-    def cached(self) -> int:
+    def cached(self, blocks: Sequence[BlockShape]) -> int:
         """Tokens that the caches of all layers hold, all rows."""
-        return self.rows * sum(tokens.keys for tokens in self.layers)
+        return self.rows * sum(block.held(tokens.keys) for block, tokens in zip(blocks, self.layers))
 
 
 def tower_profiles(run: StageRun, depth: int, protected: int) -> tuple[Profile, Profile]:
@@ -257,8 +277,12 @@ def tower_profiles(run: StageRun, depth: int, protected: int) -> tuple[Profile, 
     for layer in range(depth):
         inserted = 0
         queries = mlp = n
+        whole = None
         for event in run.events:
             if event.stage != run.stage or event.layer != layer:
+                continue
+            if event.kind == "spread":
+                whole = event.after
                 continue
             n = event.after
             if event.point == "start":
@@ -267,12 +291,12 @@ def tower_profiles(run: StageRun, depth: int, protected: int) -> tuple[Profile, 
             elif event.point == "mid":
                 mlp = n
         layers.append(Tokens(queries, queries, mlp, queries - protected - inserted))
-        n -= inserted
-    return _pair(run, bare, layers, n)
+        n = n - inserted if whole is None else whole
+    return _pair(run, [bare] * depth, layers, n)
 
 
 def feature_tokens(run: StageRun, after: Profile, protected: int) -> tuple[int, int]:
-    """Features of a picture that the projector got: bare, and as they ran."""
+    """Features of one row of a tower that are handed on: bare, and as they ran."""
     left = after.left - protected
     for event in run.events:
         if event.stage == "features":
@@ -280,18 +304,18 @@ def feature_tokens(run: StageRun, after: Profile, protected: int) -> tuple[int, 
     return run.entered - protected, left
 
 
-def decoder_profiles(run: StageRun, depth: int) -> tuple[Profile, Profile]:
+def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profile, Profile]:
     """A language model's tokens in a call: bare, and as they ran.
 
     Args:
         run: the call.
-        depth: layers.
+        blocks: its layers.
     """
     visual = run.visual / run.rows
-    bare = Tokens(run.entered, run.seen + run.entered, run.entered, visual)
     columns = run.entered
-    layers = []
-    for layer in range(depth):
+    bare, layers = [], []
+    for layer, block in enumerate(blocks):
+        bare.append(Tokens(run.entered, block.held(run.seen) + run.entered, run.entered, run.visual / run.rows))
         for event in run.events:
             if (layer_of(event.layer, event.point) if event.stage == "decoder" else 0) != layer:
                 continue
@@ -300,12 +324,12 @@ def decoder_profiles(run: StageRun, depth: int) -> tuple[Profile, Profile]:
                 visual -= (event.before - event.after) if event.ragged else gone / run.rows
                 columns = event.after
         past = max(run.held, default=(0, run.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
-        layers.append(Tokens(columns, past + columns, columns, visual))
+        layers.append(Tokens(columns, block.held(past) + columns, columns, visual))
     return _pair(run, bare, layers, columns)
 
 
-def _pair(run: StageRun, bare: Tokens, layers: list[Tokens], left: int) -> tuple[Profile, Profile]:
-    whole = Profile(run.rows, (bare,) * len(layers), run.entered, run.entered)
+def _pair(run: StageRun, bare: list[Tokens], layers: list[Tokens], left: int) -> tuple[Profile, Profile]:
+    whole = Profile(run.rows, tuple(bare), run.entered, run.entered)
     return whole, Profile(run.rows, tuple(layers), run.entered, left)
 
 
@@ -346,14 +370,14 @@ class Account:
         return sum(line[0] for line in self.lines.values()), sum(line[1] for line in self.lines.values())
 
 
-def count_tower(account: Account, run: StageRun, shape: TowerShape, projector: Part | None, times: int = 1) -> None:
+def count_tower(account: Account, run: StageRun, shape: TowerShape, projector: Iterable[Part], times: int = 1) -> None:
     """Adds a pass through a tower: stem, blocks, what stands behind them, projector.
 
     Args:
         account: takes the lines.
         run: the pass.
         shape: the tower.
-        projector: behind it, or None.
+        projector: behind it.
         times: how often such a pass ran.
     """
     before, after = tower_profiles(run, shape.depth, shape.protected)
@@ -365,10 +389,11 @@ def count_tower(account: Account, run: StageRun, shape: TowerShape, projector: P
         for i, profile in enumerate((before, after)):
             macs[i] += part.macs(rows, profile.left)
     account.add(run.stage, macs[0], macs[1], times)
-    if projector is not None and projector.name in run.parts:
-        rows = run.parts[projector.name]
-        bare, left = feature_tokens(run, after, shape.protected)
-        account.add(projector.name, projector.macs(rows * bare // left if left else 0), projector.macs(rows), times)
+    bare, left = feature_tokens(run, after, shape.protected)
+    for part in projector:
+        rows = run.parts.get(part.name, 0)
+        if rows:
+            account.add("projector", part.macs(rows * bare // left if left else 0), part.macs(rows), times)
 
 
 def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: int = 1) -> None:
@@ -380,7 +405,7 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
         shape: the language model.
         times: how often such a call ran.
     """
-    before, after = decoder_profiles(run, shape.depth)
+    before, after = decoder_profiles(run, shape.blocks)
     head = 0
     if shape.head is not None:
         head = shape.head.macs(run.parts.get(shape.head.name, 0))
@@ -391,7 +416,7 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
     if not run.continues:
         account.profiles["decoder"] = (before, after)
         account.step = (one[0], one[1])
-        account.cache = (before.cached * shape.kv_bytes, after.cached * shape.kv_bytes)
+        account.cache = tuple(p.cached(shape.blocks) * shape.kv_bytes for p in (before, after))
     for part in run.decodings:
         spent = [
             p.step_macs(shape.blocks, part.rows, part.first, part.steps) + part.head * row for p in (before, after)

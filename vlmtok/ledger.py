@@ -63,7 +63,7 @@ class Decoding:
 
     Attributes:
         rows: rows of each step.
-        first: steps that ran before them.
+        first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
         steps: how many.
         head: rows that the language model's head saw in all of them.
     """
@@ -112,6 +112,12 @@ class StageRun:
     def continues(self) -> bool:
         """Whether it adds text to a filled cache: a later turn, or candidates that are checked."""
         return bool(self.past) and not self.pictures
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row that reach the first layer of a language model, padding included."""
+        left = [event.after for event in self.events if event.stage in ("features", "projected")]
+        return left[-1] if left else self.entered
 
     @property
     def steps(self) -> int:
@@ -169,14 +175,17 @@ class Ledger:
 
         Args:
             rows: of the batch.
-            past: tokens that the cache held before, for a cache that was filled bare.
+            past: tokens that the first layer's cache held before.
         """
         run = self._decoder
-        if run is None:
+        if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        if not run.decodings or run.decodings[-1].rows != rows:
-            run.decodings.append(Decoding(rows, run.steps))
-        run.decodings[-1].steps += 1
+        joined = past - run.past - run.columns
+        last = run.decodings[-1] if run.decodings else None
+        if last is None or (last.rows, last.first + last.steps) != (rows, joined):
+            last = Decoding(rows, joined)
+            run.decodings.append(last)
+        last.steps += 1
         self.steps += 1
 
     def note(self, stage: str, part: str, rows: int) -> None:

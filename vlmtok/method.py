@@ -211,6 +211,10 @@ class Method:
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
     proportional: bool = False
     """Whether attention logits get + log(size) in towers after a merge."""
+    budget_parameter: ClassVar[str] = ""
+    """The parameter that `vlmtok.budget` moves; empty where there is none."""
+    budget: Any = None
+    """What `vlmtok.budget` was asked and reached, on the methods that it returns."""
 
     # ------------------------------------------------------------------ what a method says
     def sites(self, layout: Layout) -> list[Site]:
@@ -281,6 +285,27 @@ class Method:
         """
         return logits
 
+    def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
+        """The same method at another strength; what `vlmtok.budget` searches over.
+
+        Args:
+            level: from 0 (as much as the method can) to 1 (as little); a higher level never leaves fewer tokens.
+            layout: what the model offers.
+            tokens: visual tokens of a picture.
+
+        Returns:
+            A new method.
+
+        Raises:
+            ParameterError: the method has no such parameter, or it is None.
+        """
+        name = self.budget_parameter
+        if not name or getattr(self, name) is None:
+            why = f"{name}=None leaves the number to the method" if name else "it has no parameter for it"
+            raise ParameterError(f"{self}: a budget cannot be set, {why}; parameters: {', '.join(self.settings())}")
+        value = scaled(getattr(self, name), level, tokens)
+        return dataclasses.replace(self, **{name: value})  # type: ignore[type-var]
+
     # ------------------------------------------------------------------ text form
     @classmethod
     def spec_name(cls) -> str:
@@ -331,6 +356,27 @@ def keep_count(keep: float | int, n: int) -> int:
     """
     wanted = int(keep * n + 0.5) if isinstance(keep, float) else keep
     return min(n, max(1, wanted))
+
+
+def scaled(value: Any, level: float, tokens: int) -> Any:
+    """A `keep` parameter, or several, at a level of reduction.
+
+    Args:
+        value: a share (float), a count (int), or a sequence of them.
+        level: from 0 (almost nothing is kept) to 1 (everything).
+        tokens: that a count of everything would be.
+
+    Returns:
+        The level itself for a share, its part of `tokens` for a count. A sequence becomes shares, all times one factor
+        and at most 1; at level 1/2 they are what they were.
+    """
+    if isinstance(value, (tuple, list)):
+        factor = level / max(1.0 - level, 1e-9)
+        shares = (one if isinstance(one, float) else one / tokens for one in value)
+        return type(value)(min(1.0, max(1e-9, share * factor)) for share in shares)
+    if isinstance(value, int):
+        return max(1, round(level * tokens))
+    return max(level, 1e-9)
 
 
 def check_range(

@@ -147,6 +147,7 @@ class Rehearsal:
         self.rows: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
         self.memory = {i: on_meta(attachment.remember(i)) for i in range(len(attachment.methods))}
         self.outputs: dict[int, int] = {}
+        self.pending: dict[int, int] = {}
 
     # ------------------------------------------------------------------ passes
     def tower(self) -> None:
@@ -159,17 +160,18 @@ class Rehearsal:
         for layer in range(tower.depth):
             events = [e for e in run.events if e.stage == stage and e.layer == layer]
             mid = bool(self.attachment.at(stage, layer, "mid"))
-            inserted: dict[int, int] = {}
             met = None
             for point in ("start", "mid", "end"):
                 if point == "mid":
                     met = row.length  # what attention saw; its q and k stay that long behind a cut
                 if point == ("mid" if mid else "end"):
                     self._carry(tower, layer, row, tapped.get(layer, []))
-                for event in (e for e in events if e.point == point):
-                    row = self._tower_visit(tower, layer, row, event, inserted, met)
-            self.outputs.update(inserted)
+                for event in (e for e in events if e.point == point and e.method >= 0):
+                    row = self._tower_visit(tower, layer, row, event, met)
+            self.settle()
             row = Row(row.prefix, row.n)
+            for event in (e for e in events if e.kind == "spread"):
+                row = Row(row.prefix, event.after - row.prefix)
         for event in (e for e in run.events if e.stage == "features"):
             for group in event.groups:
                 self._ask(event, group, tower.blocks[-1].width, partial(self._brought, group=group))
@@ -178,7 +180,7 @@ class Rehearsal:
         """A call of a language model."""
         language = self.shape.language
         assert language is not None
-        profile = decoder_profiles(self.run, language.depth)[1]
+        profile = decoder_profiles(self.run, language.blocks)[1]
         width = language.blocks[0].width
         for event in self.run.events:
             if event.method < 0:
@@ -195,16 +197,14 @@ class Rehearsal:
                 self._ask(event, group, width, self._decoder_signals(taps, group))
 
     # ------------------------------------------------------------------ towers
-    def _tower_visit(
-        self, tower: TowerShape, layer: int, row: Row, event: Event, inserted: dict[int, int], met: int | None
-    ) -> Row:
+    def _tower_visit(self, tower: TowerShape, layer: int, row: Row, event: Event, met: int | None) -> Row:
         width, length = tower.blocks[layer].width, met or event.before
         if event.kind == "insert":
             added = event.after - event.before
             group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
             give = self._tower_signals(tower, layer, row, event, group, length)
             self._ask(event, group, width, give, insert=True)
-            inserted[event.method] = inserted.get(event.method, 0) + added
+            self.pending[event.method] = self.pending.get(event.method, 0) + added
             return Row(row.prefix, row.n, row.inserted + added)
         for group in event.groups:
             own = Row(row.prefix, group.n, row.inserted)
@@ -236,9 +236,7 @@ class Rehearsal:
             inserted=None if outputs is None else empty(rows, outputs, block.width),
         )
 
-    def _tower_signals(
-        self, tower: TowerShape, layer: int, row: Row, event: Event, group: Group, length: int
-    ) -> Give:
+    def _tower_signals(self, tower: TowerShape, layer: int, row: Row, event: Event, group: Group, length: int) -> Give:
         captured = not tower.recomputed and event.point != "start"
         taps = self._taps(tower, layer, row, group.rows, length, captured, event.method)
 
@@ -272,6 +270,22 @@ class Rehearsal:
             return made
 
         return signal
+
+    def inserted(self, tower: TowerShape, entry: Entry, row: Row) -> int:
+        """How many tokens a method would put in at the start of a block."""
+        group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
+        event = Event(self.run.stage, entry.site.layer, "start", entry.index, "insert", row.length, row.length)
+        give = self._tower_signals(tower, entry.site.layer or 0, row, event, group, row.length)
+        with torch.no_grad():
+            tokens = entry.method.insert(self.view(entry, group, tower.blocks[0].width, give))
+        count = 0 if tokens is None else tokens.shape[1]
+        self.pending[entry.index] = self.pending.get(entry.index, 0) + count
+        return count
+
+    def settle(self) -> None:
+        """A block ended: what was put in is gone, its outputs stay."""
+        self.outputs.update({method: count for method, count in self.pending.items() if count})
+        self.pending.clear()
 
     # ------------------------------------------------------------------ language models
     def _projected(self, group: Group, width: int) -> Give:

@@ -1,0 +1,453 @@
+"""`estimate` against published figures, and against the report of a run on the same shapes."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import models
+import pytest
+import torch
+
+import vlmtok
+from vlmtok import (
+    AIM,
+    SCOPE,
+    TCA,
+    AveragePool,
+    CrossGET,
+    DivPrune,
+    FastV,
+    PiToMe,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    ToDRE,
+    ToMe,
+    TransPrune,
+    VisionZip,
+    estimate,
+)
+from vlmtok.errors import MissingSignal, ParameterError, SiteError
+from vlmtok.flops import ModelShape
+from vlmtok.loading import LoadError
+from vlmtok.presets import preset
+
+T, G = 1e12, 1e9
+LLAVA, NEXT, ONEVISION = "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b"
+
+
+# ---------------------------------------------------------------------- published figures
+# Model, method, convention, what else, bare, compressed; as printed, in the unit of the convention.
+LANGUAGE = [
+    (LLAVA, TransPrune(), "transprune", {}, 3.817, 1.557),
+    (NEXT, TransPrune(), "transprune", {}, 20.825, 8.330),
+    (LLAVA, TransPrune(layers=(5, 7, 10)), "transprune", {}, 3.817, 1.348),
+    (LLAVA, TransPrune(layers=(6, 8, 11)), "transprune", {}, 3.817, 1.453),
+    (LLAVA, TransPrune(layers=(8, 10, 13)), "transprune", {}, 3.817, 1.662),
+    (LLAVA, TransPrune(layers=(9, 11, 14)), "transprune", {}, 3.817, 1.767),
+    (LLAVA, FastV(K=2, keep=0.5), "transprune", {}, 3.817, 2.007),
+    (NEXT, FastV(K=2, keep=0.5), "transprune", {}, 20.825, 10.554),
+    (LLAVA, FastV(K=2, keep=0.25), "transprune", {}, 3.817, 1.118),
+    (NEXT, FastV(K=2, keep=0.25), "transprune", {}, 20.825, 5.800),
+    (LLAVA, PyramidDrop(), "pyramiddrop", {}, 3.817, 1.777),
+    (NEXT, PyramidDrop(), "pyramiddrop", {}, 20.825, 9.465),
+    # 32 frames and 100 text tokens, as the roofline tool was given them.
+    (ONEVISION, AIM(), "llm-viewer", {"crops": 32, "text_tokens": 100}, 99.627, 14.756),
+    (ONEVISION, AIM(), "language", {"crops": 32, "text_tokens": 100}, 99.456, 14.748),
+    (ONEVISION, AIM(prune=False), "language", {"crops": 32, "text_tokens": 100}, 99.456, 22.885),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "name", "prompt", "bare", "left"), LANGUAGE)
+def test_published_figures_of_language_models(model, method, name, prompt, bare, left):
+    figure = estimate(model, method, convention=name, deciding=False, **prompt).figure
+    assert round(figure.before / T, 3) == bare
+    assert figure.after.fixed and round(figure.after.low / T, 3) == left
+
+
+def test_sparsevlm_without_and_with_the_tokens_that_it_recycles():
+    kept = {"decoder layer 2 end": 300, "decoder layer 6 end": 200, "decoder layer 15 end": 110}
+    printed = estimate(LLAVA, SparseVLM(tokens=192), counts=kept, convention="transprune", deciding=False)
+    assert round(printed.figure.after.low / T, 3) == 1.329
+    # 9, 7 and 5 clusters come back.
+    whole = estimate(LLAVA, SparseVLM(tokens=192), deciding=False)
+    visual = [line.visual.low for line in whole.layers if line.stage == "decoder"]
+    assert (visual[3], visual[7], visual[16]) == (309, 204, 113)
+    assert 1.32 < whole.by("transprune").after.low / T < 1.36
+
+
+def test_todre_as_its_table_counts_and_as_its_formula_does():
+    # The table's token count is not given; 2,000 visual and 100 text tokens, encoder included, meet both its figures.
+    prompt = {"visual_tokens": 2000, "parts": (576, 1424), "text_tokens": 100}
+    report = estimate(NEXT, ToDRE(keep=0.1, tau=None), deciding=False, **prompt)
+    assert report.flops.before / T == pytest.approx(31.4, rel=0.01)
+    assert report.flops.after.low / T == pytest.approx(6.0, rel=0.01)
+    # The printed formula has two of Vicuna's three MLP matrices and counts a multiply-add once.
+    printed = estimate(NEXT, ToDRE(keep=0.1), text_tokens=120, convention="todre", deciding=False)
+    assert round(printed.figure.before / T, 1) == 17.5
+    assert printed.by("language").before / T == pytest.approx(43.6, rel=0.01)
+
+
+def test_fastv_in_its_own_formula():
+    d, m, n, k = 4096, 11008, 576, 288
+
+    def layer(n):
+        return 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+
+    figure = estimate(LLAVA, FastV(K=2, keep=0.5), convention="fastv", deciding=False).figure
+    assert figure.after.low / figure.before == pytest.approx((2 * layer(n) + 30 * layer(k)) / (32 * layer(n)))
+
+
+# Preset, ratio, GMACs with the MLP charged before and after the merge; as printed, to two decimals (MAE: to one).
+PITOME = [
+    ("deit-s", None, 4.54, 4.54),
+    ("deit-s", 0.975, 4.00, 3.95),
+    ("deit-s", 0.95, 3.48, 3.38),
+    ("deit-s", 0.925, 3.07, 2.93),
+    ("deit-s", 0.9125, 2.86, 2.71),
+    ("deit-s", 0.9, 2.70, 2.54),
+    ("deit-t", None, 1.22, 1.22),
+    ("deit-t", 0.95, 0.93, 0.90),
+    ("deit-t", 0.925, 0.81, 0.78),
+    ("deit-t", 0.9, 0.71, 0.67),
+    ("deit-b", None, 17.45, 17.45),
+    ("deit-b", 0.95, 13.48, 13.08),
+    ("deit-b", 0.9, 10.50, 9.85),
+    ("mae-l", None, 61.4, 61.4),
+    ("mae-l", 0.95, 37.2, 36.0),
+    ("mae-l", 0.925, 29.8, 28.5),
+    ("mae-h", None, 167.1, 167.1),
+    ("mae-h", 0.95, 86.2, 83.6),
+    ("vit-b-16-384", None, 55.14, 55.14),
+    ("vit-b-16-384", 0.95, 41.5, 40.3),
+    ("clip-vit-l-14-336", None, 190.6, 190.6),
+    ("clip-vit-l-14-336", 0.95, 110.5, 107.1),
+    ("clip-vit-l-14-336", 0.925, 87.7, 83.6),
+    ("clip-vit-l-14-336", 0.9, 71.4, 67.0),
+]
+
+
+@pytest.mark.parametrize(("model", "ratio", "early", "late"), PITOME)
+def test_published_figures_of_pitome(model, ratio, early, late):
+    report = estimate(model, PiToMe(ratio=ratio or 0.9), deciding=False)
+    for name, printed in (("pitome", early), ("tome", late)):
+        line = report.by(name)
+        value = (line.before if ratio is None else line.after.low) / G
+        decimals = 1 if model.startswith("mae") or printed == round(printed, 1) else 2
+        assert round(value, decimals) == printed
+
+
+DIGITS = {
+    "tome_r8": (ToMe(r=8), 0.9236),
+    "tome_r16": (ToMe(r=16), 0.647),
+    "tome_r16_dec": (ToMe(r=(16, -1)), 0.447),
+    "pitome_deit_095": (PiToMe.preset("deit", ratio=0.95), 0.926),
+    "pitome_deit_090": (PiToMe.preset("deit", ratio=0.9), 0.712),
+    "pitome_paper_0925": (PiToMe.preset("paper", ratio=0.925), 0.813),
+}
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_figures_of_the_reference_runs_on_a_tiny_vit(name):
+    method, printed = DIGITS[name]
+    line = estimate("vit-t-16", method, convention="pitome", deciding=False).figure
+    assert round(line.before / G, 4) == 1.2246
+    assert round(line.after.low / G, 4 if printed == 0.9236 else 3) == printed
+
+
+PATCHES = {
+    ("vit-b-16", 0.95): [187, 178, 170, 162, 154, 147, 140, 133, 127, 121, 115, 110],
+    ("vit-b-16", 0.9): [177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65, 59],
+    ("clip-vit-l-14-336", 0.95): [548, 521, 495, 471, 448, 426, 405, 385, 366, 348, 331, 315]
+    + [300, 285, 271, 258, 246, 234, 223, 212, 202, 192, 183, 174],
+    ("clip-vit-l-14-336", 0.9): [519, 468, 422, 380, 342, 308, 278, 251, 226, 204, 184, 166]
+    + [150, 135, 122, 110, 99, 90, 81, 73, 66, 60, 54, 49],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "ratio"), PATCHES)
+def test_token_tables_of_pitome(model, ratio):
+    report = estimate(model, PiToMe(ratio=ratio), deciding=False)
+    assert [line.mlp.low - 1 for line in report.layers] == PATCHES[model, ratio]
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.975, 330), (0.95, 183), (0.925, 101), (0.9, 54), (0.85, 17)])
+def test_visual_tokens_that_pitome_leaves_to_llava(ratio, left):
+    report = estimate(LLAVA, PiToMe.preset("llava", ratio=ratio), deciding=False)
+    assert report.visual("decoder") == (576, left)
+
+
+# Logged by the release, image and text tower, batch 1.
+CROSSGET = [
+    (CrossGET.preset("clip", rv=16), 12.036),
+    (CrossGET(rv=0, rl=6, guidance="cross"), 19.275),
+    (CrossGET.preset("clip", rv=16, rl=6), 10.612),
+]
+
+
+@pytest.mark.parametrize(("method", "logged"), CROSSGET)
+def test_published_figures_of_crossget(method, logged):
+    figure = estimate("clip-vit-b-16", method, convention="crossget", deciding=False).figure
+    assert figure.before / G == pytest.approx(20.567, rel=0.002)
+    assert figure.after.low / G == pytest.approx(logged, rel=0.002)
+
+
+# Tokens behind each layer's merge, the cross token included as the paper counts it.
+@pytest.mark.parametrize(
+    ("method", "stage", "tokens"),
+    [
+        (CrossGET.preset("clip", rv=16), "vision", [182, 166, 150, 134, 118, 102, 86, 70, 54, 38, 22, 12]),
+        (CrossGET.preset("clip", rv=12), "vision", [186 - 12 * i for i in range(12)]),
+        (CrossGET.preset("clip", rl=6), "text", [72, 66, 60, 54, 48, 42, 36, 30, 24, 18, 12, 8]),
+    ],
+)
+def test_token_tables_of_crossget(method, stage, tokens):
+    report = estimate("clip-vit-b-16", method, deciding=False)
+    assert [line.mlp.low for line in report.layers if line.stage == stage] == tokens
+
+
+TCA_TABLE = [
+    ({"drop_rate": 0.035}, (182, 167, 155), 15.69),
+    ({"drop_rate": 0.1}, (143, 104, 77), 11.86),
+    ({"drop_rate": 0.105}, (140, 101, 74), 11.67),
+    ({"drop_rate": 0.175}, (98, 53, 29), 8.82),
+    ({"ratio": 0.9}, (179, 164, 149), 15.44),
+    ({"ratio": 0.7}, (140, 101, 74), 11.67),
+    ({"ratio": 0.5}, (101, 53, 29), 8.88),
+]
+
+
+@pytest.mark.parametrize(("settings", "tokens", "printed"), TCA_TABLE)
+def test_published_figures_of_tca(settings, tokens, printed):
+    report = estimate("clip-vit-b-16", TCA(**settings, reservoir_size=0), convention="tca", deciding=False)
+    assert round(report.figure.before / G, 2) == 17.56
+    assert round(report.figure.after.low / G, 2) == printed
+    behind = [line.mlp.low for line in report.layers if line.stage == "vision"]
+    assert (behind[3], behind[6], behind[9]) == tokens
+
+
+# ---------------------------------------------------------------------- content decides
+def test_counts_that_depend_on_content_give_a_range_and_say_so():
+    report = estimate(LLAVA, ToDRE(keep=None, tau=0.1))
+    # Layers 28 to 31 run with 64 or with 640 tokens.
+    last = report.layers[-1]
+    assert (last.attention.low, last.attention.high, report.layers[-5].attention.low) == (64, 640, 640)
+    assert report.macs.after.low < report.macs.after.high == report.macs.before + _deciding(report)
+    assert report.open == ["ToDRE at decoder layer 27 end"]
+    assert any("depends on content" in note for note in report.notes)
+    assert json.loads(report.to_json())["total_macs"]["after"] == [report.macs.after.low, report.macs.after.high]
+
+
+def _deciding(report):
+    return sum(report.line(name).after.high for name in ("signals", "method"))
+
+
+def test_counts_can_be_given_by_site():
+    report = estimate(LLAVA, ToDRE(keep=64), counts={"decoder layer 27 end": 0})
+    assert report.macs.after.fixed and report.layers[-1].visual.low == 0 and report.open == []
+    with pytest.raises(ParameterError, match="no site 'decoder layer 3 end'; sites: decoder layer 27 end, projected"):
+        estimate(LLAVA, ToDRE(keep=64), counts={"decoder layer 3 end": 0})
+    with pytest.raises(ParameterError, match="must be a number of tokens"):
+        estimate(LLAVA, ToDRE(keep=64), counts={"projected": 0.5})
+    with pytest.raises(ParameterError, match="must be a Compression, a Report or a dict"):
+        estimate(LLAVA, ToDRE(keep=64), counts=5)
+
+
+# ---------------------------------------------------------------------- the same as a run
+TOWER_METHODS = {
+    "ToMe": lambda: ToMe(r=3),
+    "PiToMe": lambda: PiToMe(ratio=0.8),
+    "PiToMe end": lambda: PiToMe.preset("llava", ratio=0.8),
+    "CrossGET": lambda: CrossGET(rv=3),
+    "CrossGET inserted": lambda: CrossGET.preset("clip", rv=3, rl=None),
+    "TCA": lambda: TCA(ratio=0.7, layers=(1, 2, 3)),
+    "Random": lambda: Random(stage="vision"),
+    "three": lambda: [ToMe(r=[2, 2]), Random(keep=0.5, stage="vision", layer=2), PiToMe(ratio=[1.0, 0.9, 0.9, 0.9])],
+}
+WITHOUT_CLS = ("HF SigLIP vision", "timm SigLIP")
+TOWERS = ("timm ViT", "timm SigLIP", "timm EVA", "timm DINOv2 registers", "open_clip VisionTransformer", "HF DINOv2")
+COMPARED = ("macs", "flops", "total_macs", "decode_step_macs", "cache_bytes", "layers")
+
+
+@functools.cache
+def _model(name):
+    return models.fresh(name).requires_grad_(False)
+
+
+def _same(run, planned):
+    run, planned = run.to_dict(), planned.to_dict()
+    for name in COMPARED:
+        assert run[name] == planned[name], name
+
+
+@pytest.mark.parametrize("method", TOWER_METHODS)
+@pytest.mark.parametrize("name", TOWERS)
+def test_an_estimate_equals_the_report_of_a_tower(name, method):
+    model, tower = _model(name), models.TOWERS[name]
+    if name in WITHOUT_CLS and ("CrossGET" in method or method == "TCA"):
+        with pytest.raises(MissingSignal):
+            estimate(model, TOWER_METHODS[method]())
+        return
+    with torch.no_grad(), vlmtok.compress(model, TOWER_METHODS[method]()) as run:
+        tower.run(model, tower.pictures())
+    _same(run.report(), estimate(model, TOWER_METHODS[method](), batch=3))
+
+
+LANGUAGE_METHODS = {
+    "Random": lambda: Random(),
+    "ToDRE": lambda: ToDRE(keep=0.5, tau=1.0),
+    "ToDRE drops nothing": lambda: ToDRE(keep=None, tau=0.0),
+    "TransPrune": lambda: TransPrune(),
+    "FastV": lambda: FastV(),
+    "PyramidDrop": lambda: PyramidDrop(),
+    "SparseVLM": lambda: SparseVLM(tokens=64),
+    "AIM": lambda: AIM(),
+    "VisionZip": lambda: VisionZip(keep=0.5),
+    "PruMerge": lambda: PruMerge(),
+    "PruMerge+": lambda: PruMerge(plus=True),
+    "DivPrune": lambda: DivPrune(keep=0.3),
+    "SCOPE": lambda: SCOPE(keep=0.5),
+    "AveragePool": lambda: AveragePool(),
+    "CrossGET": lambda: CrossGET.preset("llava", rv=2),
+    "two": lambda: [PiToMe.preset("llava", ratio=0.8), TransPrune()],
+    "three": lambda: [ToMe(r=2), ToDRE(keep=0.5, tau=1.0), FastV()],
+}
+# Pattern of the rows, text around the pictures, rows of the batch.
+PROMPTS = {
+    "one picture": (("^3I4",), (4, 4), 1),
+    "two pictures, two rows": (("^1I2I5", "^1I2I5"), (2, 2, 5), 2),
+    "ends with the picture": (("^7I",), (8, 0), 1),
+}
+
+
+@pytest.mark.parametrize("method", LANGUAGE_METHODS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_estimate_equals_the_report_of_llava(prompt, method):
+    model = _model("HF LLaVA")
+    rows, text, batch = PROMPTS[prompt]
+    with torch.no_grad(), vlmtok.compress(model, LANGUAGE_METHODS[method]()) as run:
+        model(**models.Batch.of(*rows).inputs(mask=False))
+    given = {"batch": batch, "pictures": len(text) - 1, "text_tokens": text, "logits": "all"}
+    report = run.report()
+    _same(report, estimate(model, LANGUAGE_METHODS[method](), counts=run, **given))
+    _same(report, estimate(model, LANGUAGE_METHODS[method](), counts=report, **given))
+    # Without the run's counts its figures lie in the range.
+    free = estimate(model, LANGUAGE_METHODS[method](), **given)
+    assert free.macs.after.low <= report.macs.after.low <= free.macs.after.high
+    assert free.cache.after.low <= report.cache.after.low <= free.cache.after.high
+    assert bool(free.open) == (not free.macs.after.fixed)
+
+
+def test_an_estimate_equals_the_prefill_of_generate():
+    model = _model("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, TransPrune()) as run:
+        model.generate(**models.Batch.of("^3I4").inputs(), max_new_tokens=3, do_sample=False)
+    _same(run.report(), estimate(model, TransPrune(), text_tokens=(4, 4)))
+
+
+def test_an_estimate_takes_over_what_a_run_has_learned():
+    model, tower = _model("open_clip CLIP"), models.TOWERS["open_clip CLIP"]
+    run = vlmtok.compress(model, TCA(ratio=0.7, layers=(1, 2), reservoir_size=2, anchor_gate="per_class"))
+    text = torch.nn.functional.normalize(torch.randn(4, 24), dim=-1)
+    classify = vlmtok.zero_shot(model, run, text)
+    with torch.no_grad():
+        for seed in range(12):
+            classify(tower.pictures(1, seed))
+    with_anchors = run.report()
+    assert any(event.kind == "insert" for event in run._attachment.ledger.last["vision"].events)
+    method = TCA(ratio=0.7, layers=(1, 2), reservoir_size=2, anchor_gate="per_class")
+    learned = estimate(model, method, batch=1, counts=run)
+    assert learned.line("vision") == with_anchors.line("vision")
+    assert learned.line("method") == with_anchors.line("method")
+    assert estimate(model, method, batch=1).line("vision").after < learned.line("vision").after
+    run.remove()
+
+
+# ---------------------------------------------------------------------- what can be given as a model
+def test_models_configurations_dicts_and_folders_are_one(tmp_path):
+    model = _model("HF LLaVA")
+    config = model.config
+    config.save_pretrained(tmp_path)
+    given = [model, config, config.to_dict(), str(tmp_path)]
+    found = [estimate(one, FastV(), text_tokens=9) for one in given]
+    assert all(one.to_dict()["total_macs"] == found[0].to_dict()["total_macs"] for one in found)
+    assert all(one.cache == found[0].cache for one in found)
+
+
+def test_models_of_timm_and_open_clip_by_name():
+    named, known = estimate("timm:vit_base_patch16_224", ToMe(r=16)), estimate("vit-b-16", ToMe(r=16))
+    assert named.macs == known.macs and named.layers == known.layers
+    dual = estimate("open_clip:ViT-B-16", ToMe(r=8))
+    assert dual.line("vision") == estimate("clip-vit-b-16", ToMe(r=8)).line("vision")
+    # q and k of nn.MultiheadAttention have to be computed again.
+    assert dual.line("signals").after.low > estimate("clip-vit-b-16", ToMe(r=8)).line("signals").after.low == 0
+
+
+def test_the_size_of_pictures_prompts_and_batches():
+    one, four = estimate("vit-b-16", ToMe(r=8)), estimate("vit-b-16", ToMe(r=8), batch=4)
+    assert four.macs.before == 4 * one.macs.before and four.macs.after.low == 4 * one.macs.after.low
+    assert estimate("vit-b-16", ToMe(r=8), visual_tokens=576).layers[0].before == 577
+    texts = [estimate(LLAVA, FastV(), text_tokens=n) for n in (64, (0, 64), (24, 40))]
+    assert len({report.line("prefill") for report in texts}) == 1
+    assert texts[1].line("signals") == texts[0].line("signals")
+    two = estimate(LLAVA, FastV(), pictures=2, text_tokens=(1, 2, 61))
+    assert two.layers[-1].before == 2 * 576 + 64
+    assert two.line("vision").before == 2 * texts[0].line("vision").before
+    every = estimate(LLAVA, FastV(), logits="all").line("prefill").before - texts[0].line("prefill").before
+    assert every == 639 * 4096 * 32064
+
+
+def test_a_convention_counts_the_same_pass_in_its_own_way():
+    report = estimate(LLAVA, [PiToMe.preset("llava"), FastV()])
+    assert report.by("pitome").unit == "MACs" and report.by("language").unit == "FLOPs"
+    with pytest.raises(ParameterError, match="counts vision and text, and this report has no pass through text"):
+        report.by("crossget")
+    with pytest.raises(ParameterError, match="has no pass through decoder"):
+        estimate("vit-b-16", ToMe(), convention="transprune")
+
+
+WRONG = [
+    ({"model": "llava"}, "no preset 'llava'; did you mean"),
+    ({"model": 5}, "takes a preset, a model, a transformers configuration"),
+    ({"model": {"hidden_size": 5}}, "needs 'model_type'"),
+    ({"text_tokens": -1}, "text_tokens=-1 must be an integer in"),
+    ({"text_tokens": (1, 2, 3)}, "must be one number, or 2"),
+    ({"pictures": 0}, "pictures=0 must be an integer in"),
+    ({"batch": True}, "batch=True must be an integer in"),
+    ({"visual_tokens": 2.5}, "visual_tokens=2.5 must be an integer in"),
+    ({"parts": 7}, "visual_tokens=576 cannot be shared by 7 equal parts"),
+    ({"parts": (1, 2)}, "must sum to the picture's 576 tokens"),
+    ({"crops": 5, "visual_tokens": 576}, "cannot be shared by 5"),
+    ({"logits": "some"}, "logits='some' is not possible"),
+    ({"model": "vit-b-16", "method": "tome", "crops": 2}, "crops and parts are for vision-language models"),
+    ({"method": "fastv", "convention": "flops"}, "no convention 'flops'"),
+    ({"method": []}, "needs at least one method"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "says"), WRONG)
+def test_what_is_not_possible_says_so(wrong, says):
+    given = {"model": LLAVA, "method": "fastv", **wrong}
+    with pytest.raises(ParameterError, match=says):
+        estimate(given.pop("model"), given.pop("method"), **given)
+
+
+def test_methods_are_refused_as_compress_refuses_them():
+    with pytest.raises(SiteError, match="FastV acts at stage 'decoder', which vit-b-16 does not offer"):
+        estimate("vit-b-16", FastV())
+    with pytest.raises(SiteError, match="has nothing to do"):
+        estimate("vit-b-16", ToMe(r=0))
+    with pytest.raises(MissingSignal, match="needs a class token"):
+        estimate("siglip-so400m-14-384", CrossGET())
+    with pytest.raises(LoadError, match="no timm model|no model"):
+        estimate("timm:vit_base_patch17", ToMe())
+
+
+def test_a_model_that_does_not_say_how_many_tokens_a_picture_has():
+    shape = preset(LLAVA)
+    unknown = ModelShape("unknown", shape.layout, shape.vision, None, shape.projector, shape.language)
+    with pytest.raises(ParameterError, match="pass visual_tokens="):
+        estimate(unknown, FastV())
+    assert estimate(unknown, FastV(), visual_tokens=576).macs == estimate(LLAVA, FastV()).macs
