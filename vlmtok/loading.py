@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -87,19 +88,24 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise LoadError(f"cannot read picture {os.fspath(path)!r}: {line_of(problem)}") from None
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
+def check_writable(path: str | os.PathLike[str], picture: bool = False) -> Path:
     """Checks that a file can be written, before anything is computed for it; nothing is written.
 
     Args:
         path: of the file to be.
+        picture: whether it will be a picture, whose name says its format.
 
     Returns:
         The path.
 
     Raises:
-        LoadError: its folder does not exist, or does not let us write.
+        LoadError: its folder does not exist, or does not let us write; or its name says no format.
     """
+    from PIL import Image
+
     target = Path(path)
+    if picture and target.suffix.lower() not in Image.registered_extensions():
+        raise LoadError(f"cannot write {str(target)!r}: no picture format is called {target.suffix!r}; use .png")
     folder = target.parent
     if not folder.is_dir():
         raise LoadError(f"cannot write {str(target)!r}: there is no folder {str(folder)!r}")
@@ -216,11 +222,14 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
     return made
 
 
-def skeleton(name: str | None = None) -> nn.Module:
+def skeleton(name: str | None = None) -> Loaded:
     """The same model without data, on torch's meta device: for counting, and for refusing before weights are read.
 
     Args:
         name: as in `load`.
+
+    Returns:
+        The model; there is no processor.
 
     Raises:
         LoadError: it cannot be had.
@@ -228,7 +237,7 @@ def skeleton(name: str | None = None) -> nn.Module:
     import torch
 
     with torch.device("meta"):
-        return _make(name, random=True, dtype=None, bare=True).model
+        return _make(name, random=True, dtype=None, bare=True)
 
 
 def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False) -> Loaded:
@@ -312,7 +321,7 @@ def _encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
             found = model(pixel_values=pixels)
         for name in ("logits", "image_embeds", "pooler_output"):
             if getattr(found, name, None) is not None:
-                return getattr(found, name)  # type: ignore[no-any-return]
+                return getattr(found, name)
         return found if not hasattr(found, "last_hidden_state") else found.last_hidden_state.mean(1)
 
     return encode
@@ -357,7 +366,8 @@ def _open_clip(name: str, random: bool, bare: bool) -> Loaded:
         if tag and not os.path.exists(tag):
             _known(shown, tag, open_clip.list_pretrained_tags_by_model(name), what="trained weights")
     trained = bool(tag) or name.startswith(("hf-hub:", "local-dir:"))
-    given = {"pretrained": tag or None, "load_weights": trained and not random}
+    given = {"pretrained": (tag or None) if not random else None, "load_weights": trained and not random}
+    given["device"] = "meta" if bare else "cpu"
     model, _, transform = _reading(shown, lambda: open_clip.create_model_and_transforms(name, **given))
     if bare:
         return Loaded(shown, model, None, False, False)
@@ -385,8 +395,8 @@ def _known(shown: str, name: str, names: Sequence[str], what: str = "model") -> 
     """Refuses a name that a library does not list."""
     if name in names:
         return
-    near = difflib.get_close_matches(name, names, 3, 0.5) or list(names)[:8]
-    raise LoadError(f"no {what} {name!r} for {shown!r}; " + (f"nearest: {', '.join(near)}" if near else "there is none"))
+    near = difflib.get_close_matches(name, names, 3, 0.5) or (list(names) if len(names) < 20 else [])
+    raise LoadError(f"no {what} {name!r} for {shown!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
 
 
 def _reading(name: str, read: Callable[[], T]) -> T:
@@ -404,22 +414,17 @@ def _reading(name: str, read: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context without the chatter of the libraries; their progress bars show on a terminal, their errors always."""
-    import logging
-
+    """Context without the log lines of the libraries; their progress bars show on a terminal only."""
     import transformers
 
-    logs, root = transformers.utils.logging, logging.getLogger()
-    before, level = logs.get_verbosity(), root.level
-    bars = logs.is_progress_bar_enabled() and not sys.stderr.isatty()
-    logs.set_verbosity_error()
-    root.setLevel(logging.ERROR)  # open_clip speaks through the root logger
+    before = logging.root.manager.disable
+    bars = transformers.utils.logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    logging.disable(logging.ERROR)  # what goes wrong is raised, too
     if bars:
-        logs.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        logs.set_verbosity(before)
-        root.setLevel(level)
+        logging.disable(before)
         if bars:
-            logs.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()

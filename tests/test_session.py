@@ -1,0 +1,294 @@
+"""`vlmtok.session` and `vlmtok.loading`: what is loaded, asked and compared; and that the model stays bare."""
+
+import io
+import json
+
+import pytest
+import torch
+from checkpoints import FAMILIES, llava, picture, vit
+from PIL import Image
+
+import vlmtok
+from vlmtok import loading, session
+from vlmtok.attachment import hooks_of
+from vlmtok.errors import ParameterError, SiteError, SpecError, UnknownMethod, UnsupportedModel
+from vlmtok.loading import LoadError
+from vlmtok.method import Site
+from vlmtok.trace import PictureTrace, Trace
+
+QUESTION = "what color is the circle ?"
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    return session.load(str(llava(tmp_path_factory.mktemp("llava"))))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return session.load(str(vit(tmp_path_factory.mktemp("vit"))))
+
+
+def compare(model, *given, **more):
+    return session.compare(model, *given, **{"rounds": 1, "limit": 0, "max_new_tokens": 4, **more})
+
+
+def generate(model, inputs):
+    with torch.no_grad():
+        return model.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+
+
+# ---------------------------------------------------------------------- comparing
+def test_both_answers_are_those_of_generate(speaker):
+    found = compare(speaker, picture(), QUESTION, "todre:keep=0.1")
+    inputs = session.encode_prompt(speaker, picture(), QUESTION)
+    assert list(found.bare.ids) == generate(speaker, inputs).tolist()
+    with vlmtok.compress(speaker.model, "todre:keep=0.1") as run:
+        short = generate(speaker, inputs)
+    assert list(found.compressed.ids) == short.tolist()
+    assert found.report.to_dict()["total_macs"] == run.report().to_dict()["total_macs"]
+    assert found.bare.text == speaker.processor.decode(found.bare.ids, skip_special_tokens=True).strip()
+    assert found.tokens == session.VisualTokens(144, 14, 14, 14)
+    assert found.method == "todre:keep=0.1" and found.prompt == QUESTION
+    assert not list(hooks_of(speaker.model))
+
+
+def test_keeping_everything_changes_nothing(speaker):
+    found = compare(speaker, picture(), QUESTION, "todre:keep=1.0:tau=none")
+    assert found.loyalty == session.Loyalty(True, 1.0, 0.0) and found.tokens.first == 144
+    other = compare(speaker, picture(), QUESTION, "random:keep=1")
+    assert other.loyalty.divergence > 0 and other.tokens.first == 1
+
+
+def test_the_dict_is_json_and_gives_no_absolute_times_of_a_cpu(speaker):
+    found = compare(speaker, picture(), QUESTION, [vlmtok.ToMe(r=4), "fastv"]).to_dict()
+    text = json.dumps(found)
+    assert "seconds" not in text and json.loads(text)["method"] == "tome:r=4+fastv"
+    assert found["bare"]["visual_tokens"] == 144 and found["compressed"]["visual_tokens"] < 144
+    assert set(found["speedup"]) == {"prefill", "answer"} and found["speedup"]["prefill"]["rounds"] == 1
+    assert found["bare"]["kv_bytes"] > found["compressed"]["kv_bytes"] > 0
+    assert found["bare"]["prefill_macs"] > found["compressed"]["prefill_macs"] > 0
+
+
+def test_a_tower_names_its_classes(classifier):
+    found = compare(classifier, picture(), None, "tome:r=3")
+    with torch.no_grad():
+        shares = classifier.model(classifier.pixels(picture())).logits[0].softmax(-1)
+    best = shares.argmax()
+    assert found.bare.text == classifier.model.config.id2label[int(best)]
+    assert found.bare.classes[0][1] == pytest.approx(float(shares[best]))
+    assert found.tokens.bare == 36 and found.tokens.last == 36 - 4 * 3
+    assert set(found.latency) == {"forward"} and found.to_dict()["bare"]["macs"] > 0
+    assert 0.5 < found.loyalty.cosine <= 1.0 + 1e-6
+
+
+def test_timm_and_open_clip_towers_with_random_weights():
+    for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
+        model = session.load(name, random=True)
+        found = compare(model, picture(), None, "pitome:ratio=0.9")
+        assert not model.trained and not found.bare.classes and found.overlay.size == picture().size
+        assert found.loyalty.cosine > 0 and found.report.macs.after.high < found.report.macs.before
+        assert not list(hooks_of(model.model))
+
+
+def test_the_tables_can_be_printed(speaker, classifier):
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(compare(speaker, picture(), QUESTION, "todre:keep=0.1"))
+    console.print(compare(classifier, picture(), None, "tome:r=3"))
+    text = console.export_text()
+    assert "visual tokens" in text and "KV cache" in text and "time, prefill" in text and "cosine" in text
+    assert " ms" not in text and "relative to bare" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("todre:keep=0", ParameterError),
+        ("todre:keep=1.5", ParameterError),
+        ("todre:keep=true", ParameterError),
+        ("tome:r=-1", ParameterError),
+        ("todre:check_layer=99", SiteError),
+        ("todre:frobnicate=1", ParameterError),
+        ("nope", UnknownMethod),
+        ("todre:keep", SpecError),
+        ("tca:reservoir_size=1+nope", UnknownMethod),
+    ],
+)
+def test_a_method_that_does_not_fit_leaves_the_model_as_it_was(speaker, method, error):
+    inputs = session.encode_prompt(speaker, picture(), QUESTION)
+    with torch.no_grad():
+        before = speaker.model(**inputs).logits
+    with pytest.raises(error) as problem:
+        compare(speaker, picture(), QUESTION, method)
+    assert "\n" not in str(problem.value)
+    assert not list(hooks_of(speaker.model))
+    with torch.no_grad():
+        assert torch.equal(speaker.model(**inputs).logits, before)
+
+
+def test_other_bad_input_is_refused(speaker, classifier):
+    with pytest.raises(ParameterError, match="takes a picture and no prompt"):
+        compare(classifier, picture(), "what is this?")
+    with pytest.raises(ParameterError, match="max_new_tokens=0"):
+        compare(speaker, picture(), QUESTION, max_new_tokens=0)
+    with pytest.raises(ParameterError, match="rounds=0"):
+        compare(speaker, picture(), QUESTION, rounds=0)
+    with pytest.raises(SiteError, match="acts at stage 'decoder'"):
+        compare(classifier, picture(), None, "fastv")
+    with pytest.raises(LoadError, match="no such file"):
+        compare(speaker, "nowhere.png", QUESTION)
+    with pytest.raises(UnsupportedModel, match="shifted windows"):
+        compare(session.load("timm:swin_tiny_patch4_window7_224", random=True), picture())
+    assert not list(hooks_of(speaker.model)) and not list(hooks_of(classifier.model))
+
+
+def test_methods_by_default(speaker, classifier):
+    assert session.default_method(speaker.model) == session.DEFAULT_METHOD
+    assert session.default_method(classifier.model) == session.DEFAULT_TOWER_METHOD
+
+
+# ---------------------------------------------------------------------- prompts
+def test_a_question_goes_through_the_chat_template_and_marks_pass_through(speaker):
+    asked = session.encode_prompt(speaker, picture(), QUESTION)["input_ids"]
+    typed = session.encode_prompt(speaker, picture(), f"USER: <image>\n{QUESTION} ASSISTANT:")["input_ids"]
+    assert torch.equal(asked, typed)
+    plain = session.encode_prompt(speaker, picture(), f"<image> {QUESTION}")["input_ids"]
+    assert plain.shape[1] < asked.shape[1] and (plain == asked[0, 2]).sum() == 144
+    twice = session.encode_prompt(speaker, picture(), QUESTION, batch=2)
+    assert torch.equal(twice["input_ids"], asked.expand(2, -1)) and len(twice["pixel_values"]) == 2
+
+
+def test_without_a_chat_template_the_mark_stands_in_front(tmp_path):
+    model = session.load(str(llava(tmp_path, template=False, layers=1)))
+    ids = session.encode_prompt(model, picture(), QUESTION)["input_ids"]
+    assert torch.equal(ids, session.encode_prompt(model, picture(), f"<image>{QUESTION}")["input_ids"])
+
+
+@pytest.mark.parametrize(("prompt", "what"), [("<image> or <image> ?", "2 image marks"), ("  ", "empty")])
+def test_prompts_that_do_not_fit_one_picture_are_refused(speaker, prompt, what):
+    with pytest.raises(ParameterError, match=what):
+        compare(speaker, picture(), prompt)
+
+
+# ---------------------------------------------------------------------- families and their pictures
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp_path):
+    model = session.load(str(FAMILIES[family](tmp_path)))
+    white = Image.new("RGB", (128, 96), (255, 255, 255))
+    inputs = session.encode_prompt(model, white, QUESTION)
+    with vlmtok.compress(model.model, "random:keep=0.3", trace=True) as run:
+        generate(model, inputs)
+    found = session.joined(run.trace(), white.size, model.processor)
+    drawn = [p for part, (_, patches) in found.grids().items() if part or len(found.grids()) == 1 for p in patches]
+    kept = sum(int(found.owner[patch]) >= 0 for patch in drawn) / len(drawn)
+    result = compare(model, white, QUESTION, "random:keep=0.3")
+    assert result.overlay is not None, result.overlay_problem
+    shown = torch.frombuffer(bytearray(result.overlay.convert("L").tobytes()), dtype=torch.uint8)
+    # All of these show the whole picture, and patches of a part are equally large: bright is what was kept.
+    assert float((shown > 200).float().mean()) == pytest.approx(kept, abs=0.03)
+    assert 0.05 < kept < 0.9 and result.tokens.bare == sum(p.patches for p in run.trace().pictures)
+
+
+def test_crops_that_count_as_pictures_are_joined():
+    def piece(owner):
+        return PictureTrace(torch.tensor(owner), ((Site("projected"), torch.tensor(owner)),), (1, 2))
+
+    def halves(image):
+        import torchvision.transforms.functional as tf
+
+        left, right = image.crop((0, 0, 50, 100)), image.crop((50, 0, 100, 100))
+        return torch.stack([tf.to_tensor(part.resize((64, 64))) for part in (left, right, image)])
+
+    trace = Trace([piece([0, 1]), piece([-1, 1]), piece([0, -1])])
+    found = session.joined(trace, (100, 100), halves)
+    assert found.owner.tolist() == [0, 1, -1, 3, 4, -1]
+    assert found.parts.tolist() == [1, 1, 2, 2, 0, 0]
+    assert [site is None for site in found.dropped_at()] == [True, True, False, True, True, False]
+    assert session.joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------------- loading
+def test_a_skeleton_holds_no_data(tmp_path):
+    folder = str(llava(tmp_path, layers=1))
+    bare = loading.skeleton(folder)
+    assert bare.language and bare.processor is None
+    assert {p.device.type for p in bare.model.parameters()} == {"meta"}
+    for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
+        assert {p.device.type for p in loading.skeleton(name).model.parameters()} == {"meta"}
+
+
+def test_random_weights_and_dtypes(tmp_path):
+    folder = str(llava(tmp_path, layers=1))
+    trained, drawn = loading.load(folder), loading.load(folder, random=True, dtype="bfloat16")
+    assert trained.trained and trained.dtype == torch.float32 and not trained.model.training
+    assert not drawn.trained and drawn.dtype == torch.bfloat16
+    weight = "model.language_model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(trained.model.get_parameter(weight), drawn.model.get_parameter(weight).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("/nowhere/at/all", "no such folder"),
+        ("three/part/name", "no such folder"),
+        ("timm:vit_tiny_patch16_22", "nearest: vit_tiny_patch16_224"),
+        ("open_clip:ViT-B-3", "nearest: ViT-B-32"),
+        ("open_clip:ViT-B-32:nowhere", "no trained weights 'nowhere'"),
+        ("owner/model", "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_models_that_cannot_be_had(name, what, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LoadError, match=what) as problem:
+        loading.load(name)
+    assert "\n" not in str(problem.value)
+
+
+def test_folders_without_a_checkpoint(tmp_path):
+    with pytest.raises(LoadError, match=r"no config\.json"):
+        loading.load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "frobnicator"}')
+    with pytest.raises(LoadError, match="cannot load") as problem:
+        loading.load(str(tmp_path))
+    assert "frobnicator" in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_pictures(tmp_path):
+    upright = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    picture(120, 90).save(upright, exif=exif)
+    assert loading.open_picture(upright).size == (90, 120)
+    picture().convert("RGBA").save(tmp_path / "alpha.png")
+    assert loading.open_picture(tmp_path / "alpha.png").mode == "RGB"
+    (tmp_path / "words.png").write_text("no picture")
+    picture().save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
+    for name, what in (("words.png", "no picture"), ("half.png", "cannot read"), ("none.png", "no such file")):
+        with pytest.raises(LoadError, match=what):
+            loading.open_picture(tmp_path / name)
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    assert loading.check_writable(tmp_path / "overlay.png", picture=True) == tmp_path / "overlay.png"
+    assert not (tmp_path / "overlay.png").exists()
+    (tmp_path / "file").write_text("")
+    for name, what in (("none/x.png", "no folder"), ("file/x.png", "no folder"), (".", "it is a folder")):
+        with pytest.raises(LoadError, match=what):
+            loading.check_writable(tmp_path / name)
+    with pytest.raises(LoadError, match=r"use \.png"):
+        loading.check_writable(tmp_path / "overlay.txt", picture=True)
+
+
+def test_devices_and_dtypes_that_do_not_exist():
+    with pytest.raises(LoadError, match="device 'frob'"):
+        loading.pick_device("frob")
+    with pytest.raises(LoadError, match="dtype 'int8'"):
+        loading.pick_dtype("int8", torch.device("cpu"))
+    assert loading.pick_dtype("auto", torch.device("cpu")) is torch.float32
+    assert loading.pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
