@@ -47,12 +47,14 @@ class Incoming:
         mask: `[B, past + S]`, or what else came as a mask.
         types: int `[B, past + S or S]`, type ids, or None.
         lengths: by code, what the encoder's outputs told, or None.
+        placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
     """
 
     codes: Tensor | None
     mask: Any
     types: Tensor | None
     lengths: dict[int, list[int]] | None
+    placed: bool = False
 
 
 @dataclass
@@ -91,7 +93,9 @@ class Call:
         width: columns that the text model got.
         since: int64 `[B, L]`, which of these columns each column of the rows is, once a layer was cut.
         gathered: host position embeddings that follow `since`, with what each was made from.
-        next: int64 `[B]`, position of the token behind this call, as the host counts.
+        next: int64 `[B]`, one more than the largest position of this call, as the host counts, and
+        follows: one more than the last one; behind a clip that is less.
+        top: int64 `[B]`, one more than the last position of each row as it entered, in the count of the first segment.
         lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         shifts: the same by segment, as it held there.
     """
@@ -111,6 +115,8 @@ class Call:
     since: Tensor | None = None
     gathered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     next: Tensor | None = None
+    follows: Tensor | None = None
+    top: Tensor | None = None
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
 
@@ -227,7 +233,8 @@ class Decoder:
         if features or pixels:
             codes = self._codes(module, given.get("input_ids"), given.get("inputs_embeds"), types)
         lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
-        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None)
+        placed = given.get("position_ids") is not None
+        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed)
 
     def _codes(
         self, module: nn.Module, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None
@@ -261,7 +268,8 @@ class Decoder:
         x, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if x is None:
             return None
-        incoming = incoming or Incoming(None, kwargs.get("attention_mask"), None, None)
+        if incoming is None:
+            incoming = Incoming(None, kwargs.get("attention_mask"), None, None, kwargs.get("position_ids") is not None)
         batch, columns = x.shape[:2]
         held = 0 if cache is None else int(cache.get_seq_length())
         stream = read_stream(cache, self.owner, batch, held, self.probe)
@@ -278,7 +286,7 @@ class Decoder:
         if self.spec.mask == "2d":
             self._refuse(kwargs.get("attention_mask"), cache)
         self._refuse_unknown(kwargs, batch, columns)
-        positions = kwargs.get("position_ids")
+        positions = kwargs.get("position_ids") if stream is None or incoming.placed else None
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
         if stream is not None:
@@ -293,13 +301,15 @@ class Decoder:
             if mask is not None:
                 stream.segments[0].valid = mask[:, :held].bool()
         call = self.call = Call(cache, stream, None, columns, run, positions, width=columns)
-        call.next = (positions if positions.dim() == 2 else positions[-3:].amax(0)).amax(-1) + 1
+        flat = positions if positions.dim() == 2 else positions[-3:].amax(0)
+        call.next, call.follows = flat.amax(-1) + 1, flat[:, -1] + 1
         call.blocks = self._blocks(incoming, columns, held, stream)
         kwargs = dict(kwargs)
         if pictures:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
             call.rows = self._rows(x, pictures, valid, low, call.blocks, incoming.lengths)
+            call.top = _top(call.rows)
             self._own(call.rows, kwargs)
             x = self._boundary(call, x)
             call.width = x.shape[1]
@@ -398,7 +408,7 @@ class Decoder:
             first = text[:, 0]
             if mask is not None:
                 first = text.gather(1, mask[:, -columns:].to(torch.int64).argmax(1, keepdim=True))[:, 0]
-            if not bool((first == stream.next).all()):
+            if not bool(((first == stream.next) | (first == stream.follows)).all()):
                 raise CacheError(
                     f"the next position is {stream.next.tolist()}, but this call starts at {first.tolist()}: {advice}"
                 )
@@ -546,8 +556,9 @@ class Decoder:
         if pieces:
             before = rows.length
             renumber = self.spec.positions == "1d"
-            x, moved = rows.cut(x, pieces, renumber)
-            self._lower(call, moved, renumber)
+            x, _ = rows.cut(x, pieces, renumber)
+            if renumber:
+                self._lower(call, 0)
             groups = tuple(Booked(len(g.units), g.n, r.slots, g.n) for g, r in pieces)
             ragged = handover.valid is not None
             event = Event("features", None, "end", -1, "cut", before, rows.length, groups, ragged)
@@ -590,7 +601,8 @@ class Decoder:
                     "dimensions; use positions='keep'"
                 )
             x, moved = rows.cut(x, pieces, renumber)
-            self._lower(call, moved, renumber)
+            if renumber:
+                self._lower(call, 0 if entry.site.layer is None else entry.site.layer + (entry.site.point == "end"))
             if rows.owner is not None:
                 self.steps.append((entry.site, rows.owner))
         kind = "cut" if pieces else "observe"
@@ -673,9 +685,15 @@ class Decoder:
         return None
 
     @staticmethod
-    def _lower(call: Call, moved: Moved, renumber: bool) -> None:
-        if renumber:
-            call.lowered = moved.dropped if call.lowered is None else call.lowered + moved.dropped
+    def _lower(call: Call, layer: int) -> None:
+        """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too."""
+        rows, stream = call.rows, call.stream
+        assert rows is not None and call.top is not None
+        top = call.top
+        if stream is not None and layer:
+            first, here = stream.segments[0].shift, stream.segment(layer).shift
+            top = top + (0 if first is None else first) - (0 if here is None else here)
+        call.lowered = top - _top(rows)
 
     # ------------------------------------------------------------------ layers
     def layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -887,4 +905,16 @@ class Decoder:
             if lowered is not None:
                 segment.shift = lowered if segment.shift is None else segment.shift + lowered
         stream.seen += call.columns
-        stream.next = call.next
+        stream.tail += call.columns
+        if call.rows is not None:
+            last = {
+                picture.row: picture.text_after_last for picture in call.rows.pictures
+            }  # the last one of a row wins
+            stream.tail = min(last.values())
+        stream.next, stream.follows = call.next, call.follows
+
+
+def _top(rows: Rows) -> Tensor:
+    """One more than the last position of each row, int64 `[B]`."""
+    positions = rows.positions if rows.positions.dim() == 2 else rows.positions[-3:].amax(0)
+    return (positions if rows.valid is None else positions.masked_fill(~rows.valid, -1)).amax(-1) + 1

@@ -193,11 +193,18 @@ class Projector:
     # ------------------------------------------------------------------ towards the language model
     def lengths(self, lengths: dict[int, list[int]] | None, total: int) -> dict[int, list[int]] | None:
         """Tokens of each picture, in the order of the placeholders; None where only their runs tell."""
+        # One row of the projector's output is one picture, whatever pieces hosts cut them into.
+        size = self.shape[1] if self.spec.parts == "one" and self.shape is not None else 0
         if lengths is not None and sum(map(sum, lengths.values())) == total:
-            return lengths
-        plain = self.spec.parts == "one"  # one row of the projector's output is one picture
-        if plain and self.shape is not None and self.shape[1] and total % self.shape[1] == 0:
-            return {IMAGE: [self.shape[1]] * (total // self.shape[1])}
+            if not size or all(n == size for n in lengths.get(IMAGE, ())):
+                return lengths
+            if total % size:
+                raise CacheError(
+                    f"this call holds {total} placeholders of pictures with {size} each; a prefill in chunks that splits "
+                    "a picture cannot be combined with a compression"
+                )
+        if size and total % size == 0:
+            return {IMAGE: [size] * (total // size)}
         return None
 
     def number(self, pictures: list[Picture]) -> None:

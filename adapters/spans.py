@@ -123,11 +123,16 @@ def _one(look: Look) -> Tensor | None:
     return None
 
 
+def _frames(count: int) -> list[int]:
+    """Part numbers of a clip's frames: 0 is for what shows the whole."""
+    return list(range(1, count + 1))
+
+
 def _thumbnail(count: int, which: str | None) -> list[int]:
     """Part numbers of `count` parts in order: 0 for the one that shows all."""
-    if count == 1 or which is None:
-        return list(range(count)) if which is not None or count == 1 else list(range(1, count + 1))
-    return list(range(count)) if which == "first" else [*range(1, count), 0]
+    if count == 1 or which == "first":
+        return list(range(count))
+    return [*range(1, count), 0] if which == "last" else _frames(count)
 
 
 def _table(look: Look, parts: list[list[int]]) -> Tensor:
@@ -144,7 +149,7 @@ def _by_runs(look: Look) -> Tensor | None:
     for picture in look.pictures:
         n, starts = len(picture.columns), picture.runs
         ends = [*starts[1:], n]
-        names = list(range(len(starts))) if picture.video else _thumbnail(len(starts), look.spec.thumbnail)
+        names = _frames(len(starts)) if picture.video else _thumbnail(len(starts), look.spec.thumbnail)
         numbers = [0] * n
         for name, start, end in zip(names, starts, ends):
             numbers[start:end] = [name] * (end - start)
@@ -173,18 +178,40 @@ def _anyres(look: Look) -> Tensor | None:
     separator = (look.x == newline.detach().to(look.x.dtype)).all(-1)
     config = look.core.config.vision_config
     side = config.image_size // config.patch_size
+    apart = separator.tolist()
     part = torch.zeros(look.x.shape[:2], dtype=torch.int64)
     for picture in look.pictures:
         n = len(picture.columns)
         if picture.video:
-            frames = (n - 1) // max(1, math.ceil(side / 2) ** 2)
-            size = max(1, (n - 1) // max(frames, 1))
-            part[picture.row, picture.columns] = torch.tensor([min(i // size, frames - 1) for i in range(n)])
+            size = math.ceil(side / 2) ** 2
+            part[picture.row, picture.columns] = torch.tensor([i // size + 1 for i in range(n)])
             continue
         base = side * side
-        part[picture.row, picture.columns] = torch.tensor([0 if i < base else 1 for i in range(n)])
-        picture.grid = (side, side) if n in (base, base + 1) else None
+        numbers = [0] * n
+        breaks = [i for i, column in enumerate(picture.columns) if apart[picture.row][column]]
+        if n > base and breaks and breaks[0] > base:
+            numbers[base:] = _canvas(n - base, breaks[0] - base, side)
+        part[picture.row, picture.columns] = torch.tensor(numbers)
+        picture.grid = (side, side) if n == base else None
     return torch.where(separator, -1, part.to(look.x.device))
+
+
+def _canvas(n: int, wide: int, side: int) -> list[int]:
+    """Crops of a canvas's tokens, 1.. row by row.
+
+    What was padded is cut off on two opposite sides alike, so the canvas ends within its outer crops. A canvas that the
+    host shrank has tokens of several crops in one; it falls into fields of the size of a crop all the same.
+
+    Args:
+        n: tokens, separators included.
+        wide: tokens of one row in front of its separator.
+        side: rows and columns of a crop.
+    """
+    high = n // (wide + 1)
+    across, down = -(-wide // side), -(-high // side)
+    left, top = (across * side - wide) // 2, (down * side - high) // 2
+    rows = ((row + top) // side * across + 1 for row in range(high))
+    return [first + (column + left) // side for first in rows for column in range(wide + 1)]
 
 
 def _by_time(look: Look) -> Tensor | None:
@@ -199,12 +226,12 @@ def _by_time(look: Look) -> Tensor | None:
             picture.grid = _grid(look, picture)
             continue
         if len(picture.runs) > 1:  # frames with text between them
-            numbers = [sum(i >= start for start in picture.runs) - 1 for i in range(len(picture.columns))]
+            numbers = [sum(i >= start for start in picture.runs) for i in range(len(picture.columns))]
             part[picture.row, picture.columns] = torch.tensor(numbers, device=part.device)
             continue
         time = look.positions[-3, picture.row, picture.columns]
         first = torch.cat([time.new_ones(1), (time[1:] != time[:-1]).to(time.dtype)])
-        part[picture.row, picture.columns] = first.cumsum(0) - 1
+        part[picture.row, picture.columns] = first.cumsum(0)
     return part
 
 

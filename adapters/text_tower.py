@@ -169,8 +169,9 @@ class TextTower(Tower):
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
+        x = args[0] if args else kwargs["hidden_states"]
+        self._recognise(record, layer, x, again)
         if not again:
-            x = args[0] if args else kwargs["hidden_states"]
             record.taps["attn"] = module
             if self.block.q is None:
                 record.taps["x"] = x

@@ -11,7 +11,8 @@ kept token owns its slot, so this is M x1 + z for any weights.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,8 @@ class LayerRecord:
         start: tokens put in and steps taken before the block, in order.
         mid: steps between attention and MLP.
         end: steps after the block.
-        probe: a few numbers of the block's input, to know it again.
+        probe: a few numbers of the block's input, to know it again, and
+        inner: of its attention's input, which is all that some hosts run again.
         taps: what hooks caught of this block; emptied when it ends.
         branch: output of the MLP branch.
         merged: M x1.
@@ -71,6 +73,7 @@ class LayerRecord:
     mid: list[Any] = field(default_factory=list)
     end: list[Any] = field(default_factory=list)
     probe: Tensor | None = None
+    inner: Tensor | None = None
     taps: dict[str, Any] = field(default_factory=dict)
     branch: Tensor | None = None
     merged: Tensor | None = None
@@ -88,6 +91,7 @@ class Pass:
         steps: sources after each cut, for traces.
         tables: rotary tables of the rows as they are, with the table each was made from.
         grad: whether gradients were on.
+        autocast: dtype of the caller's autocast, or None.
     """
 
     sequence: Any
@@ -96,6 +100,7 @@ class Pass:
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     grad: bool = False
+    autocast: torch.dtype | None = None
 
     def record(self, layer: int) -> LayerRecord:
         """The record of a layer."""
@@ -121,7 +126,7 @@ class Tower:
         self.current: Pass | None = None
         self.trained: Pass | None = None
         self.muted = False
-        self.checked = -1
+        self.known = -1
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.spread = spec.spread
@@ -149,7 +154,7 @@ class Tower:
 
     def _install(self, spec: TowerSpec) -> None:
         """Hooks on the blocks that have something to do; block 0 starts the pass."""
-        if not self.entries and not self.tapped:
+        if not self.entries and not self.tapped and not self.attachment.at("features"):
             return
         put = self.attachment.hook
         first_cut = min((e.site.layer or 0 for e in self.entries), default=self.depth)
@@ -210,9 +215,10 @@ class Tower:
         else:
             if layer == 0:
                 self._begin(x)
+                self._pass.autocast = _autocast(x.device.type)
             record = self._enter(layer)
             if self._pass.grad:
-                record.probe = x.detach()[0, -1, :8].clone()
+                record.probe = _probe(x)
         before = x
         if again:
             for step in record.start:
@@ -244,7 +250,8 @@ class Tower:
         if self.muted:
             return None
         again = replaying()
-        record = (self.trained if again else self._pass).record(layer)  # type: ignore[union-attr]
+        record = (self._trained if again else self._pass).record(layer)
+        self._recognise(record, layer, args[0] if args else kwargs["hidden_states"], again)
         if not again:
             record.taps.update(attn=module, row=self._pass.sequence.row, cuts=())
             if self.block.q is None:
@@ -371,16 +378,17 @@ class Tower:
 
     def _begin(self, x: Tensor) -> None:
         """Starts the state of a forward."""
+        run = StageRun(self.stage, x.shape[0], x.shape[1])
         if torch.compiler.is_compiling():
-            self.attachment.compiled = True
+            self.attachment.compiled = True  # no books: each number in them would be a guard, and a call a new graph
         else:
             self.watch.begin()
+            self.attachment.ledger.begin(run)
         n = x.shape[1] - self.num_prefix
         source = None
         if self.attachment.trace or self.spread:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
         sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
-        run = self.attachment.ledger.begin(StageRun(self.stage, x.shape[0], x.shape[1]))
         self.current = Pass(sequence, run, grad=torch.is_grad_enabled())
         if self.current.grad:
             self.trained = self.current
@@ -392,17 +400,19 @@ class Tower:
 
     def _replay(self, layer: int, x: Tensor) -> LayerRecord:
         """A block that autograd runs again: its record, after a look whether it is the same forward."""
-        task = torch._C._current_graph_task_id()
         record = self._trained.record(layer)
-        if task != self.checked and record.probe is not None:
-            self.checked = task
-            now = x.detach()[0, -1, :8]
-            if now.shape != record.probe.shape or not torch.allclose(now.float(), record.probe.float(), 1e-2, 1e-3):
-                raise PassError(
-                    "with gradient checkpointing, backward must follow its own forward: another forward with "
-                    "gradients ran in between, and its plan cannot be used for this one"
-                )
+        _same_forward(record.probe, x)
+        self.known = layer
         return record
+
+    def _recognise(self, record: LayerRecord, layer: int, x: Tensor, again: bool) -> None:
+        """The same look for hosts that run only the inside of a block again."""
+        if not again:
+            record.inner = _probe(x) if self._pass.grad else None
+        elif self.known == layer:
+            self.known = -1  # its start has been looked at
+        else:
+            _same_forward(record.inner, x)
 
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
@@ -561,7 +571,7 @@ class Tower:
         def made(which: str) -> Tensor:
             self.muted = True
             try:
-                with torch.no_grad():
+                with self._as_called(x):
                     return self._project(attn, child(module, self.block.norm)(x), which)
             finally:
                 self.muted = False
@@ -577,8 +587,15 @@ class Tower:
         return TowerTaps(sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate)
 
     def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
-        with torch.no_grad():
+        with self._as_called(x):
             return self.block.project(attn, x, which)
+
+    @contextmanager
+    def _as_called(self, x: Tensor) -> Iterator[None]:
+        """Projections computed again run under the caller's autocast, which selection turns off around them."""
+        dtype = self._pass.autocast
+        with torch.no_grad(), nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
+            yield
 
     def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         if table is None or self.block.rotate is None:
@@ -620,6 +637,34 @@ class Tower:
         for step in steps[1:]:
             kept = kept.gather(1, step.kept)
         return kept
+
+
+def _probe(x: Tensor) -> Tensor:
+    """A few numbers of every row."""
+    return x.detach()[:, -1, :8].clone()
+
+
+def _same_forward(probe: Tensor | None, x: Tensor) -> None:
+    """Refuses a plan that another forward made.
+
+    Raises:
+        PassError: `x` is not what `probe` was taken of.
+    """
+    if probe is None:
+        return
+    now = _probe(x)
+    if now.shape != probe.shape or not torch.allclose(now.float(), probe.float(), 1e-3, 1e-4):
+        raise PassError(
+            "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "
+            "between, and its plan cannot be used for this one"
+        )
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype of the autocast around us, or None."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -74,7 +74,9 @@ class Stream:
         owner: ticket of the attachment that cut it.
         rows: B.
         seen: original columns so far, dropped ones included.
-        next: int64 `[B]`, position of the next token in the host's own count.
+        next: int64 `[B]`, one more than the largest position so far in the host's own count, and
+        follows: one more than the last; hosts go on from either, and behind a clip they differ.
+        tail: columns behind the last picture, in the row that has fewest; they may be taken off again.
         segments: by first layer; 0 is always there.
     """
 
@@ -82,6 +84,8 @@ class Stream:
     rows: int
     seen: int = 0
     next: Tensor | None = None
+    follows: Tensor | None = None
+    tail: int = 0
     segments: dict[int, Segment] = field(default_factory=dict)
 
     def segment(self, layer: int) -> Segment:
@@ -92,22 +96,23 @@ class Stream:
         """The host took the last columns off every layer (assisted decoding).
 
         Raises:
-            CacheError: more than a segment holds.
+            CacheError: more than what stands behind the last picture.
         """
+        if count > self.tail:
+            raise CacheError(
+                f"the cache was cropped by {count} columns, of which only the last {self.tail} stand behind a picture; "
+                "layers hold different columns of a cut picture, and the same number cannot be taken off all"
+            )
+        self.tail -= count
         for segment in self.segments.values():
-            if segment.length < count:
-                raise CacheError(
-                    f"the cache was cropped by {count} columns, of which layer {segment.first} holds {segment.length}: "
-                    "columns that a cut removed cannot be taken off again"
-                )
             segment.length -= count
             if segment.valid is not None:
                 segment.valid = segment.valid[:, : segment.length]
             if segment.blocks is not None:
                 segment.blocks = segment.blocks[:, : segment.length]
         self.seen -= count
-        if self.next is not None:
-            self.next = self.next - count
+        if self.next is not None and self.follows is not None:
+            self.next, self.follows = self.next - count, self.follows - count
 
 
 def read_stream(cache: Any, owner: int, rows: int, held: int, layer: int = 0) -> Stream | None:

@@ -1,0 +1,128 @@
+"""Families that are not listed, carried by `generic-vlm` or refused by name of what is missing; and the refused."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers as tf
+
+import vlmtok
+from vlmtok.errors import UnsupportedModel, VlmtokError
+
+from .build import Family, shared
+from .harness import BY_SAMPLE, GAP, MODES, Expected, batch, expected, generate
+from .methods import Top
+from .oracle import Cut, Oracle
+from .shots import plain
+from .unlisted import TaggedForConditionalGeneration, novel
+
+NOVEL = Family("novel", novel, {"I": plain(), "J": plain()})
+STANDARD = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "llama4",
+    "aya_vision",
+    "lfm2_vl",
+    "qwen2_5_vl",
+]
+"""Listed families whose call is the standard one."""
+
+
+def said(model, rows, cuts):
+    """What the oracle says to a batch of the unlisted family."""
+    asked = Oracle(model)
+    found = [asked.generate(prompt, cuts) for prompt in rows.prompts]
+    assert asked.gap > GAP
+    return Expected(*(torch.stack(parts) for parts in zip(*found)))
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unlisted_family(mode, cached):
+    cuts, rows, model = MODES[mode], NOVEL.batch("3I6", "2J4"), NOVEL.build()
+    wanted = said(model, rows, cuts)
+    if cuts:
+        with vlmtok.compress(model, [Top(cut) for cut in cuts], adapter="generic-vlm"):
+            found = generate(model, rows.inputs(), use_cache=cached)
+    else:
+        found = generate(model, rows.inputs(), use_cache=cached)
+    wanted.check(*found)
+
+
+@pytest.mark.parametrize("mode", ["boundary", "both+half"])
+@pytest.mark.parametrize("name", STANDARD)
+def test_a_listed_family_as_if_it_were_not(name, mode):
+    cuts, model = BY_SAMPLE[mode], shared(name)
+    with vlmtok.compress(model, [Top(cut) for cut in cuts], adapter="generic-vlm"):
+        found = generate(model, batch(name, "several").inputs())
+    expected(name, cuts, "several").check(*found)
+
+
+def test_it_must_be_asked_for():
+    """Nobody is carried by a guess; the error says how to try."""
+    with pytest.raises(UnsupportedModel, match="generic-vlm"):
+        vlmtok.compress(NOVEL.build(), Top())
+
+
+def test_an_unknown_tensor_of_each_token_is_named():
+    model = dataclasses.replace(NOVEL, make=lambda: novel(TaggedForConditionalGeneration)).build()
+    rows = NOVEL.batch("3I6", "2J4")
+    bare = generate(model, rows.inputs(), 1)
+    with vlmtok.compress(model, Top(), adapter="generic-vlm"), pytest.raises(VlmtokError, match="token_tags"):
+        generate(model, rows.inputs(), 1)
+    assert torch.equal(generate(model, rows.inputs(), 1)[1], bare[1])
+
+
+def test_a_text_model_by_another_name_is_asked_for():
+    model = NOVEL.build()
+    model.model.speaker = model.model.language_model
+    del model.model.language_model
+    with pytest.raises(UnsupportedModel, match="language_model"):
+        vlmtok.compress(model, Top(), adapter="generic-vlm")
+
+
+def test_a_config_without_a_placeholder_is_asked_for():
+    model = NOVEL.build()
+    del model.config.image_token_id
+    with pytest.raises(UnsupportedModel, match="image_token_id"):
+        vlmtok.compress(model, Top(), adapter="generic-vlm")
+
+
+def test_a_model_of_text_alone_is_refused():
+    with pytest.raises(UnsupportedModel):
+        vlmtok.compress(NOVEL.build().model.language_model, Top(), adapter="generic-vlm")
+
+
+REFUSED = {
+    "mllama": (tf.MllamaForConditionalGeneration, "cross-attention"),
+    "florence2": (tf.Florence2ForConditionalGeneration, "encoder"),
+    "idefics": (tf.IdeficsForVisionText2Text, "cross-attention"),
+    "kosmos-2": (tf.Kosmos2ForConditionalGeneration, "generate"),
+    "chameleon": (tf.ChameleonForConditionalGeneration, "tokens of the vocabulary"),
+    "molmo2": (tf.Molmo2ForConditionalGeneration, "mask"),
+    "gemma3n": (tf.Gemma3nForConditionalGeneration, "streams"),
+    "ernie4_5_vl_moe": (tf.Ernie4_5_VLMoeForConditionalGeneration, "moe_mm_token_type_ids"),
+}
+
+
+@pytest.mark.parametrize("adapter", [None, "generic-vlm"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_families_say_why(kind, adapter):
+    """Their class and config are enough to know."""
+    model_class, why = REFUSED[kind]
+    model = bare_shell(model_class)
+    assert model.config.model_type == kind
+    with pytest.raises(UnsupportedModel, match=why):
+        vlmtok.compress(model, Top(Cut(0.5)), adapter=adapter)
+
+
+def bare_shell(model_class):
+    """An instance with its config and without parts: building one takes seconds and gigabytes."""
+    model = model_class.__new__(model_class)
+    torch.nn.Module.__init__(model)
+    model.config = model_class.config_class()
+    return model

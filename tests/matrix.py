@@ -1,0 +1,98 @@
+"""Which method runs on which model, and why not: the table behind `test_contract.py`.
+
+`python tests/matrix.py` writes ``matrix.json`` anew from the registry and the models; look at the difference before
+you commit it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import models
+import torch
+from checks import Subject, gap, watched
+
+import vlmtok
+from vlmtok.errors import VlmtokError
+
+FILE = Path(__file__).parent / "matrix.json"
+
+SPECS = {
+    "crossget": "crossget:rv=6",
+    "tca": "tca:ratio=0.6:update=false",
+    "todre": "todre:keep=0.5:tau=0.6",
+    "sparsevlm": "sparsevlm:tokens=192",
+}
+"""Settings for methods whose defaults do nothing on models this small, or learn from what they see."""
+
+LARGE = {"todre": "todre", "crossget": "crossget", "tca": "tca:update=false"}
+
+
+def spec_of(method: str) -> str:
+    return SPECS.get(method, method)
+
+
+def outcome(method: str, model: str) -> str:
+    """``runs``, or ``refused: ErrorClass: reason``.
+
+    Raises:
+        AssertionError: neither: it fails only once it runs, or does nothing.
+    """
+    subject = Subject(model)
+    methods = vlmtok.parse_methods(spec_of(method))
+    try:
+        run = vlmtok.compress(subject.model, methods)
+    except VlmtokError as refusal:
+        return f"refused: {type(refusal).__name__}: {reason(str(refusal))}"
+    try:
+        with torch.no_grad(), watched(methods) as seen:
+            found = subject.out()
+    except VlmtokError as late:
+        raise AssertionError(f"{method} on {model} is refused only once it runs: {late}") from late
+    finally:
+        run.remove()
+    with torch.no_grad():
+        bare = subject.out()
+    assert any(s.reduction is not None for s in seen), f"{method} on {model} reduced nothing"
+    assert gap(found, bare) > 1e-3, f"{method} on {model} changed nothing"
+    return "runs"
+
+
+def reason(message: str) -> str:
+    """The first clause of a message; lists of what is possible change too often."""
+    return message.partition(";")[0].partition(", and")[0].strip()
+
+
+def cells() -> list[tuple[str, str]]:
+    """Every method of the registry with every model."""
+    return [(method, model) for method in vlmtok.list_methods() for model in models.BUILDERS]
+
+
+def expected() -> dict[str, dict[str, str]]:
+    """By method and model."""
+    with FILE.open() as file:
+        return json.load(file)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table: dict[str, dict[str, str]] = {}
+    wrong = []
+    for method, model in cells():
+        try:
+            table.setdefault(method, {})[model] = outcome(method, model)
+        except Exception as problem:
+            wrong.append(f"{method} on {model}: {type(problem).__name__}: {problem}")
+    with FILE.open("w") as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+        file.write("\n")
+    runs = sum(value == "runs" for row in table.values() for value in row.values())
+    print(f"{len(table)} methods, {len(models.BUILDERS)} models, {runs} run")
+    if wrong:
+        sys.exit("neither runs nor is refused:\n" + "\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
