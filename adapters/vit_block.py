@@ -2,10 +2,13 @@
 
 A block computes ``x1 = x + attn(norm(x))`` and ``x1 + mlp(norm2(x1))``; x1 is a local variable that no hook can shorten
 for the second residual. So: (1) a pre-hook on what reads x1 gives the MLP branch the shorter row M x1; (2) a hook on
-the last module of that branch keeps its output z; (3) a hook on the block returns M x1 + z. Without gradients (2) hands
-the block a zero to add. With them the block must stay whole (stochastic depth, checkpointing), so (2) puts z back on
-its slots' places, U z, and (3) returns S(x1 + U z) + (M - S) x1, where S gathers at `keep`: S U is the identity since a
-kept token owns its slot, so this is M x1 + z for any weights.
+the last module of that branch keeps its output z; (3) a hook on the block returns M x1 + z. With gradients the block
+must stay whole (stochastic depth, checkpointing), so (2) puts z back on its slots' places, U z, and (3) returns
+S(x1 + U z) + (M - S) x1, where S gathers at `keep`: S U is the identity since a kept token owns its slot, so this is
+M x1 + z for any weights. Without gradients, under torch.compile, (2) hands the block a zero to add. Without gradients
+in eager mode (1) does it all: the tensor object that it is given is that local variable, nobody else's, so M x1 is set
+into it and the block goes on with the shorter row as if it had always had it: no other hook works, nothing is added
+twice.
 """
 
 from __future__ import annotations
@@ -220,6 +223,8 @@ class Tower:
             if self._pass.grad:
                 record.probe = _probe(x)
         before = x
+        if not torch.compiler.is_compiling():
+            record.taps["block"] = id(x)
         if again:
             for step in record.start:
                 x = torch.cat([x, step], 1) if isinstance(step, Tensor) else step(x)
@@ -305,6 +310,10 @@ class Tower:
                 x = self._cut(entry, record.mid, x, self._taps(record, x, layer), layer)
         if not record.mid:
             return None
+        self._let_go(layer, record)
+        if self._local(full, record):
+            full.set_(x)
+            return None
         record.full, record.merged = full, x
         return (x, *args[1:]), kwargs
 
@@ -339,7 +348,7 @@ class Tower:
             else:
                 kept = self._kept(record.mid).unsqueeze(-1).expand_as(record.merged)
                 out = out.gather(1, kept) + (record.merged - record.full.gather(1, kept))
-        elif not again and not self.attachment.at(self.stage, layer, "mid"):
+        elif not again and layer in self.tapped and not self.attachment.at(self.stage, layer, "mid"):
             self._carry(layer, self._taps(record, out, layer))
         sequence = run.sequence
         if again:
@@ -362,6 +371,23 @@ class Tower:
         if out is before:
             return None
         return (out, *output[1:]) if isinstance(output, tuple) else out
+
+    def _let_go(self, layer: int, record: LayerRecord) -> None:
+        """Drops what was caught of the attention where nobody asks for it any more: memory that the MLP can use."""
+        if not self.attachment.at(self.stage, layer, "end"):
+            for name in ("q", "k", "x", "rope"):
+                record.taps.pop(name, None)
+
+    @staticmethod
+    def _local(x: Tensor, record: LayerRecord) -> bool:
+        """Whether `x` is the block's own, a plain tensor without history, so that it can be given other contents."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and id(x) != record.taps.get("block")
+            and not (x.requires_grad or x._is_view())
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        )
 
     # ------------------------------------------------------------------ passes
     @property

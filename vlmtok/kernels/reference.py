@@ -17,6 +17,8 @@ from .exact import exact
 EPS = 1e-12
 """Smallest length by which a row is divided."""
 
+Match = Callable[..., tuple[Tensor, Tensor]]
+
 _LAST = 1e30  # above every state of the greedy choice
 
 
@@ -69,11 +71,27 @@ def match_max(
     valid_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Definition of `vlmtok.kernels.match_max`."""
+    with exact(a.device):
+        return _match_unit(
+            unit_rows(a), unit_rows(b), rank_a=rank_a, rank_b=rank_b, exclude_diag=exclude_diag, valid_b=valid_b
+        )
+
+
+def _match_unit(
+    a: Tensor,
+    b: Tensor,
+    *,
+    rank_a: Tensor | None = None,
+    rank_b: Tensor | None = None,
+    exclude_diag: bool = False,
+    valid_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`match_max` of rows that have length one."""
     none = float("-inf")
     if b.shape[1] == 0:
-        return a.new_full(a.shape[:2], none, dtype=torch.float32), a.new_zeros(a.shape[:2], dtype=torch.int64)
+        return a.new_full(a.shape[:2], none), a.new_zeros(a.shape[:2], dtype=torch.int64)
     with exact(a.device):
-        similarity = (unit_rows(a) @ unit_rows(b).transpose(1, 2)).nan_to_num_(nan=none)
+        similarity = (a @ b.transpose(1, 2)).nan_to_num_(nan=none)
         if exclude_diag:
             similarity.diagonal(dim1=1, dim2=2).fill_(none)
         if rank_a is not None and rank_b is not None:
@@ -84,10 +102,21 @@ def match_max(
         return value, index
 
 
+def _unit_once(metric: Tensor, match: Match | None) -> tuple[Tensor, Match]:
+    """The rows to compare and how: here length is taken off once, a `match` that is given does it itself."""
+    return (metric, match) if match is not None else (unit_rows(metric), _match_unit)
+
+
 def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -> Tensor:
     """Definition of `vlmtok.kernels.energy`."""
     with exact(x.device):
-        unit = unit_rows(x).nan_to_num_(nan=0.0)
+        return _energy_unit(unit_rows(x), margin=margin, alpha=alpha, kind=kind)
+
+
+def _energy_unit(unit: Tensor, *, margin: float, alpha: float, kind: str) -> Tensor:
+    """`energy` of rows that have length one."""
+    with exact(unit.device):
+        unit = unit.nan_to_num(nan=0.0)
         over = unit @ unit.transpose(1, 2)
         if kind == "gaussian":
             sigma = 1.0 - margin
@@ -98,13 +127,14 @@ def energy(x: Tensor, *, margin: float, alpha: float = 1.0, kind: str = "elu") -
         total = F.elu(over, alpha, inplace=True).sum(-1)
         if alike is not None:
             total = total + margin * alike
-        return total / x.shape[1]
+        return total / unit.shape[1]
 
 
 def bipartite_match(
-    metric: Tensor, r: int, num_prefix: int = 0, *, match: Callable[..., tuple[Tensor, Tensor]] = match_max
+    metric: Tensor, r: int, num_prefix: int = 0, *, match: Match | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Definition of `vlmtok.kernels.bipartite_match`. The Triton path passes its own `match`."""
+    metric, match = _unit_once(metric, match)
     batch, n, _ = metric.shape
     first = num_prefix % 2  # of these tokens, the first at an even place of the whole row
     place = torch.arange(n, device=metric.device)
@@ -127,10 +157,11 @@ def energy_match(
     kind: str = "elu",
     split: str = "alternate",
     protect: bool = True,
-    energy_of: Callable[..., Tensor] = energy,
-    match: Callable[..., tuple[Tensor, Tensor]] = match_max,
+    energy_of: Callable[..., Tensor] = _energy_unit,
+    match: Match | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Definition of `vlmtok.kernels.energy_match`. The Triton path passes its own `energy_of` and `match`."""
+    metric, match = _unit_once(metric, match)
     order = energy_of(metric, margin=margin, alpha=alpha, kind=kind).argsort(dim=1, descending=True, stable=True)
     if protect:
         top, rest = order[:, : 2 * r], order[:, 2 * r :]
@@ -151,9 +182,10 @@ def complete_match(
     r: int,
     protected: Tensor | None = None,
     *,
-    match: Callable[..., tuple[Tensor, Tensor]] = match_max,
+    match: Match | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Definition of `vlmtok.kernels.complete_match`. The Triton path passes its own `match`."""
+    metric, match = _unit_once(metric, match)
     free = None if protected is None else ~protected
     best, _ = match(metric, metric, exclude_diag=True, valid_b=free)
     if protected is not None:
@@ -185,20 +217,21 @@ def merge_rows(
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Definition of `vlmtok.kernels.merge_rows`."""
-    keep, dst, src = _widen(keep, prefix, suffix, x.shape[1]), torch.where(dst < 0, dst, dst + prefix), src + prefix
-    kept_size = size.gather(1, keep)
-    rows = take_rows(x, keep)
-    entries = src.shape[1]
-    if entries == 0 and keep_weight is None:
+    kept = _widen(keep, prefix, suffix, x.shape[1])
+    kept_size = size.gather(1, kept)
+    rows = take_rows(x, kept)
+    if src.shape[1] == 0 and keep_weight is None:
         return rows, kept_size
     empty = dst < 0
     # An empty entry reads and writes slot 0 with weight 0, so that a NaN it names goes nowhere.
     slot = dst.clamp(min=0)
-    token = torch.where(empty, keep[:, :1], src) if entries else src
-    at = _flat_index(slot, keep.shape[1])
+    token = torch.where(empty, keep[:, :1], src) if src.shape[1] else src
+    if prefix:
+        slot, token = slot + prefix, token + prefix
+    at = _flat_index(slot, kept.shape[1])
     joining = take_rows(x, token).flatten(0, 1)
     if keep_weight is None or src_weight is None:
-        mass = torch.where(empty, 0.0, size.gather(1, src))
+        mass = torch.where(empty, 0.0, size.gather(1, token))
         total = kept_size.scatter_add(1, slot, mass)
         share = mass / total.gather(1, slot).clamp_min(torch.finfo(torch.float32).tiny)
         # x_k + sum share (x_s - x_k): touches only what is joined, and equal rows merge to exactly themselves.
@@ -206,7 +239,7 @@ def merge_rows(
         change = (joining - out.index_select(0, at)) * share.reshape(-1, 1)
     else:
         owned = _owned(src, dst, keep, x.shape[1])
-        total = kept_size.scatter_add(1, slot, torch.where(owned, size.gather(1, src), 0.0))
+        total = kept_size.scatter_add(1, slot, torch.where(owned, size.gather(1, token), 0.0))
         kept_weight = F.pad(keep_weight, (prefix, suffix), value=1.0) if prefix or suffix else keep_weight
         weight = torch.where(empty, 0.0, src_weight)
         out = (_accumulator(rows) * kept_weight.unsqueeze(-1)).flatten(0, 1)
