@@ -130,7 +130,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         """Reads the model; raises `UnsupportedModel` with the reason where it cannot be carried."""
-        self.model = model
+        self.model: Any = model  # type checkers know nothing of a host's attributes
 
     def layout(self) -> Layout:
         """What the model offers to methods."""
@@ -149,8 +149,8 @@ class Adapter:
         return UnsupportedModel(f"{type(self.model).__name__} is not supported by adapter {self.name!r}: {why}")
 
 
-def child(module: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path; an empty path is the module itself."""
+def child(module: nn.Module, path: str) -> Any:
+    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped."""
     return module.get_submodule(path) if path else module
 
 
@@ -162,7 +162,8 @@ class BlockRule:
         types: type ids whose columns form blocks.
         runs: whether each run of such columns is a block of its own; else all are one.
         full: whether full-attention layers have blocks.
-        sliding: in sliding layers, ``and``: window AND (causal OR block), ``or``: (window AND causal) OR block, or None.
+        sliding: in sliding layers, ``and`` is window AND (causal OR block), ``or`` is (window AND causal) OR block;
+            None has no blocks there.
         when: field of the text config and the value with which the rule holds, or None for always.
         first_only: only the call that fills an empty cache has blocks.
     """
@@ -202,8 +203,11 @@ class VLMSpec:
             pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
         parts: how a picture's tokens fall into parts (see `spans`).
         thumbnail: which part shows the whole picture where there are several: ``first``, ``last`` or None.
-        joins: config field with the id that separates the rows of one picture, or None.
+        told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
+            along with pixels.
+        shapes: argument of the tower that tells the same, where nothing else does, or None.
         boundary: None, or why tokens cannot leave before the language model.
+        whole: why tokens cannot leave inside the tower, where they cannot.
     """
 
     core: str = "model"
@@ -225,5 +229,7 @@ class VLMSpec:
     lengths: str = "picture"
     parts: str = "one"
     thumbnail: str | None = None
-    joins: str | None = None
+    told: tuple[str, ...] = ()
+    shapes: str | None = None
     boundary: str | None = None
+    whole: str | None = None

@@ -8,6 +8,7 @@ embeddings and mask, since hosts hand all layers the same ones. `generate()` is 
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,12 @@ from ..rows import PAD, TEXT, Group, Moved, Picture, RowNotes, Rows, RowState
 from ..signals import DECODER_SIGNALS, DecoderTaps, Need
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
 from ..view import Signal, TokenView
+from . import shapes
 from .base import VLMSpec, child
-from .decoder_taps import LayerTaps, gather_rotary, projection
+from .decoder_taps import LayerTaps, gather_rotary, last_of, projection
 from .handover import Handover, Projector
 from .masks import RECURRENT, block_ids, build_mask, layer_kinds
-from .spans import BREAK, IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, joiner, usable
+from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
 
 BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
 BY_LENGTH = frozenset({"text_attention", "attention_to_text", "last_attention", "attention_logits", "transition"})
@@ -139,7 +141,8 @@ class Decoder:
         self.signature = inspect.signature(type(core).forward)
         self.depth = len(lm.layers)
         self.ids = [getattr(core.config, name, None) for name in spec.ids]
-        self.joins = joiner(core, spec)
+        self.told = dict(zip((IMAGE, VIDEO), spec.told))
+        self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
         self.kinds = layer_kinds(lm.config, self.depth)
         # Hosts read the length of the cache from the first layer that keeps keys.
         self.probe = next((i for i, kind in enumerate(self.kinds) if kind not in RECURRENT), 0)
@@ -165,7 +168,7 @@ class Decoder:
 
     # ------------------------------------------------------------------ layout and hooks
     @staticmethod
-    def layout(lm: nn.Module, spec: VLMSpec) -> dict[str, StageLayout]:
+    def layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
         """What a text model offers to methods."""
         config = lm.config
         depth, width, heads = len(lm.layers), int(config.hidden_size), int(config.num_attention_heads)
@@ -185,7 +188,7 @@ class Decoder:
             ),
         }
 
-    def _install(self, core: nn.Module, lm: nn.Module) -> None:
+    def _install(self, core: nn.Module, lm: Any) -> None:
         put = self.attachment.hook
         implementation = str(getattr(lm.config, "_attn_implementation", ""))
         if self.points and implementation not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
@@ -195,6 +198,10 @@ class Decoder:
         self.flash = "flash" in implementation
         self.projector.install(core)
         put(core, "pre", self.enter)
+        if self.spec.shapes is not None:
+            tower = child(core, self.spec.tower)
+            self.tower_signature = inspect.signature(type(tower).forward)
+            put(tower, "pre", self.measure)
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
         first = 0 if self.flash else min(self.points, default=self.depth)
@@ -217,7 +224,7 @@ class Decoder:
                 put(block.mlp, "post", self.tap_transition, cut - 1)
 
     # ------------------------------------------------------------------ the inner model
-    def enter(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
         given = self.signature.bind(module, *args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
@@ -232,13 +239,24 @@ class Decoder:
         codes = None
         if features or pixels:
             codes = self._codes(module, given.get("input_ids"), given.get("inputs_embeds"), types)
-        lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
+        lengths: dict[int, list[int]] | None
+        if pixels:
+            self.shapes.clear()  # the tower is about to be called
+            lengths = shapes.lengths(self.told, given, module.config)
+        else:
+            lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
         placed = given.get("position_ids") is not None
         self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed)
 
-    def _codes(
-        self, module: nn.Module, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None
-    ) -> Tensor | None:
+    def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tower pre-hook: rows and columns of the pictures that it encodes."""
+        name = self.spec.shapes
+        assert name is not None
+        value = self.tower_signature.bind(module, *args, **kwargs).arguments.get(name)
+        if value is not None and not replaying():
+            self.shapes.append(shapes.read(name, value, self.core().config))
+
+    def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
         """What each column is, int8 `[B, S]`."""
         if ids is None:
             if embeds is None:
@@ -256,8 +274,6 @@ class Decoder:
         if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
             clip = (types[:, -ids.shape[1] :] == 2) & (codes > 0)
             codes = torch.where(clip, VIDEO, codes)
-        if self.joins is not None:
-            codes = torch.where(ids == self.joins, BREAK, codes)
         return codes.to(torch.int8)
 
     # ------------------------------------------------------------------ the text model
@@ -452,7 +468,7 @@ class Decoder:
         pictures = find_pictures(seen, lengths)
         for picture in pictures:
             row = seen[picture.row]
-            text = [c in (NONE, BREAK) and (real is None or bool(real[picture.row][i])) for i, c in enumerate(row)]
+            text = [c == NONE and (real is None or bool(real[picture.row][i])) for i, c in enumerate(row)]
             picture.text_after = sum(text[picture.columns[0] :])
             picture.text_after_last = sum(text[picture.columns[-1] :])
             picture.n = len(picture.columns)
@@ -486,6 +502,8 @@ class Decoder:
             counts = valid.sum(1).tolist()
         look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
         part = PARTS[self.spec.parts](look)
+        if self.spec.shapes is not None:
+            shapes.measure(pictures, [call.tolist() for call in self.shapes])
         place = torch.arange(columns, device=x.device).expand(batch, columns)
         rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions)
         if blocks is not None:
@@ -758,7 +776,7 @@ class Decoder:
         if part.rotary is not None:
             if kind not in part.rotary:
                 part.rotary[kind] = self._turn(call, segment, kind, hidden)
-            return part.rotary[kind]
+            return last_of(part.rotary[kind], hidden.shape[1])
         if call.since is None or given is None:
             return given
         first = given[0] if isinstance(given, (tuple, list)) else given

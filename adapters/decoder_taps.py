@@ -36,7 +36,7 @@ class LayerTaps:
         decoder: Decoder,
         call: Call,
         layer: int,
-        module: nn.Module,
+        module: Any,
         hidden: Tensor,
         rotary: Any,
         mask: Any,
@@ -78,7 +78,7 @@ class LayerTaps:
         self,
         group: Group,
         layer: int,
-        attn: nn.Module | None,
+        attn: Any,
         caught: tuple[Tensor, Tensor] | None,
         rotary: Any,
         mask: Any,
@@ -167,7 +167,7 @@ class LayerTaps:
         joined = segment.extended(length, new, rows.batch, self.hidden.device)
         return None if joined is None else joined[group.index]
 
-    def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
+    def _project(self, attn: Any, x: Tensor, which: str) -> Tensor:
         """Queries or keys of a layer that has not run, before rope, with taps muted."""
         self.decoder.muted = True
         try:
@@ -190,21 +190,21 @@ def _spread(columns: Tensor, table: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- what differs between hosts
-def projection(attn: nn.Module, which: str) -> nn.Module:
+def projection(attn: Any, which: str) -> nn.Module:
     """The last module whose output is q or k before rope: its norm, where there is one."""
     norm = getattr(attn, f"{which}_norm", None)
     found: nn.Module = norm if isinstance(norm, nn.Module) else getattr(attn, f"{which}_proj")
     return found
 
 
-def by_head(x: Tensor, attn: nn.Module) -> Tensor:
+def by_head(x: Tensor, attn: Any) -> Tensor:
     """`[B, L, H d]` or `[B, L, H, d]` to `[B, H, L, d]`."""
     if x.dim() == 3:
         x = x.unflatten(-1, (-1, attn.head_dim))
     return x.transpose(1, 2)
 
 
-def rotate(attn: nn.Module, x: Tensor, rotary: Any) -> Tensor:
+def rotate(attn: Any, x: Tensor, rotary: Any) -> Tensor:
     """Applies the family's own rotary function to `[G, H, R, d]`; layers without rope leave it."""
     if not getattr(attn, "use_rope", True) or rotary is None:
         return x
@@ -215,6 +215,13 @@ def rotate(attn: nn.Module, x: Tensor, rotary: Any) -> Tensor:
     parameters = apply.__code__.co_varnames[: apply.__code__.co_argcount]
     turned: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)
     return turned
+
+
+def last_of(rotary: Any, count: int) -> Any:
+    """Position embeddings of the last columns: hosts let layers that store no keys look at the last tokens only."""
+    if isinstance(rotary, (tuple, list)):
+        return tuple(last_of(part, count) for part in rotary)
+    return rotary if rotary.shape[1] == count else rotary[:, -count:]
 
 
 def gather_rotary(rotary: Any, columns: Tensor, rows: Tensor | None = None) -> Any:

@@ -200,11 +200,16 @@ class Projector:
                 return lengths
             if total % size:
                 raise CacheError(
-                    f"this call holds {total} placeholders of pictures with {size} each; a prefill in chunks that splits "
-                    "a picture cannot be combined with a compression"
+                    f"this call holds {total} placeholders of pictures with {size} each; a prefill in chunks that "
+                    "splits a picture cannot be combined with a compression"
                 )
         if size and total % size == 0:
             return {IMAGE: [size] * (total // size)}
+        if self.spec.parts == "rows":  # their runs tell rows, not pictures
+            raise CacheError(
+                f"this call holds {total} placeholders, and the encoder's pictures {lengths}; a prefill in chunks that "
+                "splits a picture cannot be combined with a compression"
+            )
         return None
 
     def number(self, pictures: list[Picture]) -> None:

@@ -39,6 +39,8 @@ _QWEN = VLMSpec(
     positions="mrope",
     feature=None,
     parts="mrope",
+    told=("image_grid_thw", "video_grid_thw"),
+    whole="all pictures share one row, whose patches are merged in squares",
 )
 _QWEN3 = replace(_QWEN, deepstack=("visual_pos_masks", "deepstack_visual_embeds"))
 _SMOLVLM = VLMSpec(
@@ -57,8 +59,7 @@ _BLIP = VLMSpec(
     projector="",
     feature=None,
     tower_cut="free",
-    boundary="generate() calls the language model with embeddings alone, so nothing tells pictures from text; its "
-    "32 queries are few, and cuts in the tower are free",
+    boundary="generate() hands its language model embeddings without ids, so nothing tells pictures from text",
 )
 _PALIGEMMA = VLMSpec(
     mask="4d",
@@ -84,7 +85,12 @@ ROWS: dict[str, VLMSpec] = {
     "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
-    "mistral3": VLMSpec(parts="rows", joins="image_break_token_id"),
+    "mistral3": VLMSpec(
+        parts="rows",
+        told=("image_sizes",),
+        shapes="image_sizes",
+        whole="all pictures share one row, whose patches are merged in squares",
+    ),
     "gemma3": VLMSpec(
         mask="dict", types="token_type_ids", block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
     ),
@@ -98,6 +104,10 @@ ROWS: dict[str, VLMSpec] = {
         layer_args=(1,),
         last_cut=_first_storing_layer,
         feature=None,
+        parts="runs",
+        told=("image_position_ids", "video_position_ids"),
+        shapes="pixel_position_ids",
+        whole="patches are pooled by their places",
     ),
     "paligemma": _PALIGEMMA,
     "llama4": VLMSpec(
@@ -109,14 +119,51 @@ ROWS: dict[str, VLMSpec] = {
         attention=False,
         parts="runs",
         thumbnail="last",
+        whole="its blocks take their input by name, with rotary tables of complex numbers",
     ),
     "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread"),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last"),
+    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread"),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
-    "lfm2_vl": VLMSpec(feature=None, parts="runs", thumbnail="last"),
+    "lfm2_vl": VLMSpec(
+        feature=None,
+        parts="runs",
+        thumbnail="last",
+        told=("spatial_shapes",),
+        shapes="spatial_shapes",
+        whole="patches are padded, and its projector joins whole squares of them",
+    ),
 }
 """By ``config.model_type``."""
+
+EXAMPLES: dict[str, str] = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "qwen3_5": "Qwen/Qwen3.5-27B",
+    "qwen3_5_moe": "Qwen/Qwen3.5-35B-A3B",
+    "glm4v": "zai-org/GLM-4.1V-9B-Thinking",
+    "glm46v": "zai-org/GLM-4.6V",
+    "paddleocr_vl": "PaddlePaddle/PaddleOCR-VL",
+    "internvl": "OpenGVLab/InternVL3-1B-hf",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "smolvlm": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "mistral3": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    "gemma3": "google/gemma-3-4b-it",
+    "gemma4": "google/gemma-4-e2b-it",
+    "paligemma": "google/paligemma-3b-pt-224",
+    "llama4": "meta-llama/Llama-4-Scout-17B-16E",
+    "aya_vision": "CohereForAI/aya-vision-8b",
+    "cohere2_vision": "CohereLabs/command-a-vision-07-2025",
+    "blip-2": "Salesforce/blip2-opt-2.7b",
+    "instructblip": "Salesforce/instructblip-vicuna-7b",
+    "lfm2_vl": "LiquidAI/LFM2-VL-1.6B",
+}
+"""A published checkpoint of each family, by its name on the hub."""
 
 REFUSED: dict[str, str] = {
     "mllama": "pictures enter through cross-attention, and its cache holds vision states",
@@ -133,7 +180,7 @@ REFUSED: dict[str, str] = {
 """Families that cannot be carried, with the reason."""
 
 
-def discover(model: nn.Module) -> VLMSpec:
+def discover(model: Any) -> VLMSpec:
     """The row of a family that nobody wrote one for: the standard call, found by the names of its parts.
 
     Most families call a text model with embeddings, a 2-D mask, positions and a cache, and nothing else.
@@ -185,14 +232,17 @@ class HFVLM(Adapter):
 
     name = "transformers-vlm"
 
-    def __init__(self, model: nn.Module, spec: VLMSpec | None = None) -> None:
+    def __init__(self, model: Any, spec: VLMSpec | None = None) -> None:
         super().__init__(model)
         kind = model.config.model_type
         if spec is None and kind in REFUSED:
             raise self.refuse(REFUSED[kind])
         spec = spec or ROWS.get(kind)
         if spec is None:
-            raise self.refuse(f"no row for model type {kind!r}; rows: {', '.join(ROWS)}")
+            raise self.refuse(
+                f"no row for model type {kind!r} (rows: {', '.join(ROWS)}); adapter='generic-vlm' carries families "
+                "that call their text model in the standard way"
+            )
         # A bare inner model (LlavaModel) is its own core.
         inner = spec.core and hasattr(model, spec.core)
         self.core = child(model, spec.core) if inner else model
@@ -232,7 +282,18 @@ class HFVLM(Adapter):
                 stages["features"] = StageLayout(1, tower.width, 0, 0, provides=frozenset({"protected"}))
         if self.lm is not None:
             stages.update(Decoder.layout(self.lm, self.spec))
-        return Layout(f"{self.name} ({self.model.config.model_type})", stages)
+        return Layout(f"{self.name} ({self.model.config.model_type})", stages, self._without(stages))
+
+    def _without(self, stages: dict[str, StageLayout]) -> dict[str, str]:
+        """Why stages are missing."""
+        why: dict[str, str] = {}
+        if self.spec.boundary:
+            why.update(projected=self.spec.boundary, decoder=self.spec.boundary)
+        if self.spec.whole:
+            why["vision"] = self.spec.whole
+        if self.spec.tower_cut == "spread":
+            why["features"] = "its projector reads the whole grid"
+        return {name: reason for name, reason in why.items() if name not in stages}
 
     def install(self, attachment: Attachment) -> None:
         """Hooks on the tower, the projector and the language model."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CacheError
 from ..rows import Picture
 from .base import VLMSpec
 
-NONE, IMAGE, VIDEO, BREAK = 0, 1, 2, 3
-"""Codes of columns: text, placeholders, and what separates the rows of one picture."""
+NONE, IMAGE, VIDEO = 0, 1, 2
+"""Codes of columns: text and placeholders."""
 
 
 def find_pictures(
@@ -73,19 +73,15 @@ def find_pictures(
 
 
 def _runs(line: list[int]) -> list[tuple[int, list[int]]]:
-    """Maximal runs of one code; runs of a picture's rows count as one where only a break stands between them."""
+    """Maximal runs of one code."""
     runs: list[tuple[int, list[int]]] = []
-    joined = False
     for column, code in enumerate(line):
-        if code in (IMAGE, VIDEO):
-            previous = runs[-1] if runs else None
-            if previous is not None and previous[0] == code and (previous[1][-1] == column - 1 or joined):
-                previous[1].append(column)
-            else:
-                runs.append((code, [column]))
-            joined = False
+        if code == NONE:
+            continue
+        if runs and runs[-1][0] == code and runs[-1][1][-1] == column - 1:
+            runs[-1][1].append(column)
         else:
-            joined = code == BREAK and bool(runs) and runs[-1][1][-1] == column - 1
+            runs.append((code, [column]))
     return runs
 
 
@@ -105,7 +101,7 @@ class Look:
     pictures: list[Picture]
     x: Tensor
     positions: Tensor
-    core: nn.Module
+    core: Any
     spec: VLMSpec
     crop: int | None
 
@@ -154,7 +150,7 @@ def _by_runs(look: Look) -> Tensor | None:
         for name, start, end in zip(names, starts, ends):
             numbers[start:end] = [name] * (end - start)
         parts.append(numbers)
-        picture.grid = square(n) if len(starts) == 1 else None
+        picture.grid = square(n // len(starts))
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None
 
 
@@ -166,7 +162,7 @@ def _by_chunks(look: Look) -> Tensor | None:
         size = look.crop if look.crop and n % look.crop == 0 else n
         names = _thumbnail(n // size, look.spec.thumbnail)
         parts.append([names[i // size] for i in range(n)])
-        picture.grid = square(size) if n == size else None
+        picture.grid = square(size)
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None
 
 
@@ -183,7 +179,8 @@ def _anyres(look: Look) -> Tensor | None:
     for picture in look.pictures:
         n = len(picture.columns)
         if picture.video:
-            size = math.ceil(side / 2) ** 2
+            edge = math.ceil(side / 2)
+            size, picture.grid = edge**2, (edge, edge)
             part[picture.row, picture.columns] = torch.tensor([i // size + 1 for i in range(n)])
             continue
         base = side * side
@@ -192,7 +189,7 @@ def _anyres(look: Look) -> Tensor | None:
         if n > base and breaks and breaks[0] > base:
             numbers[base:] = _canvas(n - base, breaks[0] - base, side)
         part[picture.row, picture.columns] = torch.tensor(numbers)
-        picture.grid = (side, side) if n == base else None
+        picture.grid = (side, side)
     return torch.where(separator, -1, part.to(look.x.device))
 
 
@@ -218,29 +215,31 @@ def _by_time(look: Look) -> Tensor | None:
     """Rotary positions in three dimensions tell time, row and column; a clip's frames are its parts."""
     if look.positions.dim() != 3 or not any(picture.video for picture in look.pictures):
         for picture in look.pictures:
-            picture.grid = _grid(look, picture)
+            picture.grid = _grid(look, picture, picture.columns)
         return None
     part = torch.zeros(look.x.shape[:2], dtype=torch.int64, device=look.x.device)
     for picture in look.pictures:
         if not picture.video:
-            picture.grid = _grid(look, picture)
+            picture.grid = _grid(look, picture, picture.columns)
             continue
         if len(picture.runs) > 1:  # frames with text between them
             numbers = [sum(i >= start for start in picture.runs) for i in range(len(picture.columns))]
-            part[picture.row, picture.columns] = torch.tensor(numbers, device=part.device)
-            continue
-        time = look.positions[-3, picture.row, picture.columns]
-        first = torch.cat([time.new_ones(1), (time[1:] != time[:-1]).to(time.dtype)])
-        part[picture.row, picture.columns] = first.cumsum(0)
+        else:
+            time = look.positions[-3, picture.row, picture.columns]
+            first = torch.cat([time.new_ones(1), (time[1:] != time[:-1]).to(time.dtype)])
+            numbers = first.cumsum(0).tolist()
+        part[picture.row, picture.columns] = torch.tensor(numbers, device=part.device)
+        picture.grid = _grid(look, picture, picture.columns[: numbers.count(1)])
     return part
 
 
-def _grid(look: Look, picture: Picture) -> tuple[int, int] | None:
+def _grid(look: Look, picture: Picture, columns: list[int]) -> tuple[int, int] | None:
+    """Rows and columns of some tokens of a picture."""
     if look.positions.dim() != 3:
-        return square(len(picture.columns))
-    rows, columns = (look.positions[i, picture.row, picture.columns] for i in (-2, -1))
-    height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-    return (height, width) if height * width == len(picture.columns) else None
+        return square(len(columns))
+    down, across = (look.positions[i, picture.row, columns] for i in (-2, -1))
+    height, width = int(down.max() - down.min()) + 1, int(across.max() - across.min()) + 1
+    return (height, width) if height * width == len(columns) else None
 
 
 def _by_rows(look: Look) -> Tensor | None:
@@ -274,8 +273,3 @@ def crop_length(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> int | No
 def usable(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> dict[int, list[int]] | None:
     """Lengths that tell pictures apart: not those of crops, nor of whole prompts."""
     return lengths if spec.lengths == "picture" else None
-
-
-def joiner(core: Any, spec: VLMSpec) -> int | None:
-    """The id that separates the rows of one picture."""
-    return None if spec.joins is None else getattr(core.config, spec.joins, None)

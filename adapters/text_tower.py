@@ -1,8 +1,8 @@
 """Text towers of dual encoders: the same surgery, with the token that the head reads anywhere in the row.
 
 The end-of-text token moves as tokens leave, padding (where a mask hides it) differs from row to row, and the causal
-mask must fit what is left. `Rows` keeps the books, as for language models; before the final norm the rows get their original
-length back, so that hosts find the end-of-text token at its place.
+mask must fit what is left. `Rows` keeps the books, as for language models; before the final norm the rows get their
+original length back, so that hosts find the end-of-text token at its place.
 """
 
 from __future__ import annotations

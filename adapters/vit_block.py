@@ -22,32 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..attachment import Attachment, Entry, Watch, replaying
 from ..errors import PassError, UnsupportedModel
 from ..ledger import Event, Group, StageRun
 from ..method import Site, StageLayout
-from ..reduction import Reduction
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
 from .base import TowerSpec, child
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A reduction over the whole row, with the sizes it met."""
-
-    wide: Reduction
-    size: Tensor | None
-
-    @property
-    def kept(self) -> Tensor:
-        """Place of each slot's own token, int64 `[B, K]`."""
-        return self.wide.keep
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Takes the step again."""
-        return self.wide.apply(x, self.size)[0]
 
 
 @dataclass
@@ -266,10 +249,10 @@ class Tower:
             size = self._pass.sequence.size
             if layer >= self.proportional_from and size is not None:
                 x = args[0] if args else kwargs["hidden_states"]
-                record.bias = size.log().to(x.dtype)
+                record.bias = kernels.key_bias(size, x.dtype)
         if record.bias is None or self.block.bias is None:
             return None
-        bias = record.bias if self.block.bias_rank == 2 else record.bias[:, None, None, :]
+        bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
         at = self._bias_at if self._bias_at is not None else 0
         given = args[at] if at < len(args) else kwargs.get(self.block.bias)
         if given is not None:
@@ -458,9 +441,8 @@ class Tower:
         reduction = self.attachment.decide(entry, view)
         row = sequence.row
         if reduction is not None:
-            size = sequence.size
-            x, wide = sequence.take(reduction, x)
-            record.append(Step(wide, size))
+            x, step = sequence.take(reduction, x)
+            record.append(step)
             caught = self._pass.record(layer).taps
             caught["cuts"] = (*caught.get("cuts", ()), reduction)
             if sequence.source is not None:
@@ -568,7 +550,6 @@ class Tower:
         caught = record.taps
         attn = caught["attn"]
         heads = getattr(attn, self.block.heads)
-        bias = None if record.bias is None else record.bias[:, None, None, :]
 
         def made(which: str) -> Tensor:
             if which not in caught:
@@ -583,7 +564,7 @@ class Tower:
             lambda: made("q"),
             lambda: made("k"),
             self.block.scale(attn),
-            bias,
+            record.bias,
             rotate,
             left=self._pass.sequence.row,
             cuts=caught.get("cuts", ()),
@@ -604,7 +585,7 @@ class Tower:
 
         bias = None
         if sequence.size is not None and layer >= self.proportional_from:
-            bias = sequence.size.log().to(x.dtype)[:, None, None, :]
+            bias = kernels.key_bias(sequence.size, x.dtype)
         table = kwargs.get(self.block.rope) if self.block.rope else None
         if table is not None:
             moved = self._table(table, x.shape[0])

@@ -292,7 +292,7 @@ def test_a_compression_that_never_fired_says_so():
     with torch.no_grad():
         model(**models.Batch.of("6").inputs())
     assert run.report().notes[0] == "never fired: no prompt had a picture"
-    with pytest.warns(VlmtokWarning, match="never ran"):
+    with pytest.warns(VlmtokWarning, match="no prompt had a picture"):
         run.remove()
 
 

@@ -106,16 +106,58 @@ def test_patches_land_where_the_crop_put_them():
     assert drawn.getpixel((10, 40)) != (200, 200, 200)  # cropped away
 
 
+KEPT = (200, 200, 200)
+
+
 def test_a_canvas_and_its_thumbnail():
-    # a 2 x 2 thumbnail, then two rows of three patches with a separator behind each
-    parts = torch.tensor([0] * 4 + [1, 1, 1, -1] * 2)
-    owner = list(range(4)) + [-1, 5, 6, 7, 8, 9, 10, 11]
-    found = trace(owner, None, parts=parts)
-    assert {part: grid for part, (grid, _) in found.grids().items()} == {0: (2, 2), 1: (2, 3)}
-    image = Image.new("RGB", (90, 60), (200, 200, 200))
-    drawn = viz.overlay(image, found)
-    assert max(drawn.getpixel((10, 10))) < 60 and drawn.getpixel((45, 10)) == (200, 200, 200)
-    assert viz.overlay(image, found, part=0).getpixel((10, 10)) == (200, 200, 200)
+    # a 2 x 2 thumbnail, then three rows of five patches with a separator behind each: crops of 2 x 3, 2 x 2 in the
+    # first two rows, of 1 x 3, 1 x 2 in the last
+    parts = torch.tensor([0] * 4 + [1, 1, 1, 2, 2, -1] * 2 + [3, 3, 3, 4, 4, -1])
+    gone = {4, 7, 18}  # the first patches of crops 1 and 2, and the third of the last row
+    found = trace([-1 if i in gone else i for i in range(len(parts))], None, parts=parts)
+    grids = {part: grid for part, (grid, _) in found.grids().items()}
+    assert grids == {0: (2, 2), 1: (2, 3), 2: (2, 2), 3: (1, 3), 4: (1, 2)}
+    assert found.canvas[0] == (3, 5) and found.canvas[1].tolist() == (parts > 0).nonzero()[:, 0].tolist()
+    assert [found.place(part) for part in range(5)] == [None, (0, 0, 2, 3), (0, 3, 2, 5), (2, 0, 3, 3), (2, 3, 3, 5)]
+    image = Image.new("RGB", (100, 60), KEPT)
+    dark = {(0, 0), (0, 3), (2, 2)}
+
+    def cells(drawn):
+        return {(y, x): drawn.getpixel((20 * x + 10, 20 * y + 10)) for y in range(3) for x in range(5)}
+
+    for cell, colour in cells(viz.overlay(image, found)).items():
+        assert (max(colour) < 60) if cell in dark else colour == KEPT
+    # one crop alone: what it does not show is grey
+    for (row, column), colour in cells(viz.overlay(image, found, part=2)).items():
+        if row < 2 and column > 2:
+            assert (max(colour) < 60) if (row, column) == (0, 3) else colour == KEPT
+        else:
+            assert colour not in (KEPT, (0, 0, 0)) and len(set(colour)) == 1
+    assert viz.overlay(image, found, part=0).getpixel((10, 10)) == KEPT
+
+
+def test_one_crop_with_its_separator_is_no_canvas():
+    found = trace(range(5), (2, 2), parts=torch.tensor([0, 0, 0, 0, -1]))
+    assert found.canvas is None and list(found.grids()) == [0]
+    assert viz.overlay(Image.new("RGB", (8, 8), KEPT), found).getpixel((1, 1)) == KEPT
+
+
+def test_of_a_clip_the_first_frame_is_drawn():
+    parts = torch.tensor([1] * 6 + [2] * 6 + [-1])
+    found = PictureTrace(torch.tensor([-1, *range(1, 7), -1, *range(8, 13)]), (), (2, 3), parts, video=True)
+    assert found.canvas is None and {part: grid for part, (grid, _) in found.grids().items()} == {1: (2, 3), 2: (2, 3)}
+    image = Image.new("RGB", (90, 60), KEPT)
+    first, second = viz.overlay(image, found), viz.overlay(image, found, part=2)
+    assert max(first.getpixel((10, 10))) < 60 and first.getpixel((45, 10)) == KEPT
+    assert second.getpixel((10, 10)) == KEPT and max(second.getpixel((45, 10))) < 60
+
+
+def test_parts_of_different_shapes():
+    shapes, parts = {1: (1, 4), 2: (4, 2)}, torch.tensor([1] * 4 + [2] * 8)
+    found = PictureTrace(torch.tensor([0, 1, 2, -1, *range(4, 12)]), (), None, parts, shapes=shapes)
+    assert {part: grid for part, (grid, _) in found.grids().items()} == {1: (1, 4), 2: (4, 2)}
+    drawn = viz.overlay(Image.new("RGB", (80, 20), KEPT), found, part=1)
+    assert max(drawn.getpixel((70, 10))) < 60 and drawn.getpixel((50, 10)) == KEPT
 
 
 def test_bad_input_says_what_is_wrong():

@@ -302,7 +302,7 @@ def replaying() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def weak(module: nn.Module) -> Callable[[], nn.Module]:
+def weak(module: nn.Module) -> Callable[[], Any]:
     """A reference that does not keep the module alive.
 
     Raises (when called):

@@ -145,7 +145,7 @@ class Dispatcher:
         """Ends a compression; the others go on."""
         if member not in self.members:
             return
-        fired = self.has_fired(member)
+        fired, books = self.has_fired(member), None if self.attachment is None else self.attachment.ledger
         others = [other for other in self.members if other is not member]
         if others and self.model() is not None:
             self._replace(self._attach(others), others, "remove")
@@ -156,8 +156,11 @@ class Dispatcher:
             if model is not None:
                 _forget_compiled(model, "remove")
         if not fired and not quiet:
+            names = " + ".join(map(str, member.methods))
             warnings.warn(
-                f"the hooks of {' + '.join(map(str, member.methods))} never ran; was the compressed model called?",
+                f"{names} had nothing to do: no prompt had a picture"
+                if books is not None and books.blind
+                else f"the hooks of {names} never ran; was the compressed model called?",
                 VlmtokWarning,
                 stacklevel=5,
             )

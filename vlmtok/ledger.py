@@ -6,6 +6,8 @@ from dataclasses import astuple, dataclass, field
 
 import torch
 
+from .kernels import ran
+
 
 @dataclass(frozen=True)
 class Group:
@@ -141,14 +143,22 @@ class Ledger:
         passes: how many passes each stage has seen.
         fired: visits per (stage, layer, point, method).
         steps: decode steps so far.
+        kernels: calls of `vlmtok.kernels` in this process before the compression.
     """
 
     last: dict[str, StageRun] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     fired: dict[tuple[str, int | None, str, int], int] = field(default_factory=dict)
     steps: int = 0
+    kernels: dict[str, int] = field(default_factory=ran)
     _decoder: StageRun | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+
+    @property
+    def blind(self) -> bool:
+        """Whether a language model ran, and never with a picture."""
+        runs = [run for run, _ in self.totals() if run.stage == "decoder"]
+        return bool(runs) and not any(run.pictures for run in runs)
 
     def begin(self, run: StageRun) -> StageRun:
         """Opens the books of a pass; those of the stage's pass before are closed."""

@@ -130,10 +130,12 @@ class Layout:
     Attributes:
         family: name of the adapter that carries the model.
         stages: stage name to `StageLayout`.
+        without: why stages are missing that others of its kind have.
     """
 
     family: str
     stages: Mapping[str, StageLayout] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, stage: str) -> bool:
         """Whether the model has this stage."""
@@ -146,8 +148,10 @@ class Layout:
             SiteError: the model has none.
         """
         if name not in self.stages:
+            why = f" ({self.without[name]})" if name in self.without else ""
             raise SiteError(
-                f"{by} acts at stage {name!r}, which {self.family} does not offer; it offers: {', '.join(self.stages)}"
+                f"{by} acts at stage {name!r}, which {self.family} does not offer{why}; it offers: "
+                f"{', '.join(self.stages)}"
             )
         return self.stages[name]
 

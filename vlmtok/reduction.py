@@ -104,19 +104,27 @@ class Reduction:
 
     # ------------------------------------------------------------------ using one
     def apply(
-        self, tokens: Tensor, size: Tensor | None = None, protected: Tensor | None = None
+        self,
+        tokens: Tensor,
+        size: Tensor | None = None,
+        protected: Tensor | None = None,
+        *,
+        prefix: int = 0,
+        suffix: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Shortens `tokens`.
 
         Differentiable in `tokens`, `protected` and the weights; sums are accumulated in fp32.
 
         Args:
-            tokens: `[B, N, C]`, any floating dtype.
-            size: fp32 `[B, N]`, patches each token stands for; None means ones.
-            protected: `[B, P, C]`, what indices from N on name.
+            tokens: `[B, prefix + N + suffix, C]`, any floating dtype.
+            size: fp32 `[B, prefix + N + suffix]`, patches each token stands for; None means ones.
+            protected: `[B, P, C]`, what indices from N on name; not with a prefix or suffix.
+            prefix: tokens in front that stay as they are; the reduction counts from behind them.
+            suffix: tokens behind that stay as they are.
 
         Returns:
-            The slots `[B, K, C]` in the dtype of `tokens`, and their sizes, fp32 `[B, K]`.
+            The slots `[B, prefix + K + suffix, C]` in the dtype of `tokens`, and their sizes, fp32.
         """
         if tokens.dim() != 3 or tokens.shape[0] != self.keep.shape[0]:
             raise ParameterError(f"tokens must be [B = {self.keep.shape[0]}, N, C], got {list(tokens.shape)}")
@@ -125,12 +133,15 @@ class Reduction:
         if protected is not None and protected.shape[1]:
             tokens = torch.cat([tokens, protected.to(tokens.dtype)], 1)
             size = torch.cat([size, size.new_zeros(size.shape[0], protected.shape[1])], 1)
+        if (prefix or suffix) and (self.src is None or self.valid is not None):
+            return self.widen(prefix, tokens.shape[1] - prefix - suffix, suffix).apply(tokens, size)
         if self.src is None or self.dst is None:
             index = self.keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
             return tokens.gather(1, index), size.gather(1, self.keep)
         merged, sizes = kernels.merge_rows(
-            tokens, size, self.keep, self.src, self.dst, keep_weight=self.keep_weight, src_weight=self.src_weight
-        )
+            tokens, size, self.keep, self.src, self.dst,
+            keep_weight=self.keep_weight, src_weight=self.src_weight, prefix=prefix, suffix=suffix,
+        )  # fmt: skip
         if self.valid is not None:  # a token of an invalid slot may belong to another one
             owner = self.assignment(tokens.shape[1])
             table = size.new_zeros(size.shape[0], self.slots + 1)

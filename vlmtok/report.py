@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import kernels
 from .attachment import Attachment
 from .conventions import convention
 from .errors import ParameterError, PassError
@@ -138,7 +139,7 @@ class Report:
         layers: tokens by block, of the last passes.
         sites: where methods acted.
         passes: how many passes each stage has seen.
-        kernels: ``"op:path"`` to the number of calls in this process, where `vlmtok.kernels` says so.
+        kernels: ``"op:path"`` to the number of eager calls in this process since the compression.
         notes: what to know before trusting a figure.
         open: methods and sites whose counts depend on content, so that figures are ranges.
         figure: the total under the convention that was asked for, or None.
@@ -189,11 +190,9 @@ class Report:
             blind = any(run.stage == "decoder" for run, _ in runs) and not any(run.pictures for run, _ in runs)
             why = "no pass has run" if not runs else "no prompt had a picture" if blind else "no method was asked"
             notes.insert(0, f"never fired: {why}")
-        from . import kernels
-
         report = cls._make(attachment, shape, [runs], "all passes" if total else "last pass", notes)
         report.passes = {**ledger.passes, **({"decode steps": ledger.steps} if ledger.steps else {})}
-        report.kernels = kernels.ran() if hasattr(kernels, "ran") else {}
+        report.kernels = kernels.ran(since=ledger.kernels)
         return report
 
     @classmethod
@@ -382,7 +381,7 @@ class Report:
             text = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
             text += ["| " + " | ".join(row) + " |" for row in rows]
             parts.append("\n".join(text))
-        parts += [f"- {note}" for note in self.notes]
+        parts += [f"- {note}" for note in self._footnotes()]
         return "\n\n".join(parts) + "\n"
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
@@ -398,7 +397,7 @@ class Report:
             for row in rows:
                 table.add_row(*row)
             yield table
-        for note in self.notes:
+        for note in self._footnotes():
             yield Text(f"- {note}")
 
     def __str__(self) -> str:
@@ -412,6 +411,13 @@ class Report:
     def _title(self) -> str:
         counted = ", ".join(f"{count} x {stage}" for stage, count in self.passes.items())
         return f"{' + '.join(self.methods)} on {self.model}: {self.source}" + (f" ({counted})" if counted else "")
+
+    def _footnotes(self) -> Iterator[str]:
+        """Notes, then the paths that the kernels took."""
+        yield from self.notes
+        if self.kernels:
+            calls = [f"{name.replace(':', ' on ')} ({count})" for name, count in sorted(self.kernels.items())]
+            yield f"kernels: {', '.join(calls)}"
 
     def _counted(self) -> Iterator[tuple[str, Line]]:
         """Lines in MACs, with what they are called."""

@@ -30,7 +30,7 @@ class Picture:
         columns: original columns of its tokens.
         runs: where, among these, each of its runs begins.
         video: whether it is a clip.
-        grid: rows and columns of patches, or None.
+        grid: rows and columns of patches (of each crop or frame, where these are equally large), or None.
         tower: which picture of the tower it is.
         text_after: text columns of the row behind its first token.
         text_after_last: text columns behind its last token.

@@ -52,9 +52,33 @@ class Row:
         tail = x.narrow(dim, self.prefix + self.n, self.inserted)
         return torch.cat([x.narrow(dim, 0, self.prefix), tail], dim) if self.prefix else tail
 
-    def widen(self, reduction: Reduction) -> Reduction:
-        """The reduction of the view as one of the whole row."""
-        return reduction.widen(self.prefix, self.n, self.inserted)
+    def apply(self, reduction: Reduction, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Shortens a whole row by a reduction of the view; see `Reduction.apply`."""
+        return reduction.apply(x, size, prefix=self.prefix, suffix=self.inserted)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A reduction with the row it was taken on, so that it can be taken again on other tensors of that row.
+
+    Attributes:
+        reduction: of the view's tokens.
+        row: the row before it.
+        size: fp32 `[B, L]` before it, or None while all were 1.
+    """
+
+    reduction: Reduction
+    row: Row
+    size: Tensor | None
+
+    @property
+    def kept(self) -> Tensor:
+        """Place of each slot's own token in the whole row, int64 `[B, L']`."""
+        return self.reduction.widen(self.row.prefix, self.row.n, self.row.inserted).keep
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Takes the step again."""
+        return self.row.apply(self.reduction, x, self.size)[0]
 
 
 @dataclass(eq=False)
@@ -120,7 +144,7 @@ class Sequence:
         self.carried.clear()
         self.cuts += 1
 
-    def take(self, reduction: Reduction, x: Tensor) -> tuple[Tensor, Reduction]:
+    def take(self, reduction: Reduction, x: Tensor) -> tuple[Tensor, Step]:
         """Shortens a row and everything that travels with it.
 
         Args:
@@ -128,14 +152,14 @@ class Sequence:
             x: `[B, L, C]`, the whole row.
 
         Returns:
-            The shorter row and the reduction over the whole row, which repeats the step on other tensors.
+            The shorter row, and the step to take on other tensors of the same row.
         """
-        wide = self.row.widen(reduction)
-        shorter, size = wide.apply(x, self.size)
+        step = Step(reduction, self.row, self.size)
+        shorter, size = self.row.apply(reduction, x, self.size)
         # Pruning leaves equal sizes equal: stay with None, so that no attention bias is made of ones.
         self.size = size if self.size is not None or reduction.merges else None
         self.book(reduction)
-        return shorter, wide
+        return shorter, step
 
     def book(self, reduction: Reduction, spare: int = 0) -> None:
         """Follows a reduction in everything but the tokens and their sizes.

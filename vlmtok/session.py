@@ -95,16 +95,34 @@ class VisualTokens:
     mean: float
 
     @classmethod
-    def of(cls, report: Report, trace: Trace) -> VisualTokens:
-        """Reads a pass of one picture and its report."""
+    def of(cls, report: Report, trace: Trace, depth: int | None = None) -> VisualTokens:
+        """Reads a pass of one picture and its report.
+
+        Args:
+            report: of the pass.
+            trace: of the pass.
+            depth: layers of the language model, or None for a lone tower; reports do not count those of every family.
+        """
         stage = "decoder" if any(line.stage == "decoder" for line in report.layers) else "vision"
         layers = [line.visual.high for line in report.layers if line.stage == stage]
         bare = sum(picture.patches for picture in trace.pictures)
+        if depth is not None and stage != "decoder":
+            layers = [sum(_left(picture, layer) for picture in trace.pictures) for layer in range(depth)]
+            return cls(bare, layers[0], layers[-1], sum(layers) / depth)
         if not layers:
             return cls(bare, bare, bare, bare)
         # What a tower's last block leaves is handed on; a language model's answer is read off its last layer.
         last = sum(picture.kept for picture in trace.pictures) if stage == "vision" else layers[-1]
         return cls(bare, layers[0], last, sum(layers) / len(layers))
+
+
+def _left(picture: PictureTrace, layer: int) -> int:
+    """Tokens of a picture that enter a layer of the language model."""
+    left = picture.patches
+    for site, owner in picture.steps:
+        if site.stage != "decoder" or (site.layer or 0) + (site.point == "end") <= layer:
+            left = int(owner[owner >= 0].unique().numel())
+    return left
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +331,7 @@ def compare(
         bare=full,
         compressed=short,
         loyalty=runner.loyalty(full, short),
-        tokens=VisualTokens.of(report, trace),
+        tokens=VisualTokens.of(report, trace, _depth(model.model, adapter)),
         report=report,
         latency=latency,
         seconds=seconds,
@@ -321,6 +339,12 @@ def compare(
         overlay_problem=problem,
         environment=bench.environment(model.device),
     )
+
+
+def _depth(model: nn.Module, adapter: str | None) -> int | None:
+    """Layers of the language model, or None where none can be cut."""
+    decoder = adapter_for(model, adapter).layout().stages.get("decoder")
+    return None if decoder is None else decoder.depth
 
 
 def default_method(model: nn.Module, adapter: str | None = None) -> str:
@@ -505,6 +529,8 @@ def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1
         raise ParameterError(f"the prompt has {marks} image marks for one picture")
     if marks or not getattr(processor, "chat_template", None):
         text = prompt if marks else f"{_mark(processor)}{prompt}"
+        if getattr(processor, "num_query_tokens", None):  # BLIP's processors put the marks in themselves
+            text = text.replace(_mark(processor, text), "").strip()
         made = processor(images=[[image]] * batch, text=[text] * batch, return_tensors="pt")
     else:
         content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -548,19 +574,22 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
     """
     if len(trace) == 1:
         return trace[0]
-    owners, parts, numbers = [], [], iter(range(1, len(trace) + 1))
+    owners, parts, shapes, numbers = [], [], {}, iter(range(1, len(trace) + 1))
     first = 0
     for index, piece in enumerate(trace.pictures):
         owners.append(torch.where(piece.owner < 0, -1, piece.owner + first))
         left, top, right, bottom = viz.region(size, preprocess, index)
         whole = (right - left) * (bottom - top) > 0.9 * size[0] * size[1]
-        parts.append(torch.full((piece.patches,), 0 if whole else next(numbers)))
+        number = 0 if whole else next(numbers)
+        parts.append(torch.full((piece.patches,), number))
+        if piece.grid is not None:
+            shapes[number] = piece.grid
         first += piece.patches
     steps = []
     for step, (site, _) in enumerate(trace[0].steps):
         places = [piece.steps[step][1] for piece in trace.pictures]
         steps.append((site, torch.cat(places)))  # who was dropped is all that is read of them
-    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts))
+    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes)
 
 
 def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,46 +25,76 @@ class PictureTrace:
         owner: int64 `[patches]`, slot that owns each patch at the end of the pass, -1 where it was dropped. Patches of
             one slot were merged; slots are numbered by their first patch.
         steps: after each cut, in order: where it was, and the owners then.
-        grid: rows and columns of the patches, or None where they form no single grid.
+        grid: rows and columns of the patches (of each part, where parts are equally large), or None where they form no
+            single grid.
         parts: int64 `[patches]`, 0 thumbnail or only picture, 1.. crops or frames, -1 separators; None for all 0.
+        video: whether it is a clip, whose parts are frames.
+        shapes: rows and columns of single parts, where they differ.
     """
 
     owner: Tensor
     steps: tuple[tuple[Site, Tensor], ...]
     grid: tuple[int, int] | None
     parts: Tensor | None = None
+    video: bool = False
+    shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
 
         Returns:
             By part: rows and columns, and the patches row by row, int64 `[rows * columns]`. Parts that are no grid are
-            left out. A part with a separator behind each row is a canvas of crops.
+            left out.
         """
         if self.parts is None:
             return {} if self.grid is None else {0: (self.grid, torch.arange(self.patches))}
         found: dict[int, tuple[tuple[int, int], Tensor]] = {}
-        breaks = (self.parts < 0).nonzero()[:, 0]
         for part in self.parts[self.parts >= 0].unique().tolist():
             at = (self.parts == part).nonzero()[:, 0]
-            behind = breaks[(breaks > at[0]) & (breaks <= at[-1] + 1)]
-            shape = self._shape(len(at), len(behind))
+            shape = self._lines(at) if part and self._on_canvas else self._shape(part, len(at))
             if shape is not None:
                 found[part] = (shape, at)
         return found
 
-    def _shape(self, n: int, rows: int) -> tuple[int, int] | None:
-        if rows > 1 and n % rows == 0:
-            return rows, n // rows
-        if self.grid is not None and self.grid[0] * self.grid[1] == n:
-            return self.grid
+    def _shape(self, part: int, n: int) -> tuple[int, int] | None:
+        for shape in (self.shapes.get(part), self.grid):
+            if shape is not None and shape[0] * shape[1] == n:
+                return shape
         side = math.isqrt(n)
         return (side, side) if side * side == n else None
 
     @property
-    def canvas(self) -> bool:
-        """Whether separators stand behind the rows, so that part 1 shows the whole picture in fine patches."""
-        return self.parts is not None and bool((self.parts < 0).any())
+    def canvas(self) -> tuple[tuple[int, int], Tensor] | None:
+        """The whole picture in fine patches, where crops lie on one canvas with a separator behind each of its rows.
+
+        Rows and columns, and the patches of all crops row by row, int64 `[rows * columns]`; None where there is none.
+        """
+        if not self._on_canvas or self.parts is None:
+            return None
+        at = (self.parts > 0).nonzero()[:, 0]
+        shape = self._lines(at)
+        return None if shape is None else (shape, at)
+
+    def place(self, part: int) -> tuple[int, int, int, int] | None:
+        """Where a crop lies on the canvas: first row and column, and those behind the last; None where it does not."""
+        whole, crop = self.canvas, self.grids().get(part)
+        if whole is None or crop is None or not part:
+            return None
+        (_, columns), patches = whole
+        (high, wide), own = crop
+        row, column = divmod(int((patches == own[0]).nonzero()[0]), columns)
+        return row, column, row + high, column + wide
+
+    @property
+    def _on_canvas(self) -> bool:
+        """Whether separators stand behind rows of crops; behind frames, one ends the clip."""
+        return not self.video and self.parts is not None and bool((self.parts < 0).any() and (self.parts > 0).any())
+
+    def _lines(self, at: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of some patches of the canvas, by the separators that stand before them."""
+        assert self.parts is not None
+        rows = int((self.parts < 0).cumsum(0)[at].unique().numel())
+        return (rows, len(at) // rows) if len(at) % rows == 0 else None
 
     @property
     def patches(self) -> int:
@@ -190,5 +221,5 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         grid = picture.grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
-        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts))
+        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))
     return found

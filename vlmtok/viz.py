@@ -8,6 +8,7 @@ mapping off the result: right for any preprocessing that keeps rows and columns 
 from __future__ import annotations
 
 import colorsys
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,10 @@ def _flattens(preprocess: Any, size: tuple[int, int]) -> bool:
     inner = getattr(preprocess, "image_processor", preprocess)
     if not hasattr(inner, "preprocess"):
         return False
-    pixels = inner(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"]
+    given = inner(images=Image.new("RGB", size), return_tensors="pt")
+    pixels = given["pixel_values"]
+    if "spatial_shapes" in given:
+        return False  # they can be put together again
     # Pictures come as [B, 3, H, W] or [B, crops, 3, H, W]; patches have fewer axes, or are tiny pictures themselves.
     return isinstance(pixels, Tensor) and (pixels.dim() < 4 or pixels.shape[-1] < 32)
 
@@ -109,7 +113,11 @@ def _pixels(preprocess: Any, image: Image.Image, crop: int) -> Tensor:
     """The model's input `[3, H, W]`, whatever gave it."""
     inner = getattr(preprocess, "image_processor", preprocess)
     if hasattr(inner, "preprocess"):
-        pixels = inner(images=image, return_tensors="pt")["pixel_values"]
+        given = inner(images=image, return_tensors="pt")
+        pixels = given["pixel_values"]
+        if "spatial_shapes" in given:
+            crop = min(crop, len(pixels) - 1)
+            pixels = _together(pixels[crop], *given["spatial_shapes"][crop].tolist())
     else:
         pixels = preprocess(image)
     if not isinstance(pixels, Tensor):
@@ -121,6 +129,13 @@ def _pixels(preprocess: Any, image: Image.Image, crop: int) -> Tensor:
     if pixels.dim() != 3:
         raise ParameterError(f"preprocessing must give pixels [3, H, W], got {list(pixels.shape)}")
     return pixels.float()
+
+
+def _together(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """Patches `[n, side * side * 3]`, padded, as the picture `[3, rows * side, columns * side]` that they were."""
+    side = math.isqrt(patches.shape[1] // 3)
+    grid = patches[: rows * columns].reshape(rows, columns, side, side, 3)
+    return grid.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
 def overlay(
@@ -142,7 +157,7 @@ def overlay(
         picture: which picture of the pass.
         preprocess: how the picture became the model's input (see `region`); crops can be placed only with it.
         part: which part to draw: 0 the thumbnail or only picture, 1.. crops or frames. By default all crops where
-            there are any, else the whole picture.
+            there are any, else the whole picture; of a clip the first frame.
 
     Returns:
         A new RGB picture of the same size.
@@ -208,18 +223,44 @@ def _pieces(found: PictureTrace, size: tuple[int, int], preprocess: Any, part: i
         raise ParameterError("the patches of this picture form no single grid; there is nothing to draw them on")
     whole = (0.0, 0.0, float(size[0]), float(size[1]))
     crops = sorted(p for p in grids if p > 0)
-    wanted = [part] if part is not None else crops if crops and (found.canvas or preprocess is not None) else [0]
+    canvas = found.canvas
+    if part is None and canvas is not None:
+        return [_Piece(_field(size, canvas[0], (0, 0, *canvas[0])), canvas[0], canvas[1].tolist())]
+    if part is not None:
+        wanted = [part]
+    elif found.video:
+        wanted = crops[:1]
+    else:
+        wanted = crops if crops and preprocess is not None else [0]
     pieces = []
     for number in wanted:
         if number not in grids:
             raise ParameterError(f"part {number} of this picture is no grid; grids: {sorted(grids)}")
         grid, patches = grids[number]
-        if found.canvas or (number == 0 and crops):
-            box = whole  # a canvas is cut to the picture, and a thumbnail shows all of it
+        place = found.place(number)
+        if canvas is not None and place is not None:
+            box = _field(size, canvas[0], place)
+        elif number == 0 and crops:
+            box = whole  # a thumbnail shows all of it
         else:
-            box = region(size, preprocess, _crop_index(found, number))
+            box = region(size, preprocess, 0 if found.video else _crop_index(found, number))
         pieces.append(_Piece(box, grid, patches.tolist()))
     return pieces
+
+
+def _field(size: tuple[int, int], grid: tuple[int, int], place: tuple[int, int, int, int]) -> Box:
+    """Pixels of some rows and columns of a canvas: first row and column, and those behind the last.
+
+    The picture fills the canvas in one direction, and lies in the middle of the other: rows or columns of padding were
+    cut off, but not parts of them.
+    """
+    wide, high = size[0] / grid[1], size[1] / grid[0]
+    side = max(wide, high)
+    if grid[0] - size[1] / side < 2 and grid[1] - size[0] / side < 2:
+        wide = high = side  # else it was stretched
+    top, left, bottom, right = place
+    x, y = (size[0] - grid[1] * wide) / 2, (size[1] - grid[0] * high) / 2
+    return (x + left * wide, y + top * high, x + right * wide, y + bottom * high)
 
 
 def _crop_index(found: PictureTrace, part: int) -> int:

@@ -214,11 +214,15 @@ def qwen2_5_vl() -> nn.Module:
     )
 
 
-def qwen3_vl() -> nn.Module:
-    return tf.Qwen3VLForConditionalGeneration(
-        tf.Qwen3VLConfig(
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def qwen3_vl(experts: bool = False) -> nn.Module:
+    model = tf.Qwen3VLMoeForConditionalGeneration if experts else tf.Qwen3VLForConditionalGeneration
+    return model(
+        model.config_class(
             vision_config=dict(**PACKED, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-            text_config=dict(**TEXT, head_dim=16, rope_parameters=MROPE),
+            text_config=dict(**TEXT, **(EXPERTS if experts else {}), head_dim=16, rope_parameters=MROPE),
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             **VISION_IDS,
@@ -226,7 +230,8 @@ def qwen3_vl() -> nn.Module:
     )
 
 
-def qwen3_5() -> nn.Module:
+def qwen3_5(experts: bool = False) -> nn.Module:
+    model = tf.Qwen3_5MoeForConditionalGeneration if experts else tf.Qwen3_5ForConditionalGeneration
     recurrent = {
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_num_value_heads": 4,
@@ -234,8 +239,10 @@ def qwen3_5() -> nn.Module:
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     }
-    return tf.Qwen3_5ForConditionalGeneration(
-        tf.Qwen3_5Config(
+    if experts:
+        recurrent |= {**EXPERTS, "shared_expert_intermediate_size": 64}
+    return model(
+        model.config_class(
             vision_config=dict(**PACKED, num_position_embeddings=64),
             text_config=dict(**TEXT, **recurrent, head_dim=16, rope_parameters={**MROPE, "partial_rotary_factor": 1.0}),
             image_token_id=IMAGE,
@@ -447,6 +454,20 @@ def aya_vision() -> nn.Module:
     )
 
 
+def cohere2_vision() -> nn.Module:
+    text = {**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    return tf.Cohere2VisionForConditionalGeneration(
+        tf.Cohere2VisionConfig(
+            vision_config=tf.SiglipVisionConfig(**FINE, vision_use_head=False),
+            text_config=tf.Cohere2Config(**text),
+            image_token_id=IMAGE,
+            downsample_factor=2,
+            alignment_intermediate_size=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
 def lfm2_vl() -> nn.Module:
     vision = {**TOWER, "num_patches": 64, "patch_size": 4, "vision_use_head": False}
     vision.pop("image_size")
@@ -545,6 +566,23 @@ FAMILIES = {
         Family("qwen2_5_vl", qwen2_5_vl, QWEN | RUN_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
         Family("qwen3_vl", qwen3_vl, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
         Family("qwen3_5", qwen3_5, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope", gain=4.0),
+        Family(
+            "qwen3_vl_moe",
+            functools.partial(qwen3_vl, True),
+            QWEN | STAMPED_CLIPS,
+            clips=MIXED_CLIPS,
+            types=MM,
+            positions="mrope",
+        ),
+        Family(
+            "qwen3_5_moe",
+            functools.partial(qwen3_5, True),
+            QWEN | STAMPED_CLIPS,
+            clips=MIXED_CLIPS,
+            types=MM,
+            positions="mrope",
+            gain=4.0,
+        ),
         Family("glm4v", glm4v, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
         Family("glm46v", glm46v, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
         Family(
@@ -589,8 +627,8 @@ FAMILIES = {
             {
                 "I": pooled_patches(4, 4),
                 "J": pooled_patches(2, 4),
-                "V": pooled_frames(2, 2, 2),
-                "W": pooled_frames(3, 2, 2),
+                "V": pooled_frames(2, 2, 3),
+                "W": pooled_frames(3, 2, 3),
             },
             clips=MIXED_CLIPS,
             types=MM,
@@ -638,6 +676,16 @@ FAMILIES = {
                 "I": marked([(START, MARK)], (END,)),
                 "J": marked([(START, MARK)], (END,)),
                 "M": marked([(START, MARK + 1), (MARK + 2,), (MARK,)], (END,)),
+            },
+            several=("2M3J5", "4I3", "7"),
+        ),
+        Family(
+            "cohere2_vision",
+            cohere2_vision,
+            {
+                "I": marked([(START,)], (MARK, END)),
+                "J": marked([(START,)], (MARK, END)),
+                "M": marked([(START,), (MARK,), (MARK,)], (MARK, END)),
             },
             several=("2M3J5", "4I3", "7"),
         ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlmtok
-from vlmtok.errors import VlmtokError
+from vlmtok.errors import VlmtokError, VlmtokWarning
 
 from .build import FAMILIES, gemma4, llama4, shared
 from .harness import BY_SAMPLE, GAP, LAYER, MERGED, MODES, PAIRS, RENUMBERED, Expected, batch, expected, generate
@@ -151,6 +151,20 @@ def test_a_plain_forward(name, mode, cached):
     torch.testing.assert_close(logits[:, -1], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["boundary", "both"])
+@pytest.mark.parametrize(
+    ("name", "which"), [(name, "several") for name in FAMILIES] + [(name, "clips") for name in WITH_CLIPS]
+)
+def test_a_plain_forward_cuts_what_generate_cuts(name, which, mode):
+    """Nothing is encoded before; pictures and clips are told apart all the same."""
+    cuts, model = MODES[mode], shared(name, FAMILIES[name].attentions[0])
+    inputs = batch(name, which).inputs()
+    with compressed(model, cuts), torch.no_grad():
+        wanted = generate(model, inputs, 1)[1][:, 0]
+        logits = model(**inputs).logits[:, -1]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("layer", [None, 2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keeping_all_changes_nothing(name, layer):
@@ -170,7 +184,7 @@ def test_text_alone_changes_nothing(name):
     family = FAMILIES[name]
     model, inputs = shared(name, family.attentions[0]), family.batch("^7", "4").inputs()
     bare = generate(model, inputs, 3)
-    with compressed(model, MODES["both+half"]):
+    with pytest.warns(VlmtokWarning, match="no prompt had a picture"), compressed(model, MODES["both+half"]):
         found = generate(model, inputs, 3)
     assert torch.equal(found[0], bare[0]) and torch.equal(found[1], bare[1])
 

@@ -12,12 +12,12 @@ import vlmtok
 
 from .build import FAMILIES, PINPOINTS, llava_onevision, shared
 from .harness import batch, generate
-from .methods import Look
-from .oracle import oracle
+from .methods import Look, Top
+from .oracle import Cut, oracle
 from .prompts import FIRST_FRAME, IMAGE, write
 from .shots import AnyRes, packed_clip
 
-BY_CROP = {"smolvlm", "idefics3", "llama4", "aya_vision", "lfm2_vl", "gemma3"}
+BY_CROP = {"smolvlm", "idefics3", "llama4", "aya_vision", "cohere2_vision", "lfm2_vl", "gemma3"}
 """Marks, which are text, stand between the crops of a picture, and nothing tells them from other text: a crop counts as
 a picture."""
 RUN_CLIPS = {"qwen2_vl", "qwen2_5_vl"}
@@ -39,17 +39,18 @@ def seen_by(name, which, unit, layer=None):
 
 
 def units_of(name, which):
-    """Tokens, columns, parts and grid of every picture; crops where only they can be told."""
+    """Tokens, columns, parts, grid, and grid of a part of every picture; crops where only they can be told."""
     found = []
     for prompt, row in zip(batch(name, which).prompts, rows_of(name, which)):
         for picture in prompt.pictures:
             parts, grids = parts_of(name, picture), picture.shot.grids
             if name in BY_CROP and len(grids) > 1:
                 for run, grid in zip(picture.runs(), grids, strict=True):
-                    found.append((row.hidden[run], run, torch.zeros_like(run), grid[1:]))
+                    found.append((row.hidden[run], run, torch.zeros_like(run), grid[1:], grid[1:]))
             else:
                 whole = len(grids) == 1 and not picture.shot.video
-                found.append((row.hidden[picture.columns], picture.columns, parts, grids[0][1:] if whole else None))
+                one = grids[0][1:] if grids else None
+                found.append((row.hidden[picture.columns], picture.columns, parts, one if whole else None, one))
     return found
 
 
@@ -101,7 +102,7 @@ def test_pictures(name, which):
     """
     seen, wanted = seen_by(name, which, "picture"), units_of(name, which)
     assert len(seen) == len(wanted)
-    for tokens, columns, parts, grid in wanted:
+    for tokens, columns, parts, grid, _ in wanted:
         one = only(seen, tokens)
         assert torch.equal(one.columns, columns)
         assert torch.equal(one.part, parts)
@@ -112,14 +113,40 @@ def test_pictures(name, which):
 def test_parts(name, which):
     """One view row for each thumbnail, crop and frame; separators belong to none."""
     seen, count = seen_by(name, which, "part"), 0
-    for tokens, columns, parts, _ in units_of(name, which):
+    for tokens, columns, parts, _, grid in units_of(name, which):
         for part in parts.unique().tolist():
             if part >= 0:
                 one = only(seen, tokens[parts == part])
                 assert torch.equal(one.columns, columns[parts == part])
                 assert (one.part == part).all()
+                assert grid is None or one.grid == grid
                 count += 1
     assert len(seen) == count
+
+
+@pytest.mark.parametrize(("name", "which"), CASES)
+def test_traces(name, which):
+    """Pictures in the order of the prompts, each with the grids that overlays are drawn on."""
+    model, wanted = shared(name, FAMILIES[name].attentions[0]), units_of(name, which)
+    with vlmtok.compress(model, Top(Cut(0.5)), trace=True) as run:
+        generate(model, batch(name, which).inputs(), 1)
+        found = run.trace()
+    shots = [picture.shot for prompt in batch(name, which).prompts for picture in prompt.pictures]
+    assert [one.patches for one in found.pictures] == [len(tokens) for tokens, *_ in wanted]
+    assert [one.kept for one in found.pictures] == [int(len(tokens) / 2 + 0.5) for tokens, *_ in wanted]
+    for one, (_, _, parts, whole, grid) in zip(found.pictures, wanted):
+        shown = {part: shape for part, (shape, _) in one.grids().items()}
+        assert set(shown) == set(parts.unique().tolist()) - {-1}
+        assert whole is None or shown == {0: whole}
+        assert grid is None or set(shown.values()) == {grid}
+    if len(shots) == len(found):
+        for one, shot in zip(found.pictures, shots):
+            assert one.video == shot.video
+            crops = "image_sizes" in shot.arrays and not shot.parts
+            assert (one.canvas is not None) == crops
+            if one.canvas is not None:
+                (rows, columns), patches = one.canvas
+                assert len(shot) == 16 + rows * (columns + 1) and len(patches) == rows * columns
 
 
 @pytest.mark.parametrize(("name", "which"), CASES)

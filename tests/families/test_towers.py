@@ -28,6 +28,7 @@ SPREAD = {
     "idefics3": 0,
     "gemma3": 0,
     "aya_vision": 0,
+    "cohere2_vision": 0,
 }
 """What is left is spread over the grid again behind the tower's last layer."""
 PACKED = sorted(set(FAMILIES) - set(SLOTS) - set(SPREAD))

@@ -9,7 +9,8 @@ import transformers as tf
 import vlmtok
 from vlmtok.errors import UnsupportedModel, VlmtokError
 
-from .build import Family, shared
+from . import build
+from .build import FAMILIES, Family, shared
 from .harness import BY_SAMPLE, GAP, MODES, Expected, batch, expected, generate
 from .methods import Top
 from .oracle import Cut, Oracle
@@ -62,12 +63,40 @@ def test_a_listed_family_as_if_it_were_not(name, mode):
     expected(name, cuts, "several").check(*found)
 
 
+class CopiedConfig(tf.LlavaConfig):
+    model_type = "llava_copied"
+
+
+class CopiedForConditionalGeneration(tf.LlavaForConditionalGeneration):
+    config_class = CopiedConfig
+
+
+def copied():
+    """LLaVA under other names."""
+    given = build.llava().config.to_dict()
+    return CopiedForConditionalGeneration(CopiedConfig(**{k: v for k, v in given.items() if k != "model_type"}))
+
+
+def test_a_copy_of_a_family_under_another_name():
+    """Its model type has no row: refused with a hint, and carried where that is asked for."""
+    family = dataclasses.replace(FAMILIES["llava"], make=copied)
+    model, rows, cuts = family.build(), family.batch("3I6", "2J4"), MODES["both+half"]
+    assert model.config.model_type == "llava_copied"
+    with pytest.raises(UnsupportedModel, match="generic-vlm"):
+        vlmtok.compress(model, Top())
+    wanted = said(model, rows, cuts)
+    with vlmtok.compress(model, [Top(cut) for cut in cuts], adapter="generic-vlm"):
+        found = generate(model, rows.inputs())
+    wanted.check(*found)
+
+
 def test_it_must_be_asked_for():
     """Nobody is carried by a guess; the error says how to try."""
     with pytest.raises(UnsupportedModel, match="generic-vlm"):
         vlmtok.compress(NOVEL.build(), Top())
 
 
+@pytest.mark.filterwarnings("ignore:the hooks of top never ran")
 def test_an_unknown_tensor_of_each_token_is_named():
     model = dataclasses.replace(NOVEL, make=lambda: novel(TaggedForConditionalGeneration)).build()
     rows = NOVEL.batch("3I6", "2J4")

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -65,18 +65,21 @@ def use(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def ran(reset: bool = False) -> dict[str, int]:
+def ran(reset: bool = False, since: Mapping[str, int] | None = None) -> dict[str, int]:
     """Which paths ran, in eager calls, since the last reset.
 
     Calls inside a compiled graph are not counted (the graph holds no Python).
 
     Args:
         reset: start again from nothing.
+        since: what an earlier call returned; only what came after it is told.
 
     Returns:
         ``"op:path"`` to the number of calls, for instance ``{"match_max:torch": 12}``.
     """
     seen = dict(_ran)
+    if since and all(seen.get(name, 0) >= count for name, count in since.items()):  # no reset in between
+        seen = {name: more for name, count in seen.items() if (more := count - since.get(name, 0))}
     if reset:
         _ran.clear()
     return seen

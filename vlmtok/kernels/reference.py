@@ -19,6 +19,11 @@ EPS = 1e-12
 
 Match = Callable[..., tuple[Tensor, Tensor]]
 
+STEP_BYTES = {"cpu": 8 << 20}
+"""Bytes of similarities held at a time, by type of device: what a processor keeps near it."""
+STEP_BYTES_ELSEWHERE = 256 << 20
+"""The same where a step costs launches."""
+
 _LAST = 1e30  # above every state of the greedy choice
 
 
@@ -60,6 +65,32 @@ def _flat_index(index: Tensor, n: int) -> Tensor:
     return (index + torch.arange(0, batch * step, step, device=index.device).unsqueeze(1)).reshape(-1)
 
 
+def _steps(batch: int, rows: int, columns: int, device: str) -> list[tuple[slice, slice]]:
+    """Pictures, and rows of them, to compare at a time, so that no table of all similarities is ever held.
+
+    Args:
+        batch: pictures.
+        rows: of each.
+        columns: what a row is compared with, in fp32.
+        device: type of the device.
+
+    Returns:
+        Slices of both axes, together everything. One step while torch traces, where sizes may be symbols.
+    """
+    everything = [(slice(0, batch), slice(0, rows))]
+    if torch.compiler.is_compiling():
+        return everything
+    room = STEP_BYTES.get(device, STEP_BYTES_ELSEWHERE) // (4 * max(columns, 1))
+    if batch * rows <= room or rows == 0:
+        return everything
+    pictures, some = max(1, room // rows), max(1, min(rows, room))
+    return [
+        (slice(first, min(first + pictures, batch)), slice(at, min(at + some, rows)))
+        for first in range(0, batch, pictures)
+        for at in range(0, rows, some)
+    ]
+
+
 # ---------------------------------------------------------------------- matching
 def match_max(
     a: Tensor,
@@ -90,16 +121,24 @@ def _match_unit(
     none = float("-inf")
     if b.shape[1] == 0:
         return a.new_full(a.shape[:2], none), a.new_zeros(a.shape[:2], dtype=torch.int64)
+    found = []
     with exact(a.device):
-        similarity = (a @ b.transpose(1, 2)).nan_to_num_(nan=none)
-        if exclude_diag:
-            similarity.diagonal(dim1=1, dim2=2).fill_(none)
-        if rank_a is not None and rank_b is not None:
-            similarity.masked_fill_(rank_b.unsqueeze(1) <= rank_a.unsqueeze(2), none)
-        if valid_b is not None:
-            similarity.masked_fill_(~valid_b.unsqueeze(1), none)
-        value, index = similarity.max(-1)
-        return value, index
+        steps = _steps(*a.shape[:2], b.shape[1], a.device.type)
+        for batch, rows in steps:
+            similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
+            if exclude_diag:
+                similarity.diagonal(rows.start, 1, 2).fill_(none)
+            if rank_a is not None and rank_b is not None:
+                similarity.masked_fill_(rank_b[batch].unsqueeze(1) <= rank_a[batch, rows].unsqueeze(2), none)
+            if valid_b is not None:
+                similarity.masked_fill_(~valid_b[batch].unsqueeze(1), none)
+            found.append(similarity.max(-1))
+    if len(steps) == 1:
+        return found[0][0], found[0][1]
+    shape = a.shape[:2]
+    return torch.cat([f[0].flatten() for f in found]).view(shape), torch.cat([f[1].flatten() for f in found]).view(
+        shape
+    )
 
 
 def _unit_once(metric: Tensor, match: Match | None) -> tuple[Tensor, Match]:
@@ -117,17 +156,25 @@ def _energy_unit(unit: Tensor, *, margin: float, alpha: float, kind: str) -> Ten
     """`energy` of rows that have length one."""
     with exact(unit.device):
         unit = unit.nan_to_num(nan=0.0)
-        over = unit @ unit.transpose(1, 2)
-        if kind == "gaussian":
-            sigma = 1.0 - margin
-            over.sub_(1.0).div_(sigma).square_().mul_(-0.5).exp_()
-            return over.mean(-1) / (sigma * (2.0 * torch.pi) ** 0.5)
-        over.sub_(margin)
-        alike = (over >= 0).sum(-1) if kind == "paper" else None
-        total = F.elu(over, alpha, inplace=True).sum(-1)
-        if alike is not None:
-            total = total + margin * alike
-        return total / unit.shape[1]
+        steps = _steps(*unit.shape[:2], unit.shape[1], unit.device.type)
+        parts = [
+            _energy_of(unit[batch, rows] @ unit[batch].transpose(1, 2), margin, alpha, kind) for batch, rows in steps
+        ]
+        return parts[0] if len(steps) == 1 else torch.cat([part.flatten() for part in parts]).view(unit.shape[:2])
+
+
+def _energy_of(over: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
+    """Energy of rows from their cosines `[B, M, N]`, which are overwritten."""
+    if kind == "gaussian":
+        sigma = 1.0 - margin
+        over.sub_(1.0).div_(sigma).square_().mul_(-0.5).exp_()
+        return over.mean(-1) / (sigma * (2.0 * torch.pi) ** 0.5)
+    over.sub_(margin)
+    alike = (over >= 0).sum(-1) if kind == "paper" else None
+    total = F.elu(over, alpha, inplace=True).sum(-1)
+    if alike is not None:
+        total = total + margin * alike
+    return total / over.shape[2]
 
 
 def bipartite_match(
@@ -378,6 +425,8 @@ def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | Non
     with exact(q.device):
         total = q.new_zeros(q.shape[0], k.shape[2], dtype=torch.float32)
         rows = q.shape[2]
+        if not torch.compiler.is_compiling():
+            chunk = max(1, min(chunk, STEP_BYTES_ELSEWHERE // max(4 * q.shape[0] * q.shape[1] * k.shape[2], 1)))
         for at in range(0, rows, chunk):
             part = bias
             if bias is not None and bias.dim() > 1 and bias.shape[-2] > 1:

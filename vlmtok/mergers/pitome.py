@@ -6,64 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .. import kernels
 from ..errors import ParameterError
 from ..method import Counts, Layout, Method, Site, check_choice, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
-from .tome import bipartite
-
-Merge = tuple[Tensor, Tensor, Tensor]
-"""keep, src, dst as in `Reduction`."""
-
-
-def energy_match(
-    metric: Tensor,
-    r: int,
-    margin: float,
-    *,
-    alpha: float = 1.0,
-    energy: str = "elu",
-    split: str = "alternate",
-    protect: bool = True,
-) -> Merge:
-    """PiToMe's matching (arXiv 2405.16148, algorithm 1).
-
-    Args:
-        metric: `[B, N, D]`, what is compared; protected tokens are not among them.
-        r: tokens to merge away, at most N // 2.
-        margin: cosine from which on two tokens count as alike.
-        alpha: slope of the energy below the margin.
-        energy: ``"elu"``, ``"paper"`` or ``"gaussian"`` (see `vlmtok.kernels.energy`).
-        split: the 2r tokens of highest energy are split into sources and targets by ``"alternate"`` ranks, or into
-            ``"halves"``.
-        protect: leave tokens of low energy alone; False matches all tokens, every second rank with the others, and
-            merges the r most similar pairs (the ordered matching of the released DeiT and MAE patches).
-
-    Returns:
-        keep `[B, N - r]`: protected tokens by falling energy (or unmerged sources by falling similarity), then the
-        targets by falling energy; src and dst `[B, r]`.
-    """
-    order = kernels.energy(metric, margin=margin, alpha=alpha, kind=energy).argsort(dim=1, descending=True, stable=True)
-    if protect:
-        top, rest = order[:, : 2 * r], order[:, 2 * r :]
-        sources, targets = (top[:, 0::2], top[:, 1::2]) if split == "alternate" else (top[:, :r], top[:, r:])
-        _, partner = kernels.match_max(_rows(metric, sources), _rows(metric, targets))
-    else:
-        sources, targets = order[:, 0::2], order[:, 1::2]
-        similarity, partner = kernels.match_max(_rows(metric, sources), _rows(metric, targets))
-        best = similarity.argsort(dim=1, descending=True, stable=True)
-        rest = sources.gather(1, best[:, r:])
-        sources, partner = sources.gather(1, best[:, :r]), partner.gather(1, best[:, :r])
-    return torch.cat([rest, targets], 1), sources, partner + rest.shape[1]
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -188,17 +135,14 @@ class PiToMe(Method):
         if r <= 0:
             return None
         if counts.layer < self.plain:
-            plan = bipartite(metric, r, view.num_prefix)
-            if plan is None or plan.src is None or plan.dst is None:
-                return None
-            keep, src, dst = plan.keep, plan.src, plan.dst
+            keep, src, dst = kernels.bipartite_match(metric, r, view.num_prefix)
         else:
-            keep, src, dst = energy_match(
+            keep, src, dst = kernels.energy_match(
                 metric,
                 r,
-                self._margin(counts),
+                margin=self._margin(counts),
                 alpha=self.alpha,
-                energy=self.energy,
+                kind=self.energy,
                 split=self.split,
                 protect=self._protects(counts),
             )

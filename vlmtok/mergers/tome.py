@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -31,17 +30,7 @@ def bipartite(metric: Tensor, r: int, num_prefix: int = 0) -> Reduction | None:
     r = min(r, n // 2)
     if r <= 0:
         return None
-    place = torch.arange(n, device=metric.device)
-    first = num_prefix % 2  # of the view's tokens, the first at an even place of the row
-    even, odd = place[first::2], place[1 - first :: 2]
-    similarity, partner = kernels.match_max(metric[:, first::2], metric[:, 1 - first :: 2])
-    order = similarity.argsort(dim=1, descending=True, stable=True)
-    merged, stay = order[:, :r], order[:, r:]
-    if num_prefix:
-        stay = stay.sort(dim=1).values
-    batch = metric.shape[0]
-    keep = torch.cat([even[stay], odd.expand(batch, -1)], 1)
-    return Reduction(keep, even[merged], partner.gather(1, merged) + stay.shape[1])
+    return Reduction(*kernels.bipartite_match(metric, r, num_prefix))
 
 
 def inflected_schedule(r: int | list[int] | tuple[int, float], depth: int) -> list[int]:

@@ -1,0 +1,501 @@
+"""What the rows of vision-language families lean on in transformers, one sentence a fact.
+
+Each family's tiny model generates two tokens and runs one plain forward, with hooks of torch alone looking on. A row is
+data about its host, so most sentences are filled in from the row: an upgrade that moves a module, renames an argument
+or changes an order of calls fails with the sentence that no longer holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families.build import FAMILIES, TOWER_ONLY, shared
+from torch import Tensor, nn
+from transformers import masking_utils
+from vlmtok.adapters import shapes
+from vlmtok.adapters.base import VLMSpec, child
+from vlmtok.adapters.decoder import KNOWN
+from vlmtok.adapters.hf_vit import vision_spec
+from vlmtok.adapters.hf_vlm import REFUSED, ROWS
+from vlmtok.adapters.masks import RECURRENT, layer_kinds
+
+TINY = {**FAMILIES, **TOWER_ONLY}
+
+
+@dataclass
+class Call:
+    """One call of a module: what it got, by position and by name, and what it gave."""
+
+    of: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bound: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class Host:
+    """A family's model, its row, and the calls of its parts in the order in which they began."""
+
+    name: str
+    spec: VLMSpec
+    model: nn.Module
+    core: nn.Module
+    lm: nn.Module | None
+    prompts: tuple[Any, ...]
+    generated: list[Call] = field(default_factory=list)
+    forward: list[Call] = field(default_factory=list)
+    cache: Any = None
+    output: Any = None
+
+    @property
+    def config(self) -> Any:
+        return self.core.config
+
+    @property
+    def text(self) -> Any:
+        return self.lm.config
+
+    @property
+    def kinds(self) -> list[str]:
+        return layer_kinds(self.text, len(self.lm.layers))
+
+    def attentions(self) -> list[nn.Module]:
+        return [layer.self_attn for layer, kind in zip(self.lm.layers, self.kinds) if kind not in RECURRENT]
+
+
+def first(calls: list[Call], of: str) -> Call:
+    return next(call for call in calls if call.of == of)
+
+
+def order(calls: list[Call], *names: str) -> bool:
+    """Whether the first calls of some parts began in this order."""
+    begun = [call.of for call in calls]
+    return all(name in begun for name in names) and sorted(names, key=begun.index) == list(names)
+
+
+@functools.cache
+def host(name: str) -> Host:
+    """A family that has been asked once in each way."""
+    family, model = TINY[name], shared(name, TINY[name].attentions[0])
+    spec = ROWS[model.config.model_type]
+    core = child(model, spec.core)
+    rows = family.batch(*family.rows)
+    found = Host(name, spec, model, core, None if spec.boundary else child(core, spec.lm), rows.prompts)
+    parts = {"top": model} if core is not model else {}
+    parts |= {"core": core, "tower": child(core, spec.tower)}
+    if spec.projector:
+        parts["projector"] = child(core, spec.projector)
+    if found.lm is not None:
+        parts |= {"text": found.lm, **{f"layer {i}": layer for i, layer in enumerate(found.lm.layers)}}
+    calls: list[Call] = []
+    hooks = []
+    for of, module in parts.items():
+        hooks += _watch(of, module, calls)
+    try:
+        with torch.no_grad():
+            out = model.generate(**rows.inputs(), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+            found.generated, found.cache = list(calls), out.past_key_values
+            calls.clear()
+            found.output = model(**rows.inputs())
+            found.forward = list(calls)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _watch(of: str, module: nn.Module, calls: list[Call]) -> list[Any]:
+    signature, open_calls = inspect.signature(type(module).forward), []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        calls.append(Call(of, args, dict(kwargs), {**bound, **bound.get("kwargs", {})}))
+        open_calls.append(calls[-1])
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        open_calls.pop().output = output
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+# ---------------------------------------------------------------------- facts
+@dataclass(frozen=True)
+class Fact:
+    """A sentence about a host, in which ``{spec...}`` is filled in from the row.
+
+    Attributes:
+        sentence: what must hold.
+        concerns: the rows that lean on it.
+        holds: whether it does.
+    """
+
+    sentence: str
+    concerns: Callable[[VLMSpec], bool]
+    holds: Callable[[Host], bool]
+
+
+FACTS: list[Fact] = []
+
+
+def fact(sentence: str, concerns: Callable[[VLMSpec], bool] = lambda spec: spec.boundary is None) -> Callable[..., Any]:
+    """Registers a check under its sentence; without `concerns`, of all families with a language model that is cut."""
+
+    def register(holds: Callable[[Host], bool]) -> Callable[[Host], bool]:
+        FACTS.append(Fact(sentence, concerns, holds))
+        return holds
+
+    return register
+
+
+def everywhere(spec: VLMSpec) -> bool:
+    return True
+
+
+# what there is
+@fact("the inner model is at '{spec.core}', its vision tower at '{spec.tower}'", everywhere)
+def _(at: Host) -> bool:
+    return isinstance(child(at.core, at.spec.tower), nn.Module)
+
+
+@fact("its projector is at '{spec.projector}'", lambda spec: bool(spec.projector))
+def _(at: Host) -> bool:
+    return isinstance(child(at.core, at.spec.projector), nn.Module)
+
+
+@fact("its text model is at '{spec.lm}', with its decoder layers in a ModuleList `layers`")
+def _(at: Host) -> bool:
+    return (
+        child(at.core, at.spec.lm) is at.lm
+        and isinstance(at.lm.layers, nn.ModuleList)
+        and len(at.lm.layers) == at.text.num_hidden_layers
+    )
+
+
+@fact("its config holds the ids of placeholders in {spec.ids}")
+def _(at: Host) -> bool:
+    return all(isinstance(getattr(at.config, name, None), int) for name in at.spec.ids)
+
+
+@fact("its config says in '{spec.feature}' which hidden state the projector reads", lambda spec: bool(spec.feature))
+def _(at: Host) -> bool:
+    return hasattr(at.config, at.spec.feature or "")
+
+
+@fact("every layer type of its text config has a mask function, or keeps no keys")
+def _(at: Host) -> bool:
+    return set(at.kinds) <= {*masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, *RECURRENT}
+
+
+@fact(
+    "its text config has the field {spec.block.when}, by which tokens of a picture look both ways",
+    lambda spec: spec.block is not None and spec.block.when is not None,
+)
+def _(at: Host) -> bool:
+    return hasattr(at.text, at.spec.block.when[0])
+
+
+@fact("its text config counts the layers that share keys", lambda spec: spec.last_cut is not None)
+def _(at: Host) -> bool:
+    return 0 < at.text.num_kv_shared_layers < len(at.lm.layers)
+
+
+@fact("the inner model keeps the embedding behind each row of crops as `image_newline`", lambda s: s.parts == "anyres")
+def _(at: Host) -> bool:
+    vision = at.config.vision_config
+    return at.core.image_newline.shape == (at.text.hidden_size,) and vision.image_size % vision.patch_size == 0
+
+
+@fact("its tower is of a class whose blocks can be cut", lambda spec: spec.tower_cut is not None)
+def _(at: Host) -> bool:
+    return len(vision_spec(child(at.core, at.spec.tower)).blocks) > 0
+
+
+# the inner model
+@fact("the inner model names its arguments input_ids, inputs_embeds, attention_mask, position_ids, past_key_values")
+def _(at: Host) -> bool:
+    names = inspect.signature(type(at.core).forward).parameters
+    return {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"} <= set(names)
+
+
+@fact("generate() encodes pictures before its loop, so that the tower runs before the inner model is called")
+def _(at: Host) -> bool:
+    return order(at.generated, "tower", "core", "text", "layer 0")
+
+
+@fact("generate() hands the inner model mm_encoder_outputs['image'] and no pixels")
+def _(at: Host) -> bool:
+    given = first(at.generated, "core").bound
+    return given["mm_encoder_outputs"].get("image") is not None and given.get("pixel_values") is None
+
+
+@fact("what generate() hands over holds, as pooler_output, the features of each picture in the order of the prompts")
+def _(at: Host) -> bool:
+    encoded = first(at.generated, "core").bound["mm_encoder_outputs"]["image"]
+    features = getattr(encoded, "pooler_output", None)
+    if features is None:  # the projector runs later
+        return order(at.generated, "core", "projector", "text")
+    counts = [len(picture.columns) for prompt in at.prompts for picture in prompt.pictures]
+    lengths = [len(part) for part in features]
+    return lengths == counts if at.spec.lengths == "picture" else sum(lengths) == sum(counts)
+
+
+@fact("with a cache, later steps bring neither features nor pixels")
+def _(at: Host) -> bool:
+    last = [call for call in at.generated if call.of == "core"][-1].bound
+    return not last.get("mm_encoder_outputs") and last.get("pixel_values") is None and last["input_ids"].shape[1] == 1
+
+
+@fact("a plain forward hands pixels to the inner model, which calls the tower, then the text model")
+def _(at: Host) -> bool:
+    given = first(at.forward, "core").bound
+    return given.get("pixel_values") is not None and order(at.forward, "core", "tower", "text")
+
+
+@fact("a plain forward tells the inner model rows and columns as '{spec.told[0]}'", lambda spec: bool(spec.told))
+def _(at: Host) -> bool:
+    value = first(at.forward, "core").bound[at.spec.told[0]]
+    return value is not None and shapes.read(at.spec.told[0], value, at.config).tolist() == _grids(at)
+
+
+@fact("the tower gets rows and columns of its pictures as '{spec.shapes}'", lambda spec: bool(spec.shapes))
+def _(at: Host) -> bool:
+    value = first(at.generated, "tower").bound[at.spec.shapes]
+    return shapes.read(at.spec.shapes, value, at.config).tolist() == _grids(at)
+
+
+def _grids(at: Host) -> list[list[int]]:
+    return [list(grid) for prompt in at.prompts for picture in prompt.pictures for grid in picture.shot.grids]
+
+
+@fact("type ids reach the inner model as '{spec.types}'", lambda spec: bool(spec.types))
+def _(at: Host) -> bool:
+    return all(first(calls, "core").bound.get(at.spec.types) is not None for calls in (at.generated, at.forward))
+
+
+@fact("the projector maps one row for each picture or crop, [P, N, C]", lambda spec: spec.tower_cut == "slots")
+def _(at: Host) -> bool:
+    return first(at.generated, "projector").output.dim() == 3
+
+
+# the text model
+@fact("the inner model calls its text model by name: inputs_embeds, attention_mask, position_ids, past_key_values")
+def _(at: Host) -> bool:
+    names = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    return all(
+        not call.args and names <= set(call.kwargs) for call in (*at.generated, *at.forward) if call.of == "text"
+    )
+
+
+@fact("the text model gets a mask as the row says: {spec.mask}")
+def _(at: Host) -> bool:
+    mask = first(at.generated, "text").kwargs["attention_mask"]
+    if at.spec.mask == "2d":
+        return isinstance(mask, Tensor) and mask.dim() == 2
+    if at.spec.mask == "dict" or len(set(at.kinds)) > 1:
+        return isinstance(mask, dict) and set(mask) == set(at.kinds)
+    return isinstance(mask, Tensor) and mask.dim() == 4
+
+
+@fact("generate() counts positions as the row says: {spec.positions}")
+def _(at: Host) -> bool:
+    positions = first(at.generated, "text").kwargs["position_ids"]
+    return positions.dim() == 2 if at.spec.positions == "1d" else positions.dim() == 3 and len(positions) in (3, 4)
+
+
+@fact("the text model gets {spec.gather} with one entry for each token", lambda spec: bool(spec.gather))
+def _(at: Host) -> bool:
+    given = first(at.generated, "text").kwargs
+    return all(given[name].shape[:2] == given["inputs_embeds"].shape[:2] for name in at.spec.gather)
+
+
+@fact(
+    "deepstack comes as {spec.deepstack}: a mask of columns, and features for the first layers", lambda s: s.deepstack
+)
+def _(at: Host) -> bool:
+    where, what = (first(at.generated, "text").kwargs[name] for name in at.spec.deepstack)
+    return where.dtype == torch.bool and {len(feature) for feature in what} == {int(where.sum())}
+
+
+@fact("the text model gets nothing else with one entry for each token")
+def _(at: Host) -> bool:
+    given = first(at.generated, "text").kwargs
+    shape = given["inputs_embeds"].shape[:2]
+    each = {name for name, value in given.items() if isinstance(value, Tensor) and value.shape[:2] == shape}
+    return each <= {*KNOWN, *at.spec.gather, *(at.spec.deepstack or ()), at.spec.types}
+
+
+@fact("the text model gives back last_hidden_state, one row for each column, and the cache that it filled")
+def _(at: Host) -> bool:
+    call = first(at.forward, "text")
+    same = call.output[0].shape[:2] == call.kwargs["inputs_embeds"].shape[:2]
+    return same and call.output[0] is call.output.last_hidden_state and call.output.past_key_values is not None
+
+
+@fact("logits have the length of the input", everywhere)
+def _(at: Host) -> bool:
+    return at.output.logits.shape[1] == max(len(prompt.ids) for prompt in at.prompts)
+
+
+# its layers
+@fact("a layer gets hidden states as its first argument, and attention_mask and position_embeddings by name")
+def _(at: Host) -> bool:
+    size = first(at.generated, "text").kwargs["inputs_embeds"].shape
+    calls = [first(at.generated, f"layer {i}") for i in range(len(at.lm.layers))]
+    named = all({"attention_mask", "position_embeddings"} <= set(call.kwargs) for call in calls)
+    return named and calls[0].args[0].shape == size and all(call.args[0].shape[::2] == size[::2] for call in calls)
+
+
+@fact("a layer gets, as arguments {spec.layer_args}, what has one entry for each token", lambda s: bool(s.layer_args))
+def _(at: Host) -> bool:
+    call = first(at.generated, "layer 0")
+    return all(call.args[i].shape[:2] == call.args[0].shape[:2] for i in at.spec.layer_args)
+
+
+@fact("position embeddings are a pair, or one tensor, of one row for each column")
+def _(at: Host) -> bool:
+    call = first(at.generated, "layer 0")
+    given = call.kwargs["position_embeddings"]
+    parts = [given] if isinstance(given, Tensor) else list(given)
+    return len(parts) in (1, 2) and all(part.shape[1] == call.args[0].shape[1] for part in parts)
+
+
+@fact("a layer gives back its hidden states, alone or first")
+def _(at: Host) -> bool:
+    call = first(at.generated, "layer 0")
+    out = call.output[0] if isinstance(call.output, tuple) else call.output
+    return out.shape == call.args[0].shape
+
+
+@fact("rotary embeddings come from `rotary_emb` of hidden states and positions")
+def _(at: Host) -> bool:
+    names = list(inspect.signature(type(at.lm.rotary_emb).forward).parameters)
+    return names[1:3] == ["x", "position_ids"] and names[3:] in ([], ["layer_type"])
+
+
+@fact(
+    "attention has q_proj, k_proj, head_dim and scaling, behind input_layernorm",
+    lambda s: not s.boundary and s.attention,
+)
+def _(at: Host) -> bool:
+    named = ("q_proj", "k_proj", "head_dim", "scaling")
+    norms = "operator_norm" if at.model.config.model_type == "lfm2_vl" else "input_layernorm"
+    shares = getattr(at.text, "num_kv_shared_layers", 0)
+    own = at.attentions()[: len(at.lm.layers) - shares]
+    return all(hasattr(attn, name) for attn in own for name in named) and hasattr(at.lm.layers[0], norms)
+
+
+@fact(
+    "its rotary function is apply_rotary_pos_emb of the module of its attention",
+    lambda s: not s.boundary and s.attention,
+)
+def _(at: Host) -> bool:
+    return all(hasattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb") for attn in at.attentions())
+
+
+@fact("its cache is a DynamicCache with `layers`, and counts columns by the first layer that keeps keys")
+def _(at: Host) -> bool:
+    probe = next(i for i, kind in enumerate(at.kinds) if kind not in RECURRENT)
+    columns = first(at.generated, "text").kwargs["inputs_embeds"].shape[1] + 1
+    same = at.cache.get_seq_length() == at.cache.layers[probe].get_seq_length() == columns
+    return type(at.cache) is transformers.DynamicCache and same
+
+
+@fact(
+    "generate() never calls its top forward: its language model gets embeddings alone", lambda spec: bool(spec.boundary)
+)
+def _(at: Host) -> bool:
+    return all(call.of != "core" for call in at.generated) and any(call.of == "core" for call in at.forward)
+
+
+# ---------------------------------------------------------------------- tests
+CASES = [
+    pytest.param(name, each, id=f"{name}: {each.sentence.format(spec=spec)}")
+    for name in TINY
+    for spec in (ROWS["paligemma" if name == "paligemma2" else name],)
+    for each in FACTS
+    if each.concerns(spec)
+]
+
+
+@pytest.mark.parametrize(("name", "each"), CASES)
+def test_the_host_is_as_its_row_says(name: str, each: Fact) -> None:
+    at = host(name)
+    sentence = each.sentence.format(spec=at.spec)
+    assert each.holds(at), f"no longer true of {name} in transformers {transformers.__version__}: {sentence}"
+
+
+def test_every_row_is_looked_at() -> None:
+    looked = {shared(name, TINY[name].attentions[0]).config.model_type for name in TINY}
+    assert looked == set(ROWS), "a row of the family table has no tiny model, or the other way round"
+
+
+@pytest.mark.parametrize("kind", sorted({*ROWS, *REFUSED}))
+def test_transformers_knows_the_model_type(kind: str) -> None:
+    assert kind in transformers.CONFIG_MAPPING, f"transformers {transformers.__version__} knows no model type {kind!r}"
+
+
+def test_masks_take_what_we_hand_them() -> None:
+    """Masks behind a cut are built by the host's own functions, for a layer of the asker's choice."""
+    taken = {name: set(inspect.signature(make).parameters) for name, make in _mask_functions().items()}
+    common = {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
+    for name, parameters in taken.items():
+        assert common <= parameters, f"the mask function of {name} layers no longer takes {common - parameters}"
+        assert "layer_idx" in parameters, f"masks of {name} layers are sized by another layer than the asker"
+        assert "allow_is_causal_skip" in parameters, f"masks of {name} layers may be left out"
+    full = set(inspect.signature(masking_utils.create_causal_mask).parameters)
+    assert {"or_mask_function", "and_mask_function", "block_sequence_ids"} <= full
+    assert "block_sequence_ids" in taken["sliding_attention"]
+    assert callable(masking_utils.blockwise_overlay) and callable(masking_utils.sliding_window_overlay)
+
+
+def _mask_functions() -> dict[str, Callable[..., Any]]:
+    kinds = {kind for name in FAMILIES for kind in host(name).kinds} - RECURRENT
+    return {kind: masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind] for kind in kinds}
+
+
+WRONG: list[dict[str, Any]] = [
+    {"lm": "text_model"},
+    {"tower": "visual"},
+    {"projector": "connector"},
+    {"ids": ("image_token",)},
+    {"feature": "feature_layer"},
+    {"mask": "dict"},
+    {"types": "token_type_ids"},
+    {"positions": "mrope"},
+    {"gather": ("per_layer_inputs",)},
+    {"layer_args": (1,)},
+    {"deepstack": ("visual_pos_masks", "deepstack_visual_embeds")},
+    {"parts": "anyres"},
+    {"told": ("image_sizes",)},
+    {"shapes": "image_sizes"},
+    {"boundary": "embeddings come without ids"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: "".join(wrong))
+def test_a_row_that_is_wrong_is_noticed(wrong: dict[str, Any]) -> None:
+    """Every field of a row is looked at: with a wrong one, LLaVA's host breaks a sentence."""
+    at = host("llava")
+    spec = dataclasses.replace(at.spec, **wrong)
+    changed = dataclasses.replace(at, spec=spec)
+    assert any(_broken(each, changed) for each in FACTS if each.concerns(spec))
+
+
+def _broken(each: Fact, at: Host) -> bool:
+    try:
+        return not each.holds(at)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return True
