@@ -14,7 +14,7 @@ import warnings
 from torch import nn
 
 from ..errors import UnsupportedModel, VlmtokWarning
-from .base import Adapter
+from .base import Adapter, Host
 
 _TIMM = "timm_vit"
 _OPEN_CLIP = "open_clip_vit"
@@ -73,7 +73,7 @@ def _vlm(model: nn.Module) -> Adapter | None:
     return None
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Host) -> nn.Module:
     """The model below wrappers: DistributedDataParallel, torch.compile, PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):

@@ -326,7 +326,7 @@ def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
     kv = int(getattr(config, "num_key_value_heads", None) or count)
     blocks = []
     for layer, kind in zip(lm.layers, layer_kinds(config, len(lm.layers))):
-        parts = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
+        parts: list[Any] = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
         whole = None not in parts and weights(layer) == sum(map(weights, parts))
         if not whole or hasattr(layer.mlp, "experts"):
             what = "layers of another form than attention and one MLP"

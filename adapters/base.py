@@ -14,7 +14,10 @@ from ..method import Layout
 if TYPE_CHECKING:
     from ..attachment import Attachment
 
-Projection = Callable[[nn.Module, Tensor, str], Tensor]
+Host = Any
+"""A module of the model: what its attributes are is its library's business, so none of them is checked."""
+
+Projection = Callable[[Host, Tensor, str], Tensor]
 """q or k, `[B, H, L, d]`, from the attention, its input and ``"q"`` or ``"k"``."""
 
 
@@ -50,14 +53,14 @@ class BlockSpec:
     branch_end: str
     mlp: str
     project: Projection
-    scale: Callable[[nn.Module], float]
+    scale: Callable[[Host], float]
     heads: str
     bias: str | None
     bias_rank: int = 4
     q: str | None = None
     k: str | None = None
     rope: str | None = None
-    rotate: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]] | None = None
+    rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
     through: bool = False
 
 
@@ -128,7 +131,7 @@ class Adapter:
     name: ClassVar[str] = ""
     targets: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Host) -> None:
         """Reads the model; raises `UnsupportedModel` with the reason where it cannot be carried."""
         self.model: Any = model  # type checkers know nothing of a host's attributes
 
@@ -149,7 +152,7 @@ class Adapter:
         return UnsupportedModel(f"{type(self.model).__name__} is not supported by adapter {self.name!r}: {why}")
 
 
-def child(module: nn.Module, path: str) -> Any:
+def child(module: Host, path: str) -> Any:
     """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped."""
     return module.get_submodule(path) if path else module
 

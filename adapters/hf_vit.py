@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..method import Layout
 from . import account
-from .base import Adapter, BlockSpec, TextSpec, TowerSpec
+from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+def _project(attn: Host, x: Tensor, which: str) -> Tensor:
     """q or k of an attention with q_proj and k_proj."""
     made: Tensor = (attn.q_proj if which == "q" else attn.k_proj)(x)
     return made.unflatten(-1, (made.shape[-1] // attn.head_dim, -1)).transpose(1, 2)
@@ -63,7 +63,7 @@ DINOV2_BLOCK = BlockSpec(
 )
 
 
-def _fused(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+def _fused(attn: Host, x: Tensor, which: str) -> Tensor:
     """q or k of an attention with one projection for q, k and v."""
     width = attn.qkv.weight.shape[0] // 3
     at = 0 if which == "q" else width
@@ -72,7 +72,7 @@ def _fused(attn: nn.Module, x: Tensor, which: str) -> Tensor:
     return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
-def _normed(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+def _normed(attn: Host, x: Tensor, which: str) -> Tensor:
     """q or k of an attention that norms them over all heads together."""
     made = (attn.q_proj if which == "q" else attn.k_proj)(x)
     made = (attn.q_norm if which == "q" else attn.k_norm)(made)
@@ -127,7 +127,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) and len(value) == 2 else None
 
 
-def vision_spec(tower: nn.Module, last: int = -1) -> TowerSpec:
+def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
     """A vision model of transformers as data.
 
     Args:
@@ -179,7 +179,7 @@ class HFVision(Adapter):
     """A vision model of transformers."""
 
     name = "transformers-vision"
-    targets = (
+    targets: ClassVar[tuple[tuple[str, str], ...]] = (
         ("transformers.models.clip.modeling_clip", "CLIPVisionModel"),
         ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"),
         ("transformers.models.vit.modeling_vit", "ViTModel"),

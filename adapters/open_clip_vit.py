@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..method import Layout
 from . import account
-from .base import Adapter, BlockSpec, TextSpec, TowerSpec
+from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+def _project(attn: Host, x: Tensor, which: str) -> Tensor:
     """q or k of nn.MultiheadAttention, which has no module to read them from."""
     width, heads = attn.embed_dim, attn.num_heads
     at = 0 if which == "q" else width
@@ -49,9 +49,9 @@ class OpenClipVision(Adapter):
     name = "open_clip-vit"
     targets = (("open_clip.transformer", "VisionTransformer"),)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Host) -> None:
         super().__init__(model)
-        transformer = getattr(model, "transformer", None)
+        transformer: Any = getattr(model, "transformer", None)
         blocks = getattr(transformer, "resblocks", ())
         if not len(blocks):
             raise self.refuse("it has no residual blocks")
@@ -94,7 +94,7 @@ class OpenClipTimm(Adapter):
     name = "open_clip-timm"
     targets = (("open_clip.timm_model", "TimmModel"),)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Host) -> None:
         super().__init__(model)
         from . import adapter_for
 
@@ -113,25 +113,25 @@ class OpenClipTimm(Adapter):
         return account.of_open_clip_timm(self)
 
 
-def text_spec(model: nn.Module) -> TextSpec | None:
+def text_spec(model: Host) -> TextSpec | None:
     """The text tower of a dual encoder as data, or None where its rows cannot be shortened.
 
     CLIP keeps the parts of its text tower on itself, CustomTextCLIP below `text`.
     """
-    tower = getattr(model, "text", model)
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    tower: Host = getattr(model, "text", model)
+    blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
     plain = all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     if not len(blocks) or not plain or not tower.transformer.batch_first or pool not in ("argmax", "eos", "last"):
         return None  # a transformers encoder, custom attention, or pooling over all tokens
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         return None  # masks differ from row to row
-    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    eos: Any = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
 
     def end(ids: Tensor) -> Tensor:
         if pool == "last":
             return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
-        return ids.argmax(1) if pool == "argmax" else (ids == eos).to(torch.int64).argmax(1)
+        return ids.argmax(1) if pool == "argmax" else ids.eq(eos).to(torch.int64).argmax(1)
 
     return TextSpec(
         block=replace(MHA_BLOCK, bias="attn_mask"),
@@ -156,7 +156,7 @@ class OpenClip(Adapter):
         ("open_clip.coca_model", "CoCa"),
     )
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Host) -> None:
         super().__init__(model)
         from . import adapter_for
 

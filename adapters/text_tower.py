@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -307,7 +308,7 @@ class TextTower(Tower):
         signals: dict[str, Signal] = {}
         for need in entry.needs:
             if need.name in TOWER_SIGNALS:
-                signals[need.key] = lambda make=TOWER_SIGNALS[need.name].make: make(here)
+                signals[need.key] = partial(TOWER_SIGNALS[need.name].make, here)
             else:
                 signals[need.key] = None
         view = TokenView(

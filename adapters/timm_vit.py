@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..method import Layout
 from . import account
-from .base import Adapter, BlockSpec, TowerSpec
+from .base import Adapter, BlockSpec, Host, TowerSpec
 from .vit_block import Tower
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
+def _project(attn: Host, x: Tensor, which: str) -> Tensor:
     """q or k of timm's attention classes, normed, before rope."""
     heads = attn.num_heads
     norm = attn.q_norm if which == "q" else attn.k_norm
@@ -37,7 +37,7 @@ def _project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
     return projected
 
 
-def _rotate(attn: nn.Module, table: Tensor) -> Callable[[Tensor], Tensor]:
+def _rotate(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
     """Applies Eva's rope behind the prefix, with the function that the attention itself uses."""
     rotation = sys.modules[type(attn).__module__].apply_rot_embed_cat
     prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
@@ -48,7 +48,7 @@ def _rotate(attn: nn.Module, table: Tensor) -> Callable[[Tensor], Tensor]:
     return rotate
 
 
-def _scale(attn: nn.Module) -> float:
+def _scale(attn: Host) -> float:
     return float(attn.scale)
 
 
@@ -77,7 +77,7 @@ class TimmViT(Adapter):
     block = VIT_BLOCK
     blocks = ("Block",)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Host) -> None:
         super().__init__(model)
         for block in model.blocks:
             if type(block).__name__ not in self.blocks:

@@ -240,8 +240,7 @@ class Dispatcher:
 
 
 def _methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
-    single = isinstance(method, (Method, str)) or not isinstance(method, Iterable)
-    items = [method] if single else list(method)
+    items = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     methods: list[Method] = []
     for item in items:
         if isinstance(item, str):
@@ -426,8 +425,9 @@ class Compression:
     def reset(self) -> None:
         """Empties what methods gathered across forwards (modules with a `reset`)."""
         for module in self._member.memory.values():
-            if hasattr(module, "reset"):
-                module.reset()
+            reset = getattr(module, "reset", None)
+            if callable(reset):
+                reset()
 
     def to(self, *args: Any, **kwargs: Any) -> Compression:
         """Moves the methods' modules, as `nn.Module.to`."""

@@ -416,7 +416,8 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
     if not run.continues:
         account.profiles["decoder"] = (before, after)
         account.step = (one[0], one[1])
-        account.cache = tuple(p.cached(shape.blocks) * shape.kv_bytes for p in (before, after))
+        held = [profile.cached(shape.blocks) * shape.kv_bytes for profile in (before, after)]
+        account.cache = (held[0], held[1])
     for part in run.decodings:
         spent = [
             p.step_macs(shape.blocks, part.rows, part.first, part.steps) + part.head * row for p in (before, after)

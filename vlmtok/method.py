@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import importlib
 import importlib.metadata
+import math
 import pkgutil
 import re
 import warnings
@@ -397,12 +398,32 @@ def check_range(
         kind: `int` or `float` (an int is a float too; bool is neither).
 
     Raises:
-        ParameterError: not a number of that kind, or outside.
+        ParameterError: not a finite number of that kind, or outside.
     """
-    kinds: tuple[type, ...] = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    number = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if isinstance(value, bool) or not number or not math.isfinite(value) or not low <= value <= high:
         what = "a number" if kind is float else "an integer"
         raise ParameterError(f"{by}: {name}={value!r} must be {what} in [{low:g}, {high:g}]")
+
+
+def check_flag(value: Any, by: str, name: str) -> None:
+    """Checks a switch.
+
+    Raises:
+        ParameterError: neither True nor False (1 and 0 are neither).
+    """
+    if not isinstance(value, bool):
+        raise ParameterError(f"{by}: {name}={value!r} must be true or false")
+
+
+def check_layer(value: Any, by: str, name: str) -> None:
+    """Checks one layer, or None for a method's own; whether a model has it is found out on the model.
+
+    Raises:
+        ParameterError: neither None nor an integer.
+    """
+    if value is not None:
+        check_range(value, by, name, kind=int)
 
 
 def check_choice(value: Any, by: str, name: str, choices: tuple[Any, ...]) -> None:

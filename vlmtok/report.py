@@ -492,7 +492,8 @@ def _planned(attachment: Attachment, shape: ModelShape) -> StageRun:
 def _account(
     attachment: Attachment, shape: ModelShape, runs: Iterable[tuple[StageRun, int]], total: bool, deciding: bool
 ) -> tuple[Account, list[str]]:
-    account, notes = Account(), []
+    account = Account()
+    notes: list[str] = []
     signals = own = 0
     for run, times in runs:
         if run.stage == "vision" and shape.vision is not None:

@@ -171,9 +171,9 @@ class Sequence:
         for state in self.states.values():
             for key, value in state.items():
                 state[key] = reduction.gather(_padded(value, 1, spare))
-        for key, (value, axis) in self.carried.items():
-            if axis is not None and value is not None:
-                self.carried[key] = (reduction.gather(_padded(value, axis, spare), axis), axis)
+        for key, (signal, axis) in self.carried.items():
+            if axis is not None and signal is not None:
+                self.carried[key] = (reduction.gather(_padded(signal, axis, spare), axis), axis)
         if self.follow:
             self.place = reduction.keep if self.place is None else self.place.gather(1, reduction.keep)
         if self.source is not None:

@@ -101,10 +101,10 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
             )
         return Need(text, name)
     if not layout.gives(stage, name, later=stage != site.stage):
-        offered = sorted(layout.stages[stage].provides) if layout.has(stage) and layout.stages[stage].carries else []
+        known = sorted(layout.stages[stage].provides) if layout.has(stage) and layout.stages[stage].carries else []
         raise MissingSignal(
             f"{by} needs {text!r}, which {layout.family} cannot give; "
-            f"{f'{stage} gives: ' + ', '.join(offered) if offered else f'nothing of {stage!r} reaches {site.stage}'}"
+            f"{f'{stage} gives: ' + ', '.join(known) if known else f'nothing of {stage!r} reaches {site.stage}'}"
         )
     depth, last = layout.stages[stage].depth, layout.stages[stage].last
     layer = last if found["layer"] == "feature" else int(found["layer"])

@@ -123,7 +123,7 @@ def _match_unit(
         return a.new_full(a.shape[:2], none), a.new_zeros(a.shape[:2], dtype=torch.int64)
     found = []
     with exact(a.device):
-        steps = _steps(*a.shape[:2], b.shape[1], a.device.type)
+        steps = _steps(a.shape[0], a.shape[1], b.shape[1], a.device.type)
         for batch, rows in steps:
             similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
             if exclude_diag:
@@ -156,7 +156,7 @@ def _energy_unit(unit: Tensor, *, margin: float, alpha: float, kind: str) -> Ten
     """`energy` of rows that have length one."""
     with exact(unit.device):
         unit = unit.nan_to_num(nan=0.0)
-        steps = _steps(*unit.shape[:2], unit.shape[1], unit.device.type)
+        steps = _steps(unit.shape[0], unit.shape[1], unit.shape[1], unit.device.type)
         parts = [
             _energy_of(unit[batch, rows] @ unit[batch].transpose(1, 2), margin, alpha, kind) for batch, rows in steps
         ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ParameterError, SiteError
 from ..kernels.exact import exact
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
 from ..pruners.fastv import keep_top
 from ..reduction import Reduction
 from ..view import TokenView
@@ -138,7 +138,7 @@ class AIM(Method):
 
     def __post_init__(self) -> None:
         check_range(self.passes, "AIM", "passes", 0, kind=int)
-        check_choice(self.prune, "AIM", "prune", (True, False))
+        check_flag(self.prune, "AIM", "prune")
         if not self.passes and not self.prune:
             raise ParameterError("AIM: passes=0 and prune=False leave nothing to do")
         for name in ("first", "last"):

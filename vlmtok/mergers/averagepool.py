@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import ParameterError
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -61,7 +61,7 @@ class AveragePool(Method):
                 check_range(side, "AveragePool", "output_size", 1, kind=int)
         elif self.output_size is not None:
             check_range(self.output_size, "AveragePool", "output_size", 1, kind=int)
-        check_choice(self.overlap, "AveragePool", "overlap", (True, False))
+        check_flag(self.overlap, "AveragePool", "overlap")
         check_choice(self.positions, "AveragePool", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import MissingSignal, ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -199,7 +199,7 @@ class CrossGET(Method):
             if getattr(self, name) is not None:
                 check_range(getattr(self, name), "CrossGET", name, 0, kind=int)
         check_choice(self.guidance, "CrossGET", "guidance", GUIDANCE)
-        check_choice(self.prop_attn, "CrossGET", "prop_attn", (True, False))
+        check_flag(self.prop_attn, "CrossGET", "prop_attn")
         if self.rv is None and self.rl is None:
             raise ParameterError("CrossGET: rv=None and rl=None leave nothing to do")
         if self.guidance == "attention" and (self.rv is None or self.rl is not None):

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import kernels
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -82,6 +82,8 @@ class PiToMe(Method):
             check_range(value, "PiToMe", "ratio", 0, 1)
             if value == 0:
                 raise ParameterError("PiToMe: ratio=0 is not possible; it is the share of tokens that stay")
+        if isinstance(self.ratio, (list, tuple)) and not self.ratio:
+            raise ParameterError(f"PiToMe: ratio={self.ratio!r} names no layer; give one share a layer")
         if isinstance(self.margin, (list, tuple)) and len(self.margin) != 2:
             raise ParameterError(f"PiToMe: margin={self.margin!r} must be a number or (a, b) for a - b * layer / depth")
         for value in self.margin if isinstance(self.margin, (list, tuple)) else [self.margin]:
@@ -94,6 +96,8 @@ class PiToMe(Method):
         check_choice(self.protect, "PiToMe", "protect", ("all", "none", "first_half", "second_half"))
         check_choice(self.metric, "PiToMe", "metric", ("keys", "hidden"))
         check_choice(self.point, "PiToMe", "point", ("mid", "end"))
+        check_flag(self.weighted, "PiToMe", "weighted")
+        check_flag(self.prop_attn, "PiToMe", "prop_attn")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PiToMe:

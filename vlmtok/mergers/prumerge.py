@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MissingSignal
-from ..method import Counts, Layout, Method, Site, check_choice, check_keep, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_flag, check_keep, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -157,7 +157,7 @@ class PruMerge(Method):
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep, "PruMerge")
-        check_choice(self.plus, "PruMerge", "plus", (True, False))
+        check_flag(self.plus, "PruMerge", "plus")
         check_range(self.neighbours, "PruMerge", "neighbours", 1, kind=int)
 
     def sites(self, layout: Layout) -> list[Site]:

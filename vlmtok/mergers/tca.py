@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import MissingSignal, ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_layer, check_range, register_method
 from ..pruners.random import random_subset
 from ..reduction import Reduction
 from ..view import TokenView
@@ -519,10 +519,14 @@ class TCA(Method):
         if self.drop_rate is not None:
             check_range(self.drop_rate, "TCA", "drop_rate", 0, 1)
         check_range(self.centers, "TCA", "centers", 1, kind=int)
+        for layer in self.layers if isinstance(self.layers, (tuple, list)) else [self.layers]:
+            check_layer(layer, "TCA", "layers")
         check_choice(self.score, "TCA", "score", ("attn_mean", "rank"))
         if isinstance(self.first, str):
             check_choice(self.first, "TCA", "first", ("top", "random"))
         else:
+            if self.first in ((), []):
+                raise ParameterError(f"TCA: first={self.first!r} names no centre; give one for each condensing layer")
             for index in self.first if isinstance(self.first, (tuple, list)) else [self.first]:
                 check_range(index, "TCA", "first", 0, kind=int)
         check_range(self.seed, "TCA", "seed", kind=int)
@@ -535,7 +539,7 @@ class TCA(Method):
         check_range(self.lambd, "TCA", "lambd", 0)
         check_range(self.beta, "TCA", "beta", 0)
         for name in ("fuse", "include_self", "update"):
-            check_choice(getattr(self, name), "TCA", name, (True, False))
+            check_flag(getattr(self, name), "TCA", name)
         check_choice(self.batch_mode, "TCA", "batch_mode", ("sequential", "synchronous"))
 
     @classmethod

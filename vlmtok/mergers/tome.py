@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_flag, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -90,6 +90,9 @@ class ToMe(Method):
         else:
             for value in self.r if isinstance(self.r, list) else [self.r]:
                 check_range(value, "ToMe", "r", 0, kind=int)
+            if self.r == []:
+                raise ParameterError("ToMe: r=[] names no layer; give one int a layer")
+        check_flag(self.prop_attn, "ToMe", "prop_attn")
 
     @property
     def proportional(self) -> bool:  # type: ignore[override]

@@ -15,6 +15,7 @@ from ..method import (
     Method,
     Site,
     check_choice,
+    check_flag,
     check_keep,
     check_range,
     keep_count,
@@ -152,7 +153,7 @@ class CDPruner(Method):
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "CDPruner")
-        check_choice(self.negate, "CDPruner", "negate", (True, False))
+        check_flag(self.negate, "CDPruner", "negate")
         if self.theta is not None:
             check_range(self.theta, "CDPruner", "theta", 0, 0.999)
         check_choice(self.positions, "CDPruner", "positions", (None, *POSITIONS))

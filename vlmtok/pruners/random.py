@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..method import Counts, Layout, Method, Site, check_choice, check_keep, check_range, keep_count, register_method
+from ..method import (
+    Counts,
+    Layout,
+    Method,
+    Site,
+    check_choice,
+    check_keep,
+    check_layer,
+    check_range,
+    keep_count,
+    register_method,
+)
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -57,6 +68,7 @@ class Random(Method):
         check_keep(self.keep, "Random")
         check_range(self.seed, "Random", "seed", kind=int)
         check_choice(self.stage, "Random", "stage", ("auto", "projected", "decoder", "vision"))
+        check_layer(self.layer, "Random", "layer")
 
     def sites(self, layout: Layout) -> list[Site]:
         """One site."""

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_keep, check_range, keep_count, register_method
+from ..method import (
+    Counts,
+    Layout,
+    Method,
+    Site,
+    check_choice,
+    check_keep,
+    check_layer,
+    check_range,
+    keep_count,
+    register_method,
+)
 from ..reduction import Reduction
 from ..view import TokenView
 from .random import random_subset
@@ -142,6 +153,7 @@ class ToDRE(Method):
             check_choice(self.pivot, "ToDRE", "pivot", PIVOTS)
         else:
             check_range(self.pivot, "ToDRE", "pivot", 0, kind=int)
+        check_layer(self.check_layer, "ToDRE", "check_layer")
         check_choice(self.newlines, "ToDRE", "newlines", ("drop", "candidates"))
         check_choice(self.positions, "ToDRE", "positions", (None, "renumber", "keep"))
         check_range(self.seed, "ToDRE", "seed", kind=int)
@@ -152,8 +164,8 @@ class ToDRE(Method):
         if self.keep is not None:
             layout.stage("projected", "ToDRE")
             attention = layout.gives("vision", "cls_attention", later=True) and self.pivot == "cls"
-            needs = ("cls_attention@vision:-1",) if attention else ()
-            sites.append(Site("projected", needs=needs, positions=self.positions, scope="picture"))
+            first = ("cls_attention@vision:-1",) if attention else ()
+            sites.append(Site("projected", needs=first, positions=self.positions, scope="picture"))
         if self.tau is not None:
             depth = layout.stage("decoder", "ToDRE").depth
             layer = max(0, math.floor(7 * depth / 8) - 1) if self.check_layer is None else self.check_layer
