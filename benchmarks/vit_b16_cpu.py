@@ -2,7 +2,7 @@
 
     python benchmarks/vit_b16_cpu.py
 
-All arms run in turn, round after round, in one process, so that whatever the machine does meets all of them; a figure is
+All arms run in turn, round after round, in one process, so that whatever the machine does meets all; a figure is
 the ratio of medians. The result goes to ``benchmarks/results/vit_b16_cpu.json``. Needs timm, no download.
 """
 
