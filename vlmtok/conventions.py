@@ -59,7 +59,7 @@ def convention(name: str) -> Convention:
     """
     if name not in CONVENTIONS:
         near = difflib.get_close_matches(name, CONVENTIONS, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ParameterError(f"no convention {name!r}{hint} Known: {', '.join(sorted(CONVENTIONS))}")
     return CONVENTIONS[name]
 

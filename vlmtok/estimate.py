@@ -13,7 +13,7 @@ from .attachment import Attachment
 from .compression import Compression, _methods
 from .errors import ParameterError, SiteError
 from .flops import ModelShape
-from .loading import EMBEDDED, skeleton
+from .loading import EMBEDDED, configured, skeleton
 from .method import Method, check_choice, check_range
 from .plan import Past, Prompt, check_counts, plan
 from .presets import PRESETS, preset
@@ -116,7 +116,7 @@ def shape_of(model: Any) -> ModelShape:
             return preset(model)
         return _account(skeleton(model).model)
     if isinstance(model, Mapping) or hasattr(model, "model_type"):
-        return _account(_configured(model))
+        return _account(configured(model))
     raise ParameterError(
         f"estimate() takes a preset, a model, a transformers configuration or its dict, got {type(model).__name__}; "
         f"presets: {', '.join(PRESETS)}"
@@ -251,19 +251,3 @@ def _account(model: nn.Module) -> ModelShape:
     except NotImplementedError:
         raise ParameterError(f"adapter {adapter.name!r} does not say what its models cost") from None
     return found
-
-
-def _configured(config: Any) -> nn.Module:
-    """A model of transformers on the meta device."""
-    import transformers
-
-    if isinstance(config, Mapping):
-        if "model_type" not in config:
-            raise ParameterError("estimate: a configuration dict needs 'model_type'")
-        config = transformers.AutoConfig.for_model(**config)
-    for maker in (transformers.AutoModelForImageTextToText, transformers.AutoModel):
-        if type(config) in maker._model_mapping:
-            with torch.device("meta"):
-                model: nn.Module = maker.from_config(config)
-            return model
-    raise ParameterError(f"estimate: transformers makes no model of a {type(config).__name__}")

@@ -12,13 +12,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import VlmtokError
+from .errors import ParameterError, VlmtokError
 
 if TYPE_CHECKING:
     import torch
@@ -238,6 +238,29 @@ def skeleton(name: str | None = None) -> Loaded:
 
     with torch.device("meta"):
         return _make(name, random=True, dtype=None, bare=True)
+
+
+def configured(config: Any) -> nn.Module:
+    """A model of transformers without data, from its configuration.
+
+    Args:
+        config: a configuration, or its dict with ``"model_type"``.
+
+    Raises:
+        ParameterError: transformers makes no model of it.
+    """
+    import torch
+    import transformers
+
+    if isinstance(config, Mapping):
+        if "model_type" not in config:
+            raise ParameterError("estimate: a configuration dict needs 'model_type'")
+        config = transformers.AutoConfig.for_model(**config)
+    for maker in (transformers.AutoModelForImageTextToText, transformers.AutoModel):
+        if type(config) in maker._model_mapping:
+            with torch.device("meta"):
+                return _from_config(maker, config)
+    raise ParameterError(f"estimate: transformers makes no model of a {type(config).__name__}")
 
 
 def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False) -> Loaded:

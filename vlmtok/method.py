@@ -498,7 +498,7 @@ def method_class(name: str) -> type[Method]:
     _load()
     if name not in _METHODS:
         near = difflib.get_close_matches(name, _METHODS, 3, 0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise UnknownMethod(f"no method {name!r}{hint} Known: {', '.join(sorted(_METHODS))}")
     return _METHODS[name]
 
@@ -523,7 +523,7 @@ def create_method(name: str, **settings: Any) -> Method:
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ParameterError(f"{name} has no parameter {key!r}{hint} Parameters: {', '.join(known) or 'none'}")
     if preset is not None:
         if not hasattr(cls, "preset"):

@@ -182,6 +182,6 @@ def preset(name: str) -> ModelShape:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ParameterError(f"no preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
     return PRESETS[name](name)

@@ -374,7 +374,8 @@ def greedy_select(
     Args:
         x: `[B, N, D]`, any floating dtype.
         k: how many, at most N.
-        start: int64 `[B]`, the first row chosen.
+        start: int64 `[B]`, the first row chosen, from 0 to N - 1. (Another index is an error of torch's on the torch
+            path; the kernel reads nothing foreign and returns it as it is.)
         rule: the next row minimises its ``"max"`` similarity to the chosen ones (k-center) or the ``"sum"`` of
             similarities (max-sum diversification).
         metric: ``"cosine"``, or ``"l2"`` for minus the squared Euclidean distance (rule ``"max"`` only).

@@ -50,7 +50,8 @@ def _greedy_kernel(
     tl.store(state_out, float("nan"))
     # A row that is to be taken late has a state that no similarity reaches and that none changes: 1e30 where it is not
     # finite, 2e30 where it is not valid, infinity once it is chosen.
-    state = _similarity(gram, norm, n, pick, j, there, METRIC)
+    inside = tl.where((pick >= 0) & (pick < n), pick, 0)  # another start would read foreign memory
+    state = _similarity(gram, norm, n, inside, j, there, METRIC)
     state = tl.where(tl.load(norm + j, mask=there, other=0.0) < float("inf"), state, LAST)
     if VALID:
         allowed = tl.load(valid + batch * valid_batch + j * valid_step, mask=there, other=0) != 0
