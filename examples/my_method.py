@@ -1,6 +1,6 @@
 """A method of one's own in a file outside the package: see CONTRIBUTING, "Write a method".
 
-    python examples/my_method.py        # registers it, wraps a tiny random ViT, prints the report
+python examples/my_method.py        # registers it, wraps a tiny random ViT, prints the report
 """
 
 from __future__ import annotations

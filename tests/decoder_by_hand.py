@@ -6,6 +6,7 @@ block of the row. Tests of methods that act inside a language model compare with
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,27 @@ from vlmtok.method import Counts, Layout, StageLayout
 from vlmtok.view import TokenView
 
 GOLDEN = Path(__file__).parent / "golden"
+ELSEWHERE = [Path(folder) for folder in os.environ.get("VLMTOK_GOLDEN", "").split(os.pathsep) if folder]
+"""More folders with reference files, searched behind the one of the repository."""
 
 
 def golden(name):
-    """Arrays of a reference file: tensors, or plain numbers where there is only one."""
-    with np.load(GOLDEN / name) as data:
-        return {key: data[key].item() if data[key].ndim == 0 else torch.from_numpy(data[key]) for key in data.files}
+    """Arrays of a reference file: tensors, or plain numbers where there is only one.
+
+    A file may hold the name of another in ``base``: that one's arrays, where it has none of its own.
+    """
+    path = next(folder / name for folder in (GOLDEN, *ELSEWHERE) if (folder / name).exists())
+    with np.load(path) as data:
+        own = {key: data[key].item() if data[key].ndim == 0 else torch.from_numpy(data[key]) for key in data.files}
+    return {**golden(own.pop("base")), **own} if "base" in own else own
+
+
+def found_names(pattern):
+    return sorted({path.name for folder in (GOLDEN, *ELSEWHERE) for path in folder.glob(pattern)})
 
 
 def golden_names(pattern):
-    names = sorted(path.name for path in GOLDEN.glob(pattern))
+    names = found_names(pattern)
     assert names, f"no reference file {pattern}"
     return names
 

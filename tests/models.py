@@ -87,9 +87,21 @@ def _timm(name: str, **changes: object) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    given = dict(img_size=SIDE, patch_size=PATCH, depth=DEPTH, embed_dim=WIDTH, num_heads=HEADS, num_classes=CLASSES)
+    given = {
+        "img_size": SIDE,
+        "patch_size": PATCH,
+        "depth": DEPTH,
+        "embed_dim": WIDTH,
+        "num_heads": HEADS,
+        "num_classes": CLASSES,
+    }
     given.update(changes)
     return randomize(timm.create_model(name, pretrained=False, **given))
+
+
+def short_vit() -> nn.Module:
+    """Two blocks, for what is slow."""
+    return _timm("vit_tiny_patch16_224", depth=2)
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -123,8 +135,8 @@ TIMM = (
 
 
 # ---------------------------------------------------------------------- open_clip
-_TEXT = dict(context_length=12, vocab_size=64, width=WIDTH, heads=HEADS, layers=2)
-_VISION = dict(image_size=SIDE, patch_size=PATCH, width=WIDTH, layers=DEPTH, head_width=WIDTH // HEADS)
+_TEXT = {"context_length": 12, "vocab_size": 64, "width": WIDTH, "heads": HEADS, "layers": 2}
+_VISION = {"image_size": SIDE, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH, "head_width": WIDTH // HEADS}
 
 
 def _open_clip(kind: str) -> nn.Module:
@@ -140,7 +152,12 @@ def _open_clip(kind: str) -> nn.Module:
     elif kind == "TimmModel":
         import timm
 
-        tower = dict(timm_model_name="vit_tiny_patch16_224", image_size=224, timm_pool="token", timm_proj="linear")
+        tower = {
+            "timm_model_name": "vit_tiny_patch16_224",
+            "image_size": 224,
+            "timm_pool": "token",
+            "timm_proj": "linear",
+        }
         made = open_clip.CustomTextCLIP(embed_dim=24, vision_cfg=tower, text_cfg=_TEXT)
         # The configuration has no word for a smaller trunk.
         made.visual.trunk = timm.create_model(
@@ -149,8 +166,8 @@ def _open_clip(kind: str) -> nn.Module:
     else:
         made = open_clip.CoCa(
             embed_dim=24,
-            multimodal_cfg=dict(width=WIDTH, context_length=12, vocab_size=64, heads=HEADS, layers=1),
-            text_cfg=_TEXT,
+            multimodal_cfg={"width": WIDTH, "context_length": 12, "vocab_size": 64, "heads": HEADS, "layers": 1},
+            text_cfg={**_TEXT, "embed_cls": True, "output_tokens": True},
             vision_cfg=dict(**_VISION, attentional_pool=True, attn_pooler_heads=2, output_tokens=True),
         )
     return randomize(made)
@@ -182,14 +199,14 @@ OPEN_CLIP = (
 
 
 # ---------------------------------------------------------------------- transformers
-_SIZES = dict(
-    hidden_size=WIDTH,
-    intermediate_size=2 * WIDTH,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=HEADS,
-    image_size=SIDE,
-    patch_size=PATCH,
-)
+_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 
 
 def _hf(kind: str, attention: str = "sdpa") -> nn.Module:
@@ -197,7 +214,7 @@ def _hf(kind: str, attention: str = "sdpa") -> nn.Module:
 
     torch.manual_seed(0)
     own = {"attn_implementation": attention}
-    text = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS)
+    text = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
     if kind == "CLIPVisionModel":
         made = tf.CLIPVisionModel(tf.CLIPVisionConfig(**_SIZES, **own))
     elif kind == "SiglipVisionModel":

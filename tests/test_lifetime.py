@@ -106,7 +106,7 @@ class Boom(RuntimeError):
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_an_exception_inside_the_model_ends_it_right(subject, where):
-    """A module of the host raises in the middle of a pass: nothing sticks, and the next pass of the same handle works."""
+    """A module of the host raises in the middle of a pass: nothing sticks, the next pass of the same handle works."""
     before, bare = Print.of(subject.model), outputs(subject)
     blocks = blocks_of(subject.model)
     victim = blocks[{"first": 0, "middle": len(blocks) // 2, "last": -1}[where]]
@@ -803,6 +803,12 @@ def dynamo():
     dynamo.reset()
 
 
+@pytest.fixture
+def short():
+    """Two blocks: what is compiled is compiled six times."""
+    return Subject("timm ViT", models.short_vit())
+
+
 WAYS = {
     "torch.compile(model)": lambda model: torch.compile(model, backend="eager"),
     "model.compile()": lambda model: model.compile(backend="eager") or model,
@@ -813,36 +819,36 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore:vlmtok:vlmtok.errors.VlmtokWarning")
-def test_compile_remove_attach_is_right_or_raises(vit, dynamo, way):
+def test_compile_remove_attach_is_right_or_raises(short, dynamo, way):
     """Dynamo does not see hooks come or go; whatever the order, results are right."""
-    x = vit.tower.pictures(2)
+    x = short.tower.pictures(2)
     with torch.no_grad():
-        bare = vit.model(x)
-        with vlmtok.compress(vit.model, "tome:r=6"):
-            cut = vit.model(x)
-        call = WAYS[way](vit.model)
+        bare = short.model(x)
+        with vlmtok.compress(short.model, "tome:r=6"):
+            cut = short.model(x)
+        call = WAYS[way](short.model)
         assert_equal(call(x), bare, what="compiled bare")
-        run = vlmtok.compress(vit.model, "tome:r=6")
+        run = vlmtok.compress(short.model, "tome:r=6")
         assert_equal(call(x), cut, what="compiled bare, then compressed")
         run.remove()
         assert_equal(call(x), bare, what="and removed")
-        run = vlmtok.compress(vit.model, "tome:r=3")
+        run = vlmtok.compress(short.model, "tome:r=3")
         with_three = call(x)
         assert_differs(with_three, cut)
         run.remove()
         assert_equal(call(x), bare, what="and removed again")
-        with vlmtok.compress(vit.model, "tome:r=6"):
+        with vlmtok.compress(short.model, "tome:r=6"):
             assert_equal(call(x), cut, what="and compressed again")
 
 
 @pytest.mark.filterwarnings("ignore:vlmtok:vlmtok.errors.VlmtokWarning")
-def test_compiled_while_attached_then_removed(vit, dynamo):
-    x = vit.tower.pictures(2)
+def test_compiled_while_attached_then_removed(short, dynamo):
+    x = short.tower.pictures(2)
     with torch.no_grad():
-        bare = vit.model(x)
-        run = vlmtok.compress(vit.model, "tome:r=6")
-        cut = vit.model(x)
-        call = torch.compile(vit.model, backend="eager")
+        bare = short.model(x)
+        run = vlmtok.compress(short.model, "tome:r=6")
+        cut = short.model(x)
+        call = torch.compile(short.model, backend="eager")
         assert_equal(call(x), cut)
         with run.paused():
             assert_equal(call(x), bare, what="paused")
@@ -852,9 +858,9 @@ def test_compiled_while_attached_then_removed(vit, dynamo):
 
 
 @pytest.mark.filterwarnings("ignore:vlmtok:vlmtok.errors.VlmtokWarning")
-def test_a_compiled_model_can_be_compressed_itself(vit, dynamo):
-    x = vit.tower.pictures(2)
-    call = torch.compile(vit.model, backend="eager")
+def test_a_compiled_model_can_be_compressed_itself(short, dynamo):
+    x = short.tower.pictures(2)
+    call = torch.compile(short.model, backend="eager")
     with torch.no_grad():
         bare = call(x)
         with vlmtok.compress(call, "tome:r=6"):
@@ -862,12 +868,12 @@ def test_a_compiled_model_can_be_compressed_itself(vit, dynamo):
         assert_equal(call(x), bare)
 
 
-def test_attaching_to_compiled_code_is_said(vit, dynamo):
-    call = torch.compile(vit.model, backend="eager")
+def test_attaching_to_compiled_code_is_said(short, dynamo):
+    call = torch.compile(short.model, backend="eager")
     with torch.no_grad():
-        call(vit.tower.pictures(1))
+        call(short.tower.pictures(1))
     with pytest.warns(VlmtokWarning, match="compiled"):
-        run = vlmtok.compress(vit.model, "tome:r=6")
+        run = vlmtok.compress(short.model, "tome:r=6")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.remove()

@@ -1,5 +1,6 @@
 """SCOPE: the released choice, plain loops, and the rules every method keeps."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtok.errors import ParameterError
+from vlmtok.errors import ParameterError, SiteError
 from vlmtok.method import Layout, Site, StageLayout, parse_methods
 from vlmtok.pruners.scope import SCOPE, saliency_coverage
 from vlmtok.signals import tower_signals
@@ -127,6 +128,14 @@ def test_sites_and_parameters():
     assert SCOPE().sites(layout(1)) == [Site("features", needs=(NAME,))]
     name = "received_attention@vision:feature"
     assert SCOPE().sites(layout(0)) == [Site("features", needs=(name,))]
+    spread = dict(layout(1).stages, projected=StageLayout(1, 8, 0, 0))
+    assert SCOPE().sites(Layout("both", spread)) == [Site("features", needs=(NAME,))]
+    del spread["features"]
+    assert SCOPE().sites(Layout("packed crops", spread)) == [Site("projected", needs=(NAME,))]
+    spread["vision"] = replace(spread["vision"], carries=frozenset({"keys"}))
+    for stages in (spread, {"projected": spread["projected"]}):
+        with pytest.raises(SiteError, match="features"):
+            SCOPE().sites(Layout("neither", stages))
     x, received = torch.randn(2, 12, 4), torch.rand(2, 12)
     assert torch.equal(
         SCOPE(keep=4).reduce(view(x, received, name)).keep, SCOPE(keep=4).reduce(view(x, received.unsqueeze(1))).keep

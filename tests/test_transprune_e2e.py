@@ -1,9 +1,13 @@
 """TransPrune in a whole Llama: cuts, lengths of the layers, logits and greedy tokens of the released model."""
 
+import models
 import pytest
 import torch
+from checks import watched
 from decoder_by_hand import PlainLlama, Run, golden, golden_names
+from torch import nn
 
+import vlmtok
 from vlmtok.pruners.transprune import TransPrune
 
 
@@ -50,3 +54,130 @@ def test_decoding_equals_the_release(name):
     assert tokens[:-1] == data["decode_tokens"].tolist()
     torch.testing.assert_close(torch.stack(logits), data["decode_logits"], atol=1e-4, rtol=0)
     assert [length + len(logits) for length in run.lengths] == data["kv_len_per_layer"].tolist()
+
+
+# ---------------------------------------------------------------------- the core, in a model of transformers
+class Shown(nn.Module):
+    """Stands for a projector: whatever the picture, it gives the visual tokens of the file."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, features):
+        return self.tokens.expand(len(features), -1, -1)
+
+
+def llava_of(data, attention):
+    """A LLaVA whose language model is that of the file, and the ids of its prompt.
+
+    Text of the prompt has ids behind the vocabulary of the file, which hold its embeddings and are never generated.
+    """
+    import transformers as tf
+
+    vocabulary, start, n = data["vocab_size"], data["image_start"], data["n_image"]
+    before, picture, after = data["inputs_embeds"][0].split([start, n, data["n_text_after"]])
+    text = torch.cat([before, after])
+    image = vocabulary + len(text)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        text_config=tf.LlamaConfig(
+            vocab_size=image + 1,
+            hidden_size=data["hidden_size"],
+            intermediate_size=data["intermediate_size"],
+            num_hidden_layers=data["num_layers"],
+            num_attention_heads=data["num_heads"],
+            rms_norm_eps=data["rms_eps"],
+            rope_theta=data["rope_theta"],
+            pad_token_id=0,
+            eos_token_id=None,
+        ),
+        image_token_id=image,
+        attn_implementation=attention,
+    )
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    weights = {key[3:]: value for key, value in data.items() if key.startswith("sd/")}
+    blank = torch.zeros(1, data["hidden_size"])
+    weights["model.embed_tokens.weight"] = torch.cat([weights["model.embed_tokens.weight"], text, blank])
+    weights["lm_head.weight"] = torch.cat([weights["lm_head.weight"], 0 * text, blank])
+    inner = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
+    model.model.language_model.load_state_dict(inner)
+    model.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
+    model.model.multi_modal_projector = Shown(picture[None])
+    ids = torch.arange(vocabulary, image)
+    return model, torch.cat([ids[:start], torch.full((n,), image), ids[start:]])[None]
+
+
+def run_golden(data, attention, **settings):
+    """Answer, cache lengths, and visual tokens kept at every cut, of the compressed model."""
+    model, ids = llava_of(data, attention)
+    method = method_of(data, **settings)
+    with torch.no_grad(), watched([method]) as seen, vlmtok.compress(model, method) as run:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.zeros(1, 3, 16, 16),
+            max_new_tokens=len(data["decode_tokens"]) + 1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            suppress_tokens=list(range(data["vocab_size"], int(ids.max()) + 1)),
+        )
+        cuts = [found.reduction.keep[0] for found in seen if found.reduction is not None]
+        assert run.report() is not None
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    logits = torch.cat(out.logits)[:, : data["vocab_size"]]
+    return out.sequences[0, ids.shape[1] :].tolist(), logits, lengths, cuts
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", golden_names("transprune_e2e_case*.npz"))
+def test_a_compressed_model_equals_the_release(name, attention):
+    data = golden(name)
+    tokens, logits, lengths, cuts = run_golden(data, attention)
+    for i, keep in enumerate(cuts):
+        inside = data[f"stage{i}_keep_abs"]  # visual places of the then current sequence
+        assert (keep + data["image_start"]).tolist() == inside.tolist()
+    assert len(cuts) == len(data["ratios"])
+    assert lengths == data["kv_len_per_layer"].tolist()
+    assert tokens[:-1] == data["decode_tokens"].tolist()
+    torch.testing.assert_close(logits[0], data["prefill_logits"][0, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[1:], data["decode_logits"], atol=1e-4, rtol=0)
+
+
+def test_every_setting_is_another_run():
+    """What the release cannot do by parameter changes the outcome, so none of the settings is without effect."""
+    data = golden("transprune_e2e_case0.npz")
+    released = run_golden(data, "sdpa")
+    for settings in ({"alpha": 1.0}, {"alpha": 0.0}, {"direction": "paper"}):
+        cuts = run_golden(data, "sdpa", **settings)[3]
+        assert any(not torch.equal(a, b) for a, b in zip(cuts, released[3])), settings
+    kept = run_golden(data, "sdpa", positions="keep")
+    assert kept[2] == released[2] and torch.equal(kept[3][0], released[3][0])
+    assert (kept[1] - released[1]).abs().max() > 1e-3
+
+
+SPEC = "transprune:layers=(3;5;8):ratios=(0.8;0.5;0.2)"
+
+
+@pytest.mark.parametrize("settings", ["", ":alpha=1.0", ":alpha=0.0", ":direction=paper", ":positions=keep"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_pictures_and_prompts_that_end_with_one(attention, settings):
+    """Rows of a batch answer as alone: grouped queries, left padding, two pictures, no text behind the picture."""
+    model = models.shared("HF LLaVA" if attention == "sdpa" else "HF LLaVA eager")
+    batch = models.Batch.of("^3I5", "^2I", "I1I3", "^4I1I", "5")
+    more = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        bare = model.generate(**batch.inputs(), **more)
+        with vlmtok.compress(model, SPEC + settings) as run:
+            together = model.generate(**batch.inputs(), **more)
+            stay = [layer.visual for layer in run.report().layers if layer.stage == "decoder"]
+            for row in range(len(batch)):
+                alone = model.generate(**batch.alone(row).inputs(), **more)
+                for a, b in zip(together.logits, alone.logits):
+                    torch.testing.assert_close(a[row], b[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together.logits[0][:4], bare.logits[0][:4], atol=1e-3)
+    torch.testing.assert_close(together.logits[0][4], bare.logits[0][4], atol=1e-4, rtol=1e-4)  # text alone
+    assert len(set(stay)) == 4, "three cuts"

@@ -1,8 +1,10 @@
 """`vlmtok.zero_shot`: classification with a compressed dual encoder, and logits that methods correct."""
 
+import openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from tca_by_hand import STREAMS, stream
 
 import vlmtok
 
@@ -100,3 +102,66 @@ def test_what_is_no_dual_encoder_is_refused(names):
         vlmtok.zero_shot(torch.nn.Linear(2, 2), None, names)
     with pytest.raises(vlmtok.errors.ParameterError, match="classes, E"):
         vlmtok.zero_shot(open_clip_model(), None, names[0])
+
+
+# ---------------------------------------------------------------------- TCA's streams, through the core
+LIBRARIES = {"open_clip": openai_clip.open_clip_of, "transformers": openai_clip.transformers_of}
+
+
+def tower_of(data, library):
+    return LIBRARIES[library]({key[3:]: value for key, value in data.items() if key.startswith("sd.")}, data["heads"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", STREAMS)
+@torch.no_grad()
+def test_a_stream_equals_its_reference(name, library):
+    """Condensation, anchors, reservoir and correction in a real model: the logits of every picture in turn."""
+    data = stream(name)
+    model = tower_of(data, library)
+    names = data["text_weights"].T
+    method = vlmtok.TCA(drop_rate=data["drop_rate"], scale=1.0, lambd=3.0, beta=5.0)
+    anchored = []
+    with vlmtok.compress(model, method) as run:
+        classify = vlmtok.zero_shot(model, run, names, logit_scale=100.0)
+        for t, picture in enumerate(data["images"]):
+            method.first = tuple(data["first"][t].tolist())  # what the release drew at random
+            logits = classify(picture[None])
+            torch.testing.assert_close(logits[0], data["final"][t].float(), atol=2e-4, rtol=0)
+            anchored.append(int(run.memory().anchored.sum()))
+        bare = F.normalize(encode(model, data["images"][:1]), dim=-1) @ F.normalize(names, dim=-1).T
+    assert anchored == data["nanch"].tolist() and anchored[-1] > 0
+    assert (100.0 * bare[0] - data["final"][0]).abs().max() > 1.0  # the correction is no small thing
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_a_stream_that_is_saved_frozen_or_given_other_classes(library):
+    data = stream("plain loops")
+    model, names = tower_of(data, library), data["text_weights"].T
+    method = vlmtok.TCA(drop_rate=data["drop_rate"], scale=1.0)
+    images = data["images"]
+    with vlmtok.compress(model, method) as run:
+        classify = vlmtok.zero_shot(model, run, names)
+        classify(images[:9])
+        state = {key: value.clone() for key, value in run.state_dict().items()}
+        wanted = classify(images[9:])
+    with vlmtok.compress(model, vlmtok.TCA(drop_rate=data["drop_rate"], scale=1.0)) as run:
+        run.load_state_dict(state)
+        classify = vlmtok.zero_shot(model, run, names)
+        torch.testing.assert_close(classify(images[9:]), wanted)
+        with pytest.raises(vlmtok.errors.ParameterError, match="reset"):
+            vlmtok.zero_shot(model, run, names.flip(0))(images[:1])
+        run.memory().frozen = True
+        once = classify(images[:4])
+        torch.testing.assert_close(classify(images[:4].flip(0)).flip(0), once)
+    with vlmtok.compress(model, vlmtok.TCA(drop_rate=data["drop_rate"], scale=1.0, update=False)) as run:
+        run.load_state_dict(state)
+        run.memory().frozen = True
+        frozen = vlmtok.zero_shot(model, run, names)
+        one_by_one = torch.cat([frozen(image[None]) for image in images[9:]])
+        torch.testing.assert_close(frozen(images[9:]), one_by_one)
+    for mode in ("sequential", "synchronous"):
+        with vlmtok.compress(model, vlmtok.TCA(drop_rate=data["drop_rate"], scale=1.0, batch_mode=mode)) as run:
+            found = vlmtok.zero_shot(model, run, names)(images)
+            assert int(run.memory().seen) == len(images) and found.shape == (len(images), len(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import warnings
 import weakref
@@ -206,6 +207,7 @@ class Dispatcher:
             member.fired = self.has_fired(member)
         before, pauses = self.attachment, 0 if self.attachment is None else self.attachment.pauses
         _forget_compiled(self._model(), why)
+        _guard_hooks()
         if before is not None:
             before.suspend()
         try:
@@ -270,6 +272,17 @@ def _forget_compiled(model: nn.Module, why: str) -> None:
             VlmtokWarning,
             stacklevel=4,
         )
+
+
+def _guard_hooks() -> None:
+    """Makes Dynamo look at hooks in what it compiles from now on, in the whole process.
+
+    All models of a class share compiled code, and by default it holds whatever hooks a model has: what was compiled
+    for a bare twin later would run in place of a compressed model, and nobody would notice.
+    """
+    config: Any = importlib.import_module("torch._dynamo.config")
+    if getattr(config, "skip_nnmodule_hook_guards", False):
+        config.skip_nnmodule_hook_guards = False
 
 
 def _has_compiled(model: nn.Module, dynamo: Any) -> bool:

@@ -45,6 +45,19 @@ def bad_calls():
         "merge: one weight": (merged(0, X, keep_weight=torch.ones(2, 3)), "together"),
         "merge: weight shape": (merged(0, X, keep_weight=torch.ones(2, 3), src_weight=torch.ones(2, 2)), "shapes"),
         "merge: rows around": (merged(0, X, prefix=4, suffix=3), "do not fit"),
+        "bipartite: integers": (lambda: kernels.bipartite_match(X.long(), 2), "floating"),
+        "bipartite: bool": (lambda: kernels.bipartite_match(X, True), "\\[0, 3\\]"),
+        "energy match: integers": (lambda: kernels.energy_match(X.long(), 2, margin=0.5), "floating"),
+        "complete: integers": (lambda: kernels.complete_match(X.long(), X[..., 0], 2), "floating"),
+        "complete: devices": (lambda: kernels.complete_match(X, meta[..., 0], 2), "is on meta"),
+        "complete: mask dtype": (lambda: kernels.complete_match(X, X[..., 0], 2, X[..., 0].long()), "bool"),
+        "greedy: integers": (lambda: kernels.greedy_select(X.long(), 2, LONG[:, 0]), "floating"),
+        "greedy: devices": (lambda: kernels.greedy_select(X, 2, LONG[:, 0].to("meta")), "is on meta"),
+        "greedy: mask": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], valid=X[..., 0]), "bool"),
+        "transition: devices": (lambda: kernels.transition_stats(X, meta), "is on meta"),
+        "attention: integers": (lambda: kernels.attention_rows(Q.long(), Q, scale=1.0), "floating"),
+        "received: integers": (lambda: kernels.received_attention(Q, Q.long(), scale=1.0), "floating"),
+        "received: devices": (lambda: kernels.received_attention(Q, Q.to("meta"), scale=1.0), "is on meta"),
         "greedy: k": (lambda: kernels.greedy_select(X, 7, LONG[:, 0]), "\\[0, 6\\]"),
         "greedy: rule": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], rule="min"), "sum"),
         "greedy: metric": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], metric="l1"), "l2"),
@@ -121,3 +134,12 @@ def test_nothing_is_fine(batch, n, d):
     q = torch.randn(batch, 2, n, d)
     assert kernels.attention_rows(q, q, scale=1.0).shape == (batch, 2, n, n)
     assert kernels.received_attention(q, q, scale=1.0).shape == (batch, n)
+
+
+@pytest.mark.parametrize("index", [6, -1])
+def test_an_index_outside_is_an_error_on_a_cpu(index):
+    with pytest.raises((RuntimeError, IndexError), match="out of (bounds|range)"):
+        kernels.greedy_select(X, 3, torch.tensor([0, index]))
+    keep, outside = LONG, torch.tensor([[3], [index]])
+    with pytest.raises((RuntimeError, IndexError), match="out of (bounds|range)"):
+        kernels.merge_rows(X, torch.ones(2, 6), keep, outside, torch.zeros_like(outside))

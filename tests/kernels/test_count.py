@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from count_ops import CountOps
+from count_ops import CountOps, launches_of_a_forward
 
 from vlmtok import kernels
 
@@ -22,6 +22,26 @@ def test_launches_of_a_merge_layer(plan, dtype):
         _, total = kernels.merge_rows(x, size, keep, src, dst, prefix=1)
         kernels.key_bias(total, dtype)
     assert count.total == {"tome": 5, "pitome": 6}[plan], count
+
+
+TOWERS = ("tome:r=3", "pitome:ratio=0.9", "crossget:rv=3:guidance=none")
+
+
+@pytest.mark.parametrize("method, most", list(zip(TOWERS, (4, 5, 7))))
+def test_launches_of_a_layer_in_a_tower(method, most):
+    """Through hooks, signals and `Reduction`: what one more layer of a ViT adds, compared with the bare model.
+
+    Complete matching compares three times, so CrossGET is above 6; ToMe and PiToMe are within with the bias too.
+    """
+    for proportional in (False, True):
+        added = [
+            launches_of_a_forward(depth, f"{method}:prop_attn={str(proportional).lower()}")
+            - launches_of_a_forward(depth)
+            for depth in (4, 5)
+        ]
+        layer = added[1] - added[0]
+        assert layer.total() == most + proportional, layer  # the bias is one launch: log(size) in the tower's dtype
+        assert layer["triton _merge_kernel"] == 1 and layer["aten.log.out"] == proportional
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,19 @@ def test_triton_is_never_replaced_silently(op):
     assert op in str(problem.value) and isinstance(problem.value, VlmtokError)
 
 
+def test_a_model_on_the_cpu_says_that_triton_cannot_run():
+    from models import TOWERS
+
+    import vlmtok
+
+    tower = TOWERS["timm ViT"]
+    model = tower.build()
+    with torch.no_grad(), vlmtok.compress(model, "tome:r=3"):
+        with kernels.use("triton"), pytest.raises(kernels.KernelError, match=r"bipartite_match: .* is on cpu"):
+            tower.run(model, tower.pictures())
+        tower.run(model, tower.pictures())  # the next pass is not harmed
+
+
 def test_limits_of_a_kernel_are_errors_too():
     with kernels.use("triton"):
         x = torch.empty(1, table.LIMIT_GREEDY + 1, 4, device="meta")
@@ -100,6 +113,36 @@ def test_ran_names_the_path(op):
         calls()[op]()
     assert kernels.ran()[f"{op}:torch"] == 1
     assert kernels.ran(reset=True) and kernels.ran() == {}
+
+
+def test_ran_since():
+    kernels.ran(reset=True)
+    calls()["energy"]()
+    before = kernels.ran()
+    calls()["energy"]()
+    calls()["match_max"]()
+    assert kernels.ran(since=before) == {"energy:torch": 1, "match_max:torch": 1}
+    kernels.ran(reset=True)
+    calls()["match_max"]()
+    assert kernels.ran(since=before) == {"match_max:torch": 1}, "after a reset there is nothing to take off"
+
+
+def test_the_report_names_the_path():
+    """Of the calls of this compression; what ran before it is not told."""
+    from models import TOWERS
+
+    import vlmtok
+
+    tower = TOWERS["timm ViT"]
+    model = tower.build()
+    calls()["energy"]()
+    with torch.no_grad(), vlmtok.compress(model, "tome:r=3") as run:
+        tower.run(model, tower.pictures())
+        report = run.report()
+    depth = len(model.blocks)
+    assert report.kernels == {"bipartite_match:torch": depth, "merge_rows:torch": depth}
+    said = f"kernels: bipartite_match on torch ({depth}), merge_rows on torch ({depth})"
+    assert said in str(report) and said in report.to_markdown()
 
 
 def test_auto_tells_once_why_it_takes_torch(caplog):

@@ -1,5 +1,7 @@
 """What only a GPU can tell: tensor-core products, races, graphs, streams, launches. Skipped where there is none."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from count_ops import CountOps
@@ -238,3 +240,55 @@ def test_launches_are_what_the_counter_says():
             layer(*(t.to("meta") for t in (keys, x, size)))
     launched = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
     assert launched == count.total <= 6, profile.key_averages()
+
+
+@pytest.mark.parametrize("method, most", [("tome:r=3:prop_attn=false", 6), ("pitome:ratio=0.9:prop_attn=false", 6)])
+def test_launches_of_a_layer_in_a_tower(method, most):
+    """What one more layer of a compressed ViT launches beyond one of the bare ViT, as the profiler saw it."""
+    import timm
+
+    import vlmtok
+
+    def launched(depth, method=None):
+        model = timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=96, num_classes=10)
+        model = model.to("cuda", torch.bfloat16).eval()
+        pixels = torch.randn(1, 3, 96, 96, device="cuda", dtype=torch.bfloat16)
+        with (
+            torch.no_grad(),
+            kernels.use("triton"),
+            nullcontext() if method is None else vlmtok.compress(model, method),
+        ):
+            model(pixels)
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                model(pixels)
+                torch.cuda.synchronize()
+        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+    added = [launched(depth, method) - launched(depth) for depth in (4, 5)]
+    assert 0 < added[1] - added[0] <= most
+
+
+def test_cuda_graphs_capture_a_tower():
+    """A compressed tower replays: no host decision depends on the pictures."""
+    import timm
+
+    import vlmtok
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=96, num_classes=10).cuda().eval()
+    first, second = (torch.randn(2, 3, 96, 96, device="cuda") for _ in range(2))
+    with torch.no_grad(), kernels.use("triton"), vlmtok.compress(model, "pitome:ratio=0.8"):
+        expected = [model(first), model(second)]
+        pixels = first.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(pixels)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(pixels)
+        for x, wanted in zip((first, second), expected):
+            pixels.copy_(x)
+            graph.replay()
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -127,6 +127,9 @@ def _match_unit(
         for batch, rows in steps:
             similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
             if exclude_diag:
+                if similarity.shape[1] == similarity.shape[2]:
+                    # Small products round (i, j) and (j, i) apart, and tokens that are each other's best must tie.
+                    similarity = similarity.add(similarity.transpose(1, 2)).mul_(0.5)
                 similarity.diagonal(rows.start, 1, 2).fill_(none)
             if rank_a is not None and rank_b is not None:
                 similarity.masked_fill_(rank_b[batch].unsqueeze(1) <= rank_a[batch, rows].unsqueeze(2), none)
@@ -240,7 +243,7 @@ def complete_match(
     order = best.argsort(dim=1, descending=True, stable=True)
     place = torch.arange(metric.shape[1], device=metric.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)
-    later, _ = match(metric, metric, rank_a=rank, rank_b=rank, valid_b=free)
+    later, _ = match(metric, metric, rank_a=rank, rank_b=rank, exclude_diag=True, valid_b=free)
     if protected is not None:
         later = later.masked_fill(protected, float("-inf"))
     priority = (importance.float() - later).argsort(dim=1, stable=True)

@@ -108,3 +108,43 @@ def test_an_index_outside_reads_nothing_foreign():
         rows, total = kernels.merge_rows(x, size, keep, src, dst)
     assert rows[0, 0].isfinite().all() and rows[0, 1:].isnan().all()
     assert total[0, 0] == 2 and total[0, 1:].isnan().all()
+    with kernels.use("triton"):
+        order, _ = kernels.greedy_select(x.expand(2, -1, -1), 3, torch.tensor([10**9, -(10**9)]))
+    assert order[:, 0].tolist() == [10**9, -(10**9)] and order[:, 1:].lt(6).all()
+
+
+@pytest.mark.parametrize("op", ["bipartite_match", "energy_match", "complete_match"])
+def test_rows_longer_than_one_program_sorts(op, monkeypatch):
+    """Torch sorts then; cosines and energies stay with the kernels, and the plan is the same."""
+    monkeypatch.setattr(modules().order, "LIMIT_ORDER", 8)
+    x = checks.rows(2, 21, 8)
+    call = {
+        "bipartite_match": lambda m: m.bipartite_match(x, 4, 1),
+        "energy_match": lambda m: m.energy_match(x, 4, margin=0.3),
+        "complete_match": lambda m: m.complete_match(x, x[..., 0].contiguous(), 4),
+    }[op]
+    before = modules().common.launches
+    with kernels.use("triton"):
+        found = call(kernels)
+    assert modules().common.launches > before
+    checks.same(found, call(reference), 0)
+
+
+@pytest.mark.parametrize("method", ["tome:r=4", "pitome:ratio=0.8", "crossget:rv=3", "tca"])
+def test_a_tower_on_the_kernels(method):
+    """Hooks, signals, choice and merge of a whole forward; the report says which path it took."""
+    import timm
+
+    import vlmtok
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, depth=4, embed_dim=32, num_heads=2)
+    model.eval()
+    pixels = torch.randn(2, 3, 48, 48)
+    outputs = {}
+    for mode in ("torch", "triton"):
+        with torch.no_grad(), kernels.use(mode), vlmtok.compress(model, method) as run:
+            outputs[mode] = model.forward_features(pixels)
+            ops = {name.split(":")[0] for name in run.report().kernels if name.endswith(f":{mode}")}
+        assert {"merge_rows"} < ops, run.report().kernels
+    torch.testing.assert_close(outputs["triton"], outputs["torch"], atol=1e-4, rtol=1e-4)
