@@ -79,7 +79,7 @@ class TowerSpec:
         stage: ``vision`` or ``text``.
         spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
             for readers that want the whole grid.
-        carries: whether its signals reach the language model's boundary.
+        carries: whether its signals reach the language model's boundary, or which do.
     """
 
     block: BlockSpec
@@ -91,7 +91,7 @@ class TowerSpec:
     last: int = -1
     stage: str = "vision"
     spread: bool = False
-    carries: bool = True
+    carries: bool | frozenset[str] = True
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,8 @@ class VLMSpec:
         shapes: argument of the tower that tells the same, where nothing else does, or None.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
+        packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector
+            (empty where there are no clips), or None where it does neither.
     """
 
     core: str = "model"
@@ -236,3 +238,4 @@ class VLMSpec:
     shapes: str | None = None
     boundary: str | None = None
     whole: str | None = None
+    packs: tuple[str, str] | None = None

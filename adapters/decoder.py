@@ -49,6 +49,7 @@ class Incoming:
         mask: `[B, past + S]`, or what else came as a mask.
         types: int `[B, past + S or S]`, type ids, or None.
         lengths: by code, what the encoder's outputs told, or None.
+        encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
     """
 
@@ -57,6 +58,7 @@ class Incoming:
     types: Tensor | None
     lengths: dict[int, list[int]] | None
     placed: bool = False
+    encoded: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -242,11 +244,17 @@ class Decoder:
         lengths: dict[int, list[int]] | None
         if pixels:
             self.shapes.clear()  # the tower is about to be called
-            lengths = shapes.lengths(self.told, given, module.config)
+            packing = self.projector.packing
+            if packing is None:
+                lengths = shapes.lengths(self.told, given, module.config)
+            else:
+                packing.calls.clear()
+                lengths = packing.lengths(given)
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
         placed = given.get("position_ids") is not None
-        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed)
+        seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
+        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed, seen)
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
@@ -325,6 +333,8 @@ class Decoder:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
             call.rows = self._rows(x, pictures, valid, low, call.blocks, incoming.lengths)
+            if self.projector.packing is not None:
+                self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)
             call.top = _top(call.rows)
             self._own(call.rows, kwargs)
             x = self._boundary(call, x)

@@ -23,6 +23,7 @@ from ..sequence import Row, Sequence
 from ..signals import Need
 from ..view import Signal, TokenView
 from .base import VLMSpec, child
+from .packing import Packing
 from .spans import IMAGE
 from .vit_block import Tower
 
@@ -79,9 +80,12 @@ class Projector:
         self.handover: Handover | None = None
         self.pending: tuple[Sequence, Tensor | None] | None = None
         self.shape: tuple[int, int] | None = None
+        self.packing: Packing | None = None
 
     def install(self, core: nn.Module) -> None:
         """Places the hooks."""
+        if self.spec.packs is not None:
+            self.packing = Packing(self.spec, core)
         if not self.spec.projector:
             return
         module = child(core, self.spec.projector)
@@ -126,6 +130,9 @@ class Projector:
         if pending is None:
             return None
         sequence, valid = pending
+        if self.packing is not None:
+            self.packing.record(output, sequence.carried)
+            return None
         entered, slots = sequence.entered, output.shape[1]
         self.shape = (output.shape[0], entered)
         if slots > entered:

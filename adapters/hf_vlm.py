@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout, StageLayout
+from ..signals import PER_TOKEN
 from . import account
 from .base import Adapter, BlockRule, TowerSpec, VLMSpec, child
 from .decoder import Decoder
@@ -71,8 +72,14 @@ _PALIGEMMA = VLMSpec(
 
 ROWS: dict[str, VLMSpec] = {
     "llava": VLMSpec(tower_cut="slots"),
-    "llava_next": VLMSpec(parts="anyres", thumbnail="first", tower_cut="spread"),
-    "llava_onevision": VLMSpec(ids=_BOTH, parts="anyres", thumbnail="first", tower_cut="spread"),
+    "llava_next": VLMSpec(parts="anyres", thumbnail="first", tower_cut="spread", packs=("pack_image_features", "")),
+    "llava_onevision": VLMSpec(
+        ids=_BOTH,
+        parts="anyres",
+        thumbnail="first",
+        tower_cut="spread",
+        packs=("pack_image_features", "apply_pooling"),
+    ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN3,
@@ -270,7 +277,7 @@ class HFVLM(Adapter):
         if last < 0:
             return None
         spread = self.spec.tower_cut == "spread"
-        return replace(spec, spread=spread, carries=not spread)
+        return replace(spec, spread=spread, carries=PER_TOKEN if self.spec.packs else not spread)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""
@@ -305,8 +312,9 @@ class HFVLM(Adapter):
         if self.lm is None:
             return
         grid = None if spec is None else spec.grid
-        slots = tower if self.spec.tower_cut == "slots" else None
-        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, slots, grid)
+        waited = bool(self.spec.packs and attachment.tapped("vision"))
+        reader = tower if self.spec.tower_cut == "slots" or waited else None
+        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, reader, grid)
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""

@@ -286,6 +286,13 @@ class Tower:
                 x = step(x)
         else:
             record = self._pass.record(layer)
+            if (
+                self._pass.grad and not torch.is_grad_enabled()
+            ):  # x1 has no history here, and its gradient would be lost
+                raise PassError(
+                    f"{self.stage}: gradients went off inside a block, as in reentrant gradient checkpointing; a merge "
+                    "between attention and MLP needs use_reentrant=False"
+                )
             record.mid = []
             self._carry(layer, self._taps(record, full, layer))
             x = full
@@ -538,7 +545,13 @@ class Tower:
         whole = inner.gather(1, index) * (source >= 0).unsqueeze(-1).to(out.dtype)
         if not again:
             before = sequence.row.length
+            carried = {
+                name: (_spread_out(value, source, axis), axis)
+                for name, (value, axis) in sequence.carried.items()
+                if value is not None and axis is not None
+            }
             sequence.restore()
+            sequence.carried.update(carried)
             if not torch.compiler.is_compiling():
                 event = Event(self.stage, self.last, "end", -1, "spread", before, sequence.row.length)
                 self.attachment.ledger.visit(run.run, event)
@@ -665,6 +678,14 @@ def _same_forward(probe: Tensor | None, x: Tensor) -> None:
             "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "
             "between, and its plan cannot be used for this one"
         )
+
+
+def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
+    """A signal of slots as one of patches: every patch has that of its slot, 0 where it was dropped."""
+    shape = [1] * value.dim()
+    shape[0], shape[axis] = source.shape
+    index = source.reshape(shape).expand(*value.shape[:axis], source.shape[1], *value.shape[axis + 1 :])
+    return value.gather(axis, index.clamp(min=0)) * (index >= 0).to(value.dtype)
 
 
 def _autocast(device: str) -> torch.dtype | None:

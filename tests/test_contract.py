@@ -373,15 +373,18 @@ def test_beams_follow_the_oracle(method):
 
 # ---------------------------------------------------------------------- 6: counted as torch counts
 @contextlib.contextmanager
-def counted_paths():
-    """Torch definitions, and no fused fast path that torch's counter does not know."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+def countable(model):
+    """Torch definitions, no fused fast path, no leaf that wants a gradient: what torch's counter can follow."""
+    fast, wanting = torch.backends.mha.get_fastpath_enabled(), [p for p in model.parameters() if p.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)
+    model.requires_grad_(False)
     try:
-        with vlmtok.kernels.use("torch"):
+        with torch.no_grad(), vlmtok.kernels.use("torch"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 WORDS = 12
@@ -407,7 +410,7 @@ def first_input(subject):
 def test_the_report_counts_what_ran_and_the_estimate_agrees(method, model):
     """6: signals and the method's own cost included; `estimate` is told what stays where content decides."""
     subject = Subject(model)
-    with torch.no_grad(), counted_paths(), vlmtok.compress(subject.model, made(method)) as run:
+    with countable(subject.model), vlmtok.compress(subject.model, made(method)) as run:
         with FlopCounterMode(display=False) as counter:
             subject.out()
         whole = run.report()

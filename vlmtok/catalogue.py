@@ -15,7 +15,7 @@ from typing import Any
 
 from .attachment import Attachment
 from .errors import VlmtokError
-from .method import STAGES, Layout, Method, format_value, list_methods, method_class
+from .method import STAGES, Layout, Method, create_method, format_value, list_methods, method_class
 from .presets import preset
 
 
@@ -103,6 +103,30 @@ def adapters_of(name: str) -> dict[str, tuple[str, ...]]:
     return {adapter: kinds for adapter, kinds in found.items() if kinds}
 
 
+@lru_cache
+def stages_of(name: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Stages in which a method acts or looks, with its defaults or a preset.
+
+    Args:
+        name: of the method.
+        kinds: kinds of models, as from `kinds_of`.
+
+    Returns:
+        In the order of the forward.
+    """
+    cls = method_class(name)
+    made = [cls(), *(create_method(name, preset=preset) for preset in _presets(cls))]
+    layouts = [KINDS[kind].layout() for kind in kinds]
+    found = {
+        site.stage
+        for method in made
+        for layout in layouts
+        if refusal(method, layout) is None
+        for site in method.sites(layout)
+    }
+    return tuple(sorted(found, key=STAGES.index))
+
+
 # ---------------------------------------------------------------------- methods
 @dataclass(frozen=True)
 class Parameter:
@@ -181,12 +205,11 @@ def entry(name: str) -> Entry:
         UnknownMethod: no such method.
     """
     cls = method_class(name)
-    stages = {site.stage: None for kind in kinds_of(name) for site in cls().sites(KINDS[kind].layout())}
     return Entry(
         name=name,
         title=cls.__name__,
         summary=inspect.getdoc(cls).splitlines()[0] if cls.__doc__ else "",  # type: ignore[union-attr]
-        stages=tuple(sorted(stages, key=STAGES.index)),
+        stages=stages_of(name, kinds_of(name)),
         training_free=cls.training_free,
         paper=cls.paper,
         arxiv=cls.arxiv,

@@ -109,7 +109,7 @@ class StageLayout:
         num_prefix: protected tokens in front of a row.
         blind: layers whose attention gives no signal.
         last_cut: the last layer at whose start tokens may leave; None means any.
-        carries: whether signals of this stage reach later ones.
+        carries: whether signals of this stage reach later ones, or which do.
     """
 
     depth: int
@@ -121,7 +121,7 @@ class StageLayout:
     num_prefix: int = 0
     blind: frozenset[int] = frozenset()
     last_cut: int | None = None
-    carries: bool = True
+    carries: bool | frozenset[str] = True
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ class Layout:
 
     def gives(self, stage: str, signal: str, later: bool = False) -> bool:
         """Whether `signal` can be derived at `stage`, and, if asked, reach a later stage."""
-        if stage not in self.stages or (later and not self.stages[stage].carries):
+        if stage not in self.stages:
+            return False
+        reach = self.stages[stage].carries
+        if later and not (signal in reach if isinstance(reach, frozenset) else reach):
             return False
         return signal in self.stages[stage].provides
 

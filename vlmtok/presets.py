@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from .errors import ParameterError
 from .flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from .method import Layout, StageLayout
-from .signals import DECODER_SIGNALS, tower_signals
+from .signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
 
 HALF = 2
 """Bytes of a cached value: the models are released in half precision."""
@@ -111,7 +111,7 @@ def _vlm(
     single = not visual and not parts
     # Pooling and crops want whole grids: rows get their full length back behind the tower.
     tower = replace(tower, spread=not single)
-    stages = {"vision": replace(tower_layout(tower, last), carries=single)}
+    stages = {"vision": replace(tower_layout(tower, last), carries=single or PER_TOKEN)}
     if single:
         stages["features"] = StageLayout(1, source, 0, 0, provides=frozenset({"protected"}))
     stages.update(language_layout(language))

@@ -101,7 +101,8 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
             )
         return Need(text, name)
     if not layout.gives(stage, name, later=stage != site.stage):
-        known = sorted(layout.stages[stage].provides) if layout.has(stage) and layout.stages[stage].carries else []
+        offered = layout.stages[stage].provides if layout.has(stage) else frozenset()
+        known = sorted(signal for signal in offered if layout.gives(stage, signal, later=stage != site.stage))
         raise MissingSignal(
             f"{by} needs {text!r}, which {layout.family} cannot give; "
             f"{f'{stage} gives: ' + ', '.join(known) if known else f'nothing of {stage!r} reaches {site.stage}'}"
@@ -209,6 +210,9 @@ TOWER_SIGNALS: dict[str, TowerSignal] = {
     "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
     "received_attention": TowerSignal(_received, 1, "qk"),
 }
+
+PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.axis is not None)
+"""Tower signals with one entry for each token, which can go where the token goes."""
 
 
 def tower_signal(name: str, taps: TowerTaps) -> Tensor | None:

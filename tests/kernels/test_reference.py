@@ -46,6 +46,16 @@ def test_match_max_ties_take_the_lowest_column():
     assert kernels.match_max(x, x, exclude_diag=True)[1][0].tolist() == [1] + [0] * 39
 
 
+def test_match_max_without_the_diagonal_of_two_sets():
+    """Rows of one set against as many of another: (i, j) is not (j, i)."""
+    a, b = rows(2, 9, 8, seed=1), rows(2, 9, 8, seed=2)
+    expected = torch.nn.functional.cosine_similarity(a.double().unsqueeze(2), b.double().unsqueeze(1), dim=-1)
+    expected.diagonal(dim1=1, dim2=2).fill_(NONE)
+    value, index = kernels.match_max(a, b, exclude_diag=True)
+    torch.testing.assert_close(value.double(), expected.max(-1).values, atol=1e-6, rtol=0)
+    assert torch.equal(index, expected.argmax(-1))
+
+
 def test_match_max_nan_loses_and_nothing_is_minus_infinity():
     a, b = rows(1, 4, 8), rows(1, 5, 8, seed=1)
     b[0, 0], b[0, 3, 2] = float("nan"), float("inf")

@@ -68,7 +68,8 @@ def _select(op: str, triton: bool, *args: Any, **kwargs: Any) -> Any:
     """Runs an op whose outputs carry no gradient."""
     if triton or _opaque():
         with torch.no_grad():
-            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+            own = {id(x): x.detach() for x in args if isinstance(x, Tensor)}  # one tensor given twice stays one
+            args = tuple(own.get(id(x), x) for x in args)
             return library.call(op, *args, path="triton" if triton else "torch", **kwargs)
     return getattr(reference, op)(*args, **kwargs)
 

@@ -103,9 +103,9 @@ def match_max(
 ) -> tuple[Tensor, Tensor]:
     """Definition of `vlmtok.kernels.match_max`."""
     with exact(a.device):
-        return _match_unit(
-            unit_rows(a), unit_rows(b), rank_a=rank_a, rank_b=rank_b, exclude_diag=exclude_diag, valid_b=valid_b
-        )
+        unit = unit_rows(a)
+        other = unit if b is a else unit_rows(b)
+        return _match_unit(unit, other, rank_a=rank_a, rank_b=rank_b, exclude_diag=exclude_diag, valid_b=valid_b)
 
 
 def _match_unit(
@@ -127,7 +127,7 @@ def _match_unit(
         for batch, rows in steps:
             similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
             if exclude_diag:
-                if similarity.shape[1] == similarity.shape[2]:
+                if a is b and similarity.shape[1] == similarity.shape[2]:
                     # Small products round (i, j) and (j, i) apart, and tokens that are each other's best must tie.
                     similarity = similarity.add(similarity.transpose(1, 2)).mul_(0.5)
                 similarity.diagonal(rows.start, 1, 2).fill_(none)

@@ -116,7 +116,7 @@ class AIM(Method):
     paper = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning (ICCV 2025)"
     arxiv = "2412.03248"
     code = "https://github.com/LaVi-Lab/AIM"
-    parity = "merge, importance and schedule equal the released functions (1e-5)"
+    parity = "merge, importance and schedule equal the released functions (1e-5) (aim.json)"
     deviations = (
         "Dropped tokens leave the sequence; the release masks them, which saves nothing, and counts them as places "
         "where the PageRank starts.",

@@ -52,7 +52,10 @@ class PiToMe(Method):
     paper = "Accelerating Transformers with Spectrum-Preserving Token Merging (NeurIPS 2024)"
     arxiv = "2405.16148"
     code = "https://github.com/hchautran/PiToMe"
-    parity = "index-exact with the released matching; end to end 1e-4 on a timm ViT and an HF CLIP tower"
+    parity = (
+        "index-exact with the released matching; end to end 1e-4 on a timm ViT and an HF CLIP tower "
+        "(pitome_*, e2e_micro_vit*)"
+    )
     deviations = (
         "A layer that would merge nothing leaves the order alone; the release reorders, or raises.",
         "A ratio below one half is capped at merging half; the release raises, or merges the class token.",

@@ -138,7 +138,7 @@ class PruMerge(Method):
     paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (ICCV 2025)"
     arxiv = "2403.15388"
     code = "https://github.com/42Shawn/LLaVA-PruMerge"
-    parity = "index-exact with the released selection, merged tokens 1e-5"
+    parity = "index-exact with the released selection, merged tokens 1e-5 (prumerge_*)"
     deviations = (
         "Each crop has its own number of outliers; the release pools them over the batch.",
         "A picture without outliers keeps the merged token, and with plus=True three or four spaced ones; the release "

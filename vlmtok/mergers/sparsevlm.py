@@ -174,7 +174,7 @@ class SparseVLM(Method):
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (ICML 2025)"
     arxiv = "2410.04417"
     code = "https://github.com/Gumpest/SparseVLMs"
-    parity = "raters, relevance and kept tokens equal the first release; clusters 1e-4"
+    parity = "raters, relevance and kept tokens equal the first release; clusters 1e-4 (sparsevlm_*)"
     deviations = (
         "No noise on the cluster densities: of two tokens of equal density the more relevant one counts as denser.",
         "With two clusters mutual nearest neighbours always tie, so that the release's clusters depend on its noise "

@@ -478,7 +478,7 @@ class TCA(Method):
     paper = "Is Less More? Exploring Token Condensation as Training-free Test-time Adaptation (ICCV 2025)"
     arxiv = "2410.14729"
     code = "https://github.com/Jo-wang/TCA"
-    parity = "streams index-exact with the release, blocks 1e-5, a tiny tower end to end 2e-4"
+    parity = "streams index-exact with the release, blocks 1e-5, a tiny tower end to end 2e-4 (tca_*)"
     deviations = (
         "score='rank', fuse=False, policy='entropy' and correction='mean' follow descriptions of the paper; they are "
         "not in the release.",

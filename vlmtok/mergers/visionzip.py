@@ -67,7 +67,7 @@ class VisionZip(Method):
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025)"
     arxiv = "2412.04467"
     code = "https://github.com/dvlab-research/VisionZip"
-    parity = "index-exact with the released selection, merged tokens 1e-5"
+    parity = "index-exact with the released selection, merged tokens 1e-5 (visionzip_*)"
     deviations = (
         "A tower without a class token is scored by the attention that each token receives; the release knows CLIP.",
         "Similarity is computed in fp32; equal scores go to the lowest index.",

@@ -134,7 +134,7 @@ class CDPruner(Method):
     paper = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025)"
     arxiv = "2506.10967"
     code = "https://github.com/Theia-4869/CDPruner"
-    parity = "index-exact with the released selection"
+    parity = "index-exact with the released selection (cdpruner_*)"
     deviations = (
         "Relevance is scaled within each crop; the release scales over the whole batch, so that a crop's tokens depend "
         "on the pictures beside it.",

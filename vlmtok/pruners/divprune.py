@@ -64,7 +64,7 @@ class DivPrune(Method):
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025)"
     arxiv = "2503.02175"
     code = "https://github.com/vbdi/divprune"
-    parity = "order-exact with the released selection"
+    parity = "order-exact with the released selection (divprune_*)"
     deviations = (
         "A token is chosen once; the release repeats indices where tokens are equal, zero, or fewer than asked for.",
         "Each picture has its own share, in batches and prompts of any form; the release takes one picture behind 35 "

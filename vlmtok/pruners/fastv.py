@@ -71,7 +71,7 @@ class FastV(Method):
     )
     arxiv = "2403.06764"
     code = "https://github.com/pkunlp-icler/FastV"
-    parity = "index-exact with the released selection; hidden states of kept rows equal the released forward"
+    parity = "index-exact with the released selection; hidden states of kept rows equal the released forward (fastv_*)"
     deviations = (
         "Tokens leave once, in prefill, with the cache on; the release hides them behind a mask (accuracy runs) or "
         "scores again at every generated token without a cache (latency runs).",

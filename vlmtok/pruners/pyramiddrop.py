@@ -96,7 +96,7 @@ class PyramidDrop(Method):
     )
     arxiv = "2410.17247"
     code = "https://github.com/Cooperx521/PyramidDrop"
-    parity = "index-exact with the released selection"
+    parity = "index-exact with the released selection (pyramiddrop_*)"
     deviations = (
         "Inference only; the released training form scores by the tokens in front of every answer.",
         "Works with grouped-query attention, batches and several pictures, where the release raises or prunes the "

@@ -51,10 +51,12 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
 @register_method
 @dataclass(eq=False)
 class SCOPE(Method):
-    """Keeps tokens of each crop before the projector, by class-token attention times the coverage they add.
+    """Keeps tokens of each crop by class-token attention times the coverage they add, before the projector.
 
     Both are taken where the projector reads: features and attention of that tower layer. A tower without a class token
-    gives the attention that a token receives from all others instead.
+    gives the attention that a token receives from all others instead. Where the projector wants whole crops (AnyRes,
+    pooled frames), the choice is made at the language model's input, one thumbnail, crop or frame at a time: coverage
+    is that of the projected tokens, attention follows the host's packing, and row separators stay.
 
     Args:
         keep: share (float) or count (int) of a crop's tokens that stay.
@@ -64,11 +66,12 @@ class SCOPE(Method):
     paper = "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs (NeurIPS 2025)"
     arxiv = "2510.24214"
     code = "https://github.com/kinredon/SCOPE"
-    parity = "order-exact with the released selection"
+    parity = "order-exact with the released selection (scope_*)"
     deviations = (
         "A token is chosen once, and a zero or NaN token leaves the others alone; the release repeats index 0, or "
         "returns the first tokens.",
         "A tower without a class token is scored by received attention; the release knows CLIP only.",
+        "With several crops a picture, similarities are those of projected tokens; the release takes tower features.",
     )
     scope = "part"
     budget_parameter = "keep"
@@ -81,10 +84,15 @@ class SCOPE(Method):
         check_range(self.alpha, "SCOPE", "alpha", 0)
 
     def sites(self, layout: Layout) -> list[Site]:
-        """What the projector gets."""
-        layout.stage("features", "SCOPE")
+        """What the projector gets, or what it made where that reaches the language model with its attention."""
         name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        return [Site("features", needs=(f"{name}@vision:feature",))]
+        later = layout.has("projected") and layout.gives("vision", name, later=True)
+        if layout.has("features") or not later:
+            stage = "features"
+            layout.stage(stage, "SCOPE")
+        else:
+            stage = "projected"
+        return [Site(stage, needs=(f"{name}@vision:feature",))]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Greedy choice; slots in the order of the tokens."""

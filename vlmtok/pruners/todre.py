@@ -121,7 +121,9 @@ class ToDRE(Method):
     paper = "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance (2025)"
     arxiv = "2505.18757"
     code = ""
-    parity = "no official code; index-exact with an independent reference of algorithm 1; stage 2 equals masking"
+    parity = (
+        "no official code; index-exact with an independent reference of algorithm 1; stage 2 equals masking (todre_*)"
+    )
     deviations = (
         "No official code exists; the layer base, the extent of the text and the position policy are our reading.",
         "Text means the rows behind the picture: with the picture first, vision cannot see them and that ratio is 0.",

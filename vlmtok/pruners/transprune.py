@@ -94,7 +94,9 @@ class TransPrune(Method):
     paper = "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model (CVPR 2026)"
     arxiv = "2507.20630"
     code = "https://github.com/liaolea/TransPrune"
-    parity = "index-exact with the released scores and cuts; end to end 1e-4 on a Llama, greedy tokens equal"
+    parity = (
+        "index-exact with the released scores and cuts; end to end 1e-4 on a Llama, greedy tokens equal (transprune_*)"
+    )
     deviations = (
         "The softmax over turns is per sample; the release takes it over the batch (and fails for more than one).",
         "Keys and queries only are computed ahead, and queries only of text rows; the release projects all tokens.",
