@@ -1,0 +1,1 @@
+"""How the checkpoint in `vlmtok/data/tiny-llava` is made: pictures, questions, training, figures."""
