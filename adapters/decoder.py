@@ -582,14 +582,15 @@ class Decoder:
             if reduction is not None:
                 pieces.append((group, reduction))
         if pieces:
-            before = rows.length
+            before, held = rows.length, sum(rows.lengths)
             renumber = self.spec.positions == "1d"
             x, _ = rows.cut(x, pieces, renumber)
             if renumber:
                 self._lower(call, 0)
             groups = tuple(Booked(len(g.units), g.n, r.slots, g.n) for g, r in pieces)
             ragged = handover.valid is not None
-            event = Event("features", None, "end", -1, "cut", before, rows.length, groups, ragged)
+            gone = held - sum(rows.lengths) if ragged else None
+            event = Event("features", None, "end", -1, "cut", before, rows.length, groups, ragged, gone)
             self.attachment.ledger.visit(call.run, event)
         self.projector.carry(rows, handover)
         return x
@@ -618,7 +619,7 @@ class Decoder:
             )
             if reduction is not None:
                 pieces.append((group, reduction))
-        before = rows.length
+        before, held = rows.length, sum(rows.lengths)
         moved, renumber = None, False
         if pieces:
             wanted = entry.site.positions
@@ -645,6 +646,7 @@ class Decoder:
             rows.length,
             tuple(booked),
             ragged,
+            held - sum(rows.lengths) if ragged else None,
         )
         self.attachment.ledger.visit(call.run, event)
         return x, moved

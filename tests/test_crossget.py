@@ -1,5 +1,6 @@
 """CrossGET: the released reducer and loss, a tiny CLIP end to end, and the rules every method keeps."""
 
+import openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,48 +262,149 @@ def test_tiny_clip_end_to_end(name):
     torch.testing.assert_close(cross_loss(image, text).item(), data["loss_js"], atol=1e-4, rtol=0)
 
 
-def open_clip_of(data):
-    """The same weights in an open_clip model, and its cross tokens."""
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-    w = {key[3:]: value for key, value in data.items() if key.startswith("sd.")}
-    w["logit_scale"] = torch.as_tensor(w["logit_scale"])
-    learned = {key.rsplit(".", 1)[1]: w.pop(key) for key in list(w) if "cross_" in key}
-    vision = CLIPVisionCfg(layers=4, width=64, head_width=64, patch_size=8, image_size=48)
-    vocabulary = len(w["token_embedding.weight"])
-    text = CLIPTextCfg(context_length=16, vocab_size=vocabulary, width=64, heads=4, layers=4)
-    model = CLIP(32, vision, text, quick_gelu=True).eval()
-    model.load_state_dict(w)
-    return model, {f"0.{name}": value for name, value in learned.items()}
+def weights_of(data):
+    """The weights of the model, and those of its cross tokens as a compression takes them."""
+    weights = {key[3:]: value for key, value in data.items() if key.startswith("sd.")}
+    learned = {f"0.{key.rsplit('.', 1)[1]}": weights.pop(key) for key in list(weights) if "cross_" in key}
+    return weights, learned
 
 
+class OpenClip:
+    """The tiny CLIP in open_clip."""
+
+    def __init__(self, data):
+        weights, self.learned = weights_of(data)
+        self.model = openai_clip.open_clip_of(weights, heads=1, text_heads=4)
+
+    def image(self, pictures):
+        return self.model.encode_image(pictures)
+
+    def text(self, ids):
+        return self.model.encode_text(ids)
+
+    def joint(self, image, text):
+        """Cross tokens of both towers in the joint space, through norms and projections that do not learn."""
+        visual = self.model.visual
+        weight, bias = visual.ln_pre.weight.detach(), visual.ln_pre.bias.detach()
+        final = self.model.ln_final
+        return (
+            F.layer_norm(image, image.shape[-1:], weight, bias) @ visual.proj.detach(),
+            F.layer_norm(text, text.shape[-1:], final.weight.detach(), final.bias.detach())
+            @ self.model.text_projection.detach(),
+        )
+
+
+class Transformers:
+    """The tiny CLIP in transformers."""
+
+    def __init__(self, data):
+        weights, self.learned = weights_of(data)
+        self.model = openai_clip.transformers_of(weights, heads=1, text_heads=4, eot=int(data["text"].max()))
+
+    def image(self, pictures):
+        return self.model.get_image_features(pixel_values=pictures).pooler_output
+
+    def text(self, ids):
+        return self.model.get_text_features(input_ids=ids).pooler_output
+
+    def joint(self, image, text):
+        before, after = self.model.vision_model.pre_layrnorm, self.model.text_model.final_layer_norm
+        return (
+            F.layer_norm(image, image.shape[-1:], before.weight.detach(), before.bias.detach())
+            @ self.model.visual_projection.weight.detach().T,
+            F.layer_norm(text, text.shape[-1:], after.weight.detach(), after.bias.detach())
+            @ self.model.text_projection.weight.detach().T,
+        )
+
+
+LIBRARIES = {"open_clip": OpenClip, "transformers": Transformers}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", golden_names("crossget_e2e_*.npz"))
 @torch.no_grad()
-def test_open_clip_end_to_end(name):
+def test_libraries_end_to_end(name, library):
     data = golden(name)
-    model, learned = open_clip_of(data)
-    with vlmtok.compress(model, CrossGET(rv=data["rv"], rl=data["rl"], guidance="cross")) as run:
-        run.load_state_dict(learned)
-        image, text = model.encode_image(data["image"]), model.encode_text(data["text"])
+    clip = LIBRARIES[library](data)
+    with vlmtok.compress(clip.model, CrossGET(rv=data["rv"], rl=data["rl"], guidance="cross")) as run:
+        run.load_state_dict(clip.learned)
+        image, text = clip.image(data["image"]), clip.text(data["text"])
+        row, words = run.row(0), run.row(0, "text")
     torch.testing.assert_close(F.normalize(image), F.normalize(data["image_feat"]), atol=1e-4, rtol=0)
     torch.testing.assert_close(F.normalize(text), F.normalize(data["text_feat"]), atol=1e-4, rtol=0)
+    seen, read = clip.joint(cross_tokens(row), cross_tokens(words))
+    torch.testing.assert_close(seen, data["image_cross"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(read, data["text_cross"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(cross_loss(seen, read).item(), data["loss_js"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_open_clip_merges_text_as_the_loop_does():
+def test_libraries_merge_text_as_the_loop_does(library):
+    """EOT is found behind every merge, wherever it stands in a row."""
     data = golden("crossget_e2e_01_vision.npz")
+    text, last = data["text"].clone(), data["text"].argmax(-1)
+    text[0, 3], text[0, last[0]] = text[0, last[0]].item(), 0  # a text that ends early
+    assert len(set(text.argmax(-1).tolist())) > 1
     method = CrossGET(rv=None, rl=2, guidance="cross")
-    model, learned = open_clip_of(data)
-    with vlmtok.compress(model, method) as run:
-        run.load_state_dict({"0.cross_text": learned["0.cross_text"]})
-        found = model.encode_text(data["text"])
+    tower = LIBRARIES[library](data)
+    with vlmtok.compress(tower.model, method) as run:
+        run.load_state_dict({"0.cross_text": tower.learned["0.cross_text"]})
+        found = tower.text(text)
     clip = PlainClip(data, method)
     expected = []
-    for i in range(len(data["text"])):
-        (hidden, _, guarded, _), *_ = clip.text(data["text"][i : i + 1])
+    for i in range(len(text)):
+        (hidden, _, guarded, _), *_ = clip.text(text[i : i + 1])
         assert hidden[-1].shape[1] == 17 - 4 * 2
         expected.append(clip.norm(hidden[-1][:, guarded[0]], "ln_final") @ clip.w["text_projection"])
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", ["released", "js"])
+def test_cross_tokens_learn_in_a_model_and_load_alone(library, kind):
+    """An optimiser takes the compression's parameters; they are saved without the model's."""
+    data = golden("crossget_e2e_01_vision.npz")
+    clip = LIBRARIES[library](data)
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    with vlmtok.compress(clip.model, CrossGET(rv=4, rl=2, guidance="cross")) as run:
+        assert {name: tuple(p.shape) for name, p in run.named_parameters()} == {
+            "0.cross_image": (1, 4, 64),
+            "0.cross_text": (1, 4, 64),
+        }
+        optimiser = torch.optim.Adam(run.parameters(), lr=0.05)
+        losses = []
+        for _ in range(6):
+            clip.image(data["image"])
+            clip.text(data["text"])
+            loss = cross_loss(*clip.joint(cross_tokens(run.row(0)), cross_tokens(run.row(0, "text"))), kind)
+            optimiser.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in run.parameters())
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        state = run.state_dict()
+        with torch.no_grad():
+            trained = clip.image(data["image"])
+    assert set(state) == {"0.cross_image", "0.cross_text"}
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
+    with torch.no_grad(), vlmtok.compress(clip.model, CrossGET(rv=4, rl=2, guidance="cross")) as run:
+        assert (clip.image(data["image"]) - trained).abs().max() > 1e-3
+        run.load_state_dict(state)
+        torch.testing.assert_close(clip.image(data["image"]), trained)
+
+
+def test_mutual_best_pairs_tie_in_small_graphs():
+    """The similarity of i and j is that of j and i, bit for bit, or rounding would choose who merges."""
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        batch, n, width = 1 + seed % 3, 3 + seed % 11, 20 + seed
+        key = torch.randn(batch, n, width, generator=g)
+        value, index = kernels.match_max(key, key, exclude_diag=True)
+        mutual = index.gather(1, index) == torch.arange(n)
+        assert mutual.any()
+        assert torch.equal(value[mutual], value.gather(1, index)[mutual])
 
 
 # ---------------------------------------------------------------------- cross tokens

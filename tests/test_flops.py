@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -227,6 +228,9 @@ def test_tokens_of_a_language_model_follow_cuts_and_the_past():
     assert bare.layers == (Tokens(30, 47, 30, 20.0),) * 3
     assert after.layers == (Tokens(26, 37, 26, 16.0), Tokens(20, 31, 20, 10.0), Tokens(14, 21, 14, 4.0))
     assert after.cached((block,) * 3) == 2 * (37 + 31 + 21)
+    # Rows that keep different numbers are padded to the longest: what left is told apart from the padded length.
+    run.events[-1] = dataclasses.replace(run.events[-1], gone=15)
+    assert decoder_profiles(run, (block,) * 3)[1].layers[2] == Tokens(14, 21, 14, 2.5)
     # Steps add what a layer's own cache holds, one token each.
     steps = after.step_macs((block,) * 3, rows=2, first=1, steps=3)
     per_token = 3 * 3 * (block.attn + block.mlp)

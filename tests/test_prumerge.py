@@ -1,13 +1,16 @@
 """LLaVA-PruMerge and PruMerge+: the released tokens, the edges done right, and the rules every method keeps."""
 
+import models
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import watched
 from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vlmtok
 from vlmtok.errors import MissingSignal, ParameterError
 from vlmtok.mergers.prumerge import PruMerge, adaptive_choice, class_scores, outlier_count, prune_and_merge
 from vlmtok.method import Layout, Site, StageLayout, parse_methods
@@ -221,3 +224,17 @@ def test_sites_and_parameters():
             PruMerge(**wrong)
     for spec in ("prumerge", "prumerge:plus=true", "prumerge:keep=0.125:neighbours=16"):
         assert str(parse_methods(spec)[0]) == spec
+
+
+def test_a_batch_reports_the_tokens_that_are_there():
+    """Pictures keep different numbers and rows are padded: the report counts what is kept, not the padding."""
+    model, batch = models.shared("HF LLaVA"), models.Batch.of("^3I5", "^2I", "I1I3", "^4I1I", "5")
+    method = PruMerge()
+    with torch.no_grad(), watched([method]) as seen, vlmtok.compress(model, method) as run:
+        model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False)
+        kept = seen[0].reduction.valid.sum(1)
+        assert len(set(kept.tolist())) > 1 and kept.sum() < kept.numel() * kept.max()
+        report = run.report()
+        assert report.visual("decoder") == pytest.approx((6 * models.PLACEHOLDERS / 5, kept.sum().item() / 5))
+        again = vlmtok.estimate(model, PruMerge(), counts={"features": 3}, text_tokens=(4, 5))
+        assert again.visual("decoder")[1] == 3

@@ -321,7 +321,9 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
                 continue
             if event.kind == "cut":
                 gone = sum(group.rows * (group.n - group.slots) for group in event.groups)
-                visual -= (event.before - event.after) if event.ragged else gone / run.rows
+                if event.ragged:
+                    gone = run.rows * (event.before - event.after) if event.gone is None else event.gone
+                visual -= gone / run.rows
                 columns = event.after
         past = max(run.held, default=(0, run.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
         layers.append(Tokens(columns, block.held(past) + columns, columns, visual))

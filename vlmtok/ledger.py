@@ -46,6 +46,7 @@ class Event:
         after: tokens of a whole row after.
         groups: the batched calls.
         ragged: whether the rows may differ in what they keep.
+        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Event:
     after: int
     groups: tuple[Group, ...] = ()
     ragged: bool = False
+    gone: int | None = None
 
 
 @dataclass

@@ -205,7 +205,7 @@ class Planner:
             site = entry.site
             kind = "cut" if cut else "observe"
             event = Event(site.stage, site.layer, site.point, entry.index, kind, before, rows.length, booked, ragged)
-            run.events.append(event)
+            run.events.append(self._known(event))
         return run
 
     def _hand_over(self, run: StageRun, rows: HostRows, seen: StageRun, tower: TowerShape) -> None:
@@ -223,7 +223,16 @@ class Planner:
             return
         rows.cut(groups)
         booked = tuple(replace(group.counted(run.rows), slots=left) for group, left in groups)
-        run.events.append(Event("features", None, "end", -1, "cut", before, rows.length, booked, ragged))
+        event = Event("features", None, "end", -1, "cut", before, rows.length, booked, ragged)
+        run.events.append(self._known(event))
+
+    def _known(self, event: Event) -> Event:
+        """With the tokens that left, where a run of equally many tokens has told."""
+        key = (event.stage, event.layer, event.point, event.method)
+        recorded = self.past.events.get("decoder", {}).get(key)
+        if recorded is None or not event.ragged or _arrived(recorded) != _arrived(event):
+            return event
+        return replace(event, gone=recorded.gone)
 
     # ------------------------------------------------------------------ counts
     def _counts(self, entry: Entry, n: int, entered: int) -> int | None:
@@ -377,3 +386,8 @@ def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
             raise ParameterError(f"counts: no site {site!r}; sites: {', '.join(sorted(known))}")
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ParameterError(f"counts: {site}={count!r} must be a number of tokens")
+
+
+def _arrived(event: Event) -> int:
+    """Tokens that all views of a visit held."""
+    return sum(group.rows * group.n for group in event.groups)
