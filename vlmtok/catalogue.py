@@ -158,6 +158,7 @@ class Entry:
         code: official code.
         parity: what it has been compared with.
         deviations: where it differs from the released code.
+        caveats: where it does badly, and why.
         scope: what one row of a view is.
         parameters: its settings.
         presets: names of its presets.
@@ -175,6 +176,7 @@ class Entry:
     code: str
     parity: str
     deviations: tuple[str, ...]
+    caveats: tuple[str, ...]
     scope: str
     parameters: tuple[Parameter, ...]
     presets: tuple[str, ...]
@@ -216,6 +218,7 @@ def entry(name: str) -> Entry:
         code=cls.code,
         parity=cls.parity,
         deviations=tuple(cls.deviations),
+        caveats=tuple(cls.caveats),
         scope=cls.scope,
         parameters=_parameters(cls),
         presets=_presets(cls),

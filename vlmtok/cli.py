@@ -353,10 +353,11 @@ def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str,
     _print_table(("parameter", "here", "default", "what it does"), rows)
     listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
     _print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
-    if entry.deviations:
-        console.print("differs from the released code", style="bold")
-        for deviation in entry.deviations:
-            console.print(f"- {deviation}", highlight=False, markup=False)
+    for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):
+        if sentences:
+            console.print(title, style="bold")
+        for sentence in sentences:
+            console.print(f"- {sentence}", highlight=False, markup=False)
 
 
 # ---------------------------------------------------------------------- estimate

@@ -214,6 +214,8 @@ class Method:
     parity: ClassVar[str] = ""
     """What our implementation has been compared with."""
     deviations: ClassVar[tuple[str, ...]] = ()
+    caveats: ClassVar[tuple[str, ...]] = ()
+    """Where it does badly by its nature, with the measurement and the reason."""
     """Where it differs from the released code, one sentence each."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""

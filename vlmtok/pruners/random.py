@@ -46,6 +46,8 @@ def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
 class Random(Method):
     """Keeps tokens drawn at random, in their order: one draw for each (seed, site, N), the same for every row.
 
+    One draw can be lucky by ten points: average over seeds where you quote it.
+
     Args:
         keep: share (float) or count (int) of a picture's tokens.
         seed: of the draw.
