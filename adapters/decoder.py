@@ -21,7 +21,7 @@ from ..attachment import Attachment, Entry, replaying, weak
 from ..errors import CacheError, PassError, UnsupportedModel
 from ..ledger import Event, StageRun
 from ..ledger import Group as Booked
-from ..method import Site, StageLayout
+from ..method import Site, StageLayout, layer_of
 from ..rows import PAD, TEXT, Group, Moved, Picture, RowNotes, Rows, RowState
 from ..signals import DECODER_SIGNALS, DecoderTaps, Need
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
@@ -163,8 +163,7 @@ class Decoder:
         self.projector = Projector(attachment, spec, tower)
         self.points: dict[int, list[Entry]] = {}
         for entry in attachment.at("decoder"):
-            layer = entry.site.layer or 0
-            self.points.setdefault(layer + (entry.site.point == "end"), []).append(entry)
+            self.points.setdefault(layer_of(entry.site.layer, entry.site.point), []).append(entry)
         self.projected = attachment.at("projected")
         self._install(core, lm)
 
@@ -325,7 +324,7 @@ class Decoder:
             if mask is not None:
                 stream.segments[0].valid = mask[:, :held].bool()
         call = self.call = Call(cache, stream, None, columns, run, positions, width=columns)
-        flat = positions if positions.dim() == 2 else positions[-3:].amax(0)
+        flat = _flat(positions)
         call.next, call.follows = flat.amax(-1) + 1, flat[:, -1] + 1
         call.blocks = self._blocks(incoming, columns, held, stream)
         kwargs = dict(kwargs)
@@ -631,7 +630,7 @@ class Decoder:
                 )
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
-                self._lower(call, 0 if entry.site.layer is None else entry.site.layer + (entry.site.point == "end"))
+                self._lower(call, 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point))
             if rows.owner is not None:
                 self.steps.append((entry.site, rows.owner))
         kind = "cut" if pieces else "observe"
@@ -937,14 +936,18 @@ class Decoder:
         stream.seen += call.columns
         stream.tail += call.columns
         if call.rows is not None:
-            last = {
-                picture.row: picture.text_after_last for picture in call.rows.pictures
-            }  # the last one of a row wins
+            # The last picture of a row wins.
+            last = {picture.row: picture.text_after_last for picture in call.rows.pictures}
             stream.tail = min(last.values())
         stream.next, stream.follows = call.next, call.follows
 
 
+def _flat(positions: Tensor) -> Tensor:
+    """Positions `[B, L]`; of several axes, the largest."""
+    return positions if positions.dim() == 2 else positions[-3:].amax(0)
+
+
 def _top(rows: Rows) -> Tensor:
     """One more than the last position of each row, int64 `[B]`."""
-    positions = rows.positions if rows.positions.dim() == 2 else rows.positions[-3:].amax(0)
+    positions = _flat(rows.positions)
     return (positions if rows.valid is None else positions.masked_fill(~rows.valid, -1)).amax(-1) + 1

@@ -286,9 +286,8 @@ class Tower:
                 x = step(x)
         else:
             record = self._pass.record(layer)
-            if (
-                self._pass.grad and not torch.is_grad_enabled()
-            ):  # x1 has no history here, and its gradient would be lost
+            # x1 would have no history here, and its gradient would be lost.
+            if self._pass.grad and not torch.is_grad_enabled():
                 raise PassError(
                     f"{self.stage}: gradients went off inside a block, as in reentrant gradient checkpointing; a merge "
                     "between attention and MLP needs use_reentrant=False"
@@ -540,9 +539,7 @@ class Tower:
         """Every patch gets its slot's features, zeros where it was dropped; the row is whole again."""
         sequence = run.sequence
         source = sequence.source
-        inner = out[:, self.num_prefix :]
-        index = source.clamp(min=0).unsqueeze(-1).expand(-1, -1, out.shape[-1])
-        whole = inner.gather(1, index) * (source >= 0).unsqueeze(-1).to(out.dtype)
+        whole = _spread_out(out[:, self.num_prefix :], source, 1)
         if not again:
             before = sequence.row.length
             carried = {
@@ -681,7 +678,7 @@ def _same_forward(probe: Tensor | None, x: Tensor) -> None:
 
 
 def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
-    """A signal of slots as one of patches: every patch has that of its slot, 0 where it was dropped."""
+    """Rows or a signal of slots as those of patches: every patch has that of its slot, 0 where it was dropped."""
     shape = [1] * value.dim()
     shape[0], shape[axis] = source.shape
     index = source.reshape(shape).expand(*value.shape[:axis], source.shape[1], *value.shape[axis + 1 :])

@@ -145,7 +145,7 @@ def test_every_method_says_what_it_is(name):
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(UnknownMethod, match=r"no method 'pitom'; did you mean pitome .*Known: .*todre"):
+    with pytest.raises(UnknownMethod, match=r"no method 'pitom'; did you mean 'pitome' .*Known: .*todre"):
         vlmtok.create_method("pitom")
     with pytest.raises(ParameterError, match=r"pitome has no parameter 'ration'; did you mean 'ratio'\? Parameters: "):
         vlmtok.create_method("pitome", ration=0.9)

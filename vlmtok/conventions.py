@@ -7,11 +7,10 @@ that figures of different papers can be compared on the same run.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .errors import ParameterError
+from .errors import ParameterError, hint
 from .flops import BlockShape, ModelShape, Profile, Tokens
 
 Profiles = Mapping[str, Profile]
@@ -58,9 +57,7 @@ def convention(name: str) -> Convention:
         ParameterError: there is none; the message names them all.
     """
     if name not in CONVENTIONS:
-        near = difflib.get_close_matches(name, CONVENTIONS, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ParameterError(f"no convention {name!r}{hint} Known: {', '.join(sorted(CONVENTIONS))}")
+        raise ParameterError(f"no convention {name!r}{hint(name, CONVENTIONS)} Known: {', '.join(sorted(CONVENTIONS))}")
     return CONVENTIONS[name]
 
 

@@ -5,6 +5,9 @@ A message names what was asked, what was found and what is possible; it is raise
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class VlmtokError(Exception):
     """Base class of every error raised on purpose."""
@@ -48,3 +51,16 @@ class TargetError(VlmtokError, ValueError):
 
 class VlmtokWarning(UserWarning):
     """Something that is allowed but probably not meant."""
+
+
+def hint(name: str, known: Iterable[str], most: int = 1, alike: float = 0.5) -> str:
+    """What goes behind a name that is not known: those like it, or a full stop.
+
+    Args:
+        name: as given.
+        known: the names there are.
+        most: how many to offer.
+        alike: how much they must have in common, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, known, most, alike)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

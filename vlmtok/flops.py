@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .ledger import StageRun
-from .method import Layout
+from .method import Layout, layer_of
 
 
 # ---------------------------------------------------------------------- shapes
@@ -333,11 +333,6 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
 def _pair(run: StageRun, bare: list[Tokens], layers: list[Tokens], left: int) -> tuple[Profile, Profile]:
     whole = Profile(run.rows, tuple(bare), run.entered, run.entered)
     return whole, Profile(run.rows, tuple(layers), run.entered, left)
-
-
-def layer_of(layer: int | None, point: str) -> int:
-    """The first layer that runs with what a decoder site leaves."""
-    return (layer or 0) + (point == "end")
 
 
 # ---------------------------------------------------------------------- MACs of a pass

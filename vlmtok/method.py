@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import importlib
 import importlib.metadata
@@ -15,7 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .errors import ParameterError, SiteError, SpecError, UnknownMethod, VlmtokWarning
+from .errors import ParameterError, SiteError, SpecError, UnknownMethod, VlmtokWarning, hint
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,6 +66,11 @@ class Site:
 
     def __str__(self) -> str:
         return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
+
+
+def layer_of(layer: int | None, point: str) -> int:
+    """The first layer that runs with what a decoder site leaves."""
+    return (layer or 0) + (point == "end")
 
 
 @dataclass(frozen=True)
@@ -502,9 +506,7 @@ def method_class(name: str) -> type[Method]:
     """
     _load()
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, 3, 0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise UnknownMethod(f"no method {name!r}{hint} Known: {', '.join(sorted(_METHODS))}")
+        raise UnknownMethod(f"no method {name!r}{hint(name, _METHODS, 3, 0.4)} Known: {', '.join(sorted(_METHODS))}")
     return _METHODS[name]
 
 
@@ -527,9 +529,8 @@ def create_method(name: str, **settings: Any) -> Method:
     preset = settings.pop("preset", None)
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ParameterError(f"{name} has no parameter {key!r}{hint} Parameters: {', '.join(known) or 'none'}")
+            like = hint(key, known, alike=0.4)
+            raise ParameterError(f"{name} has no parameter {key!r}{like} Parameters: {', '.join(known) or 'none'}")
     if preset is not None:
         if not hasattr(cls, "preset"):
             raise ParameterError(f"{name} has no presets")

@@ -114,8 +114,6 @@ class Planner:
         tower = self.shape.vision
         assert tower is not None
         self.tower(run, tower)
-        for part in tower.parts:
-            run.parts[part.name] = run.rows
         if self.shape.language is None:
             return run
         n = tower_profiles(run, tower.depth, tower.protected)[1].left - tower.protected
@@ -135,12 +133,11 @@ class Planner:
         tower = self.shape.text
         assert tower is not None
         self.tower(run, tower)
-        for part in tower.parts:
-            run.parts[part.name] = run.rows
         return run
 
     def tower(self, run: StageRun, tower: TowerShape) -> None:
-        """Books the visits of a tower's sites."""
+        """Books the parts of a tower and the visits of its sites."""
+        run.parts.update({part.name: run.rows for part in tower.parts})
         again = Rehearsal(self.attachment, self.shape, run, lambda: 0)
         row = Row(tower.protected, run.entered - tower.protected)
         entered, cut = row.n, False

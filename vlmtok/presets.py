@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 
-from .errors import ParameterError
+from .errors import ParameterError, hint
 from .flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from .method import Layout, StageLayout
 from .signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
@@ -181,7 +180,5 @@ def preset(name: str) -> ModelShape:
         ParameterError: no such preset; the message names them all.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ParameterError(f"no preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
+        raise ParameterError(f"no preset {name!r}{hint(name, PRESETS)} Presets: {', '.join(PRESETS)}")
     return PRESETS[name](name)

@@ -27,7 +27,7 @@ from .bench import Case, Progress, Ratio
 from .compression import compress
 from .errors import ParameterError, VlmtokError
 from .loading import Loaded, LoadError, load, open_picture, quiet, samples, skeleton
-from .method import Method, parse_methods
+from .method import Method, layer_of, parse_methods
 from .trace import PictureTrace, Trace
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _left(picture: PictureTrace, layer: int) -> int:
     """Tokens of a picture that enter a layer of the language model."""
     left = picture.patches
     for site, owner in picture.steps:
-        if site.stage != "decoder" or (site.layer or 0) + (site.point == "end") <= layer:
+        if site.stage != "decoder" or layer_of(site.layer, site.point) <= layer:
             left = int(owner[owner >= 0].unique().numel())
     return left
 

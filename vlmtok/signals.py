@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import kernels
 from .errors import MissingSignal, SiteError
-from .method import LAYERED, STAGES, Layout, Site
+from .method import LAYERED, STAGES, Layout, Site, layer_of
 
 if TYPE_CHECKING:
     from .reduction import Reduction
@@ -329,7 +329,7 @@ def check_stage(site: Site, layout: Layout, by: str) -> None:
                 f"{by}: decoder layer 0 start is not possible (hosts read the length of cache layer 0); "
                 "use the stage 'projected'"
             )
-        if stage.last_cut is not None and layer + (site.point == "end") > stage.last_cut:
+        if stage.last_cut is not None and layer_of(layer, site.point) > stage.last_cut:
             raise SiteError(
                 f"{by}: {site} is not possible; later layers of {layout.family} reuse keys of earlier ones, so the "
                 f"last place is decoder layer {stage.last_cut} start"

@@ -6,7 +6,7 @@ public functions of `vlmtok.kernels`, not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,11 @@ def _steps(batch: int, rows: int, columns: int, device: str) -> list[tuple[slice
     ]
 
 
+def _in_one(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """What steps gave, as if there had been one."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]).view(shape)
+
+
 # ---------------------------------------------------------------------- matching
 def match_max(
     a: Tensor,
@@ -123,8 +128,7 @@ def _match_unit(
         return a.new_full(a.shape[:2], none), a.new_zeros(a.shape[:2], dtype=torch.int64)
     found = []
     with exact(a.device):
-        steps = _steps(a.shape[0], a.shape[1], b.shape[1], a.device.type)
-        for batch, rows in steps:
+        for batch, rows in _steps(a.shape[0], a.shape[1], b.shape[1], a.device.type):
             similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
             if exclude_diag:
                 if a is b and similarity.shape[1] == similarity.shape[2]:
@@ -136,12 +140,8 @@ def _match_unit(
             if valid_b is not None:
                 similarity.masked_fill_(~valid_b[batch].unsqueeze(1), none)
             found.append(similarity.max(-1))
-    if len(steps) == 1:
-        return found[0][0], found[0][1]
-    shape = a.shape[:2]
-    return torch.cat([f[0].flatten() for f in found]).view(shape), torch.cat([f[1].flatten() for f in found]).view(
-        shape
-    )
+    value, index = zip(*found)
+    return _in_one(value, a.shape[:2]), _in_one(index, a.shape[:2])
 
 
 def _unit_once(metric: Tensor, match: Match | None) -> tuple[Tensor, Match]:
@@ -163,7 +163,7 @@ def _energy_unit(unit: Tensor, *, margin: float, alpha: float, kind: str) -> Ten
         parts = [
             _energy_of(unit[batch, rows] @ unit[batch].transpose(1, 2), margin, alpha, kind) for batch, rows in steps
         ]
-        return parts[0] if len(steps) == 1 else torch.cat([part.flatten() for part in parts]).view(unit.shape[:2])
+        return _in_one(parts, unit.shape[:2])
 
 
 def _energy_of(over: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
