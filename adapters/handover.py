@@ -171,7 +171,7 @@ class Projector:
             x, sizes = reduction.apply(x, size, protected)
             sequence.row = Row(0, before)
             sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
-            sequence.size = sizes if size is not None or reduction.merges else None
+            sequence.resize(sizes if size is not None or reduction.merges else None)
             valid = reduction.valid
             if sequence.source is not None and self.tower is not None and self.tower.current is not None:
                 self.tower.current.steps.append((entry.site, sequence.source))

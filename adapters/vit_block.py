@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..attachment import Attachment, Entry, Watch, replaying
 from ..errors import PassError, UnsupportedModel
 from ..ledger import Event, Group, StageRun
@@ -246,10 +245,9 @@ class Tower:
                 record.taps["x"] = args[0] if args else kwargs["hidden_states"]
             if self.block.rope is not None:
                 record.taps["rope"] = kwargs.get(self.block.rope)
-            size = self._pass.sequence.size
-            if layer >= self.proportional_from and size is not None:
+            if layer >= self.proportional_from:
                 x = args[0] if args else kwargs["hidden_states"]
-                record.bias = kernels.key_bias(size, x.dtype)
+                record.bias = self._pass.sequence.key_bias(x.dtype)
         if record.bias is None or self.block.bias is None:
             return None
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
@@ -447,7 +445,8 @@ class Tower:
         reduction = self.attachment.decide(entry, view)
         row = sequence.row
         if reduction is not None:
-            x, step = sequence.take(reduction, x)
+            asks = layer + (entry.site.point != "start")  # the first layer that attends to what is left
+            x, step = sequence.take(reduction, x, biased=self.proportional_from <= asks < self.depth)
             record.append(step)
             caught = self._pass.record(layer).taps
             caught["cuts"] = (*caught.get("cuts", ()), reduction)
@@ -593,9 +592,7 @@ class Tower:
             finally:
                 self.muted = False
 
-        bias = None
-        if sequence.size is not None and layer >= self.proportional_from:
-            bias = kernels.key_bias(sequence.size, x.dtype)
+        bias = sequence.key_bias(x.dtype) if layer >= self.proportional_from else None
         table = kwargs.get(self.block.rope) if self.block.rope else None
         if table is not None:
             moved = self._table(table, x.shape[0])

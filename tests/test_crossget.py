@@ -15,7 +15,6 @@ from vlmtok.mergers.crossget import (
     CrossGET,
     CrossTokens,
     attention_importance,
-    cosine_importance,
     cross_loss,
     cross_tokens,
     ensemble,
@@ -89,7 +88,7 @@ def test_clip_reducer_equals_the_release(name):
         other = torch.full_like(data["query_token"], float("nan"))
         pair = [data["query_token"], other] if text else [other, data["query_token"]]
         signals["protected_queries"] = torch.cat(pair, 1)
-        importance = cosine_importance(data["key"], data["query_token"][:, 0])
+        importance = kernels.query_cosine(data["key"], data["query_token"][:, 0])
         torch.testing.assert_close(importance, data["importance"], atol=1e-6, rtol=0)
     size = data["token_size"][..., 0].gather(1, place)
     site = Site("text" if text else "vision", 0, "mid")

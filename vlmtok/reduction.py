@@ -45,20 +45,10 @@ class Reduction:
     valid: Tensor | None = None
 
     def __post_init__(self) -> None:
-        keep, src, dst = self.keep, self.src, self.dst
-        if keep.dim() != 2 or keep.dtype != torch.int64:
-            raise ParameterError(f"Reduction.keep must be int64 [B, K], got {keep.dtype} {list(keep.shape)}")
-        if (src is None) != (dst is None):
-            raise ParameterError("Reduction needs src and dst together, or neither")
+        self._check_plan()
+        keep, src = self.keep, self.src
         if (self.keep_weight is None) != (self.src_weight is None):
             raise ParameterError("Reduction needs keep_weight and src_weight together, or neither")
-        if src is not None and dst is not None:
-            fits = src.dim() == 2 and src.shape == dst.shape and src.shape[0] == keep.shape[0]
-            if not fits or src.dtype != torch.int64 or dst.dtype != torch.int64:
-                raise ParameterError(
-                    f"Reduction.src and dst must be int64 [B, R] with B = {keep.shape[0]}, got "
-                    f"{src.dtype} {list(src.shape)} and {dst.dtype} {list(dst.shape)}"
-                )
         if self.keep_weight is not None and self.src_weight is not None:
             if src is None:
                 raise ParameterError("Reduction weights need src and dst (R may be 0)")
@@ -71,6 +61,21 @@ class Reduction:
             raise ParameterError(
                 f"Reduction.valid must be bool {list(keep.shape)}, got {self.valid.dtype} {list(self.valid.shape)}"
             )
+
+    def _check_plan(self) -> None:
+        """Who stays and who joins."""
+        keep, src, dst = self.keep, self.src, self.dst
+        if keep.dim() != 2 or keep.dtype != torch.int64:
+            raise ParameterError(f"Reduction.keep must be int64 [B, K], got {keep.dtype} {list(keep.shape)}")
+        if (src is None) != (dst is None):
+            raise ParameterError("Reduction needs src and dst together, or neither")
+        if src is not None and dst is not None:
+            fits = src.dim() == 2 and src.shape == dst.shape and src.shape[0] == keep.shape[0]
+            if not fits or src.dtype != torch.int64 or dst.dtype != torch.int64:
+                raise ParameterError(
+                    f"Reduction.src and dst must be int64 [B, R] with B = {keep.shape[0]}, got "
+                    f"{src.dtype} {list(src.shape)} and {dst.dtype} {list(dst.shape)}"
+                )
 
     # ------------------------------------------------------------------ making one
     @classmethod
@@ -91,6 +96,24 @@ class Reduction:
         members = members.scatter_add(1, slot, torch.ones_like(slot, dtype=torch.float32))
         weight = 1.0 / members
         return cls(keep, src, dst, weight[:, :-1].contiguous(), weight.gather(1, slot), valid)
+
+    @classmethod
+    def paired(
+        cls, keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor | None = None
+    ) -> Reduction:
+        """A merge in which the more important of two tokens weighs more; see `vlmtok.kernels.pair_weights`.
+
+        Args:
+            keep: int64 `[B, K]`.
+            src: int64 `[B, R]`, every token at most once.
+            dst: int64 `[B, R]`, -1 for an empty entry.
+            importance: fp32 `[B, N]`; gradients flow.
+            size: fp32 `[B, N]`, the sizes that `apply` will be given, or None for ones.
+
+        Returns:
+            A reduction with weights. They are worked out when they are read; `apply` leaves that to the merge.
+        """
+        return _Paired(keep, src, dst, importance, size)
 
     @property
     def slots(self) -> int:
@@ -130,7 +153,9 @@ class Reduction:
             raise ParameterError(f"tokens must be [B = {self.keep.shape[0]}, N, C], got {list(tokens.shape)}")
         if size is None:
             size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+        weights = self._weights()
         if protected is not None and protected.shape[1]:
+            weights = {"keep_weight": self.keep_weight, "src_weight": self.src_weight}  # those of the view's tokens
             tokens = torch.cat([tokens, protected.to(tokens.dtype)], 1)
             size = torch.cat([size, size.new_zeros(size.shape[0], protected.shape[1])], 1)
         if (prefix or suffix) and (self.src is None or self.valid is not None):
@@ -139,14 +164,40 @@ class Reduction:
             index = self.keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
             return tokens.gather(1, index), size.gather(1, self.keep)
         merged, sizes = kernels.merge_rows(
-            tokens, size, self.keep, self.src, self.dst,
-            keep_weight=self.keep_weight, src_weight=self.src_weight, prefix=prefix, suffix=suffix,
-        )  # fmt: skip
+            tokens, size, self.keep, self.src, self.dst, prefix=prefix, suffix=suffix, **weights
+        )
         if self.valid is not None:  # a token of an invalid slot may belong to another one
             owner = self.assignment(tokens.shape[1])
             table = size.new_zeros(size.shape[0], self.slots + 1)
             sizes = table.scatter_add(1, torch.where(owner < 0, self.slots, owner), size)[:, :-1]
         return merged, sizes
+
+    def apply_biased(
+        self, tokens: Tensor, size: Tensor | None = None, *, prefix: int = 0, suffix: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`apply`, and the log(size) that proportional attention asks for next, if a merge makes it on its way.
+
+        Args:
+            tokens: `[B, prefix + N + suffix, C]`.
+            size: fp32 `[B, prefix + N + suffix]`; None means ones.
+            prefix: tokens in front that stay as they are.
+            suffix: tokens behind that stay as they are.
+
+        Returns:
+            Slots and sizes as of `apply`, and log(size) in the dtype of `tokens`, or None where nothing merges or
+            results are ragged.
+        """
+        if not self.merges or self.src is None or self.dst is None or self.valid is not None:
+            return *self.apply(tokens, size, prefix=prefix, suffix=suffix), None
+        if size is None:
+            size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+        return kernels.merge_rows_biased(
+            tokens, size, self.keep, self.src, self.dst, prefix=prefix, suffix=suffix, **self._weights()
+        )
+
+    def _weights(self) -> dict[str, Tensor | None]:
+        """What a merge needs to weigh rows."""
+        return {"keep_weight": self.keep_weight, "src_weight": self.src_weight}
 
     def assignment(self, n: int) -> Tensor:
         """The slot that owns each input token.
@@ -306,3 +357,39 @@ class Reduction:
         weight = self.keep_weight.new_zeros(slot.shape[0], n + 1)
         weight = weight.scatter(1, torch.where(self.dst < 0, n, self.src), self.src_weight)
         return slot, weight.scatter(1, self.keep, self.keep_weight)[:, :n]
+
+
+class _Paired(Reduction):
+    """`Reduction.paired`: weights that nobody reads are never written out."""
+
+    importance: Tensor
+    size: Tensor | None
+
+    def __init__(self, keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor | None) -> None:
+        fields = {"keep": keep, "src": src, "dst": dst, "valid": None, "importance": importance, "size": size}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # as a frozen dataclass does
+        self._check_plan()
+        if importance.dim() != 2 or importance.shape[0] != keep.shape[0] or not importance.is_floating_point():
+            raise ParameterError(
+                f"importance must be floating [B, N] with B = {keep.shape[0]}, got {importance.dtype} "
+                f"{list(importance.shape)}"
+            )
+
+    @property
+    def keep_weight(self) -> Tensor:
+        """fp32 `[B, K]`."""
+        return self._pair()[0]
+
+    @property
+    def src_weight(self) -> Tensor:
+        """fp32 `[B, R]`."""
+        return self._pair()[1]
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        assert self.src is not None and self.dst is not None
+        size = torch.ones_like(self.importance, dtype=torch.float32) if self.size is None else self.size
+        return kernels.pair_weights(self.keep, self.src, self.dst, self.importance, size)
+
+    def _weights(self) -> dict[str, Tensor | None]:
+        return {"importance": self.importance}

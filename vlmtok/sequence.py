@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .reduction import Reduction
 
 
@@ -56,6 +57,12 @@ class Row:
         """Shortens a whole row by a reduction of the view; see `Reduction.apply`."""
         return reduction.apply(x, size, prefix=self.prefix, suffix=self.inserted)
 
+    def apply_biased(
+        self, reduction: Reduction, x: Tensor, size: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with log(size); see `Reduction.apply_biased`."""
+        return reduction.apply_biased(x, size, prefix=self.prefix, suffix=self.inserted)
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -96,6 +103,7 @@ class Sequence:
         notes: per method and scope, a dict of `[B, ...]`, not gathered.
         carried: signals on their way to later sites, with the axis of the tokens.
         outputs: per method, outputs of the tokens it inserted last.
+        logs: log(size) `[B, L]` in some dtype, or None until it is asked for.
         follow: whether `place` is wanted (rope tables).
         cuts: how many reductions were taken; what is made once per cut is keyed by it.
     """
@@ -109,6 +117,7 @@ class Sequence:
     notes: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     carried: dict[str, tuple[Tensor | None, int | None]] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    logs: Tensor | None = None
     follow: bool = False
     cuts: int = 0
 
@@ -124,40 +133,58 @@ class Sequence:
         """Sizes of the view's tokens, fp32 `[B, N]`, or None while all are 1."""
         return None if self.size is None else self.row.inner(self.size, 1)
 
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What proportional attention adds to the logits, `[B, 1, 1, L]`, or None while all sizes are 1."""
+        if self.size is None:
+            return None
+        if self.logs is None or self.logs.dtype != dtype:
+            self.logs = kernels.key_bias(self.size, dtype)[:, 0, 0]
+        return self.logs[:, None, None, :]
+
+    def resize(self, size: Tensor | None, logs: Tensor | None = None) -> None:
+        """Books sizes, and their logarithms if they are there already."""
+        self.size, self.logs = size, logs
+
     def insert(self, count: int) -> None:
         """Books tokens put at the end of the row."""
         self.row = Row(self.row.prefix, self.row.n, self.row.inserted + count)
         if self.size is not None:
-            self.size = torch.cat([self.size, self.size.new_ones(self.size.shape[0], count)], 1)
+            self.resize(torch.cat([self.size, self.size.new_ones(self.size.shape[0], count)], 1))
 
     def discard(self) -> None:
         """Books that the inserted tokens are gone."""
         if self.size is not None:
-            self.size = self.size[:, : self.row.prefix + self.row.n]
+            self.resize(self.size[:, : self.row.prefix + self.row.n])
         self.row = Row(self.row.prefix, self.row.n)
 
     def restore(self) -> None:
         """Books that every entering token has a place again; what travelled with slots ends here."""
         self.row = Row(self.row.prefix, self.entered)
-        self.size = self.place = None
+        self.resize(None)
+        self.place = None
         self.states.clear()
         self.carried.clear()
         self.cuts += 1
 
-    def take(self, reduction: Reduction, x: Tensor) -> tuple[Tensor, Step]:
+    def take(self, reduction: Reduction, x: Tensor, biased: bool = False) -> tuple[Tensor, Step]:
         """Shortens a row and everything that travels with it.
 
         Args:
             reduction: of the view's tokens.
             x: `[B, L, C]`, the whole row.
+            biased: whether attention will ask for `key_bias`, so that the merge may make it on its way.
 
         Returns:
             The shorter row, and the step to take on other tensors of the same row.
         """
         step = Step(reduction, self.row, self.size)
-        shorter, size = self.row.apply(reduction, x, self.size)
+        logs = None
+        if biased:
+            shorter, size, logs = self.row.apply_biased(reduction, x, self.size)
+        else:
+            shorter, size = self.row.apply(reduction, x, self.size)
         # Pruning leaves equal sizes equal: stay with None, so that no attention bias is made of ones.
-        self.size = size if self.size is not None or reduction.merges else None
+        self.resize(size if self.size is not None or reduction.merges else None, logs)
         self.book(reduction)
         return shorter, step
 

@@ -41,6 +41,8 @@ TIGHT = (
     "received_attention 16-bit <= 64, 0 programs, bias",
     "row_scale 16-bit, 64",
     "row_scale 32-bit, 1024",
+    "row_scale 16-bit, 1024, guided",
+    "merge_rows 32-bit <= any, 0 programs, pairs",
 )
 """One of every kernel, and those that come closest to a limit: compiled in every run. The rest: VLMTOK_AOT=every."""
 
@@ -95,6 +97,8 @@ def _merge(row: Tile, how: str) -> None:
     weights = {"keep_weight": meta(2, 519), "src_weight": meta(2, 58)}
     if how == "grad":
         triton_merge.merge_rows_grad(x[:, :519], *plan, *weights.values(), 577)
+    elif how == "pairs":
+        triton_merge.merge_rows_biased(x, size, *plan, prefix=0, importance=meta(2, 577))
     else:
         triton_merge.merge_rows(x, size, *plan, prefix=0, **(weights if how == "weights" else {}))
 
@@ -135,7 +139,7 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
             for rule, metric in rules:
                 add(row, f", {rule} {metric}", _greedy, rule, metric)
         elif row.op == "merge_rows":
-            for how in ("mean", "weights", "grad"):
+            for how in ("mean", "weights", "pairs", "grad"):
                 add(row, f", {how}", _merge, how)
         elif row.op == "transition_stats":
             add(row, "", _transition)
@@ -146,6 +150,10 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
         for d in (64, 128, 1024):
             x = meta(2, 577, d, dtype=dtype)
             found[f"row_scale {width}-bit, {d}"] = (None, lambda x=x: triton_common.row_scale(x))
+            found[f"row_scale {width}-bit, {d}, guided"] = (
+                None,
+                lambda x=x: triton_common.row_scale(x, x[:, 0], meta(2, 577)),
+            )
     # Rows picked by index, and ranks by score.
     keys, scores, protected = meta(64, 60, 64, dtype=HALF), meta(64, 60), meta(64, 60, dtype=BOOL)
     found["energy_match"] = (None, lambda: triton_order.energy_match(keys, 8, margin=0.4))

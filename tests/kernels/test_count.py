@@ -7,46 +7,52 @@ from count_ops import CountOps, launches_of_a_forward
 from vlmtok import kernels
 
 PLANS = {
-    "tome": lambda metric: kernels.bipartite_match(metric, 8, 1),
-    "pitome": lambda metric: kernels.energy_match(metric, 8, margin=0.4),
+    "tome": lambda keys, asks: kernels.bipartite_match(keys.mean(1), 8, 1),
+    "pitome": lambda keys, asks: kernels.energy_match(keys.mean(1), 8, margin=0.4),
+    "crossget": lambda keys, asks: kernels.guided_match(keys.transpose(1, 2).flatten(2), asks, 8),
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan, most", list(zip(PLANS, (4, 5, 6))))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_launches_of_a_merge_layer(plan, dtype):
-    keys = torch.empty(1, 16, 577, 64, dtype=dtype, device="meta")
+def test_launches_of_a_merge_layer(plan, most, dtype):
+    keys = torch.empty(1, 576, 16, 64, dtype=dtype, device="meta").transpose(1, 2)
     x, size = torch.empty(1, 577, 1024, dtype=dtype, device="meta"), torch.ones(1, 577, device="meta")
     with kernels.use("triton"), CountOps() as count:
-        keep, src, dst = PLANS[plan](keys[:, :, 1:].mean(1))
-        _, total = kernels.merge_rows(x, size, keep, src, dst, prefix=1)
-        kernels.key_bias(total, dtype)
-    assert count.total == {"tome": 5, "pitome": 6}[plan], count
+        keep, src, dst, *importance = PLANS[plan](keys, x[:, 0])
+        kernels.merge_rows_biased(x, size, keep, src, dst, prefix=1, importance=importance[0] if importance else None)
+    assert count.total == most, count
 
 
-TOWERS = ("tome:r=3", "pitome:ratio=0.9", "crossget:rv=3:guidance=none")
+TOWERS = ("tome:r=3", "pitome:ratio=0.9", "crossget:rv=3:guidance=none", "crossget:rv=3")
 
 
-@pytest.mark.parametrize("method, most", list(zip(TOWERS, (4, 5, 7))))
-def test_launches_of_a_layer_in_a_tower(method, most):
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("method, most", list(zip(TOWERS, (4, 5, 6, 6))))
+def test_launches_of_a_layer_in_a_tower(method, most, proportional):
     """Through hooks, signals and `Reduction`: what one more layer of a ViT adds, compared with the bare model.
 
-    Complete matching compares three times, so CrossGET is above 6; ToMe and PiToMe are within with the bias too.
+    The merge makes the bias of proportional attention on its way, so that it costs no launch.
     """
-    for proportional in (False, True):
-        added = [
-            launches_of_a_forward(depth, f"{method}:prop_attn={str(proportional).lower()}")
-            - launches_of_a_forward(depth)
-            for depth in (4, 5)
-        ]
-        layer = added[1] - added[0]
-        assert layer.total() == most + proportional, layer  # the bias is one launch: log(size) in the tower's dtype
-        assert layer["triton _merge_kernel"] == 1 and layer["aten.log.out"] == proportional
+    added = [
+        launches_of_a_forward(depth, f"{method}:prop_attn={str(proportional).lower()}") - launches_of_a_forward(depth)
+        for depth in (4, 5)
+    ]
+    layer = added[1] - added[0]
+    assert layer.total() == most and layer["triton _merge_kernel"] == 1, layer
 
 
 @pytest.mark.parametrize(
     "name, most",
-    [("match_max", 1), ("match_max twice", 2), ("energy", 1), ("complete", 5), ("greedy", 3), ("transition", 1)],
+    [
+        ("match_max", 1),
+        ("match_max twice", 2),
+        ("energy", 1),
+        ("complete", 5),
+        ("guided", 5),
+        ("greedy", 3),
+        ("transition", 1),
+    ],
 )
 def test_launches_of_an_op(name, most):
     x = torch.empty(1, 576, 64, dtype=torch.bfloat16, device="meta")
@@ -57,6 +63,7 @@ def test_launches_of_an_op(name, most):
         "match_max twice": lambda: kernels.match_max(x, x, exclude_diag=True),  # lengths first: it must be symmetric
         "energy": lambda: kernels.energy(x, margin=0.4),
         "complete": lambda: kernels.complete_match(x, importance, 8),
+        "guided": lambda: kernels.guided_match(x, x[:, 0], 8),
         "greedy": lambda: kernels.greedy_select(x, 57, start),
         "transition": lambda: kernels.transition_stats(x, x),
     }[name]

@@ -63,6 +63,7 @@ def calls():
         "bipartite_match": lambda: kernels.bipartite_match(x, 2),
         "energy_match": lambda: kernels.energy_match(x, 2, margin=0.5),
         "complete_match": lambda: kernels.complete_match(x, torch.zeros(1, 6), 2),
+        "guided_match": lambda: kernels.guided_match(x, x[:, 0], 2),
         "merge_rows": lambda: kernels.merge_rows(x, torch.ones(1, 6), index, index + 3, index),
         "greedy_select": lambda: kernels.greedy_select(x, 3, torch.tensor([0])),
         "transition_stats": lambda: kernels.transition_stats(x, x),

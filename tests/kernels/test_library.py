@@ -32,7 +32,12 @@ def examples():
         ("energy_match", (x, 3), {"margin": 0.4, "protect": False}),
         ("complete_match", (x, torch.rand(2, 9), 3), {}),
         ("complete_match", (x, torch.rand(2, 9), 3, torch.arange(9).expand(2, 9) == 0), {}),
+        ("complete_match", (x, None, 3), {}),
+        ("guided_match", (x, y[:, 0], 3), {}),
         ("merge_rows", (x, torch.ones(2, 9), keep, src, dst), {}),
+        ("merge_rows", (x, torch.ones(2, 9), keep, src, dst), {"importance": torch.randn(2, 9)}),
+        ("merge_rows_biased", (x, torch.ones(2, 9), keep, src, dst), {"keep_weight": kw, "src_weight": sw}),
+        ("merge_rows_biased", (x, torch.ones(2, 9), keep[:, :4], src - 2, dst.clamp(max=3)), {"prefix": 2}),
         ("merge_rows", (x, torch.ones(2, 9), keep[:, :4], src - 2, dst.clamp(max=3)), {"prefix": 1, "suffix": 1}),
         ("merge_rows", (x, torch.ones(2, 9), keep, src, dst), {"keep_weight": kw, "src_weight": sw}),
         ("merge_rows_grad", (x[:, :6], keep, src, dst, kw, sw, 9), {}),
@@ -162,7 +167,7 @@ def test_gradients_of_the_opaque_merge(weighted):
         sw = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def merge(x, kw, sw):
-        return ops.MergeRows.apply(x, size, keep, src, dst, kw, sw, 1, 1, "torch")[0]
+        return ops.MergeRows.apply("merge_rows", x, size, keep, src, dst, kw, sw, 1, 1, "torch")[0]
 
     # Sizes are fp32, so shares carry its rounding into the numerical gradient.
     assert torch.autograd.gradcheck(merge, (x, kw, sw), atol=1e-5)
@@ -180,7 +185,9 @@ def test_the_opaque_merge_trains_inside_one_graph():
 
     def merge(x):
         dst = index.clone()
-        return ops.MergeRows.apply(x, torch.ones(1, 6), index, index + 3, dst, None, None, 0, 0, "torch")[0]
+        return ops.MergeRows.apply("merge_rows", x, torch.ones(1, 6), index, index + 3, dst, None, None, 0, 0, "torch")[
+            0
+        ]
 
     torch._dynamo.reset()
     torch.compile(merge, fullgraph=True, backend="aot_eager")(x).sum().backward()

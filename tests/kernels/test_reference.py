@@ -175,6 +175,57 @@ def test_merge_rows_gradients(weighted):
     assert torch.autograd.gradcheck(merge, (x, *weights))
 
 
+def pairs_by_hand(size, keep, src, dst, importance):
+    """Weights of kept and joining rows, pair by pair."""
+    kept, joined = torch.zeros(keep.shape).double(), torch.zeros(src.shape).double()
+    for b, members in enumerate(keep.tolist()):
+        for slot, token in enumerate(members):
+            entries = [e for e, to in enumerate(dst[b].tolist()) if to == slot]
+            total = size[b, token].double() + sum(size[b, src[b, e]].double() for e in entries)
+            own = 1.0
+            for e in entries:
+                mine, theirs = importance[b, token].double().exp(), importance[b, src[b, e]].double().exp()
+                joined[b, e] = 2 * theirs / (mine + theirs) * size[b, src[b, e]] / total
+                own += 2 * mine / (mine + theirs) - 1
+            kept[b, slot] = own * size[b, token] / total
+    return {"keep_weight": kept.float(), "src_weight": joined.float()}
+
+
+def test_merge_rows_by_importance():
+    x, size = rows(2, 17, 5), rows(2, 17, 1, seed=3)[..., 0].abs() + 0.5
+    keep, src, dst = plan(2, 14, 6, 4)
+    importance = rows(2, 14, 1, seed=8)[..., 0]
+    weights = pairs_by_hand(size[:, 2:16], keep, src, dst, importance)
+    expected = kernels.merge_rows(x, size, keep, src, dst, **weights, prefix=2, suffix=1)
+    found = kernels.merge_rows(x, size, keep, src, dst, importance=importance, prefix=2, suffix=1)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+    equal = kernels.merge_rows(x[:, :14], torch.ones(2, 14), keep, src[:, :1], dst[:, :1], importance=0 * importance)
+    mean = kernels.merge_rows(x[:, :14], torch.ones(2, 14), keep, src[:, :1], dst[:, :1])
+    torch.testing.assert_close(equal[0], mean[0])  # equal importance and sizes: the mean
+
+
+def test_merge_rows_by_importance_has_gradients():
+    x, importance = rows(2, 9, 3).double().requires_grad_(), rows(2, 7, 1, seed=8)[..., 0].double().requires_grad_()
+    size = rows(2, 9, 1, seed=3)[..., 0].abs() + 0.5
+    keep, src, dst = plan(2, 7, 3, 4)
+
+    def merge(x, importance):
+        return kernels.merge_rows(x, size, keep, src, dst, importance=importance, prefix=1, suffix=1)[0]
+
+    assert torch.autograd.gradcheck(merge, (x, importance))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_rows_biased(dtype):
+    x, size = rows(2, 14, 5, dtype), rows(2, 14, 1, seed=3)[..., 0].abs() + 0.5
+    keep, src, dst = plan(2, 14, 6, 4)
+    found, total, bias = kernels.merge_rows_biased(x, size, keep, src, dst)
+    expected, sizes = kernels.merge_rows(x, size, keep, src, dst)
+    assert torch.equal(found, expected) and torch.equal(total, sizes)
+    assert torch.equal(bias, kernels.key_bias(total, dtype)[:, 0, 0]) and bias.dtype == dtype
+
+
 def test_merge_rows_grad_is_the_transpose():
     x = rows(2, 10, 3).requires_grad_()
     size = torch.ones(2, 10)
@@ -245,6 +296,16 @@ def test_energy_match_by_hand():
     assert keep[0].tolist() == [*order[4:], order[1], order[3]] and src[0].tolist() == [order[0], order[2]]
     _, partner = kernels.match_max(x[:, [order[0], order[2]]], x[:, [order[1], order[3]]])
     assert torch.equal(dst, partner + 2)
+
+
+def test_guided_match_is_complete_match_by_the_cosine_with_a_query():
+    x, query = rows(2, 11, 6), rows(2, 1, 6, seed=5)[:, 0]
+    keep, src, dst, importance = kernels.guided_match(x, query, 4)
+    expected = torch.nn.functional.cosine_similarity(x, query.unsqueeze(1), dim=-1)
+    torch.testing.assert_close(importance, expected)
+    for a, b in zip((keep, src, dst), kernels.complete_match(x, expected, 4)):
+        assert torch.equal(a, b)
+    assert not kernels.guided_match(x, query.requires_grad_(), 4)[3].requires_grad
 
 
 def test_complete_match_protects():

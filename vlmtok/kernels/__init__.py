@@ -15,12 +15,14 @@ from .ops import (
     energy,
     energy_match,
     greedy_select,
+    guided_match,
     match_max,
     merge_rows,
+    merge_rows_biased,
     received_attention,
     transition_stats,
 )
-from .reference import key_bias, take_rows, unit_rows
+from .reference import key_bias, pair_weights, query_cosine, take_rows, unit_rows
 
 __all__ = [
     "MODES",
@@ -32,10 +34,14 @@ __all__ = [
     "energy_match",
     "exact",
     "greedy_select",
+    "guided_match",
     "key_bias",
     "match_max",
     "merge_rows",
+    "merge_rows_biased",
     "mode",
+    "pair_weights",
+    "query_cosine",
     "ran",
     "received_attention",
     "register_flop_formulas",

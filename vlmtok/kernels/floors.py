@@ -96,6 +96,9 @@ def _tower(batch: int, scale: int = 1) -> list[Case]:
     def scores(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return *_keys(batch, n, d)(device, dtype), torch.rand(batch, n, device=device)
 
+    def asked(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return *_keys(batch, n, c)(device, dtype), torch.randn(batch, c, device=device, dtype=dtype)
+
     def heads_of(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         q = torch.randn(batch, heads, n + 1, d, device=device, dtype=dtype)
         return q, q.flip(2)
@@ -113,6 +116,10 @@ def _tower(batch: int, scale: int = 1) -> list[Case]:
         Case(
             "complete_match", what, batch, scores, lambda m, x, i: m.complete_match(x, i, r),
             keys + 4 * batch * n + plan, 2 * pairs + 2 * batch * r * (n - r) * d, 5,
+        ),
+        Case(
+            "guided_match", f"{what}, keys of all heads", batch, asked, lambda m, x, query: m.guided_match(x, query, r),
+            2 * batch * (n + 1) * c + 4 * batch * n + plan, (4 * n * n + 2 * r * (n - r) + 2 * n) * batch * c, 5,
         ),
         Case(
             "energy", what, batch, _keys(batch, n, d), lambda m, x: m.energy(x, margin=0.45),

@@ -25,12 +25,18 @@ _LAUNCHERS = {
     "bipartite_match": "triton_order",
     "energy_match": "triton_order",
     "complete_match": "triton_order",
+    "guided_match": "triton_order",
     "merge_rows": "triton_merge",
+    "merge_rows_biased": "triton_merge",
     "merge_rows_grad": "triton_merge",
     "greedy_select": "triton_greedy",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",
 }
+_MERGE = (
+    "Tensor x, Tensor size, Tensor keep, Tensor src, Tensor dst, *, Tensor? keep_weight=None, Tensor? src_weight=None, "
+    "Tensor? importance=None, SymInt prefix=0, SymInt suffix=0, str path='') -> ("
+)
 _SCHEMAS = {
     "match_max": "Tensor a, Tensor b, *, Tensor? rank_a=None, Tensor? rank_b=None, bool exclude_diag=False, "
     "Tensor? valid_b=None, str path='') -> (Tensor, Tensor",
@@ -38,10 +44,11 @@ _SCHEMAS = {
     "bipartite_match": "Tensor metric, SymInt r, SymInt num_prefix=0, *, str path='') -> (Tensor, Tensor, Tensor",
     "energy_match": "Tensor metric, SymInt r, *, float margin, float alpha=1.0, str kind='elu', "
     "str split='alternate', bool protect=True, str path='') -> (Tensor, Tensor, Tensor",
-    "complete_match": "Tensor metric, Tensor importance, SymInt r, Tensor? protected=None, *, str path='') "
+    "complete_match": "Tensor metric, Tensor? importance, SymInt r, Tensor? protected=None, *, str path='') "
     "-> (Tensor, Tensor, Tensor",
-    "merge_rows": "Tensor x, Tensor size, Tensor keep, Tensor src, Tensor dst, *, Tensor? keep_weight=None, "
-    "Tensor? src_weight=None, SymInt prefix=0, SymInt suffix=0, str path='') -> (Tensor, Tensor",
+    "guided_match": "Tensor metric, Tensor query, SymInt r, *, str path='') -> (Tensor, Tensor, Tensor, Tensor",
+    "merge_rows": _MERGE + "Tensor, Tensor",
+    "merge_rows_biased": _MERGE + "Tensor, Tensor, Tensor",
     "merge_rows_grad": "Tensor grad, Tensor keep, Tensor src, Tensor dst, Tensor keep_weight, Tensor src_weight, "
     "SymInt n, SymInt prefix=0, SymInt suffix=0, *, str path='') -> (Tensor",
     "greedy_select": "Tensor x, SymInt k, Tensor start, *, str rule='max', str metric='cosine', Tensor? valid=None, "
@@ -90,8 +97,12 @@ def _plan(metric: Tensor, r: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, T
     )
 
 
-def _complete(metric: Tensor, importance: Tensor, r: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _complete(metric: Tensor, importance: Tensor | None, r: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _plan(metric, r)
+
+
+def _guided(metric: Tensor, query: Tensor, r: int, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_plan(metric, r), metric.new_empty(metric.shape[:2], dtype=torch.float32)
 
 
 def _merge_rows(
@@ -100,6 +111,11 @@ def _merge_rows(
     batch, slots = keep.shape
     slots = prefix + slots + suffix
     return x.new_empty(batch, slots, x.shape[2]), size.new_empty(batch, slots)
+
+
+def _merge_rows_biased(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, total = _merge_rows(x, *args, **kwargs)
+    return rows, total, x.new_empty(total.shape)
 
 
 def _merge_rows_grad(
@@ -132,7 +148,9 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "bipartite_match": _plan,
     "energy_match": _plan,
     "complete_match": _complete,
+    "guided_match": _guided,
     "merge_rows": _merge_rows,
+    "merge_rows_biased": _merge_rows_biased,
     "merge_rows_grad": _merge_rows_grad,
     "greedy_select": _greedy_select,
     "transition_stats": _transition_stats,
@@ -175,6 +193,10 @@ def _complete_flops(x: Any, importance: Any, r: int, *_: Any, **__: Any) -> int:
     return 2 * _pairs(x, x[1], x[1]) + _pairs(x, r, x[1] - r)
 
 
+def _guided_flops(x: Any, query: Any, r: int, *_: Any, **__: Any) -> int:
+    return _pairs(x, x[1], 1) + _complete_flops(x, None, r)
+
+
 def _greedy_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
     return _energy_flops(x) if k else 0
 
@@ -193,7 +215,9 @@ FLOPS: dict[str, Callable[..., int]] = {
     "bipartite_match": _bipartite_flops,
     "energy_match": _energy_match_flops,
     "complete_match": _complete_flops,
+    "guided_match": _guided_flops,
     "merge_rows": _no_flops,
+    "merge_rows_biased": _no_flops,
     "merge_rows_grad": _no_flops,
     "greedy_select": _greedy_flops,
     "transition_stats": _no_flops,

@@ -211,7 +211,7 @@ def energy_match(
 
 
 def complete_match(
-    metric: Tensor, importance: Tensor, r: int, protected: Tensor | None = None
+    metric: Tensor, importance: Tensor | None, r: int, protected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Complete-graph soft matching of CrossGET (arXiv 2305.17455, section 3.1).
 
@@ -220,7 +220,7 @@ def complete_match(
 
     Args:
         metric: `[B, N, D]`, what is compared.
-        importance: `[B, N]`; important tokens merge later.
+        importance: `[B, N]`; important tokens merge later. None means all alike.
         r: tokens to merge away; at most (N - protected tokens) // 2, or protected ones would merge.
         protected: bool `[B, N]`, tokens that neither join nor are joined; None means none.
 
@@ -231,13 +231,36 @@ def complete_match(
     _check(op, "[B, N, D]", metric=metric)
     _check(op, "[B, N]", importance=importance)
     rows = tuple(metric.shape[:2])
-    if tuple(importance.shape) != rows:
+    if importance is not None and tuple(importance.shape) != rows:
         raise ParameterError(f"{op}: importance must be [B, N] = {list(rows)}, got {list(importance.shape)}")
     _check_index(op, rows, _BOOL, protected=protected)
     _check_r(op, r, metric.shape[1] // 2)
     _check_device(op, metric, importance=importance, protected=protected)
     triton = choose(op, metric, batch=metric.shape[0], pair_bytes=_square_bytes(metric))
     return cast("tuple[Tensor, Tensor, Tensor]", _select(op, triton, metric, importance, r, protected))
+
+
+def guided_match(metric: Tensor, query: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`complete_match` where a token's importance is its cosine with one that asks (CrossGET, section 3.2).
+
+    Args:
+        metric: `[B, N, D]`, what is compared.
+        query: `[B, D]`, who asks.
+        r: tokens to merge away, at most N // 2.
+
+    Returns:
+        keep `[B, N - r]`, src `[B, r]` and dst `[B, r]` as of `complete_match`, and the importance, fp32 `[B, N]` (0
+        where a row or its query is not finite). None carries a gradient, as released.
+    """
+    op = "guided_match"
+    _check(op, "[B, N, D]", metric=metric)
+    _check(op, "[B, D]", query=query)
+    if (query.shape[0], query.shape[1]) != (metric.shape[0], metric.shape[2]):
+        raise ParameterError(f"{op}: query must be [B, D] = {[*metric.shape[::2]]}, got {list(query.shape)}")
+    _check_r(op, r, metric.shape[1] // 2)
+    _check_device(op, metric, query=query)
+    triton = choose(op, metric, batch=metric.shape[0], pair_bytes=_square_bytes(metric), limit=_wide(metric, query))
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _select(op, triton, metric, query, r))
 
 
 # ---------------------------------------------------------------------- merging
@@ -250,6 +273,7 @@ def merge_rows(
     *,
     keep_weight: Tensor | None = None,
     src_weight: Tensor | None = None,
+    importance: Tensor | None = None,
     prefix: int = 0,
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -263,6 +287,8 @@ def merge_rows(
         dst: int64 `[B, R]`, -1 for an empty entry.
         keep_weight: fp32 `[B, K]`, or None for the size-weighted mean; gradients flow.
         src_weight: fp32 `[B, R]`, or None; gradients flow.
+        importance: fp32 `[B, N]`, in place of both weights, which are then `vlmtok.kernels.pair_weights`; gradients
+            flow.
         prefix: rows in front that stay as they are.
         suffix: rows behind that stay as they are.
 
@@ -270,7 +296,74 @@ def merge_rows(
         The rows `[B, prefix + K + suffix, C]` in the dtype of `x`, and their sizes, fp32. Sums are accumulated in fp32;
         a slot that nothing joins is its kept row, bit for bit, where there are no weights.
     """
-    op = "merge_rows"
+    plan = (x, size, keep, src, dst)
+    rows, total = _merged("merge_rows", plan, keep_weight, src_weight, importance, prefix, suffix)
+    return rows, total
+
+
+def merge_rows_biased(
+    x: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    *,
+    keep_weight: Tensor | None = None,
+    src_weight: Tensor | None = None,
+    importance: Tensor | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`merge_rows`, and log(size) of its rows on the way: on the Triton path, proportional attention costs no launch.
+
+    Args:
+        x: as there, and so are all others.
+        size: fp32 `[B, prefix + N + suffix]`.
+        keep: int64 `[B, K]`.
+        src: int64 `[B, R]`.
+        dst: int64 `[B, R]`.
+        keep_weight: fp32 `[B, K]`, or None.
+        src_weight: fp32 `[B, R]`, or None.
+        importance: fp32 `[B, N]`, or None.
+        prefix: rows in front that stay as they are.
+        suffix: rows behind that stay as they are.
+
+    Returns:
+        Rows and sizes as of `merge_rows`, and log(size) `[B, prefix + K + suffix]` in the dtype of `x`, what `key_bias`
+        gives as `[B, 1, 1, L]`.
+    """
+    plan = (x, size, keep, src, dst)
+    rows, total, bias = _merged("merge_rows_biased", plan, keep_weight, src_weight, importance, prefix, suffix)
+    return rows, total, bias
+
+
+def _merged(
+    op: str, plan: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], keep_weight: Tensor | None,
+    src_weight: Tensor | None, importance: Tensor | None, prefix: int, suffix: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Checks a merge, chooses its path and runs it."""
+    x, size, keep, src, dst = plan
+    _check_merge(op, x, size, keep, src, dst, keep_weight, src_weight, importance, prefix, suffix)
+    if prefix + keep.shape[1] + suffix == 0:
+        return (x[:, :0], size[:, :0], x.new_empty(x.shape[0], 0))[: 3 if op == "merge_rows_biased" else 2]
+    settings = {"keep_weight": keep_weight, "src_weight": src_weight, "prefix": prefix, "suffix": suffix}
+    if not choose("merge_rows", x, batch=x.shape[0]):  # one kernel, one name in reports
+        definition = getattr(reference, op)
+        return cast("tuple[Tensor, ...]", definition(*plan, importance=importance, **settings))
+    weights = (x, keep_weight, src_weight, importance)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+        if importance is not None:  # written out in torch, which has their gradient
+            inner = size[:, prefix : size.shape[1] - suffix]
+            keep_weight, src_weight = reference.pair_weights(keep, src, dst, importance, inner)
+        return cast("tuple[Tensor, ...]", MergeRows.apply(op, *plan, keep_weight, src_weight, prefix, suffix, "triton"))
+    with torch.no_grad():
+        return cast("tuple[Tensor, ...]", library.call(op, *plan, importance=importance, **settings, path="triton"))
+
+
+def _check_merge(
+    op: str, x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor, keep_weight: Tensor | None,
+    src_weight: Tensor | None, importance: Tensor | None, prefix: int, suffix: int,
+) -> None:  # fmt: skip
     _check(op, "[B, N, C]", x=x)
     batch, n, _ = x.shape
     _check(op, "[B, N]", size=size)
@@ -283,34 +376,22 @@ def merge_rows(
     if (keep_weight is None) != (src_weight is None):
         raise ParameterError(f"{op}: keep_weight and src_weight are given together, or neither")
     if keep_weight is not None and src_weight is not None:
+        if importance is not None:
+            raise ParameterError(f"{op}: weights are given, or the importance that they follow from, not both")
         _check(op, "[B, K]", keep_weight=keep_weight, src_weight=src_weight)
         if keep_weight.shape != keep.shape or src_weight.shape != src.shape:
             raise ParameterError(f"{op}: weights must have the shapes of keep and src")
     if prefix < 0 or suffix < 0 or prefix + suffix > n:
         raise ParameterError(f"{op}: prefix={prefix} and suffix={suffix} do not fit in {n} rows")
-    _check_device(op, x, size=size, keep=keep, src=src, dst=dst, keep_weight=keep_weight, src_weight=src_weight)
-    if prefix + keep.shape[1] + suffix == 0:
-        return x[:, :0], size[:, :0]
-    if not choose(op, x, batch=batch):
-        return reference.merge_rows(
-            x, size, keep, src, dst, keep_weight=keep_weight, src_weight=src_weight, prefix=prefix, suffix=suffix
+    inner = (batch, n - prefix - suffix)
+    if importance is not None and (tuple(importance.shape) != inner or not importance.is_floating_point()):
+        raise ParameterError(
+            f"{op}: importance must be floating [B, N] = {list(inner)}, got {importance.dtype} {list(importance.shape)}"
         )
-    tracked = [t for t in (x, keep_weight, src_weight) if t is not None and t.requires_grad]
-    if tracked and torch.is_grad_enabled():
-        return MergeRows.apply(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, "triton")
-    with torch.no_grad():
-        return _merge(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, "triton")
-
-
-def _merge(
-    x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor, keep_weight: Tensor | None,
-    src_weight: Tensor | None, prefix: int, suffix: int, path: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, total = library.call(
-        "merge_rows", x, size, keep, src, dst, keep_weight=keep_weight, src_weight=src_weight,
-        prefix=prefix, suffix=suffix, path=path,
+    _check_device(
+        op, x, size=size, keep=keep, src=src, dst=dst, keep_weight=keep_weight, src_weight=src_weight,
+        importance=importance,
     )  # fmt: skip
-    return rows, total
 
 
 class MergeRows(torch.autograd.Function):
@@ -318,20 +399,24 @@ class MergeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor, keep_weight: Tensor | None,
-        src_weight: Tensor | None, prefix: int, suffix: int, path: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Runs the op; sizes carry no gradient."""
-        rows, total = _merge(x, size, keep, src, dst, keep_weight, src_weight, prefix, suffix, path)
+        ctx: Any, op: str, x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor,
+        keep_weight: Tensor | None, src_weight: Tensor | None, prefix: int, suffix: int, path: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Runs the op; sizes and their logarithms carry no gradient."""
+        made = library.call(
+            op, x, size, keep, src, dst, keep_weight=keep_weight, src_weight=src_weight,
+            prefix=prefix, suffix=suffix, path=path,
+        )  # fmt: skip
+        total = made[1]
         weighted = keep_weight is not None
         ctx.save_for_backward(x if weighted else None, size, keep, src, dst, keep_weight, src_weight, total)
         ctx.edges, ctx.path, ctx.n = (prefix, suffix), path, x.shape[1]
-        ctx.mark_non_differentiable(total)
-        return rows, total
+        ctx.mark_non_differentiable(*made[1:])
+        return tuple(made)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for x, keep_weight and src_weight."""
         x, size, keep, src, dst, keep_weight, src_weight, total = ctx.saved_tensors
         prefix, suffix = ctx.edges
@@ -343,20 +428,20 @@ class MergeRows(torch.autograd.Function):
             tiny = torch.finfo(torch.float32).tiny
             kept = torch.where(inner == mine, 1.0, mine / inner.clamp_min(tiny))
             joined = size.gather(1, src + prefix) / inner.gather(1, slot).clamp_min(tiny)
-        grads: list[Tensor | None] = [None] * 10
-        if ctx.needs_input_grad[0]:
-            grads[0] = library.call(
+        grads: list[Tensor | None] = [None] * 11
+        if ctx.needs_input_grad[1]:
+            grads[1] = library.call(
                 "merge_rows_grad", grad, keep, src, dst, kept, joined, ctx.n, prefix, suffix, path=ctx.path
             )
         wide = torch.promote_types(grad.dtype, torch.float32)
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             mine = reference.take_rows(x, keep + prefix).to(wide)
             slots = grad[:, prefix : grad.shape[1] - suffix].to(wide)
-            grads[5] = (mine * slots).sum(-1).to(keep_weight.dtype)
-        if ctx.needs_input_grad[6]:
+            grads[6] = (mine * slots).sum(-1).to(keep_weight.dtype)
+        if ctx.needs_input_grad[7]:
             theirs = reference.take_rows(grad, slot + prefix).to(wide)
             dot = (reference.take_rows(x, src + prefix).to(wide) * theirs).sum(-1)
-            grads[6] = torch.where(dst < 0, 0.0, dot).to(src_weight.dtype)
+            grads[7] = torch.where(dst < 0, 0.0, dot).to(src_weight.dtype)
         return tuple(grads)
 
 

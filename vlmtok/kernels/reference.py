@@ -7,6 +7,7 @@ public functions of `vlmtok.kernels`, not here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -226,9 +227,36 @@ def energy_match(
     return torch.cat([rest, targets], 1), sources, partner + rest.shape[1]
 
 
+def query_cosine(x: Tensor, query: Tensor) -> Tensor:
+    """Cosine of every row with one that asks.
+
+    Args:
+        x: `[B, N, D]`, any floating dtype.
+        query: `[B, D]`, likewise.
+
+    Returns:
+        fp32 `[B, N]`; 0 where a row or its query is not finite.
+    """
+    with exact(x.device):
+        return _query_unit(unit_rows(x), query)
+
+
+def _query_unit(unit: Tensor, query: Tensor) -> Tensor:
+    """`query_cosine` of rows that have length one."""
+    return (unit @ unit_rows(query).unsqueeze(-1)).squeeze(-1).nan_to_num(0.0)
+
+
+def guided_match(metric: Tensor, query: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Definition of `vlmtok.kernels.guided_match`."""
+    with exact(metric.device):
+        unit = unit_rows(metric)
+        importance = _query_unit(unit, query)
+        return *complete_match(unit, importance, r, match=_match_unit), importance
+
+
 def complete_match(
     metric: Tensor,
-    importance: Tensor,
+    importance: Tensor | None,
     r: int,
     protected: Tensor | None = None,
     *,
@@ -246,7 +274,7 @@ def complete_match(
     later, _ = match(metric, metric, rank_a=rank, rank_b=rank, exclude_diag=True, valid_b=free)
     if protected is not None:
         later = later.masked_fill(protected, float("-inf"))
-    priority = (importance.float() - later).argsort(dim=1, stable=True)
+    priority = (-later if importance is None else importance.float() - later).argsort(dim=1, stable=True)
     src, keep = priority[:, :r], priority[:, r:].sort(dim=1).values
     valid = None if free is None else free.gather(1, keep)
     _, dst = match(take_rows(metric, src), take_rows(metric, keep), valid_b=valid)
@@ -263,10 +291,14 @@ def merge_rows(
     *,
     keep_weight: Tensor | None = None,
     src_weight: Tensor | None = None,
+    importance: Tensor | None = None,
     prefix: int = 0,
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Definition of `vlmtok.kernels.merge_rows`."""
+    if importance is not None:
+        inner = size[:, prefix : size.shape[1] - suffix]
+        keep_weight, src_weight = pair_weights(keep, src, dst, importance, inner)
     kept = _widen(keep, prefix, suffix, x.shape[1])
     kept_size = size.gather(1, kept)
     rows = take_rows(x, kept)
@@ -295,6 +327,41 @@ def merge_rows(
         out = (_accumulator(rows) * kept_weight.unsqueeze(-1)).flatten(0, 1)
         change = _accumulator(joining) * weight.reshape(-1, 1)
     return out.index_add_(0, at, change.to(out.dtype)).to(x.dtype).reshape(rows.shape), total
+
+
+def merge_rows_biased(x: Tensor, size: Tensor, *plan: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Definition of `vlmtok.kernels.merge_rows_biased`."""
+    rows, total = merge_rows(x, size, *plan, **settings)
+    return rows, total, log_size(total, x.dtype)
+
+
+def pair_weights(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of a merge in which the more important of two weighs more (CrossGET, arXiv 2305.17455, section 3.2).
+
+    A source s and its slot's own token d share ``w_s + w_d = 2``, the softmax of their importance times 2. Slot d
+    becomes ``(s_d x_d + sum [w_s s_s x_s + (w_d - 1) s_d x_d]) / (s_d + sum s_s)`` with sizes s. Equal importance gives
+    the size-weighted mean; several sources of one slot, or unequal sizes, give weights that do not sum to one, as
+    released.
+
+    Args:
+        keep: int64 `[B, K]`.
+        src: int64 `[B, R]`, every token at most once.
+        dst: int64 `[B, R]`, the slot that each joins, -1 for an empty entry.
+        importance: fp32 `[B, N]`; gradients flow.
+        size: fp32 `[B, N]`.
+
+    Returns:
+        Weights of the kept rows `[B, K]` and of the joining ones `[B, R]`, fp32, as `merge_rows` takes them.
+    """
+    empty, slot = dst < 0, dst.clamp(min=0)
+    pair = torch.stack([importance.gather(1, src), importance.gather(1, keep).gather(1, slot)], -1)
+    weight = 2.0 * _accumulator(pair).softmax(-1)
+    kept, joined = size.gather(1, keep), size.gather(1, src).masked_fill(empty, 0.0)
+    total = kept.scatter_add(1, slot, joined)
+    own = torch.ones_like(kept, dtype=weight.dtype)
+    own = own.scatter_add(1, slot, torch.where(empty, 0.0, weight[..., 1] - 1.0))
+    share = torch.where(empty, 0.0, weight[..., 0] * joined / total.gather(1, slot))
+    return torch.where(kept == total, own, kept * own / total), share
 
 
 def merge_rows_grad(
@@ -438,6 +505,12 @@ def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | Non
         return total / max(q.shape[1] * rows, 1)
 
 
+def log_size(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(size), taken in fp32 and rounded once to `dtype`."""
+    with torch.no_grad():
+        return torch.log(size, out=size.new_empty(size.shape, dtype=dtype))
+
+
 def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """What proportional attention adds to the logits: log(size) per key (ToMe, arXiv 2210.09461, eq. 1).
 
@@ -448,6 +521,4 @@ def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         `[B, 1, 1, N]`, to be given to `scaled_dot_product_attention` as ``attn_mask``: broadcast, never `N x N`.
     """
-    with torch.no_grad():
-        bias = torch.log(size, out=size.new_empty(size.shape, dtype=dtype))
-        return bias[:, None, None, :]
+    return log_size(size, dtype)[:, None, None, :]

@@ -100,36 +100,56 @@ def dot_rows(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _inverse(squares, EPS: tl.constexpr):
+    """1 / length from squares `[rows, features]`; NaN where the length is not finite."""
+    length = tl.sqrt(tl.sum(squares, 1))
+    return tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS), float("nan"))
+
+
+@triton.jit
 def tile_scale(x, EPS: tl.constexpr):
     """1 / length of the rows of a tile, fp32; NaN for a row whose length is not finite."""
     wide = x.to(tl.float32)
-    length = tl.sqrt(tl.sum(wide * wide, 1))
-    return tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS), float("nan"))
+    return _inverse(wide * wide, EPS)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _scale_kernel(
-    x, scale, rows, n, d, x_batch, x_row, EPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    x, scale, query, cosine, rows, n, d, x_batch, x_row, query_batch,
+    GUIDED: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     there = row < rows
     at = x + (row // n).to(tl.int64) * x_batch + (row % n).to(tl.int64) * x_row
     feature = tl.arange(0, BK)
     squares = tl.zeros((BM, BK), tl.float32)
+    if GUIDED:  # a tile may hold rows of two pictures, so each reads its own query
+        asks = query + (row // n).to(tl.int64) * query_batch
+        products = tl.zeros((BM, BK), tl.float32)
+        asked = tl.zeros((BM, BK), tl.float32)
     for k in range(0, d, BK):
         mask = there[:, None] & (k + feature < d)[None, :]
         tile = tl.load(at[:, None] + k + feature[None, :], mask=mask, other=0.0).to(tl.float32)
         squares += tile * tile
-    length = tl.sqrt(tl.sum(squares, 1))
-    value = tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS), float("nan"))
+        if GUIDED:
+            other = tl.load(asks[:, None] + k + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+            products += tile * other
+            asked += other * other
+    value = _inverse(squares, EPS)
     tl.store(scale + row, value, mask=there)
+    if GUIDED:
+        likeness = tl.sum(products, 1) * value * _inverse(asked, EPS)
+        tl.store(cosine + row, tl.where(likeness == likeness, likeness, 0.0), mask=there)
 
 
-def row_scale(x: Tensor) -> Tensor:
+def row_scale(x: Tensor, query: Tensor | None = None, cosine: Tensor | None = None) -> Tensor:
     """1 / length of every row, NaN for a row whose length is not finite; one launch.
 
     Args:
         x: `[B, N, D]`, last axis contiguous.
+        query: `[B, D]`, last axis contiguous, or None.
+        cosine: fp32 `[B, N]`, contiguous, given if and only if `query` is: gets the cosine of every row with its query,
+            0 where one of both is not finite.
 
     Returns:
         fp32 `[B, N]`.
@@ -140,7 +160,8 @@ def row_scale(x: Tensor) -> Tensor:
     k = max(16, min(256, triton.next_power_of_2(max(d, 1))))
     m = 16
     launch(
-        _scale_kernel, triton.cdiv(rows, m), x, x, scale, rows, n, d, x.stride(0), x.stride(1),
-        warps=4, EPS=EPS, BM=m, BK=k,
+        _scale_kernel, triton.cdiv(rows, m), x,
+        x, scale, query, cosine, rows, n, d, x.stride(0), x.stride(1), 0 if query is None else query.stride(0),
+        warps=4, GUIDED=query is not None, EPS=EPS, BM=m, BK=k,
     )  # fmt: skip
     return scale

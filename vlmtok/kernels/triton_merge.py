@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,9 +29,17 @@ def _row(x, index, n, stride, channel, d):
 
 
 @triton.jit
-def _size(size, index, n, step):
-    """A size; NaN where the index is outside."""
-    return tl.load(size + index * step, mask=(index >= 0) & (index < n), other=float("nan"))
+def _entry(table, index, n, step):
+    """A number of a token, fp32; NaN where the index is outside."""
+    return tl.load(table + index * step, mask=(index >= 0) & (index < n), other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _put_size(total, bias, out, whole, BIASED: tl.constexpr):
+    """Stores a size and, for proportional attention, its logarithm."""
+    tl.store(total + out, whole)
+    if BIASED:
+        tl.store(bias + out, tl.log(whole).to(bias.dtype.element_ty))
 
 
 @triton.jit
@@ -50,11 +60,11 @@ def _owns(keep, src, dst, entry, token, slots, keep_step, src_step, dst_step, BM
 
 @triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
 def _merge_kernel(
-    x, size, keep, src, dst, keep_weight, src_weight, y, total,
+    x, size, keep, src, dst, keep_weight, src_weight, importance, y, total, bias,
     n, slots, entries, d, prefix, suffix,
     x_batch, x_row, size_batch, size_step, keep_batch, keep_step, src_batch, src_step, dst_batch, dst_step,
-    kw_batch, kw_step, sw_batch, sw_step,
-    WEIGHTED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    kw_batch, kw_step, sw_batch, sw_step, importance_batch, importance_step,
+    WEIGHTED: tl.constexpr, PAIRED: tl.constexpr, BIASED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     rows = prefix + slots + suffix
     # With weights a size follows ownership, not the weights; a program of its own works it out.
@@ -82,7 +92,7 @@ def _merge_kernel(
     looked_at = tl.where(merges, entries, 0)
 
     if WEIGHTED and part == parts - 1:
-        whole = _size(size, token, n, size_step)
+        whole = _entry(size, token, n, size_step)
         for at in range(0, looked_at, BM):
             hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
             last = at - 1
@@ -90,14 +100,19 @@ def _merge_kernel(
                 last = _next(hit, at + lane, last)
                 named = tl.load(src + last * src_step).to(tl.int64)
                 if _owns(keep, src, dst, last, named, slots, keep_step, src_step, dst_step, BM):
-                    whole += _size(size, named + prefix, n, size_step)
-        tl.store(total + out, whole)
+                    whole += _entry(size, named + prefix, n, size_step)
+        _put_size(total, bias, out, whole, BIASED)
     else:
         channel = part * BD + tl.arange(0, BD)
         kept = _row(x, token, n, x_row, channel, d)
-        mass = _size(size, token, n, size_step)
+        mass = _entry(size, token, n, size_step)
         whole = mass
         change = tl.zeros((BD,), tl.float32)
+        if PAIRED:
+            importance += batch * importance_batch
+            inner = n - prefix - suffix
+            mine = _entry(importance, token - prefix, inner, importance_step)
+            share = mass  # of the kept row: its size times 1 + sum (w_d - 1)
         for at in range(0, looked_at, BM):
             hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
             last = at - 1
@@ -108,16 +123,25 @@ def _merge_kernel(
                 if WEIGHTED:
                     change += tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32) * joining
                 else:
-                    own = _size(size, token, n, size_step)
-                    change += own * (joining - kept)
+                    own = _entry(size, token, n, size_step)
                     whole += own
+                    if PAIRED:  # twice the softmax of two
+                        theirs = _entry(importance, token - prefix, inner, importance_step)
+                        weight = 2.0 / (1.0 + tl.exp(mine - theirs))
+                        change += weight * own * joining
+                        share += mass * (1.0 - weight)
+                    else:
+                        change += own * (joining - kept)
         if WEIGHTED:
             weight = tl.load(keep_weight + batch * kw_batch + slot * kw_step, mask=merges, other=1.0).to(tl.float32)
             result = tl.where(merges, weight * kept + change, kept)
         else:
             result = tl.where(whole == mass, kept, kept + change / whole)  # alone: bit for bit
+            if PAIRED:
+                alone = (whole == mass) & (share == mass)
+                result = tl.where(alone, kept, (share * kept + change) / whole)
             if part == 0:
-                tl.store(total + out, whole)
+                _put_size(total, bias, out, whole, BIASED)
         tl.store(y + out * d + channel, result.to(y.dtype.element_ty), mask=channel < d)
 
 
@@ -173,7 +197,23 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride())]
 
 
-def merge_rows(
+def merge_rows(x: Tensor, size: Tensor, *plan: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`vlmtok.kernels.merge_rows` in Triton: rows and sizes in one launch; see `merge`."""
+    return merge(x, size, *plan, **settings)
+
+
+def merge_rows_biased(x: Tensor, size: Tensor, *plan: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`vlmtok.kernels.merge_rows_biased` in Triton: rows, sizes and their logarithms in one launch."""
+    bias = x.new_empty(x.shape[0], _rows(plan[0], **settings))
+    return *merge(x, size, *plan, **settings, bias=bias), bias
+
+
+def _rows(keep: Tensor, prefix: int = 0, suffix: int = 0, **_: Any) -> int:
+    """Rows of a merged row."""
+    return prefix + keep.shape[1] + suffix
+
+
+def merge(
     x: Tensor,
     size: Tensor,
     keep: Tensor,
@@ -182,11 +222,13 @@ def merge_rows(
     *,
     keep_weight: Tensor | None = None,
     src_weight: Tensor | None = None,
+    importance: Tensor | None = None,
     prefix: int = 0,
     suffix: int = 0,
+    bias: Tensor | None = None,
     config: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vlmtok.kernels.merge_rows` in Triton: rows and sizes in one launch.
+    """One launch of the kernel.
 
     Args:
         x: `[B, prefix + N + suffix, C]`.
@@ -196,8 +238,10 @@ def merge_rows(
         dst: int64 `[B, R]`.
         keep_weight: `[B, K]`, or None.
         src_weight: `[B, R]`, or None.
+        importance: `[B, N]`, or None: weights of pairs are worked out from it.
         prefix: rows in front that stay.
         suffix: rows behind that stay.
+        bias: `[B, prefix + K + suffix]`, contiguous, or None: gets log(size).
         config: a row of the tile table; None takes the one that fits.
 
     Returns:
@@ -213,9 +257,11 @@ def merge_rows(
     parts = max(1, triton.cdiv(d, config.n)) if keep_weight is None else triton.cdiv(d, config.n) + 1
     launch(
         _merge_kernel, batch * rows * parts, x,
-        x, size, keep, src, dst, keep_weight, src_weight, y, total, n, slots, entries, d, prefix, suffix,
-        x.stride(0), x.stride(1), *_strides(size, keep, src, dst, keep_weight, src_weight),
-        warps=config.warps, WEIGHTED=keep_weight is not None, BM=config.m, BD=config.n,
+        x, size, keep, src, dst, keep_weight, src_weight, importance, y, total, bias,
+        n, slots, entries, d, prefix, suffix,
+        x.stride(0), x.stride(1), *_strides(size, keep, src, dst, keep_weight, src_weight, importance),
+        warps=config.warps, WEIGHTED=keep_weight is not None, PAIRED=importance is not None, BIASED=bias is not None,
+        BM=config.m, BD=config.n,
     )  # fmt: skip
     return y, total
 

@@ -38,14 +38,15 @@ def _falling(score, there, lane):
 @triton.jit(do_not_specialize=["scores", "others", "r", "first"])
 def _order_kernel(
     score, minus, protected, partner, keep, src, dst, scores, others, r, first,
-    MODE: tl.constexpr, ASCENDING: tl.constexpr, PROTECTED: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, ASCENDING: tl.constexpr, MINUS: tl.constexpr, PROTECTED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BN)
     there = lane < scores
     value = tl.load(score + batch * scores + lane, mask=there, other=0.0)
     if MODE == 3:
-        value -= tl.load(minus + batch * scores + lane, mask=there, other=0.0).to(tl.float32)
+        if MINUS:
+            value -= tl.load(minus + batch * scores + lane, mask=there, other=0.0).to(tl.float32)
         if PROTECTED:
             kept = tl.load(protected + batch * scores + lane, mask=there, other=0) != 0
             value = tl.where(kept, float("-inf"), value)
@@ -104,7 +105,8 @@ def _order(
     launch(
         _order_kernel, batch, score,
         score, minus, protected, partner, keep, src, dst, scores, others, src.shape[1], first,
-        warps=config.warps, MODE=mode, ASCENDING=ascending, PROTECTED=protected is not None, BN=config.n,
+        warps=config.warps, MODE=mode, ASCENDING=ascending, MINUS=minus is not None, PROTECTED=protected is not None,
+        BN=config.n,
     )  # fmt: skip
 
 
@@ -168,15 +170,31 @@ def energy_match(
 
 
 def complete_match(
-    metric: Tensor, importance: Tensor, r: int, protected: Tensor | None = None
+    metric: Tensor, importance: Tensor | None, r: int, protected: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vlmtok.kernels.complete_match` in Triton: row lengths, best, best of later rank, order, partners."""
-    batch, n, _ = metric.shape
     metric = rows_of(metric)
-    if n > LIMIT_ORDER:
+    if metric.shape[1] > LIMIT_ORDER:
         return reference.complete_match(metric, importance, r, protected, match=match_max)
+    return _complete(metric, row_scale(metric), importance, r, protected)
+
+
+def guided_match(metric: Tensor, query: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vlmtok.kernels.guided_match` in Triton: as `complete_match`; the first launch measures the importance too."""
+    metric = rows_of(metric)
+    importance = metric.new_empty(metric.shape[:2], dtype=torch.float32)
+    scale = row_scale(metric, rows_of(query), importance)
+    if metric.shape[1] > LIMIT_ORDER:
+        return *reference.complete_match(metric, importance, r, match=match_max), importance
+    return *_complete(metric, scale, importance, r), importance
+
+
+def _complete(
+    metric: Tensor, scale: Tensor, importance: Tensor | None, r: int, protected: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The four launches that follow the row lengths."""
+    batch, n, _ = metric.shape
     keep, src, dst = _plan(metric, r)
-    scale = row_scale(metric)
     free = None if protected is None else ~protected
     best = metric.new_empty(batch, n, dtype=torch.float32)
     later = torch.empty_like(best)
@@ -184,6 +202,7 @@ def complete_match(
     match(metric, metric, place, best, scale_a=scale, scale_b=scale, exclude_diag=True, valid_b=free)
     match(metric, metric, place, later, scale_a=scale, scale_b=scale, rank_a=best, rank_b=best, valid_b=free)
     mask = None if protected is None else protected.contiguous()
-    _order(later, keep, src, _COMPLETE, minus=importance.contiguous(), protected=mask)
+    minus = None if importance is None else importance.contiguous()
+    _order(later, keep, src, _COMPLETE, minus=minus, protected=mask)
     match(metric, metric, dst, scale_a=scale, scale_b=scale, pick_a=src, pick_b=keep, valid_b=free)
     return keep, src, dst

@@ -21,11 +21,7 @@ GUIDANCE = ("cls", "cross", "attention", None)
 
 # ---------------------------------------------------------------------- merging
 def ensemble(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor | None = None) -> Reduction:
-    """Cross-guided ensemble (arXiv 2305.17455): a pair is weighted by the softmax of its importance, times size.
-
-    With weights ``w_s + w_d = 2`` of a pair, destination d becomes ``(s_d x_d + sum [w_s s_s x_s + (w_d - 1) s_d x_d])
-    / (s_d + sum s_s)``. Equal importance gives the size-weighted mean; several sources of one destination, or unequal
-    sizes, give weights that do not sum to one, as released.
+    """Cross-guided ensemble (arXiv 2305.17455, section 3.2), weighted by `vlmtok.kernels.pair_weights`.
 
     Args:
         keep: int64 `[B, K]`, tokens that stay.
@@ -37,32 +33,10 @@ def ensemble(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: T
     Returns:
         The reduction.
     """
-    if size is None:
-        size = torch.ones_like(importance)
-    pair = torch.stack([importance.gather(1, src), importance.gather(1, keep).gather(1, dst)], -1)
-    weight = 2.0 * pair.float().softmax(-1)
-    kept, joined = size.gather(1, keep), size.gather(1, src)
-    total = kept.scatter_add(1, dst, joined)
-    own = torch.ones_like(kept).scatter_add(1, dst, weight[..., 1] - 1.0)
-    return Reduction(keep, src, dst, kept * own / total, weight[..., 0] * joined / total.gather(1, dst))
+    return Reduction.paired(keep, src, dst, importance, size)
 
 
 # ---------------------------------------------------------------------- importance
-def cosine_importance(keys: Tensor, query: Tensor) -> Tensor:
-    """Importance of a token to one that asks: the cosine of its key with that token's query.
-
-    Args:
-        keys: `[B, N, D]`, all heads side by side.
-        query: `[B, D]`, of the cross token, the class token, or EOT in text.
-
-    Returns:
-        fp32 `[B, N]`; 0 for a token with NaN.
-    """
-    with kernels.exact(keys.device):
-        unit, asked = kernels.unit_rows(keys), kernels.unit_rows(query).unsqueeze(-1)
-        return (unit @ asked).squeeze(-1).nan_to_num(0.0)
-
-
 def attention_importance(received: Tensor, guide: Tensor, protected: int) -> Tensor:
     """Importance in LLaVA: the mean attention that a token gets from other rows, plus what it gets from the guide.
 
@@ -284,12 +258,18 @@ class CrossGET(Method):
         r = n - self.count(view.counts)
         if r <= 0:
             return None
-        metric = view.signal("keys" if self.guidance == "attention" else "keys_full")
-        guide = self._importance(view)
-        importance = torch.zeros_like(metric[..., 0], dtype=torch.float32) if guide is None else guide
-        keep, src, dst = kernels.complete_match(metric, importance, r)
-        # Equal importance is the size-weighted mean.
-        return Reduction(keep, src, dst) if guide is None else ensemble(keep, src, dst, importance, view.size)
+        if self.guidance is None:  # equal importance is the size-weighted mean
+            return Reduction(*kernels.complete_match(view.signal("keys_full"), None, r))
+        if self.guidance == "attention":
+            rows = view.signal("protected_attention")
+            importance = attention_importance(view.signal("received_attention"), rows[:, -1], rows.shape[1])
+            keep, src, dst = kernels.complete_match(view.signal("keys"), importance, r)
+        else:
+            # In text the query is EOT's even where a cross token stands behind it, as released.
+            guide = -1 if self.guidance == "cross" and view.site.stage == "vision" else 0
+            query = view.signal("protected_queries")[:, guide]
+            keep, src, dst, importance = kernels.guided_match(view.signal("keys_full"), query, r)
+        return ensemble(keep, src, dst, importance, view.size)
 
     def count(self, counts: Counts) -> int:
         """Tokens that arrive, less the merged ones; one more at ``features``."""
@@ -323,13 +303,3 @@ class CrossGET(Method):
             tower = None if r is None else layout.stage(stage, "CrossGET")
             shapes.append(None if tower is None else (tower.depth, tower.width))
         return CrossTokens(*shapes)
-
-    def _importance(self, view: TokenView) -> Tensor | None:
-        if self.guidance is None:
-            return None
-        if self.guidance == "attention":
-            rows = view.signal("protected_attention")
-            return attention_importance(view.signal("received_attention"), rows[:, -1], rows.shape[1])
-        # In text the query is EOT's even where a cross token stands behind it, as released.
-        guide = -1 if self.guidance == "cross" and view.site.stage == "vision" else 0
-        return cosine_importance(view.signal("keys_full"), view.signal("protected_queries")[:, guide])

@@ -169,6 +169,17 @@ def scale_rows(k):
     torch.testing.assert_close(k.common.row_scale(x), expected, equal_nan=True)
 
 
+def scale_and_ask(k):
+    """Row lengths with the cosine to a query, also where a tile holds rows of two pictures."""
+    for dtype in DTYPES:
+        x, query = rows(3, 21, 300, dtype)[:, 2:19], rows(3, 2, 300, dtype, seed=7)[:, 1]
+        x[0, 1], x[1, 2, 5], query[2, 0] = 0, float("nan"), float("inf")
+        cosine = torch.empty(3, 17)
+        torch.testing.assert_close(k.common.row_scale(x, query, cosine), k.common.row_scale(x), equal_nan=True)
+        close(cosine, reference.query_cosine(x, query), 1e-5)
+        assert cosine[0, 1] == cosine[1, 2] == 0 and not cosine[2].any() and cosine[:2].abs().max() > 0.1
+
+
 # ---------------------------------------------------------------------- energy
 def _energy(k, x, tiles, **settings):
     same([k.energy.energy(x, config=SMALL[tiles], **settings)], [reference.energy(x, **settings)], 1e-5)
@@ -257,6 +268,13 @@ def plan_complete(k):
     zero = torch.zeros(1, 12)
     zero[0, 2] = float("nan")
     same(k.order.complete_match(x, zero, 5), reference.complete_match(x, zero, 5))
+    same(k.order.complete_match(x, None, 5), reference.complete_match(x, None, 5))
+
+
+def plan_guided(k):
+    for n, d, r in ((17, 16, 0), (17, 16, 7), (20, 130, 4)):
+        x, query = rows(2, n, d), rows(2, 3, d, seed=4)[:, 1]
+        same(k.order.guided_match(x, query, r), reference.guided_match(x, query, r))
 
 
 def order_of_scores(k):
@@ -326,6 +344,43 @@ def merge_weights(k):
         weights = {"keep_weight": rows(2, n - 3, 1)[..., 0], "src_weight": rows(2, r, 1, seed=1)[..., 0]}
         _merge(k, x, size, (keep, src, dst), **weights)
         _merge(k, rows(2, n + 3, d), torch.ones(2, n + 3), (keep, src, dst), prefix=2, suffix=1, **weights)
+
+
+def merge_pairs(k):
+    """Weights worked out from importance, also where several join, none joins, or an entry is empty."""
+    for n, r, d in ((2, 1, 8), (26, 18, 20), (5, 0, 17)):
+        for dtype in DTYPES if n == 26 else DTYPES[:1]:
+            x, size = rows(2, n + 3, d, dtype), rows(2, n + 3, 1, seed=2)[..., 0].abs() * 4 + 0.5
+            importance = rows(2, n, 2, seed=3)[..., 1]
+            tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1.2e-1}[dtype]
+            _merge(k, x, size, plan(2, n, r), tolerance, importance=importance, prefix=2, suffix=1)
+    x, size = rows(1, 4, 8), torch.tensor([[2.0, 1.0, 0.0, 3.0]])
+    keep, src, dst = torch.tensor([[0, 1]]), torch.tensor([[2, 3]]), torch.tensor([[0, -1]])
+    found, total = k.merge.merge_rows(x, size, keep, src, dst, importance=torch.tensor([[0.0, 9.0, 0.0, 0.0]]))
+    assert torch.equal(found, x[:, :2]) and total.tolist() == [[2.0, 1.0]]  # nothing, or only size 0, joins them
+
+
+def merge_biased(k):
+    """The logarithm of the sizes, whoever works them out."""
+    n, r = 26, 18
+    keep, src, dst = plan(2, n, r)
+    size = rows(2, n + 3, 1, seed=2)[..., 0].abs() * 8 + 0.5
+    ways = (
+        {},
+        {"importance": rows(2, n, 1, seed=3)[..., 0]},
+        {"keep_weight": rows(2, n - r, 1)[..., 0], "src_weight": rows(2, r, 1, seed=1)[..., 0]},
+    )
+    for dtype in DTYPES:
+        for way in ways if dtype == torch.float32 else ways[:1]:
+            x = rows(2, n + 3, 20, dtype)
+            settings = {**way, "prefix": 2, "suffix": 1}
+            plain = k.merge.merge_rows(x, size, keep, src, dst, config=CHUNK, **settings)
+            for config in (None, CHUNK):
+                found = k.merge.merge_rows_biased(x, size, keep, src, dst, config=config, **settings)
+                same(found[:2], plain, 0 if config else 2e-5 if dtype == torch.float32 else 3.2e-2)
+                assert found[2].dtype == dtype
+                expected = reference.log_size(plain[1], dtype)
+                close(found[2], expected, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
 
 
 def merge_ownership(k):

@@ -41,7 +41,8 @@ def test_public_functions_take_the_kernels():
         "bipartite_match": lambda m: m.bipartite_match(x, 3, 1),
         "energy_match": lambda m: m.energy_match(x, 3, margin=0.3),
         "complete_match": lambda m: m.complete_match(x, torch.zeros(2, 12), 3),
-        "merge_rows": lambda m: m.merge_rows(x, torch.ones(2, 12), keep, src, dst),
+        "guided_match": lambda m: m.guided_match(x, x[:, 3], 3),
+        "merge_rows": lambda m: m.merge_rows_biased(x, torch.ones(2, 12), keep, src, dst, importance=x[..., 0]),
         "greedy_select": lambda m: m.greedy_select(x, 4, start),
         "transition_stats": lambda m: m.transition_stats(x, x + 1),
         "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
@@ -60,20 +61,22 @@ def test_public_functions_take_the_kernels():
         checks.same(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [None, "importance", "weights"])
 def test_gradients_through_the_kernels(weighted):
     x = checks.rows(2, 12, 20).requires_grad_()
-    keep, src, dst = checks.plan(2, 10, 4, repeats=weighted)
+    keep, src, dst = checks.plan(2, 10, 4, repeats=weighted == "weights")
     weights = {}
-    if weighted:
+    if weighted == "importance":
+        weights = {"importance": checks.rows(2, 10, 1, seed=4)[..., 0]}
+    if weighted == "weights":
         weights = {"keep_weight": checks.rows(2, 6, 1)[..., 0], "src_weight": checks.rows(2, 4, 1, seed=1)[..., 0]}
     inputs = [x, *(w.requires_grad_() for w in weights.values())]
     size = checks.rows(2, 12, 1, seed=2)[..., 0].abs() + 0.5
     grads = []
     for mode in ("triton", "torch"):
         with kernels.use(mode):
-            y, total = kernels.merge_rows(x, size, keep, src, dst, prefix=1, suffix=1, **weights)
-            assert not total.requires_grad
+            y, total, bias = kernels.merge_rows_biased(x, size, keep, src, dst, prefix=1, suffix=1, **weights)
+            assert not total.requires_grad and not bias.requires_grad
             grads.append(torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(-1)))
     for a, b in zip(*grads):
         checks.close(a, b, 1e-5)
@@ -113,7 +116,7 @@ def test_an_index_outside_reads_nothing_foreign():
     assert order[:, 0].tolist() == [10**9, -(10**9)] and order[:, 1:].lt(6).all()
 
 
-@pytest.mark.parametrize("op", ["bipartite_match", "energy_match", "complete_match"])
+@pytest.mark.parametrize("op", ["bipartite_match", "energy_match", "complete_match", "guided_match"])
 def test_rows_longer_than_one_program_sorts(op, monkeypatch):
     """Torch sorts then; cosines and energies stay with the kernels, and the plan is the same."""
     monkeypatch.setattr(modules().order, "LIMIT_ORDER", 8)
@@ -122,12 +125,13 @@ def test_rows_longer_than_one_program_sorts(op, monkeypatch):
         "bipartite_match": lambda m: m.bipartite_match(x, 4, 1),
         "energy_match": lambda m: m.energy_match(x, 4, margin=0.3),
         "complete_match": lambda m: m.complete_match(x, x[..., 0].contiguous(), 4),
+        "guided_match": lambda m: m.guided_match(x, x[:, 5], 4),
     }[op]
     before = modules().common.launches
     with kernels.use("triton"):
         found = call(kernels)
     assert modules().common.launches > before
-    checks.same(found, call(reference), 0)
+    checks.same(found, call(reference), 1e-6)
 
 
 @pytest.mark.parametrize("method", ["tome:r=4", "pitome:ratio=0.8", "crossget:rv=3", "tca"])

@@ -106,9 +106,27 @@ BUGS = {
     ),
     "lengths have no floor": (
         "common",
-        '    value = tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS)',
-        '    value = tl.where(length < float("inf"), 1.0 / length',
+        'return tl.where(length < float("inf"), 1.0 / tl.maximum(length, EPS)',
+        'return tl.where(length < float("inf"), 1.0 / length',
         "scale_rows",
+    ),
+    "every picture asks the same": (
+        "common",
+        "asks = query + (row // n).to(tl.int64) * query_batch",
+        "asks = query + (row // n).to(tl.int64) * 0",
+        "scale_and_ask",
+    ),
+    "the query has no length": (
+        "common",
+        "* value * _inverse(asked, EPS)",
+        "* value",
+        "scale_and_ask",
+    ),
+    "a NaN is important": (
+        "common",
+        "tl.where(likeness == likeness, likeness, 0.0)",
+        "likeness",
+        "scale_and_ask",
     ),
     # energy
     "padding has energy": (
@@ -174,8 +192,8 @@ BUGS = {
     ),
     "importance is ignored": (
         "order",
-        "        value -= tl.load(minus",
-        "        value -= 0 * tl.load(minus",
+        "            value -= tl.load(minus",
+        "            value -= 0 * tl.load(minus",
         "plan_complete",
     ),
     # merge
@@ -200,6 +218,17 @@ BUGS = {
         "merge_is_deterministic_and_alone_is_exact",
     ),
     "the kept row has no weight": ("merge", "weight * kept + change", "kept + change", "merge_weights"),
+    "the less important weighs more": ("merge", "tl.exp(mine - theirs)", "tl.exp(theirs - mine)", "merge_pairs"),
+    "a pair weighs one": ("merge", "weight = 2.0 / (1.0 + tl.exp", "weight = 1.0 / (1.0 + tl.exp", "merge_pairs"),
+    "the kept one weighs the same": ("merge", "share += mass * (1.0 - weight)", "share += 0.0 * weight", "merge_pairs"),
+    "a pair has no sizes": ("merge", "change += weight * own * joining", "change += weight * joining", "merge_pairs"),
+    "importance counts from the prefix on": (
+        "merge",
+        "theirs = _entry(importance, token - prefix, inner",
+        "theirs = _entry(importance, token - 1, inner",
+        "merge_pairs",
+    ),
+    "the bias is the size": ("merge", "tl.log(whole)", "whole", "merge_biased"),
     "kept tokens count twice": (
         "merge",
         "    for at in range(0, slots, BM):\n        k = at + lane\n        others",
