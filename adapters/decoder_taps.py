@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import PassError, UnsupportedModel
+from ..errors import PassError
 from ..rows import Group, Moved
 from ..signals import DecoderTaps
 from ..stream import Segment
+from .decoder_attention import AttentionForm, attention_form
 
 if TYPE_CHECKING:
     from .decoder import Call, Decoder
@@ -66,19 +66,27 @@ class LayerTaps:
         transition = caught.get("transition")
         if "q" not in caught:
             return self._taps(group, layer, None, None, None, None, transition)
-        attn = self.decoder.lm().layers[layer].self_attn
-        pair = by_head(caught["q"], attn), by_head(caught["k"], attn)
-        return self._taps(group, layer, attn, pair, caught["rotary"], caught["mask"], transition)
+        form = self._form(self.decoder.lm().layers[layer])
+        pair = form.heads(caught["q"], "q"), form.heads(caught["k"], "k")
+        return self._taps(group, layer, form, pair, caught["rotary"], caught["mask"], transition)
 
     def ahead(self, group: Group) -> DecoderTaps:
         """Taps of the layer to come, from its own norm and projections."""
-        return self._taps(group, self.layer, self.module.self_attn, None, self.rotary, self.mask, None, ahead=True)
+        form = attention_form(self.module)
+        return self._taps(group, self.layer, form, None, self.rotary, self.mask, None, ahead=True)
+
+    @staticmethod
+    def _form(block: Any) -> AttentionForm:
+        """That of a layer whose taps were asked for; the layout offers them only where there is one."""
+        form = attention_form(block)
+        assert form is not None
+        return form
 
     def _taps(
         self,
         group: Group,
         layer: int,
-        attn: Any,
+        form: AttentionForm | None,
         caught: tuple[Tensor, Tensor] | None,
         rotary: Any,
         mask: Any,
@@ -101,7 +109,7 @@ class LayerTaps:
         if transition is not None:
             table = torch.stack(transition, 1)[group.index]
             change = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
-        if attn is None:
+        if form is None:
             return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change)
         cached = self._cached(layer, group, ahead)
         past = 0 if cached is None else cached.shape[2]
@@ -112,13 +120,13 @@ class LayerTaps:
             if caught is not None:
                 made = caught[0][group.index].gather(2, _spread(columns, caught[0]))
             else:
-                made = self._project(attn, self.hidden[group.index[:, None], columns], "q")
-            return rotate(attn, made, gather_rotary(rotary, columns, group.index))
+                made = self._project(form, self.hidden[group.index[:, None], columns], "q")
+            return form.rotate(made, gather_rotary(rotary, columns, group.index))
 
         def k() -> Tensor:
-            made = caught[1] if caught is not None else self._project(attn, self.hidden, "k")
+            made = caught[1] if caught is not None else self._project(form, self.hidden, "k")
             everything = torch.arange(length, device=device).expand(len(group.units), length)
-            made = rotate(attn, made[group.index], gather_rotary(rotary, everything, group.index))
+            made = form.rotate(made[group.index], gather_rotary(rotary, everything, group.index))
             return made if cached is None else torch.cat([cached.to(made.dtype), made], 2)
 
         def bias(places: Tensor) -> Tensor:
@@ -135,8 +143,8 @@ class LayerTaps:
                 look = look & real[:, None, -keys:]
             return torch.where(look, 0.0, float("-inf"))[:, None]
 
-        scale = float(attn.scaling)
-        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change)
+        scale = float(form.attn.scaling)
+        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap)
 
     def _before(self, ahead: bool) -> Segment:
         """What the tapped layer's cache held before this call."""
@@ -167,15 +175,11 @@ class LayerTaps:
         joined = segment.extended(length, new, rows.batch, self.hidden.device)
         return None if joined is None else joined[group.index]
 
-    def _project(self, attn: Any, x: Tensor, which: str) -> Tensor:
+    def _project(self, form: AttentionForm, x: Tensor, which: str) -> Tensor:
         """Queries or keys of a layer that has not run, before rope, with taps muted."""
         self.decoder.muted = True
         try:
-            made = (attn.q_proj if which == "q" else attn.k_proj)(self.module.input_layernorm(x))
-            norm = getattr(attn, f"{which}_norm", None)
-            if norm is not None:
-                made = norm(made.unflatten(-1, (-1, attn.head_dim)))
-            return by_head(made, attn)
+            return form.heads(form.projection(which)(form.before(x)), which)
         finally:
             self.decoder.muted = False
 
@@ -189,34 +193,7 @@ def _spread(columns: Tensor, table: Tensor) -> Tensor:
     return columns[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
 
 
-# ---------------------------------------------------------------------- what differs between hosts
-def projection(attn: Any, which: str) -> nn.Module:
-    """The last module whose output is q or k before rope: its norm, where there is one."""
-    norm = getattr(attn, f"{which}_norm", None)
-    found: nn.Module = norm if isinstance(norm, nn.Module) else getattr(attn, f"{which}_proj")
-    return found
-
-
-def by_head(x: Tensor, attn: Any) -> Tensor:
-    """`[B, L, H d]` or `[B, L, H, d]` to `[B, H, L, d]`."""
-    if x.dim() == 3:
-        x = x.unflatten(-1, (-1, attn.head_dim))
-    return x.transpose(1, 2)
-
-
-def rotate(attn: Any, x: Tensor, rotary: Any) -> Tensor:
-    """Applies the family's own rotary function to `[G, H, R, d]`; layers without rope leave it."""
-    if not getattr(attn, "use_rope", True) or rotary is None:
-        return x
-    apply = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise UnsupportedModel(f"{type(attn).__name__} has no rotary function that attention rows can be derived with")
-    cos, sin = rotary
-    parameters = apply.__code__.co_varnames[: apply.__code__.co_argcount]
-    turned: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)
-    return turned
-
-
+# ---------------------------------------------------------------------- position embeddings
 def last_of(rotary: Any, count: int) -> Any:
     """Position embeddings of the last columns: hosts let layers that store no keys look at the last tokens only."""
     if isinstance(rotary, (tuple, list)):

@@ -248,6 +248,7 @@ class DecoderTaps:
         text: int64 `[B, T]`, places of the text behind the view's first token; T may be 0.
         mixed: whether some of that text stands before some of the view's tokens (else none of them can see it).
         transition: fp32 `[B, 2, 2, L]`, or None.
+        cap: soft cap of the logits, or None.
     """
 
     q: Callable[[Tensor], Tensor]
@@ -259,10 +260,12 @@ class DecoderTaps:
     text: Tensor
     mixed: bool = True
     transition: Tensor | None = None
+    cap: float | None = None
 
     def attend(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Attention of some rows on some tokens of the row, fp32 `[B, H, R, M]`."""
-        attention = kernels.attention_rows(self.q(rows), self.k(), scale=self.scale, bias=self.bias(rows))
+        bias = self.bias(rows)
+        attention = kernels.attention_rows(self.q(rows), self.k(), scale=self.scale, bias=bias, cap=self.cap)
         keys = self.here.gather(1, columns)[:, None, None, :]
         return attention.gather(3, keys.expand(-1, attention.shape[1], attention.shape[2], -1))
 
@@ -293,7 +296,10 @@ def _attention_logits(taps: DecoderTaps) -> Tensor:
     q, k = taps.q(rows).float(), taps.k().float()
     if q.shape[1] != k.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    logits = (q * taps.scale) @ k.transpose(-1, -2) + taps.bias(rows)
+    logits = (q * taps.scale) @ k.transpose(-1, -2)
+    if taps.cap is not None:
+        logits = taps.cap * torch.tanh(logits / taps.cap)
+    logits = logits + taps.bias(rows)
     keys = taps.here[:, None, None, :].expand(-1, logits.shape[1], length, -1)
     return logits.gather(3, keys)
 

@@ -54,7 +54,7 @@ _SCHEMAS = {
     "greedy_select": "Tensor x, SymInt k, Tensor start, *, str rule='max', str metric='cosine', Tensor? valid=None, "
     "str path='') -> (Tensor, Tensor",
     "transition_stats": "Tensor x, Tensor y, *, str path='') -> (Tensor, Tensor",
-    "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, str path='') -> (Tensor",
+    "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "
     "-> (Tensor",
 }

@@ -525,7 +525,9 @@ def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None
     _check_device(op, q, k=k, bias=bias)
 
 
-def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """Softmax attention of some query rows, in fp32.
 
     Args:
@@ -533,13 +535,14 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = 
         k: `[B, Hkv, L, d]`; Hkv divides H (grouped-query attention).
         scale: factor of the logits.
         bias: what is added to the logits, broadcastable to `[B, H, T, L]`, or None.
+        cap: soft cap of the logits before the bias, ``cap tanh(logits / cap)``, or None.
 
     Returns:
         fp32 `[B, H, T, L]`. A row that may look nowhere (bias -inf everywhere) is NaN, as in torch's softmax.
     """
     _check_attention("attention_rows", q, k, bias)
     note("attention_rows", "torch")  # a few rows make no N x N: torch suffices
-    return cast(Tensor, _select("attention_rows", False, q, k, scale=scale, bias=bias))
+    return cast(Tensor, _select("attention_rows", False, q, k, scale=scale, bias=bias, cap=cap))
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, chunk: int = 256) -> Tensor:

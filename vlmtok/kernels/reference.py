@@ -477,7 +477,9 @@ def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return ratio, cosine
 
 
-def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """Definition of `vlmtok.kernels.attention_rows`."""
     batch, heads, rows, width = q.shape
     groups, length = k.shape[1], k.shape[2]
@@ -485,6 +487,8 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = 
         # Heads that share keys become rows of one product: the keys are not repeated.
         grouped = (q.float() * scale).reshape(batch, groups, heads // max(groups, 1) * rows, width)
         logits = (grouped @ k.float().transpose(-1, -2)).reshape(batch, heads, rows, length)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         if bias is not None:
             logits = logits + bias.float()
         return logits.softmax(-1)
