@@ -1,5 +1,6 @@
 """`vlmtok.session` and `vlmtok.loading`: what is loaded, asked and compared; and that the model stays bare."""
 
+import dataclasses
 import io
 import json
 
@@ -11,6 +12,7 @@ from PIL import Image
 import vlmtok
 from vlmtok import loading, session
 from vlmtok.attachment import hooks_of
+from vlmtok.bench import Ratio
 from vlmtok.errors import ParameterError, SiteError, SpecError, UnknownMethod, UnsupportedModel
 from vlmtok.loading import LoadError
 from vlmtok.method import Site
@@ -103,12 +105,32 @@ def test_the_tables_can_be_printed(speaker, classifier):
 
 
 @pytest.mark.parametrize(
+    ("ratio", "said", "unsaid"),
+    [
+        (Ratio(0.8, 0.7, 0.9, 9), "too few tokens", "differ too much"),
+        (Ratio(0.9, 0.7, 1.2, 9), "differ too much", "too few tokens"),
+        (Ratio(1.1, 0.9, 1.2, 9), "differ too much", "too few tokens"),
+    ],
+)
+def test_slower_is_said_only_where_the_rounds_agree(classifier, ratio, said, unsaid):
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    found = compare(classifier, picture(), None, "tome:r=3")
+    console.print(dataclasses.replace(found, latency={"forward": ratio}))
+    text = console.export_text()
+    assert said in text and unsaid not in text
+
+
+@pytest.mark.parametrize(
     ("method", "error"),
     [
         ("todre:keep=0", ParameterError),
         ("todre:keep=1.5", ParameterError),
         ("todre:keep=true", ParameterError),
         ("tome:r=-1", ParameterError),
+        ("tome:r=[" + "1;" * 40 + "1]", ParameterError),
+        ("pitome:ratio=[" + "0.9;" * 40 + "0.9]", ParameterError),
         ("todre:check_layer=99", SiteError),
         ("todre:frobnicate=1", ParameterError),
         ("nope", UnknownMethod),

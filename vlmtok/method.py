@@ -10,7 +10,7 @@ import math
 import pkgutil
 import re
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -423,6 +423,16 @@ def check_flag(value: Any, by: str, name: str) -> None:
     """
     if not isinstance(value, bool):
         raise ParameterError(f"{by}: {name}={value!r} must be true or false")
+
+
+def check_layers(values: Sequence[Any], depth: int, by: str, name: str) -> None:
+    """Checks a list with one value a layer; a short one says nothing of the later layers.
+
+    Raises:
+        ParameterError: it names layers that the tower has not.
+    """
+    if len(values) > depth:
+        raise ParameterError(f"{by}: {name} names {len(values)} layers, and the tower has {depth}")
 
 
 def check_layer(value: Any, by: str, name: str) -> None:

@@ -218,8 +218,10 @@ class Comparison:
         rounds = max(ratio.rounds for ratio in self.latency.values())
         how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
         yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
-        if any(ratio.median < 1 for ratio in self.latency.values()):
+        if any(ratio.p80 < 1 for ratio in self.latency.values()):
             yield Text("slower: there are too few tokens for this method to pay here", style="dim")
+        elif any(ratio.p20 < 1 for ratio in self.latency.values()):
+            yield Text("the rounds differ too much to say which is faster", style="dim")
         for note in self.report.notes:
             yield Text(f"note: {note}", style="dim")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import kernels
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_layers, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -128,6 +128,8 @@ class PiToMe(Method):
     def sites(self, layout: Layout) -> list[Site]:
         """Every layer of the tower that merges."""
         stage = layout.stage("vision", "PiToMe")
+        if isinstance(self.ratio, (list, tuple)):
+            check_layers(self.ratio, stage.depth, "PiToMe", "ratio")
         needs = ("keys",) if self.metric == "keys" else ()
         last = stage.depth - self.skip_last
         return [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_flag, check_range, register_method
+from ..method import Counts, Layout, Method, Site, check_flag, check_layers, check_range, register_method
 from ..reduction import Reduction
 from ..view import TokenView
 
@@ -101,7 +101,10 @@ class ToMe(Method):
 
     def sites(self, layout: Layout) -> list[Site]:
         """Every layer of the tower in which something merges."""
-        plan = inflected_schedule(self.r, layout.stage("vision", "ToMe").depth)
+        depth = layout.stage("vision", "ToMe").depth
+        if isinstance(self.r, list):
+            check_layers(self.r, depth, "ToMe", "r")
+        plan = inflected_schedule(self.r, depth)
         return [Site("vision", i, "mid", ("keys",)) for i in layout.layers("vision") if plan[i] > 0]
 
     def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
