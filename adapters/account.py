@@ -63,7 +63,7 @@ def path_of(model: nn.Module, module: nn.Module) -> str:
 # ---------------------------------------------------------------------- blocks and towers
 def block_shape(attn: nn.Module, mlp: nn.Module, width: int, heads: int, kv_heads: int | None = None) -> BlockShape:
     """A block from its two halves."""
-    last = [module for _, module, _ in linear_maps(mlp)][-1]
+    last = next((module for _, module, _ in reversed(list(linear_maps(mlp)))), None)
     head_width = int(getattr(attn, "head_dim", width // heads))
     hidden = int(getattr(last, "in_features", width))
     return BlockShape(width, heads, head_width, kv_heads or heads, weights(attn), weights(mlp), hidden)
@@ -328,18 +328,39 @@ def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
     for layer, kind in zip(lm.layers, layer_kinds(config, len(lm.layers))):
         parts: list[Any] = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
         whole = None not in parts and weights(layer) == sum(map(weights, parts))
-        if not whole or hasattr(layer.mlp, "experts"):
+        mixture = _mixture(layer.mlp) if whole else None
+        if not whole or (mixture is None and hasattr(layer.mlp, "experts")):
             what = "layers of another form than attention and one MLP"
             notes.append(f"the language model is not counted ({type(lm).__name__} has {what})")
             return None
         window = int(getattr(config, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
-        blocks.append(replace(block_shape(layer.self_attn, layer.mlp, width, count, kv), window=window))
+        block = replace(block_shape(layer.self_attn, layer.mlp, width, count, kv), window=window)
+        blocks.append(block if mixture is None else replace(block, mlp=mixture[0], hidden=mixture[1]))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = None
     if output is not None:
         head = Part("lm_head", weights(output), path=path_of(model, output))
     size = next(lm.parameters()).element_size()
     return LanguageShape(tuple(blocks), head, 2 * kv * blocks[0].head_width * size)
+
+
+def _mixture(mlp: Any) -> tuple[int, int] | None:
+    """MACs of one token in a mixture of experts, and the hidden channels that it passes; None for any other MLP.
+
+    A token passes the router, the `top_k` experts that it picks, and what the mixture has beside them. Experts are
+    `[E, rows, columns]` parameters, the router has a weight `[E, C]`.
+    """
+    experts: Any = getattr(mlp, "experts", None)
+    router: Any = getattr(mlp, "gate", None)
+    down, score = getattr(experts, "down_proj", None), getattr(router, "weight", None)
+    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(score, Tensor) or not hasattr(router, "top_k"):
+        return None
+    picked = int(router.top_k)
+    each = sum(part.numel() // part.shape[0] for part in experts.parameters() if part.dim() == 3)
+    beside: list[Any] = [module for path, module, _ in linear_maps(mlp) if path.endswith("down_proj")]
+    scoring = 0 if hasattr(router, "in_features") else score.numel()  # a linear router is among the linear maps
+    hidden = picked * int(down.shape[2]) + sum(int(module.in_features) for module in beside)
+    return picked * each + scoring + weights(mlp), hidden
 
 
 def _name(model: nn.Module) -> str:
