@@ -1,5 +1,6 @@
 """What the README shows is what happens."""
 
+import json
 import re
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def test_every_name_it_uses_exists():
 def test_every_file_it_links_is_there():
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_speed_is_what_was_measured():
+    """Every ratio of the section on speed is in the results of the benchmarks, to two digits."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    vit, compiled = (json.loads((folder / name).read_text()) for name in ("vit_b16_cpu.json", "compile_cpu.json"))
+    measured = {f"{ratio:.2f}" for result in (vit, compiled) for ratio in result["speed_up"].values()}
+    macs = {"2.00", "1.76"}  # of `vlmtok.estimate`, see the section on accounting
+    section = README.split("## Speed")[1].split("## Kernels")[0]
+    named = set(re.findall(r"(\d\.\d\d) x", section))
+    assert named <= measured | macs and len(named) >= 6
