@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .tracing import constant_in_graphs
+
 
 # ---------------------------------------------------------------------- auto
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def prefers_triton(op: str, batch: int, pair_bytes: int, device: torch.device) -
 _facts: dict[int | None, tuple[str, bool]] = {}
 
 
+@constant_in_graphs
 def device_facts(index: int | None) -> tuple[str, bool]:
     """Name of a CUDA or HIP device, and whether the kernels are built for it (compute capability 8.0 on; any HIP).
 
@@ -88,10 +91,6 @@ def device_facts(index: int | None) -> tuple[str, bool]:
         modern = torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
         _facts[index] = torch.cuda.get_device_name(index), modern
     return _facts[index]
-
-
-# What torch.compiler.assume_constant_result sets, which would import Dynamo to set it.
-device_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- tiles

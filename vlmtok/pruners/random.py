@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.tracing import constant_in_graphs
 from ..method import (
     Counts,
     Layout,
@@ -23,7 +24,7 @@ from ..reduction import Reduction
 from ..view import TokenView
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
     """k of n places, drawn without replacement.
 
