@@ -27,7 +27,8 @@ from ..sequence import Row
 from ..signals import TOWER_SIGNALS, TowerTaps, tower_signals
 from ..view import Signal, TokenView
 from .base import TextSpec, TowerSpec, child
-from .vit_block import LayerRecord, Pass, Tower
+from .vit_block import Tower
+from .vit_pass import LayerRecord, Pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ class TextTower(Tower):
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: a mask that fits the rows, with log(size) where a method wants it."""
-        if self.muted:
+        if self.reader.muted:
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
@@ -371,28 +372,8 @@ class TextTower(Tower):
         return out[:, :at]
 
     # ------------------------------------------------------------------ taps
-    def _taps(self, record: LayerRecord, x: Tensor, layer: int) -> TowerTaps:
-        taps = super()._taps(record, x, layer)
-        size = self._pass.sequence.rows.size if layer >= self.proportional_from else None
-        taps.bias = self._mask(x.dtype, size)
-        return taps
-
-    def _ahead(self, layer: int, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> TowerTaps:
-        attn = child(module, self.block.attn)
-
-        def made(which: str) -> Tensor:
-            self.muted = True
-            try:
-                with torch.no_grad():
-                    return self._project(attn, child(module, self.block.norm)(x), which)
-            finally:
-                self.muted = False
-
-        state: TextState = self._pass.sequence
-        size = state.rows.size if layer >= self.proportional_from else None
-        return TowerTaps(
-            state.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), self._mask(x.dtype, size)
-        )
+    def _bias(self, x: Tensor, layer: int, record: LayerRecord | None = None) -> Tensor | None:
+        return self._mask(x.dtype, self._pass.sequence.rows.size if layer >= self.proportional_from else None)
 
     def _carry(self, layer: int, taps: TowerTaps) -> None:
         """Text towers hand no signals to later sites."""

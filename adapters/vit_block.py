@@ -14,9 +14,7 @@ twice.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -25,73 +23,13 @@ from torch import Tensor, nn
 from ..attachment import Attachment, Entry, Watch, replaying
 from ..errors import PassError, UnsupportedModel
 from ..ledger import Event, Group, StageRun
-from ..method import Site, StageLayout
+from ..method import StageLayout
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
 from .base import TowerSpec, child
-
-
-@dataclass
-class LayerRecord:
-    """What a pass decided in one layer; a block that autograd runs again follows it.
-
-    Attributes:
-        bias: what was added to the attention logits, or None.
-        rope: the rotary table that the block got, or None.
-        inserted: how many tokens were put at the end of the row.
-        start: tokens put in and steps taken before the block, in order.
-        mid: steps between attention and MLP.
-        end: steps after the block.
-        probe: a few numbers of the block's input, to know it again, and
-        inner: of its attention's input, which is all that some hosts run again.
-        taps: what hooks caught of this block; emptied when it ends.
-        branch: output of the MLP branch.
-        merged: M x1.
-        full: x1.
-    """
-
-    bias: Tensor | None = None
-    rope: Tensor | None = None
-    inserted: int = 0
-    start: list[Any] = field(default_factory=list)
-    mid: list[Any] = field(default_factory=list)
-    end: list[Any] = field(default_factory=list)
-    probe: Tensor | None = None
-    inner: Tensor | None = None
-    taps: dict[str, Any] = field(default_factory=dict)
-    branch: Tensor | None = None
-    merged: Tensor | None = None
-    full: Tensor | None = None
-
-
-@dataclass
-class Pass:
-    """One forward through a tower.
-
-    Attributes:
-        sequence: what travels with the tokens.
-        run: the books.
-        records: what was decided, by layer.
-        steps: sources after each cut, for traces.
-        tables: rotary tables of the rows as they are, with the table each was made from.
-        grad: whether gradients were on.
-        autocast: dtype of the caller's autocast, or None.
-    """
-
-    sequence: Any
-    run: StageRun
-    records: dict[int, LayerRecord] = field(default_factory=dict)
-    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
-    tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    grad: bool = False
-    autocast: torch.dtype | None = None
-
-    def record(self, layer: int) -> LayerRecord:
-        """The record of a layer."""
-        if layer not in self.records:
-            self.records[layer] = LayerRecord()
-        return self.records[layer]
+from .vit_pass import LayerRecord, Pass, autocast_dtype, probe, same_forward
+from .vit_taps import BlockTaps
 
 
 class Tower:
@@ -110,7 +48,7 @@ class Tower:
         self.watch = Watch(spec.stage)
         self.current: Pass | None = None
         self.trained: Pass | None = None
-        self.muted = False
+        self.reader = BlockTaps(spec.block)
         self.known = -1
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
@@ -191,7 +129,7 @@ class Tower:
     # ------------------------------------------------------------------ hooks, in the order in which they run
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Block pre-hook: begins the pass, inserts, reduces at ``start``, hands over the rotary table."""
-        if self.muted:
+        if self.reader.muted:
             return None
         again = replaying()
         x = args[0] if args else kwargs["hidden_states"]
@@ -200,10 +138,10 @@ class Tower:
         else:
             if layer == 0:
                 self._begin(x)
-                self._pass.autocast = _autocast(x.device.type)
+                self._pass.autocast = autocast_dtype(x.device.type)
             record = self._enter(layer)
             if self._pass.grad:
-                record.probe = _probe(x)
+                record.probe = probe(x)
         before = x
         if not torch.compiler.is_compiling():
             record.taps["block"] = id(x)
@@ -222,7 +160,7 @@ class Tower:
         changed = x is not before
         if self.block.rope is not None and kwargs.get(self.block.rope) is not None:
             if not again:
-                record.rope = self._table(kwargs[self.block.rope], x.shape[0])
+                record.rope = self._pass.rotary(kwargs[self.block.rope], x.shape[0])
             if record.rope is not None:
                 kwargs = {**kwargs, self.block.rope: record.rope}
                 changed = True
@@ -234,7 +172,7 @@ class Tower:
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
-        if self.muted:
+        if self.reader.muted:
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
@@ -264,17 +202,17 @@ class Tower:
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches q."""
-        if not self.muted and not replaying():
+        if not self.reader.muted and not replaying():
             self._pass.record(layer).taps["q"] = output
 
     def tap_k(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches k."""
-        if not self.muted and not replaying():
+        if not self.reader.muted and not replaying():
             self._pass.record(layer).taps["k"] = output
 
     def mid(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
-        if self.muted:
+        if self.reader.muted:
             return None
         full = args[0]
         if replaying():
@@ -306,7 +244,7 @@ class Tower:
 
     def branch(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Hook on the end of the MLP branch: keeps its output aside, or puts it on the slots' places."""
-        if self.muted:
+        if self.reader.muted:
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
@@ -322,7 +260,7 @@ class Tower:
 
     def end(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Block hook: closes the merge, reduces at ``end``, takes inserted tokens off."""
-        if self.muted:
+        if self.reader.muted:
             return None
         again = replaying()
         run = self._trained if again else self._pass
@@ -414,18 +352,18 @@ class Tower:
     def _replay(self, layer: int, x: Tensor) -> LayerRecord:
         """A block that autograd runs again: its record, after a look whether it is the same forward."""
         record = self._trained.record(layer)
-        _same_forward(record.probe, x)
+        same_forward(record.probe, x)
         self.known = layer
         return record
 
     def _recognise(self, record: LayerRecord, layer: int, x: Tensor, again: bool) -> None:
         """The same look for hosts that run only the inside of a block again."""
         if not again:
-            record.inner = _probe(x) if self._pass.grad else None
+            record.inner = probe(x) if self._pass.grad else None
         elif self.known == layer:
             self.known = -1  # its start has been looked at
         else:
-            _same_forward(record.inner, x)
+            same_forward(record.inner, x)
 
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
@@ -556,93 +494,18 @@ class Tower:
     # ------------------------------------------------------------------ taps
     def _taps(self, record: LayerRecord, x: Tensor, layer: int) -> TowerTaps:
         """Taps of the block that runs now."""
-        caught = record.taps
-        attn = caught["attn"]
-        heads = getattr(attn, self.block.heads)
-
-        def made(which: str) -> Tensor:
-            if which not in caught:
-                return self._project(attn, caught["x"], which)
-            caught[which] = _by_head(caught[which], heads)
-            return caught[which]
-
-        rotate = self._rotate(attn, caught.get("rope"))
-        return TowerTaps(
-            caught.get("row", self._pass.sequence.row),
-            x,
-            lambda: made("q"),
-            lambda: made("k"),
-            self.block.scale(attn),
-            record.bias,
-            rotate,
-            left=self._pass.sequence.row,
-            cuts=caught.get("cuts", ()),
-        )
+        return self.reader.inside(self._pass, record, x, self._bias(x, layer, record))
 
     def _ahead(self, layer: int, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> TowerTaps:
-        """Taps of a block that has not run yet, from its own norm and projections."""
-        attn = child(module, self.block.attn)
-        sequence = self._pass.sequence
+        """Taps of a block that has not run yet."""
+        return self.reader.ahead(self._pass, module, x, self._bias(x, layer), kwargs)
 
-        def made(which: str) -> Tensor:
-            self.muted = True
-            try:
-                with self._as_called(x):
-                    return self._project(attn, child(module, self.block.norm)(x), which)
-            finally:
-                self.muted = False
-
-        bias = sequence.key_bias(x.dtype) if layer >= self.proportional_from else None
-        table = kwargs.get(self.block.rope) if self.block.rope else None
-        if table is not None:
-            moved = self._table(table, x.shape[0])
-            table = table if moved is None else moved
-        rotate = self._rotate(attn, table)
-        return TowerTaps(sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate)
-
-    def _project(self, attn: nn.Module, x: Tensor, which: str) -> Tensor:
-        with self._as_called(x):
-            return self.block.project(attn, x, which)
-
-    @contextmanager
-    def _as_called(self, x: Tensor) -> Iterator[None]:
-        """Projections computed again run under the caller's autocast, which selection turns off around them."""
-        dtype = self._pass.autocast
-        with torch.no_grad(), nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
-            yield
-
-    def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        if table is None or self.block.rotate is None:
-            return None
-        return self.block.rotate(attn, table)
-
-    def _table(self, table: Tensor, batch: int) -> Tensor | None:
-        """The rotary table of the tokens that are left: a slot keeps the rotation of the token that represents it.
-
-        The table holds (sin, cos) halves, `[N0, D]`, `[H, N0, D]` or with a batch in front; inserted tokens get the
-        identity rotation. None where nothing moved.
-        """
-        sequence = self._pass.sequence
-        place, inserted = sequence.place, sequence.row.inserted
-        if place is None and not inserted:
-            return None
-        key = (id(table), sequence.cuts * 64 + inserted)
-        if key in self._pass.tables:
-            return self._pass.tables[key][1]
-        rows = table
-        if rows.dim() == 2:
-            rows = rows[None, None]
-        elif rows.dim() == 3:
-            rows = rows.unsqueeze(0 if rows.shape[0] != batch or batch == 1 else 1)
-        if place is not None:
-            index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[-1])
-            rows = rows.expand(batch, -1, -1, -1).gather(2, index)
-        if inserted:
-            half = rows.shape[-1] // 2
-            still = torch.cat([rows.new_zeros(half), rows.new_ones(rows.shape[-1] - half)])
-            rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
-        self._pass.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
-        return rows
+    def _bias(self, x: Tensor, layer: int, record: LayerRecord | None = None) -> Tensor | None:
+        """What a block adds to its logits: the one that runs and has this record, or one that has not run yet."""
+        if record is not None:
+            return record.bias
+        bias: Tensor | None = self._pass.sequence.key_bias(x.dtype) if layer >= self.proportional_from else None
+        return bias
 
     @staticmethod
     def _kept(steps: list[Any]) -> Tensor:
@@ -653,44 +516,9 @@ class Tower:
         return kept
 
 
-def _probe(x: Tensor) -> Tensor:
-    """A few numbers of every row."""
-    return x.detach()[:, -1, :8].clone()
-
-
-def _same_forward(probe: Tensor | None, x: Tensor) -> None:
-    """Refuses a plan that another forward made.
-
-    Raises:
-        PassError: `x` is not what `probe` was taken of.
-    """
-    if probe is None:
-        return
-    now = _probe(x)
-    if now.shape != probe.shape or not torch.allclose(now.float(), probe.float(), 1e-3, 1e-4):
-        raise PassError(
-            "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "
-            "between, and its plan cannot be used for this one"
-        )
-
-
 def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
     """Rows or a signal of slots as those of patches: every patch has that of its slot, 0 where it was dropped."""
     shape = [1] * value.dim()
     shape[0], shape[axis] = source.shape
     index = source.reshape(shape).expand(*value.shape[:axis], source.shape[1], *value.shape[axis + 1 :])
     return value.gather(axis, index.clamp(min=0)) * (index >= 0).to(value.dtype)
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    """The dtype of the autocast around us, or None."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """`[B, L, H d]` to `[B, H, L, d]`; what has four dimensions already stays."""
-    if x.dim() == 4:
-        return x
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

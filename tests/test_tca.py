@@ -11,17 +11,15 @@ from hypothesis import strategies as st
 from tca_by_hand import STREAMS, small_tower, stream
 
 from vlmtok.errors import MissingSignal, ParameterError
+from vlmtok.mergers.reservoir import Reservoir, evict, layer_weights
 from vlmtok.mergers.tca import (
     TCA,
-    Reservoir,
     condensation,
     condense,
     coreset,
     cross_head_rank,
-    evict,
     from_drop_rate,
     from_ratio,
-    layer_weights,
     schedule,
 )
 from vlmtok.method import Counts, Layout, Site, StageLayout, create_method, parse_methods
