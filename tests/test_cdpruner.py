@@ -53,6 +53,14 @@ def test_constant_relevance_leaves_diversity_alone():
     assert torch.equal(kept(data)[0].nonzero().flatten(), plain[0])
 
 
+def test_tokens_that_are_equally_relevant_tie_whatever_their_length():
+    torch.manual_seed(0)
+    x = torch.randn(6, 16, 32)
+    for scale in (1.0, 7.3, 1e-3):
+        assert dpp_map(x * scale, 1).tolist() == [[0]] * 6
+        assert dpp_map(x * scale, 1, torch.full((6, 16), 0.7)).tolist() == [[0]] * 6
+
+
 def log_det(x, relevance, chosen):
     unit = F.normalize(x.double(), dim=-1)[list(chosen)]
     r = relevance.double()[list(chosen)]

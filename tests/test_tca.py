@@ -359,6 +359,13 @@ def test_policies():
         assert evict(torch.full((3,), 0.5), same, torch.arange(3), policy) == 0
 
 
+def test_two_items_are_equally_alike():
+    torch.manual_seed(0)
+    for _ in range(100):
+        for policy in ("diversity", "similarity"):
+            assert evict(torch.zeros(2), torch.randn(2, 16) + 1, torch.arange(2), policy) == 0
+
+
 def test_paper_policy_keeps_the_most_certain():
     data = golden("tca_stream_01.npz")
     method, memory = of_stream(data, policy="entropy")

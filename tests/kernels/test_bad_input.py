@@ -114,6 +114,12 @@ def test_mixed_dtypes_are_computed_in_fp32():
     torch.testing.assert_close(ratio, b.float().norm(dim=-1) / a.norm(dim=-1))
 
 
+def test_cosine_of_short_rows_is_torchs():
+    for scale in (1.0, 1e-5, 1e-7, 1e-9, 0.0):
+        _, cosine = kernels.transition_stats(X * scale, X.flip(1) * 1e-4)
+        torch.testing.assert_close(cosine, torch.cosine_similarity(X * scale, X.flip(1) * 1e-4, dim=-1, eps=1e-8))
+
+
 @pytest.mark.parametrize("batch, n, d", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_nothing_is_fine(batch, n, d):
     x = torch.randn(batch, n, d)

@@ -473,7 +473,7 @@ def transition_stats(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.float(), y.float()
         na, nb = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
         ratio = torch.where(na > 0, nb / na.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
-        cosine = (a * b).sum(-1) / (na * nb).clamp(min=1e-8)
+        cosine = (a * b).sum(-1) / (na.clamp(min=1e-8) * nb.clamp(min=1e-8))
         return ratio, cosine
 
 

@@ -33,9 +33,9 @@ def _transition_kernel(x, y, ratio, cosine, d, BD: tl.constexpr):
     ny = tl.sqrt(tl.sum(yy, 0))
     quotient = ny / tl.maximum(nx, 1.1754943508222875e-38)
     tl.store(ratio + row, tl.where(nx > 0, quotient, 0.0))
-    floor = nx * ny
-    floor = tl.where(floor < 1e-8, 1e-8, floor)  # a NaN stays
-    tl.store(cosine + row, tl.sum(xy, 0) / floor)
+    nx = tl.where(nx < 1e-8, 1e-8, nx)  # a NaN stays
+    ny = tl.where(ny < 1e-8, 1e-8, ny)
+    tl.store(cosine + row, tl.sum(xy, 0) / (nx * ny))
 
 
 def transition_stats(x: Tensor, y: Tensor, *, config: Tile | None = None) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,7 @@ class CrossGET(Method):
     )
     deviations = (
         "Mutual best pairs tie exactly and the release's sort decides at random; ties go to the lowest index.",
+        "Keys are read after a key norm, where a model has one.",
         "guidance='cls' inserts nothing and needs no training; the release has only learned cross tokens, and the "
         "published accuracy is that of fine-tuned models.",
         "A zero key has similarity 0; the release divides by zero.",

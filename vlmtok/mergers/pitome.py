@@ -61,6 +61,8 @@ class PiToMe(Method):
         "A ratio below one half is capped at merging half; the release raises, or merges the class token.",
         "All protected tokens stay; the release merges a distillation token as if it were a patch.",
         "Energy and similarity are computed in fp32; equal energies go to the lowest index.",
+        "Keys are read after a key norm, where a model has one.",
+        "Where a head pools by average, a merged token counts once; the released MAE patch weights it by its size.",
         "The margin schedule a - b * layer / depth and the per-task settings are those of the code, not of the text; "
         "preset('paper') is the paper's.",
     )

@@ -36,9 +36,9 @@ def evict(entropy: Tensor, vectors: Tensor, ids: Tensor, policy: str) -> int:
         return int(entropy.argmax())
     unit = kernels.unit_rows(vectors)
     with kernels.exact(vectors.device):
-        cosine = unit @ unit.T
-    others = max(1, len(entropy) - 1)
-    alike = (cosine.sum(1) - cosine.diagonal()) / others
+        half = (unit @ unit.T).triu(1)
+    # Made symmetric: two items are as alike as the other way round, to the last bit.
+    alike = (half + half.T).sum(1) / max(1, len(entropy) - 1)
     if policy == "diversity":
         return int((entropy + alike).argmax())
     alone = 1.0 - alike

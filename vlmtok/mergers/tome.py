@@ -74,6 +74,7 @@ class ToMe(Method):
         "Equal similarities go to the lowest index; the release sorts unstably.",
         "All protected tokens of the model stay in front (registers too); the release knows CLS and distillation.",
         "Keys are read after a key norm, where a model has one.",
+        "Where a head pools by average, a merged token counts once; the released MAE patch weights it by its size.",
     )
 
     budget_parameter = "r"

@@ -93,7 +93,8 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | 
         late = bad if valid is None else bad | ~valid
         last = torch.where(late, -1.0 - torch.arange(n, device=x.device, dtype=torch.float32), weight)
         free = ~late
-        left = gram.diagonal(dim1=1, dim2=2)  # conditional variance given the chosen ones
+        # Conditional variance given the chosen ones; rounding of |x|^2 must not rank tokens that are equally relevant.
+        left = (gram.diagonal(dim1=1, dim2=2) > _EPS).to(gram.dtype)
         factors = gram.new_zeros(batch, k, n)
         order = []
         for t in range(k):

@@ -25,21 +25,24 @@ from ..view import TokenView
 
 
 @constant_in_graphs
-def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
-    """k of n places, drawn without replacement.
+def random_order(n: int, seed: int, salt: str = "") -> torch.Tensor:
+    """n places in an order drawn at random.
 
     Args:
         n: places.
-        k: how many, at most n.
         seed: with `salt` and n it fixes the draw on every machine.
         salt: tells draws with the same seed apart.
 
     Returns:
-        int64 `[k]`, ascending.
+        int64 `[n]`.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{salt}/{n}".encode()).digest()[:7], "little")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(key))
-    return order[:k].sort().values
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key))
+
+
+def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
+    """The first k, at most n, of `random_order`: int64 `[k]`, ascending."""
+    return random_order(n, seed, salt)[:k].sort().values
 
 
 @register_method

@@ -24,7 +24,7 @@ from ..method import (
 )
 from ..reduction import Reduction
 from ..view import TokenView
-from .random import random_subset
+from .random import random_order
 
 PIVOTS = ("cls", "center", "farthest", "random")
 
@@ -68,33 +68,40 @@ def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None 
 
     Args:
         x: `[B, N, D]`.
-        how: ``"cls"`` highest CLS attention, ``"center"`` nearest to the mean, ``"farthest"`` from it, ``"random"``,
-            or an index.
+        how: ``"cls"`` highest CLS attention, ``"center"`` nearest to the mean, ``"farthest"`` from it, ``"random"``
+            (the first of one random order that may be it), or an index, whatever `valid` says of it.
         valid: bool `[B, N]`, tokens that may be it.
         attention: `[B, H, N]`, CLS attention, for ``"cls"``.
         seed: for ``"random"``.
 
     Returns:
-        int64 `[B]`; the lowest index wins a tie, a token with NaN is never chosen while another is left.
+        int64 `[B]`; the lowest index wins a tie. A token with NaN or infinity is never chosen while another that may
+        be it is left: the first of those stands in for one that was named by its index.
+
+    Raises:
+        ParameterError: there is no token of that index, or the attention is on another number of tokens.
     """
     batch, n, _ = x.shape
+    if isinstance(how, int) and how >= n:
+        raise ParameterError(f"ToDRE: pivot={how} does not exist among {n} tokens")
+    finite = x.sum(-1, dtype=torch.float32).isfinite()
     if isinstance(how, int):
-        return torch.full((batch,), min(how, n - 1), dtype=torch.int64, device=x.device)
-    if how == "random":
-        pick = random_subset(n, 1, seed, "todre").to(x.device)
-        return pick.expand(batch)
-    with kernels.exact(x.device):
-        if how == "cls" and attention is not None:
-            score = attention.float().mean(1)
-        else:
-            unit = kernels.unit_rows(x)
-            finite = ~unit.isnan().any(-1, keepdim=True)
-            mean = torch.where(finite, x.float(), 0.0).sum(1, keepdim=True)
-            score = (unit @ kernels.unit_rows(mean).transpose(1, 2)).squeeze(-1)
+        score = torch.zeros(batch, n, device=x.device)
+        score[:, how] = 1.0
+        valid = valid | (score > 0)
+    elif how == "random":
+        score = -random_order(n, seed, "todre").argsort().to(x.device).float().expand(batch, n)
+    elif how == "cls" and attention is not None:
+        if attention.shape[2] != n:
+            raise ParameterError(f"ToDRE: the CLS attention is on {attention.shape[2]} tokens, there are {n}")
+        score = attention.float().mean(1)
+    else:
+        with kernels.exact(x.device):
+            mean = torch.where(finite.unsqueeze(-1), x.float(), 0.0).sum(1, keepdim=True)
+            score = (kernels.unit_rows(x) @ kernels.unit_rows(mean).transpose(1, 2)).squeeze(-1)
             if how == "farthest":
                 score = -score
-        score = torch.where(score.isnan() | ~valid, float("-inf"), score)
-        return score.argmax(1)
+    return torch.where(finite & valid & ~score.isnan(), score, float("-inf")).argmax(1)
 
 
 @register_method
@@ -113,7 +120,8 @@ class ToDRE(Method):
             there is no CLS token), ``"center"``, ``"farthest"``, ``"random"``, or an index.
         tau: attention mass below which stage 2 drops; None leaves stage 2 out.
         check_layer: 0-based decoder layer at whose end stage 2 looks; floor(7 depth / 8) - 1 by default.
-        newlines: row separators of multi-crop pictures: ``"drop"`` them, or let them be ``"candidates"``.
+        newlines: row separators of multi-crop pictures: ``"drop"`` them (where `keep` is more than the other tokens,
+            the first ones fill it up), or let them be ``"candidates"``.
         positions: ``"renumber"`` or ``"keep"`` the position ids after stage 1; None is the model's default.
         seed: for ``pivot="random"``.
     """

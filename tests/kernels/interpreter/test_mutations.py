@@ -320,7 +320,7 @@ BUGS = {
     # transition, received
     "the ratio is turned round": ("transition", "ny / tl.maximum(nx", "nx / tl.maximum(ny", "transition"),
     "a zero row has a ratio": ("transition", "tl.where(nx > 0, quotient, 0.0)", "quotient", "transition"),
-    "the cosine has no floor": ("transition", "tl.where(floor < 1e-8, 1e-8, floor)", "floor", "transition"),
+    "the cosine has no floor": ("transition", "tl.where(nx < 1e-8, 1e-8, nx)", "nx", "transition"),
     "nothing visible poisons the sum": (
         "received",
         'base = tl.where(higher > float("-inf"), higher, 0.0)',
