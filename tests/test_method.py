@@ -481,6 +481,30 @@ def test_then_is_one_after_the_other(seed, weighted):
     assert torch.equal(joined.assignment(12), chained)
 
 
+def test_empty_entries_may_name_no_token():
+    x = torch.randn(1, 6, 3)
+    one = Reduction(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[-1, 4, 5]]), torch.tensor([[-1, 0, 2]]))
+    other = Reduction.mean(torch.tensor([[0, 2]]), torch.tensor([[1, -1]]), torch.tensor([[0, -1]]))
+    for first, second in ((one, other), (one, Reduction(other.keep, other.src, other.dst))):
+        wanted, sizes = second.apply(*first.apply(x))
+        found, found_sizes = first.then(second, torch.ones(1, 6)).apply(x)
+        assert_equal(found, wanted)
+        assert_equal(found_sizes, sizes, 0)
+
+
+def test_unmerge_gives_zeros_where_tokens_were_dropped():
+    spread = Reduction(torch.tensor([[0, 1]])).unmerge(torch.tensor([[[float("nan")], [1.0]]]), 3)
+    assert spread[0, 1:, 0].tolist() == [1.0, 0.0] and spread[0, 0].isnan()
+    assert Reduction(torch.zeros(1, 0, dtype=torch.int64)).unmerge(torch.zeros(1, 0, 2), 3).tolist() == [
+        [[0.0] * 2] * 3
+    ]
+
+
+def test_protected_tokens_and_a_prefix_do_not_go_together():
+    with pytest.raises(ParameterError, match="not both"):
+        Reduction(torch.tensor([[0, 3]])).apply(torch.zeros(1, 4, 2), protected=torch.zeros(1, 1, 2), prefix=1)
+
+
 # ---------------------------------------------------------------------- views
 def test_a_view_in_one_line():
     x = torch.randn(2, 6, 4)

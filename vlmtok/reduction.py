@@ -27,7 +27,7 @@ class Reduction:
         keep: int64 `[B, K]`, the input token that represents each slot, in output order, without repeats. At the
             stage ``features`` an index ``N + j`` names protected token ``j`` (in the order of the signal
             ``protected``); such a slot has size 0 and takes no `src` without weights.
-        src: int64 `[B, R]`, tokens that join a slot.
+        src: int64 `[B, R]`, tokens that join a slot; of an empty entry it may be -1 too.
         dst: int64 `[B, R]`, the slot of each; -1 marks an empty entry (ragged R).
         keep_weight: fp32 `[B, K]`, or None for the size-weighted mean.
         src_weight: fp32 `[B, R]`, given if and only if `keep_weight` is.
@@ -151,6 +151,8 @@ class Reduction:
         """
         if tokens.dim() != 3 or tokens.shape[0] != self.keep.shape[0]:
             raise ParameterError(f"tokens must be [B = {self.keep.shape[0]}, N, C], got {list(tokens.shape)}")
+        if protected is not None and (prefix or suffix):
+            raise ParameterError("Reduction.apply takes protected tokens, or a prefix and suffix in the row, not both")
         if size is None:
             size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
         weights = self._weights()
@@ -231,8 +233,10 @@ class Reduction:
             `[B, n, C]`, zeros where the token was dropped.
         """
         owner = self.assignment(n)
+        if tokens.shape[1] == 0:
+            return tokens.new_zeros(tokens.shape[0], n, tokens.shape[2])
         index = owner.clamp(min=0).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        return tokens.gather(1, index) * (owner >= 0).unsqueeze(-1).to(tokens.dtype)
+        return torch.where((owner >= 0).unsqueeze(-1), tokens.gather(1, index), 0.0)
 
     def gather(self, table: Tensor, dim: int = 1) -> Tensor:
         """Follows the kept tokens in a table that has one entry per token.
@@ -281,9 +285,11 @@ class Reduction:
     def then(self, other: Reduction, size: Tensor | None = None) -> Reduction:
         """The one reduction that equals this one followed by `other`.
 
+        In both, each token may occur once only (always so without weights, and for `Reduction.mean`): what two slots
+        share, one reduction cannot say of one cut and one kept.
+
         Args:
-            other: acts on the slots of this one. Each of its tokens may occur once only (always so without weights,
-                and for `Reduction.mean`).
+            other: acts on the slots of this one.
             size: fp32 `[B, N]`, sizes of this one's input tokens; needed where one of the two has weights and the
                 other has none. None means ones.
 
@@ -307,10 +313,10 @@ class Reduction:
             weight = None if a.src_weight is None or scale is None else a.src_weight * scale.gather(1, at)
             parts.append((a.src, to, weight))
         if b.src is not None and b.dst is not None:
-            from_a = a.keep.gather(1, b.src)
+            from_a = a.keep.gather(1, b.src.clamp(min=0))
             weight = None
             if b.src_weight is not None and a.keep_weight is not None:
-                weight = b.src_weight * a.keep_weight.gather(1, b.src)
+                weight = b.src_weight * a.keep_weight.gather(1, b.src.clamp(min=0))
             parts.append((from_a, b.dst, weight))
         keep_weight = None
         if a.keep_weight is not None and b.keep_weight is not None:
@@ -345,7 +351,7 @@ class Reduction:
         total = self._sizes(size)
         one = torch.ones_like
         kept = one(self.keep, dtype=torch.float32) if size is None else size.gather(1, self.keep)
-        joined = one(self.src, dtype=torch.float32) if size is None else size.gather(1, self.src)
+        joined = one(self.src, dtype=torch.float32) if size is None else size.gather(1, self.src.clamp(min=0))
         share = joined / total.gather(1, self.dst.clamp(min=0))
         return Reduction(self.keep, self.src, self.dst, kept / total, torch.where(self.dst < 0, 0.0, share), self.valid)
 

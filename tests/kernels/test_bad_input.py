@@ -77,6 +77,10 @@ def bad_calls():
         "transition: shapes": (lambda: kernels.transition_stats(X, X[:, :3]), "one shape"),
         "transition: integers": (lambda: kernels.transition_stats(X.int(), X), "floating"),
         "attention: heads": (lambda: kernels.attention_rows(Q, Q[:, :3], scale=1.0), "divide"),
+        "attention: wide bias": (lambda: kernels.attention_rows(Q, Q, scale=1.0, bias=X.new_zeros(9)), "broadcast"),
+        "received: big bias": (lambda: kernels.received_attention(Q, Q, scale=1.0, bias=Q.repeat(2, 1, 1, 1)), "cast"),
+        "merge: half sizes": (merged(1, torch.ones(2, 6).half()), "size must be torch.float32"),
+        "energy: margin": (lambda: kernels.energy(X, margin=float("nan")), "finite"),
         "attention: bias": (lambda: kernels.attention_rows(Q, Q, scale=1.0, bias=LONG), "bias"),
         "received: chunk": (lambda: kernels.received_attention(Q, Q, scale=1.0, chunk=0), "at least 1"),
     }  # fmt: skip

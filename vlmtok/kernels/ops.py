@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -56,7 +57,8 @@ def _opaque() -> bool:
     """Whether the torch path must be one node too.
 
     Under torch.compile an op that multiplies stays opaque on every path: the precision of its matmuls can only be set
-    when it runs, and the greedy loop would unroll. An exported program takes plain torch.
+    when it runs, and the greedy loop would unroll. So does a merge where compiled sums would have no order. An exported
+    program takes plain torch.
     """
     return torch.compiler.is_compiling() and not _exporting()
 
@@ -123,6 +125,8 @@ def _wide(*tensors: Tensor) -> str | None:
 def _check_energy(op: str, x: Tensor, margin: float, alpha: float, kind: str) -> None:
     _check(op, "[B, N, D]", x=x)
     _check_word(op, "kind", kind, KINDS)
+    if not (math.isfinite(margin) and math.isfinite(alpha)):
+        raise ParameterError(f"{op}: margin={margin!r} and alpha={alpha!r} must be finite numbers")
     if kind == "gaussian" and margin >= 1:
         raise ParameterError(f"{op}: margin={margin!r} leaves a Gaussian of width 1 - margin no width; it must be < 1")
 
@@ -281,9 +285,9 @@ def merge_rows(
 
     Args:
         x: `[B, prefix + N + suffix, C]`, any floating dtype; gradients flow.
-        size: fp32 `[B, prefix + N + suffix]`.
+        size: fp32 `[B, prefix + N + suffix]`; no gradient.
         keep: int64 `[B, K]`; keep, src and dst count from the first row behind the prefix.
-        src: int64 `[B, R]`.
+        src: int64 `[B, R]`; of an empty entry it may be -1 too.
         dst: int64 `[B, R]`, -1 for an empty entry.
         keep_weight: fp32 `[B, K]`, or None for the size-weighted mean; gradients flow.
         src_weight: fp32 `[B, R]`, or None; gradients flow.
@@ -342,22 +346,24 @@ def _merged(
     src_weight: Tensor | None, importance: Tensor | None, prefix: int, suffix: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Checks a merge, chooses its path and runs it."""
-    x, size, keep, src, dst = plan
+    x, size, keep, src, dst = plan = (plan[0], plan[1].detach(), *plan[2:])
     _check_merge(op, x, size, keep, src, dst, keep_weight, src_weight, importance, prefix, suffix)
     if prefix + keep.shape[1] + suffix == 0:
         return (x[:, :0], size[:, :0], x.new_empty(x.shape[0], 0))[: 3 if op == "merge_rows_biased" else 2]
     settings = {"keep_weight": keep_weight, "src_weight": src_weight, "prefix": prefix, "suffix": suffix}
-    if not choose("merge_rows", x, batch=x.shape[0]):  # one kernel, one name in reports
+    triton = choose("merge_rows", x, batch=x.shape[0])  # one kernel, one name in reports
+    if not triton and not (_opaque() and x.device.type in reference.UNORDERED):
         definition = getattr(reference, op)
         return cast("tuple[Tensor, ...]", definition(*plan, importance=importance, **settings))
+    path = "triton" if triton else "torch"
     weights = (x, keep_weight, src_weight, importance)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
         if importance is not None:  # written out in torch, which has their gradient
             inner = size[:, prefix : size.shape[1] - suffix]
             keep_weight, src_weight = reference.pair_weights(keep, src, dst, importance, inner)
-        return cast("tuple[Tensor, ...]", MergeRows.apply(op, *plan, keep_weight, src_weight, prefix, suffix, "triton"))
+        return cast("tuple[Tensor, ...]", MergeRows.apply(op, *plan, keep_weight, src_weight, prefix, suffix, path))
     with torch.no_grad():
-        return cast("tuple[Tensor, ...]", library.call(op, *plan, importance=importance, **settings, path="triton"))
+        return cast("tuple[Tensor, ...]", library.call(op, *plan, importance=importance, **settings, path=path))
 
 
 def _check_merge(
@@ -367,6 +373,8 @@ def _check_merge(
     _check(op, "[B, N, C]", x=x)
     batch, n, _ = x.shape
     _check(op, "[B, N]", size=size)
+    if size.dtype in (torch.float16, torch.bfloat16):
+        raise ParameterError(f"{op}: size must be torch.float32, got {size.dtype}, which cannot count patches")
     if tuple(size.shape) != (batch, n):
         raise ParameterError(f"{op}: size must be [B, N] = {[batch, n]}, got {list(size.shape)}")
     if keep.dim() != 2 or src.dim() != 2:
@@ -420,7 +428,7 @@ class MergeRows(torch.autograd.Function):
         """Gradients for x, keep_weight and src_weight."""
         x, size, keep, src, dst, keep_weight, src_weight, total = ctx.saved_tensors
         prefix, suffix = ctx.edges
-        slot = dst.clamp(min=0)
+        slot, src = dst.clamp(min=0), src.clamp(min=0)
         kept, joined = keep_weight, src_weight
         if kept is None or joined is None:
             inner = total[:, prefix : total.shape[1] - suffix]
@@ -522,6 +530,9 @@ def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None
         raise ParameterError(f"{op}: q {list(q.shape)} and k {list(k.shape)}: B and d must agree and Hkv divide H")
     if bias is not None and (not bias.is_floating_point() or bias.dim() > 4):
         raise ParameterError(f"{op}: bias must be floating, [B, H, T, L] or broadcastable, got {bias.dtype}")
+    wanted = (*q.shape[:3], k.shape[2])
+    if bias is not None and any(have not in (1, want) for have, want in zip(bias.shape[::-1], wanted[::-1])):
+        raise ParameterError(f"{op}: bias {list(bias.shape)} does not broadcast to [B, H, T, L] = {list(wanted)}")
     _check_device(op, q, k=k, bias=bias)
 
 

@@ -25,7 +25,12 @@ STEP_BYTES = {"cpu": 8 << 20}
 STEP_BYTES_ELSEWHERE = 256 << 20
 """The same where a step costs launches."""
 
+UNORDERED = ("cuda",)
+"""Types of devices whose `index_add_` adds in the order in which threads come."""
+
 _LAST = 1e30  # above every state of the greedy choice
+_FAR = 1.7e38  # squared lengths from here on have a double that overflows
+_SMALL = 16  # rows and columns from which on MKL multiplies equal rows alike
 
 
 # ---------------------------------------------------------------------- rows
@@ -64,6 +69,32 @@ def _flat_index(index: Tensor, n: int) -> Tensor:
     if batch == 1:
         return index.reshape(-1)
     return (index + torch.arange(0, batch * step, step, device=index.device).unsqueeze(1)).reshape(-1)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b^T` in which equal rows, and equal columns, get equal products, so that ties are ties.
+
+    MKL takes small matrices, and the edges of narrow ones, another way than the rest: the order of a sum depends on
+    where it stands. In float64 that is far below what rounding to fp32 leaves.
+
+    Args:
+        a: fp32 `[B, M, D]`.
+        b: fp32 `[B, N, D]`.
+
+    Returns:
+        fp32 `[B, M, N]`.
+    """
+    turned = b.transpose(1, 2)
+    if a.device.type == "cpu" and min(a.shape[1], b.shape[1]) < _SMALL:
+        return (a.double() @ turned.double()).float()
+    return a @ turned
+
+
+def _add_rows(out: Tensor, at: Tensor, change: Tensor) -> Tensor:
+    """`out.index_add_(0, at, change)` that gives the same bits every run, also where several rows join one."""
+    if out.device.type in UNORDERED:
+        return out.index_put_((at,), change, accumulate=True)
+    return out.index_add_(0, at, change)
 
 
 def _steps(batch: int, rows: int, columns: int, device: str) -> list[tuple[slice, slice]]:
@@ -130,7 +161,7 @@ def _match_unit(
     found = []
     with exact(a.device):
         for batch, rows in _steps(a.shape[0], a.shape[1], b.shape[1], a.device.type):
-            similarity = (a[batch, rows] @ b[batch].transpose(1, 2)).nan_to_num_(nan=none)
+            similarity = _products(a[batch, rows], b[batch]).nan_to_num_(nan=none)
             if exclude_diag:
                 if a is b and similarity.shape[1] == similarity.shape[2]:
                     # Small products round (i, j) and (j, i) apart, and tokens that are each other's best must tie.
@@ -161,9 +192,7 @@ def _energy_unit(unit: Tensor, *, margin: float, alpha: float, kind: str) -> Ten
     with exact(unit.device):
         unit = unit.nan_to_num(nan=0.0)
         steps = _steps(unit.shape[0], unit.shape[1], unit.shape[1], unit.device.type)
-        parts = [
-            _energy_of(unit[batch, rows] @ unit[batch].transpose(1, 2), margin, alpha, kind) for batch, rows in steps
-        ]
+        parts = [_energy_of(_products(unit[batch, rows], unit[batch]), margin, alpha, kind) for batch, rows in steps]
         return _in_one(parts, unit.shape[:2])
 
 
@@ -175,10 +204,18 @@ def _energy_of(over: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
         return over.mean(-1) / (sigma * (2.0 * torch.pi) ** 0.5)
     over.sub_(margin)
     alike = (over >= 0).sum(-1) if kind == "paper" else None
-    total = F.elu(over, alpha, inplace=True).sum(-1)
+    total = _elu(over, alpha).sum(-1)
     if alike is not None:
         total = total + margin * alike
     return total / over.shape[2]
+
+
+def _elu(x: Tensor, alpha: float) -> Tensor:
+    """ELU, in which equal elements get equal values; torch's on a CPU rounds the last ones of a table differently."""
+    if x.device.type != "cpu":
+        return F.elu(x, alpha, inplace=True)
+    below = x.clamp(max=0.0).expm1_()
+    return x.clamp_(min=0.0).add_(below, alpha=alpha)
 
 
 def bipartite_match(
@@ -272,10 +309,12 @@ def complete_match(
     place = torch.arange(metric.shape[1], device=metric.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, place)
     later, _ = match(metric, metric, rank_a=rank, rank_b=rank, exclude_diag=True, valid_b=free)
-    if protected is not None:
-        later = later.masked_fill(protected, float("-inf"))
-    priority = (-later if importance is None else importance.float() - later).argsort(dim=1, stable=True)
-    src, keep = priority[:, :r], priority[:, r:].sort(dim=1).values
+    priority = -later if importance is None else importance.float() - later
+    if protected is not None:  # behind every other token, one without a partner or with NaN included
+        most, none = torch.finfo(torch.float32).max, float("inf")
+        priority = priority.nan_to_num(nan=most, posinf=most, neginf=-none).masked_fill(protected, none)
+    order = priority.argsort(dim=1, stable=True)
+    src, keep = order[:, :r], order[:, r:].sort(dim=1).values
     valid = None if free is None else free.gather(1, keep)
     _, dst = match(take_rows(metric, src), take_rows(metric, keep), valid_b=valid)
     return keep, src, dst
@@ -302,8 +341,8 @@ def merge_rows(
     kept = _widen(keep, prefix, suffix, x.shape[1])
     kept_size = size.gather(1, kept)
     rows = take_rows(x, kept)
-    if src.shape[1] == 0 and keep_weight is None:
-        return rows, kept_size
+    if keep.shape[1] == 0 or (src.shape[1] == 0 and keep_weight is None):
+        return rows, kept_size  # nothing joins; without slots, every entry is empty
     empty = dst < 0
     # An empty entry reads and writes slot 0 with weight 0, so that a NaN it names goes nowhere.
     slot = dst.clamp(min=0)
@@ -319,14 +358,15 @@ def merge_rows(
         # x_k + sum share (x_s - x_k): touches only what is joined, and equal rows merge to exactly themselves.
         out = _accumulator(rows).flatten(0, 1)
         change = (joining - out.index_select(0, at)) * share.reshape(-1, 1)
+        change = change.masked_fill(empty.reshape(-1, 1), 0.0)
     else:
         owned = _owned(src, dst, keep, x.shape[1])
         total = kept_size.scatter_add(1, slot, torch.where(owned, size.gather(1, token), 0.0))
         kept_weight = F.pad(keep_weight, (prefix, suffix), value=1.0) if prefix or suffix else keep_weight
         weight = torch.where(empty, 0.0, src_weight)
         out = (_accumulator(rows) * kept_weight.unsqueeze(-1)).flatten(0, 1)
-        change = _accumulator(joining) * weight.reshape(-1, 1)
-    return out.index_add_(0, at, change.to(out.dtype)).to(x.dtype).reshape(rows.shape), total
+        change = (_accumulator(joining) * weight.reshape(-1, 1)).masked_fill(empty.reshape(-1, 1), 0.0)
+    return _add_rows(out, at, change.to(out.dtype)).to(x.dtype).reshape(rows.shape), total
 
 
 def merge_rows_biased(x: Tensor, size: Tensor, *plan: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,15 +393,17 @@ def pair_weights(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, siz
     Returns:
         Weights of the kept rows `[B, K]` and of the joining ones `[B, R]`, fp32, as `merge_rows` takes them.
     """
-    empty, slot = dst < 0, dst.clamp(min=0)
+    empty, slot, src = dst < 0, dst.clamp(min=0), src.clamp(min=0)
     pair = torch.stack([importance.gather(1, src), importance.gather(1, keep).gather(1, slot)], -1)
     weight = 2.0 * _accumulator(pair).softmax(-1)
     kept, joined = size.gather(1, keep), size.gather(1, src).masked_fill(empty, 0.0)
     total = kept.scatter_add(1, slot, joined)
-    own = torch.ones_like(kept, dtype=weight.dtype)
-    own = own.scatter_add(1, slot, torch.where(empty, 0.0, weight[..., 1] - 1.0))
-    share = torch.where(empty, 0.0, weight[..., 0] * joined / total.gather(1, slot))
-    return torch.where(kept == total, own, kept * own / total), share
+    divisor = total.clamp_min(torch.finfo(torch.float32).tiny)
+    own = torch.ones_like(kept, dtype=weight.dtype).flatten()
+    more = torch.where(empty, 0.0, weight[..., 1] - 1.0).flatten()
+    own = _add_rows(own, _flat_index(slot, keep.shape[1]), more).view(keep.shape)
+    share = torch.where(empty, 0.0, weight[..., 0] * joined / divisor.gather(1, slot))
+    return torch.where(kept == total, own, kept * own / divisor), share
 
 
 def merge_rows_grad(
@@ -391,10 +433,10 @@ def merge_rows_grad(
     weight = torch.where(empty, 0.0, src_weight)
     wide = _accumulator(grad)
     out = wide.new_zeros(batch * n, width)
-    out.index_add_(0, _flat_index(kept, n), (wide * kept_weight.unsqueeze(-1)).flatten(0, 1).to(out.dtype))
+    _add_rows(out, _flat_index(kept, n), (wide * kept_weight.unsqueeze(-1)).flatten(0, 1).to(out.dtype))
     joined = take_rows(wide, dst.clamp(min=0) + prefix) * weight.unsqueeze(-1)
     joined = torch.where(empty.unsqueeze(-1), 0.0, joined)
-    out.index_add_(0, _flat_index(src + prefix, n), joined.flatten(0, 1).to(out.dtype))
+    _add_rows(out, _flat_index(src.clamp(min=0) + prefix, n), joined.flatten(0, 1).to(out.dtype))
     return out.reshape(batch, n, width).to(grad.dtype)
 
 
@@ -440,15 +482,18 @@ def greedy_select(
     with exact(x.device):
         if metric == "cosine":
             unit = unit_rows(x)
-            gram = unit @ unit.transpose(1, 2)
+            gram = _products(unit, unit)
+            late = gram.diagonal(dim1=1, dim2=2).isnan()
+            gram.masked_fill_(gram.isnan(), 0.0)
         else:
             wide = x.float()
             square = (wide * wide).sum(-1)
-            gram = (wide @ wide.transpose(1, 2)).mul_(2.0).sub_(square.unsqueeze(2)).sub_(square.unsqueeze(1))
+            gram = _products(wide, wide).mul_(2.0).sub_(square.unsqueeze(2)).sub_(square.unsqueeze(1))
+            late = ~(square < _FAR)
+            gram.masked_fill_(~gram.isfinite(), 0.0)
         # A row that is to be taken late has a state that no similarity reaches and that none changes: 1e30 where it is
         # not finite, 2e30 where it is not valid, infinity once it is chosen.
-        late = gram.diagonal(dim1=1, dim2=2).isnan()
-        rows = gram.masked_fill_(gram.isnan(), 0.0).reshape(batch * n, n)
+        rows = gram.reshape(batch * n, n)
         offset = torch.arange(0, batch * n, n, device=x.device)
         state = rows.index_select(0, start + offset).masked_fill_(late, _LAST)
         if valid is not None:

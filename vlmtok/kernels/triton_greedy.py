@@ -20,7 +20,7 @@ _GRAM_BYTES = 1 << 31
 
 @triton.jit
 def _similarity(gram, norm, n, pick, j, there, METRIC: tl.constexpr):
-    """Similarity of row `pick` with every row: cosine, or minus the squared distance; 0 in place of NaN."""
+    """Similarity of row `pick` with every row: cosine, or minus the squared distance; 0 where it is not finite."""
     # Norms are read again every step: held in registers they would halve the rows that fit.
     theirs = tl.load(norm + j, mask=there, other=0.0)
     mine = tl.load(norm + pick)
@@ -29,7 +29,7 @@ def _similarity(gram, norm, n, pick, j, there, METRIC: tl.constexpr):
         value = value * (mine * theirs)
     else:
         value = 2.0 * value - mine - theirs
-    return tl.where(value == value, value, 0.0)
+    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
 
 
 @triton.jit(do_not_specialize=["n", "k"])
@@ -52,7 +52,8 @@ def _greedy_kernel(
     # finite, 2e30 where it is not valid, infinity once it is chosen.
     inside = tl.where((pick >= 0) & (pick < n), pick, 0)  # another start would read foreign memory
     state = _similarity(gram, norm, n, inside, j, there, METRIC)
-    state = tl.where(tl.load(norm + j, mask=there, other=0.0) < float("inf"), state, LAST)
+    FAR: tl.constexpr = 1.7e38 if METRIC else float("inf")  # twice such a squared length overflows
+    state = tl.where(tl.load(norm + j, mask=there, other=0.0) < FAR, state, LAST)
     if VALID:
         allowed = tl.load(valid + batch * valid_batch + j * valid_step, mask=there, other=0) != 0
         state = tl.where(allowed, state, 2.0 * LAST)

@@ -194,7 +194,9 @@ def match_max(
     Returns:
         The cosine, fp32, and its column, int64, `[B, M]`.
     """
-    same = a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    same = a is b or (
+        a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+    )
     a, b = same_dtype(rows_of(a), rows_of(b))
     value = a.new_empty(a.shape[:2], dtype=torch.float32)
     index = a.new_empty(a.shape[:2], dtype=torch.int64)

@@ -49,6 +49,8 @@ def _order_kernel(
             value -= tl.load(minus + batch * scores + lane, mask=there, other=0.0).to(tl.float32)
         if PROTECTED:
             kept = tl.load(protected + batch * scores + lane, mask=there, other=0) != 0
+            # Behind every other token, one without a partner (-inf) or with NaN included.
+            value = tl.where(value > -3.4028234663852886e38, value, -3.4028234663852886e38)
             value = tl.where(kept, float("-inf"), value)
     order = _falling(value, there, lane)
     slots = scores + others - r
@@ -195,13 +197,13 @@ def _complete(
     """The four launches that follow the row lengths."""
     batch, n, _ = metric.shape
     keep, src, dst = _plan(metric, r)
-    free = None if protected is None else ~protected
+    mask = None if protected is None else protected.contiguous()
+    free = None if mask is None else ~mask
     best = metric.new_empty(batch, n, dtype=torch.float32)
     later = torch.empty_like(best)
     place = src.new_empty(batch, n)
     match(metric, metric, place, best, scale_a=scale, scale_b=scale, exclude_diag=True, valid_b=free)
     match(metric, metric, place, later, scale_a=scale, scale_b=scale, rank_a=best, rank_b=best, valid_b=free)
-    mask = None if protected is None else protected.contiguous()
     minus = None if importance is None else importance.contiguous()
     _order(later, keep, src, _COMPLETE, minus=minus, protected=mask)
     match(metric, metric, dst, scale_a=scale, scale_b=scale, pick_a=src, pick_b=keep, valid_b=free)

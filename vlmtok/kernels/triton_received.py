@@ -40,7 +40,7 @@ def _normaliser_kernel(
     """log2 of the sum of the exponentials of every query row."""
     tiles = tl.cdiv(m, BM)
     i = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    head = (tl.program_id(0) // tiles) % heads
+    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)  # head x stride can exceed 32 bits
     batch = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
     feature = tl.arange(0, BK)
     k += batch * k_batch + (head // shared) * k_head
@@ -76,7 +76,7 @@ def _received_kernel(
     """Attention that each key gets from one head, as its share of the mean over heads and query rows."""
     tiles = tl.cdiv(n, BM)
     j = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    head = (tl.program_id(0) // tiles) % heads
+    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)  # head x stride can exceed 32 bits
     batch = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
     feature = tl.arange(0, BK)
     q += batch * q_batch + head * q_head
@@ -121,7 +121,7 @@ def received_attention(
     q, k = same_dtype(rows_of(q), rows_of(k))
     batch, heads, m, d = q.shape
     groups, n = k.shape[1], k.shape[2]
-    if q.numel() == 0 or n == 0:
+    if batch * heads * m == 0 or n == 0:
         return q.new_zeros(batch, n, dtype=torch.float32)
     sums = q.new_empty(batch, heads, n, dtype=torch.float32)
     config = config or tile("received_attention", q.element_size(), d)

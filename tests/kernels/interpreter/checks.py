@@ -260,7 +260,8 @@ def plan_complete(k):
         protected = torch.zeros(2, n, dtype=torch.bool)
         protected[:, 0], protected[1, n - 1] = True, True
         for r in counts:
-            for mask in (None, protected) if r == 4 else (protected,):
+            turned = protected.t().contiguous().t()
+            for mask in (None, protected, turned) if r == 4 else (protected,):
                 found = k.order.complete_match(x, importance, r, mask)
                 same(found, reference.complete_match(x, importance, r, mask))
     x = rows(1, 12, 8)
@@ -269,6 +270,12 @@ def plan_complete(k):
     zero[0, 2] = float("nan")
     same(k.order.complete_match(x, zero, 5), reference.complete_match(x, zero, 5))
     same(k.order.complete_match(x, None, 5), reference.complete_match(x, None, 5))
+    x[0, 1:9] = float("nan")
+    first = torch.zeros(1, 12, dtype=torch.bool)
+    first[0, :2] = True
+    found = k.order.complete_match(x, None, 5, first)
+    same(found, reference.complete_match(x, None, 5, first))
+    assert found[0][0, :2].tolist() == [0, 1]  # tokens with NaN go first
 
 
 def plan_guided(k):
@@ -396,8 +403,20 @@ def merge_rows_around(k):
     x, size = rows(2, 15, 20), rows(2, 15, 1, seed=2)[..., 0].abs() + 0.5
     _merge(k, x, size, plan(2, 12, 5), prefix=1, suffix=2)
     _merge(k, x, size, plan(2, 15, 5))
-    everything = torch.zeros(2, 0, dtype=torch.int64)
-    _merge(k, x, size, (everything, everything, everything), prefix=10, suffix=5)
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    _merge(k, x, size, (none, none, none), prefix=10, suffix=5)
+    _merge(k, x, size, (none, torch.ones(2, 3, dtype=torch.int64), -torch.ones(2, 3, dtype=torch.int64)), prefix=4)
+
+
+def merge_empty(k):
+    """An empty entry may name no token, and what it would read goes nowhere."""
+    x = rows(2, 5, 8)
+    x[:, 0] = float("inf")
+    keep, src, dst = torch.tensor([[0, 1]] * 2), torch.tensor([[-1, 3, -1]] * 2), torch.tensor([[-1, 1, -1]] * 2)
+    size, weight = torch.ones(2, 5), {"keep_weight": torch.ones(2, 2), "src_weight": torch.full((2, 3), 0.5)}
+    for settings in ({}, weight, {"importance": rows(2, 5, 1)[..., 0]}):
+        _merge(k, x, size, (keep, src, dst), **settings)
+        assert k.merge.merge_rows(x, size, keep, src, dst, **settings)[0][:, 0].isinf().all()
 
 
 def merge_views(k):
@@ -462,6 +481,18 @@ def greedy_tiers(k):
             same(found, reference.greedy_select(x, 18, torch.tensor([4, 0]), **settings), 2e-4)
 
 
+def greedy_far(k):
+    """Squared lengths that overflow, alone or doubled: such rows come late, and none twice."""
+    x = rows(2, 12, 4)
+    unit = reference.unit_rows(x)
+    x[0, [2, 5, 9]], x[1, [1, 3]] = unit[0, [2, 5, 9]] * 1.5e19, unit[1, [1, 3]] * 8e18
+    for rule, metric in RULES:
+        found = k.greedy.greedy_select(x, 12, torch.tensor([2, 0]), rule=rule, metric=metric)
+        same(found, reference.greedy_select(x, 12, torch.tensor([2, 0]), rule=rule, metric=metric), 2e-4)
+        assert all(sorted(order) == list(range(12)) for order in found[0].tolist())
+    assert k.greedy.greedy_select(x, 12, torch.tensor([2, 0]), metric="l2")[0][0, -2:].tolist() == [5, 9]
+
+
 def greedy_views(k):
     x, start = rows(4, 30, 12)[::2, 1::2], torch.tensor([[3, 9], [4, 9]])[:, 0]
     same(k.greedy.greedy_select(x, 6, start), reference.greedy_select(x, 6, start))
@@ -520,6 +551,8 @@ def received_edges(k):
     view = q.transpose(2, 3).contiguous().transpose(2, 3)
     close(k.received.received_attention(view, view, scale=0.3), reference.received_attention(q, q, scale=0.3))
     assert k.received.received_attention(q[:, :, :0], q, scale=0.3).eq(0).all()
+    none = q[..., :0]
+    close(k.received.received_attention(none, none, scale=0.3), reference.received_attention(none, none, scale=0.3))
     assert k.received.received_attention(q[:0], q[:0], scale=0.3).shape == (0, 40)
 
 

@@ -25,6 +25,17 @@ def test_kernel(name):
     checks.CHECKS[name](modules())
 
 
+def test_heads_far_apart():
+    """A head's offset beyond 32 bits; the room is asked for and not touched."""
+    step = 2**28
+    room = torch.empty(8 * step + 64, dtype=torch.float16)
+    bias = room.as_strided((1, 9, 4, 4), (0, step, 4, 1))
+    q, drawn = checks.rows(9, 4, 8).unsqueeze(0), checks.rows(9, 4, 4, torch.float16, 1).unsqueeze(0)
+    bias.copy_(drawn)
+    found = modules().received.received_attention(q, q, scale=0.3, bias=bias)
+    checks.close(found, reference.received_attention(q, q, scale=0.3, bias=drawn))
+
+
 def test_this_process_interprets():
     assert dispatch.INTERPRETS
 

@@ -297,6 +297,12 @@ BUGS = {
         "greedy_choices",
     ),
     "the pivot is chosen again": ("greedy", "there & (j != pick)", "there", "greedy_ties"),
+    "protected tokens merge before those with NaN": (
+        "order",
+        "value = tl.where(value > -3.4028234663852886e38, value, -3.4028234663852886e38)",
+        "value = value + 0.0",
+        "plan_complete",
+    ),
     "masked rows are chosen": (
         "greedy",
         "state = tl.where(allowed, state, 2.0 * LAST)",
@@ -305,9 +311,15 @@ BUGS = {
     ),
     "NaN is a number": (
         "greedy",
-        'state = tl.where(tl.load(norm + j, mask=there, other=0.0) < float("inf"), state, LAST)',
+        "state = tl.where(tl.load(norm + j, mask=there, other=0.0) < FAR, state, LAST)",
         "state = state + 0.0",
         "greedy_tiers",
+    ),
+    "a length whose double overflows is near": (
+        "greedy",
+        '1.7e38 if METRIC else float("inf")',
+        'float("inf")',
+        "greedy_far",
     ),
     "a cosine has one length": ("greedy", "value * (mine * theirs)", "value * theirs", "greedy_choices"),
     "a distance has one square": ("greedy", "2.0 * value - mine - theirs", "2.0 * value - theirs", "greedy_choices"),
