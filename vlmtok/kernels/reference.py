@@ -358,14 +358,14 @@ def merge_rows(
         # x_k + sum share (x_s - x_k): touches only what is joined, and equal rows merge to exactly themselves.
         out = _accumulator(rows).flatten(0, 1)
         change = (joining - out.index_select(0, at)) * share.reshape(-1, 1)
-        change = change.masked_fill(empty.reshape(-1, 1), 0.0)
+        change.masked_fill_(empty.reshape(-1, 1), 0.0)
     else:
         owned = _owned(src, dst, keep, x.shape[1])
         total = kept_size.scatter_add(1, slot, torch.where(owned, size.gather(1, token), 0.0))
         kept_weight = F.pad(keep_weight, (prefix, suffix), value=1.0) if prefix or suffix else keep_weight
         weight = torch.where(empty, 0.0, src_weight)
         out = (_accumulator(rows) * kept_weight.unsqueeze(-1)).flatten(0, 1)
-        change = (_accumulator(joining) * weight.reshape(-1, 1)).masked_fill(empty.reshape(-1, 1), 0.0)
+        change = (_accumulator(joining) * weight.reshape(-1, 1)).masked_fill_(empty.reshape(-1, 1), 0.0)
     return _add_rows(out, at, change.to(out.dtype)).to(x.dtype).reshape(rows.shape), total
 
 
