@@ -51,6 +51,7 @@ class Decoder:
         self,
         attachment: Attachment,
         spec: VLMSpec,
+        model: nn.Module,
         core: nn.Module,
         tower: Any = None,
         tower_grid: tuple[int, int] | None = None,
@@ -76,7 +77,7 @@ class Decoder:
         self.points: dict[int, list[Entry]] = {}
         for entry in attachment.at("decoder"):
             self.points.setdefault(layer_of(entry.site.layer, entry.site.point), []).append(entry)
-        self._install(core, lm)
+        self._install(core, lm, model)
 
     # ------------------------------------------------------------------ layout and hooks
     @staticmethod
@@ -104,7 +105,7 @@ class Decoder:
             ),
         }
 
-    def _install(self, core: nn.Module, lm: Any) -> None:
+    def _install(self, core: nn.Module, lm: Any, model: nn.Module) -> None:
         put = self.attachment.hook
         implementation = str(getattr(lm.config, "_attn_implementation", ""))
         if self.points and implementation not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
@@ -113,7 +114,7 @@ class Decoder:
             )
         self.flash = "flash" in implementation
         self.projector.install(core)
-        self.intake.install(core)
+        self.intake.install(core, model)
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
         first = 0 if self.flash else min(self.points, default=self.depth)
@@ -183,7 +184,7 @@ class Decoder:
         if pictures:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
-            call.rows = self.intake.rows(x, pictures, valid, low, call.blocks, incoming.lengths)
+            call.rows = self.intake.rows(x, pictures, valid, low, call.blocks, incoming.lengths, incoming.drafts)
             self.steps, self.last_rows = call.steps, None
             if self.projector.packing is not None:
                 self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)

@@ -34,6 +34,7 @@ class Incoming:
         lengths: by code, what the encoder's outputs told, or None.
         encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
+        drafts: last columns that hold drafts of speculative decoding.
     """
 
     codes: Tensor | None
@@ -42,6 +43,7 @@ class Incoming:
     lengths: dict[int, list[int]] | None
     placed: bool = False
     encoded: dict[int, int] = field(default_factory=dict)
+    drafts: int = 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, replaying, weak
-from ..rows import PAD, TEXT, Picture, Rows
+from ..rows import HELD, PAD, TEXT, Picture, Rows
 from . import shapes
 from .base import VLMSpec, child
 from .decoder_call import BLOCKS, HOST, Incoming, deepstack
@@ -43,9 +43,12 @@ class Intake:
         self.told = dict(zip((IMAGE, VIDEO), spec.told))
         self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
         self.incoming: Incoming | None = None
+        self.drafts = 0
 
-    def install(self, core: nn.Module) -> None:
+    def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
+        if model is not core:
+            self.attachment.hook(model, "pre", self.ask)
         self.attachment.hook(core, "pre", self.enter)
         if self.spec.shapes is not None:
             tower = child(core, self.spec.tower)
@@ -53,6 +56,16 @@ class Intake:
             self.attachment.hook(tower, "pre", self.measure)
 
     # ------------------------------------------------------------------ hooks
+    def ask(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook on the whole model: how many drafts speculative decoding put behind the prompt.
+
+        It wants logits of the prompt's last token and of every draft, on a cache. What the drafts say must not decide
+        what stays: their tokens may be thrown away again.
+        """
+        wanted = kwargs.get("logits_to_keep")
+        cached = kwargs.get("past_key_values") is not None
+        self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
+
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
         given = self.signature.bind(module, *args, **kwargs).arguments
@@ -80,8 +93,9 @@ class Intake:
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
         placed = given.get("position_ids") is not None
+        drafts, self.drafts = self.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
-        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed, seen)
+        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed, seen, drafts)
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
@@ -140,8 +154,11 @@ class Intake:
         total = sum(code in (IMAGE, VIDEO) for row in seen for code in row)
         lengths = self.projector.lengths(usable(incoming.lengths, self.spec), total)
         pictures = find_pictures(seen, lengths)
+        prompt = columns - incoming.drafts
+        if any(max(p.columns) >= prompt for p in pictures) or (real and not all(all(row[prompt:]) for row in real)):
+            incoming.drafts, prompt = 0, columns  # not what speculative decoding puts there
         for picture in pictures:
-            row = seen[picture.row]
+            row = seen[picture.row][:prompt]
             text = [c == NONE and (real is None or bool(real[picture.row][i])) for i, c in enumerate(row)]
             picture.text_after = sum(text[picture.columns[0] :])
             picture.text_after_last = sum(text[picture.columns[-1] :])
@@ -157,6 +174,7 @@ class Intake:
         positions: Tensor,
         blocks: Tensor | None,
         lengths: dict[int, list[int]] | None,
+        drafts: int,
     ) -> Rows:
         """The rows of a prefill.
 
@@ -167,9 +185,11 @@ class Intake:
             positions: int64 `[..., B, S]`, in the count of the first segment.
             blocks: int64 `[B, S]`, bidirectional blocks, or None.
             lengths: by code, what the encoder's outputs told, or None.
+            drafts: last columns that hold drafts of the answer.
         """
         batch, columns = x.shape[:2]
         label = torch.full((batch, columns), TEXT)
+        label[:, columns - drafts :] = HELD
         for picture in pictures:
             label[picture.row, picture.columns] = picture.index
         label = label.to(x.device)
@@ -182,7 +202,7 @@ class Intake:
         if self.spec.shapes is not None:
             shapes.measure(pictures, [call.tolist() for call in self.shapes])
         place = torch.arange(columns, device=x.device).expand(batch, columns)
-        rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions)
+        rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
         if blocks is not None:
             rows.states[BLOCKS] = blocks
         if self.attachment.trace:

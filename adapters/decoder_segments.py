@@ -215,6 +215,6 @@ def end_call(call: Call, stream: Stream, device: torch.device) -> None:
     stream.tail += call.columns
     if call.rows is not None:
         # The last picture of a row wins.
-        last = {picture.row: picture.text_after_last for picture in call.rows.pictures}
+        last = {picture.row: picture.text_after_last + call.rows.drafts for picture in call.rows.pictures}
         stream.tail = min(last.values())
     stream.next, stream.follows = call.next, call.follows

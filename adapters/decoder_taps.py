@@ -99,6 +99,7 @@ class LayerTaps:
         now = rows.valid_columns(group)
         if now is None:
             now = torch.arange(rows.length, device=device).expand(len(group.units), rows.length)
+        now = now[:, : now.shape[1] - rows.drafts]
         old = now  # columns as the layer had them
         if not ahead:
             for source in reversed(self.back):

@@ -314,7 +314,7 @@ class HFVLM(Adapter):
         grid = None if spec is None else spec.grid
         waited = bool(self.spec.packs and attachment.tapped("vision"))
         reader = tower if self.spec.tower_cut == "slots" or waited else None
-        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.core, reader, grid)
+        attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.model, self.core, reader, grid)
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""

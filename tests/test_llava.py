@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from itertools import pairwise
 
 import models
 import oracle
@@ -383,6 +384,64 @@ def test_prompt_lookup_equals_greedy(cut):
                 DynamicCache.crop = original
         assert greedy.tolist() == looked.tolist()
     assert cropped, "nothing was ever taken back: this test did not try what it is for"
+
+
+SCORED_BY_TEXT = (
+    "fastv:K=1:keep=0.4",
+    "pyramiddrop",
+    "sparsevlm",
+    "transprune",
+    "aim",
+    "cdpruner:keep=0.4",
+    "todre:keep=none:tau=1.0",
+    "todre:keep=0.6+fastv:K=1:keep=0.5",
+)
+
+
+@pytest.mark.parametrize("pattern", ["^3I5", "^3I", "2I3I2"])
+@pytest.mark.parametrize("spec", SCORED_BY_TEXT)
+def test_drafts_of_speculative_decoding_do_not_decide(spec, pattern, monkeypatch):
+    """The first forward brings drafts behind the prompt, which are no text yet and not its last token."""
+    from vlmtok.attachment import Attachment
+
+    model, chosen, widths = llava(depth=18), [], []
+    decide = Attachment.decide
+
+    def noted(self, entry, view):
+        reduction = decide(self, entry, view)
+        chosen[-1].append(None if reduction is None else (reduction.keep, reduction.valid))
+        return reduction
+
+    monkeypatch.setattr(Attachment, "decide", noted)
+    core = model.model.language_model
+    hook = core.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    batch = Batch.of(pattern, seed=3)
+    row, ways = batch.rows[0], [{}, {"assistant_model": models.llava(depth=2)}]
+    if pattern != "^3I":  # behind a picture, prompt lookup drafts placeholders, and the host itself raises
+        row = torch.cat([row, row[-1:], row[-2:-1], row[-1:]])
+        ways.append({"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1})
+    batch = Batch((row,), batch.pixels)
+    with vlmtok.compress(model, spec):
+        for more in ways:
+            chosen.append([])
+            widths.append(0)
+            found = model.generate(**batch.inputs(), max_new_tokens=8, min_new_tokens=8, do_sample=False, **more)
+            if not more:
+                greedy = found
+            assert found.tolist() == greedy.tolist()
+    hook.remove()
+    firsts = [width for before, width in pairwise(widths) if before == 0]
+    assert firsts[0] == len(row) and max(firsts) > len(row), "no draft was in any first forward"
+    # Without text behind the picture ToDRE has nothing to ask.
+    assert any(one is not None for one in chosen[0]) or (pattern, spec[:5]) == ("^3I", "todre")
+    for other in chosen[1:]:
+        assert len(other) == len(chosen[0])
+        for one, two in zip(chosen[0], other):
+            assert (one is None) == (two is None)
+            for a, b in zip(one or (), two or ()):
+                assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("cut", ["boundary renumbered", "boundary kept", "decoder kept"])

@@ -17,7 +17,8 @@ from torch import Tensor
 from .reduction import Reduction
 
 TEXT, PAD, HELD = -1, -2, -3
-"""Labels of columns that belong to no picture. HELD is a visual token that ends its row: it is read, never cut."""
+"""Labels of columns that belong to no picture. HELD is read and never cut: a visual token that ends its row, what was
+appended, drafts of speculative decoding."""
 
 
 @dataclass
@@ -117,6 +118,7 @@ class Rows:
             each picture (axis None).
         first_part: int64 `[B, S]`, `part` as it was at first; kept only for traces.
         owner: int64 `[B, S]`, column that owns each original column (-1 dropped); kept only for traces.
+        drafts: last columns that hold drafts of the answer; nobody decides by them.
     """
 
     batch: int
@@ -135,6 +137,7 @@ class Rows:
     carried: dict[str, tuple[Tensor, int | None]] = field(default_factory=dict)
     first_part: Tensor | None = None
     owner: Tensor | None = None
+    drafts: int = 0
 
     # ------------------------------------------------------------------ views
     def enter(self, hold: bool = False) -> None:
@@ -155,10 +158,10 @@ class Rows:
             picture.entered = self.count(picture)
 
     def _last(self, row: int) -> int:
-        """The last valid column of a row; rows that were never cut may be padded on the right."""
+        """The last valid column of a row's prompt; rows that were never cut may be padded on the right."""
         if self.valid is None:
-            return self.length - 1
-        return int(self.valid[row].nonzero()[-1])
+            return self.length - 1 - self.drafts
+        return int(self.valid[row].nonzero()[-1 - self.drafts])
 
     def count(self, picture: Picture) -> int:
         """Tokens that a picture has now; asks the device once where the host does not know."""
