@@ -80,6 +80,7 @@ class TowerSpec:
         spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
             for readers that want the whole grid.
         carries: whether its signals reach the language model's boundary, or which do.
+        classed: whether the first protected token is a class token; registers alone say nothing of the picture.
     """
 
     block: BlockSpec
@@ -92,6 +93,7 @@ class TowerSpec:
     stage: str = "vision"
     spread: bool = False
     carries: bool | frozenset[str] = True
+    classed: bool = True
 
 
 @dataclass(frozen=True)

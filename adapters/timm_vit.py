@@ -106,6 +106,7 @@ class TimmViT(Adapter):
             width=int(model.embed_dim),
             heads=int(model.blocks[0].attn.num_heads),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
         )
 
     def layout(self) -> Layout:

@@ -70,7 +70,7 @@ class Tower:
             heads=spec.heads,
             last=spec.last % len(spec.blocks),
             points=frozenset({"start", "mid", "end"}),
-            provides=tower_signals(spec.num_prefix),
+            provides=tower_signals(spec.num_prefix if spec.classed else 0),
             num_prefix=spec.num_prefix,
             carries=spec.carries,
         )

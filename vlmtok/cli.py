@@ -34,7 +34,8 @@ class OneLine(typer.core.TyperGroup):
             line = _line_of(problem)
             if line is None:
                 raise
-            print(f"vlmtok: {line}", file=sys.stderr)
+            if line:  # help was asked for by giving nothing
+                print(f"vlmtok: {line}", file=sys.stderr)
             code = USAGE_ERROR
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)

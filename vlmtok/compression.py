@@ -58,6 +58,8 @@ def compress(
     from .adapters import adapter_for
 
     methods = _methods(method)
+    if signals is not None and not (isinstance(signals, Mapping) and all(map(callable, signals.values()))):
+        raise ParameterError(f"compress() takes signals as functions of the view by name, got signals={signals!r}")
     carrier = adapter_for(model, adapter)
     sweep(carrier.model)
     dispatcher = _dispatcher(carrier.model) or Dispatcher(carrier.model, adapter)
@@ -78,7 +80,15 @@ def remove(model: nn.Module) -> int:
 
     Returns:
         How many were ended.
+
+    Raises:
+        ParameterError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ParameterError(
+            f"vlmtok.remove() takes the model, got {type(model).__name__}"
+            + ("; its own remove() ends this compression" if isinstance(model, Compression) else "")
+        )
     dispatcher = _dispatcher(model)
     count = 0 if dispatcher is None else len(dispatcher.members)
     if dispatcher is not None:
@@ -250,8 +260,9 @@ def _methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
         elif isinstance(item, Method):
             methods.append(item)
         else:
+            what = f"a model ({type(item).__name__}); it comes first" if isinstance(item, nn.Module) else repr(item)
             raise ParameterError(
-                f"compress() takes methods or spec strings, got {item!r}"
+                f"compress() takes methods or spec strings, got {what}"
                 + ("; make an instance first" if isinstance(item, type) and issubclass(item, Method) else "")
             )
     if not methods:
@@ -315,6 +326,10 @@ class Compression:
         self._last = dispatcher.attachment
 
     # ------------------------------------------------------------------ lifetime
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compression:
+        """The same handle: a copy of its model is bare and has none."""
+        return self
+
     @property
     def active(self) -> bool:
         """Whether the hooks are still in place."""

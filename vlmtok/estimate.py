@@ -196,6 +196,8 @@ def _prompt(
 
 def _texts(text_tokens: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
     given = TEXT if text_tokens is None else text_tokens
+    if not isinstance(given, (int, Iterable)):
+        raise ParameterError(f"estimate: text_tokens={given!r} must be an integer, or several")
     texts = (*[0] * pictures, given) if isinstance(given, int) else tuple(given)
     if len(texts) != pictures + 1:
         raise ParameterError(

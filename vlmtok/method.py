@@ -218,9 +218,9 @@ class Method:
     parity: ClassVar[str] = ""
     """What our implementation has been compared with."""
     deviations: ClassVar[tuple[str, ...]] = ()
+    """Where it differs from the released code, one sentence each."""
     caveats: ClassVar[tuple[str, ...]] = ()
     """Where it does badly by its nature, with the measurement and the reason."""
-    """Where it differs from the released code, one sentence each."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
     proportional: bool = False
@@ -229,6 +229,10 @@ class Method:
     """The parameter that `vlmtok.budget` moves; empty where there is none."""
     budget: Any = None
     """What `vlmtok.budget` was asked and reached, on the methods that it returns."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings from a sweep may be NumPy's numbers; they become Python's, as specs and checks know them."""
+        super().__setattr__(name, _plain(value))
 
     # ------------------------------------------------------------------ what a method says
     def sites(self, layout: Layout) -> list[Site]:
@@ -340,6 +344,13 @@ class Method:
             if item.init and (value != default or type(value) is not type(default)):
                 changed.append(f":{item.name}={format_value(value)}")
         return self.spec_name() + "".join(changed)
+
+
+def _plain(value: Any) -> Any:
+    """A setting with Python's numbers in place of NumPy's."""
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 # ---------------------------------------------------------------------- checks shared by methods
@@ -503,7 +514,12 @@ def list_methods(pattern: str = "*") -> list[str]:
 
     Returns:
         Sorted names.
+
+    Raises:
+        ParameterError: the pattern is no text.
     """
+    if not isinstance(pattern, str):
+        raise ParameterError(f"list_methods() takes shell wildcards, got {pattern!r}")
     _load()
     return sorted(fnmatch.filter(_METHODS, pattern))
 
@@ -515,6 +531,8 @@ def method_class(name: str) -> type[Method]:
         UnknownMethod: none is; the message names the nearest.
     """
     _load()
+    if not isinstance(name, str):
+        raise UnknownMethod(f"a method's name is a word, got {name!r}")
     if name not in _METHODS:
         raise UnknownMethod(f"no method {name!r}{hint(name, _METHODS, 3, 0.4)} Known: {', '.join(sorted(_METHODS))}")
     return _METHODS[name]

@@ -410,7 +410,8 @@ class Report:
     # ------------------------------------------------------------------ tables
     def _title(self) -> str:
         counted = ", ".join(f"{count} x {stage}" for stage, count in self.passes.items())
-        return f"{' + '.join(self.methods)} on {self.model}: {self.source}" + (f" ({counted})" if counted else "")
+        of = "of " if self.source == "last pass" and max(self.passes.values(), default=1) > 1 else ""
+        return f"{' + '.join(self.methods)} on {self.model}: {self.source}" + (f" ({of}{counted})" if counted else "")
 
     def _footnotes(self) -> Iterator[str]:
         """Notes, then the paths that the kernels took."""

@@ -274,6 +274,8 @@ def _crop_index(found: PictureTrace, part: int) -> int:
 def _picture(run: Any, picture: int) -> PictureTrace:
     if isinstance(run, PictureTrace):
         return run
+    if not isinstance(run, Trace) and not hasattr(run, "trace"):
+        raise ParameterError(f"overlay() takes a compression or its trace, got {type(run).__name__}")
     trace = run if isinstance(run, Trace) else run.trace()
     if not 0 <= picture < len(trace):
         raise ParameterError(f"picture {picture} does not exist; the pass had {len(trace)}")

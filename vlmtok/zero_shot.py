@@ -38,8 +38,9 @@ def zero_shot(
         ParameterError: `text_features` are no matrix.
     """
     encode = _encoder(model)
-    if text_features.dim() != 2:
-        raise ParameterError(f"text_features must be [classes, E], got {list(text_features.shape)}")
+    if not isinstance(text_features, Tensor) or text_features.dim() != 2:
+        found = list(text_features.shape) if isinstance(text_features, Tensor) else type(text_features).__name__
+        raise ParameterError(f"text_features must be a tensor [classes, E], got {found}")
     classes = F.normalize(text_features.float(), dim=-1)
     scale, bias = _scale(model, logit_scale)
 
@@ -51,6 +52,11 @@ def zero_shot(
 
     def _one(images: Tensor, finishing: list[tuple[int, Method]]) -> Tensor:
         features = F.normalize(encode(images).float(), dim=-1)
+        if features.shape[1] != classes.shape[1]:
+            raise ParameterError(
+                f"text_features must be [classes, E = {features.shape[1]}] as the model's pictures, got "
+                f"{list(classes.shape)}"
+            )
         logits = scale * features @ classes.to(features.device).T + bias
         for index, method in finishing:
             assert run is not None
