@@ -34,7 +34,7 @@ class Incoming:
         lengths: by code, what the encoder's outputs told, or None.
         encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
-        drafts: last columns that hold the answer so far, or drafts of it.
+        drafts: last columns that hold drafts of speculative decoding.
     """
 
     codes: Tensor | None

@@ -44,7 +44,6 @@ class Intake:
         self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
         self.incoming: Incoming | None = None
         self.drafts = 0
-        self.prompt: tuple[Tensor, int] | None = None
 
     def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
@@ -58,25 +57,14 @@ class Intake:
 
     # ------------------------------------------------------------------ hooks
     def ask(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook on the whole model: how many columns behind the prompt `generate` put there itself.
+        """Pre-hook on the whole model: how many drafts speculative decoding put behind the prompt.
 
-        What they say must not decide what stays. Speculative decoding wants logits of the prompt's last token and of
-        every draft, on a cache; drafts may be thrown away again. Without a cache every step is a prefill of its own,
-        of the step before and one more token; it must choose as that did.
+        It wants logits of the prompt's last token and of every draft, on a cache. What the drafts say must not decide
+        what stays: their tokens may be thrown away again.
         """
-        wanted, ids = kwargs.get("logits_to_keep"), kwargs.get("input_ids")
-        before, self.prompt, self.drafts = self.prompt, None, 0
-        if not isinstance(wanted, int) or not isinstance(ids, Tensor):
-            return
-        if kwargs.get("past_key_values") is not None:
-            self.drafts = max(0, wanted - 1)
-        elif wanted == 1 and kwargs.get("use_cache") is False:
-            self.prompt = (ids, ids.shape[1])
-            if before is not None:
-                prompt, columns = before
-                rows, start = prompt.shape
-                if tuple(ids.shape) == (rows, columns + 1) and torch.equal(ids[:, :start], prompt):
-                    self.prompt, self.drafts = (prompt, columns + 1), columns + 1 - start
+        wanted = kwargs.get("logits_to_keep")
+        cached = kwargs.get("past_key_values") is not None
+        self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
 
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
@@ -197,7 +185,7 @@ class Intake:
             positions: int64 `[..., B, S]`, in the count of the first segment.
             blocks: int64 `[B, S]`, bidirectional blocks, or None.
             lengths: by code, what the encoder's outputs told, or None.
-            drafts: last columns that hold the answer so far, or drafts of it.
+            drafts: last columns that hold drafts of the answer.
         """
         batch, columns = x.shape[:2]
         label = torch.full((batch, columns), TEXT)

@@ -444,41 +444,6 @@ def test_drafts_of_speculative_decoding_do_not_decide(spec, pattern, monkeypatch
                 assert (a is None and b is None) or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("spec", SCORED_BY_TEXT)
-def test_without_a_cache_every_step_chooses_alike(spec, beams, monkeypatch):
-    from vlmtok.attachment import Attachment
-
-    model, chosen = llava(depth=18), []
-    decide = Attachment.decide
-
-    def noted(self, entry, view):
-        reduction = decide(self, entry, view)
-        chosen.append((entry.index, str(entry.site), len(view.tokens), reduction))
-        return reduction
-
-    monkeypatch.setattr(Attachment, "decide", noted)
-    batch = Batch.of("^3I5", "^1I2I4", seed=5)
-    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
-    with vlmtok.compress(model, spec):
-        cached = model.generate(**batch.inputs(), **given)
-        first = list(chosen)
-        chosen.clear()
-        again = model.generate(**batch.inputs(), use_cache=False, **given)
-        assert cached.tolist() == again.tolist()
-        assert len(chosen) == 6 * len(first) > 0
-        for i, (*where, reduction) in enumerate(chosen):
-            *expected, one = first[i % len(first)]
-            assert where == expected and (one is None) == (reduction is None)
-            if one is not None:
-                assert torch.equal(one.keep, reduction.keep)
-                assert one.valid is None or torch.equal(one.valid, reduction.valid)
-        chosen.clear()  # another prompt is no step of this one
-        longer = Batch(tuple(torch.cat([row, row[-1:]]) for row in batch.rows), batch.pixels)
-        model.generate(**longer.inputs(), use_cache=False, **{**given, "max_new_tokens": 1, "min_new_tokens": 1})
-        assert len(chosen) == len(first)
-
-
 @pytest.mark.parametrize("cut", ["boundary renumbered", "boundary kept", "decoder kept"])
 def test_assisted_generation_equals_greedy(cut):
     model, batch = llava(), Batch.of("^3I5")

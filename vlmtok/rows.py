@@ -18,7 +18,7 @@ from .reduction import Reduction
 
 TEXT, PAD, HELD = -1, -2, -3
 """Labels of columns that belong to no picture. HELD is read and never cut: a visual token that ends its row, what was
-appended, the answer so far and drafts of it."""
+appended, drafts of speculative decoding."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Rows:
             each picture (axis None).
         first_part: int64 `[B, S]`, `part` as it was at first; kept only for traces.
         owner: int64 `[B, S]`, column that owns each original column (-1 dropped); kept only for traces.
-        drafts: last columns that hold the answer so far, or drafts of it; nobody decides by them.
+        drafts: last columns that hold drafts of the answer; nobody decides by them.
     """
 
     batch: int
