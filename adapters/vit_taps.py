@@ -43,7 +43,8 @@ class BlockTaps:
 
         def made(which: str) -> Tensor:
             if which not in caught:
-                return self._project(run, attn, caught["x"], which)
+                with _as_called(run, x):
+                    return self.block.project(attn, caught["x"], which)
             caught[which] = _by_head(caught[which], heads)
             return caught[which]
 
@@ -75,7 +76,7 @@ class BlockTaps:
             self.muted = True
             try:
                 with _as_called(run, x):
-                    return self._project(run, attn, child(module, self.block.norm)(x), which)
+                    return self.block.project(attn, child(module, self.block.norm)(x), which)
             finally:
                 self.muted = False
 
@@ -87,10 +88,6 @@ class BlockTaps:
         return TowerTaps(
             run.sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
         )
-
-    def _project(self, run: Pass, attn: nn.Module, x: Tensor, which: str) -> Tensor:
-        with _as_called(run, x):
-            return self.block.project(attn, x, which)
 
     def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         if table is None or self.block.rotate is None:

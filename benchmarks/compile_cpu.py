@@ -9,17 +9,13 @@ download.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
+import turns
 
 import vlmtok
 
@@ -40,56 +36,32 @@ def arms(model: torch.nn.Module, method: str) -> dict[str, Callable[[torch.Tenso
 
 def main() -> None:
     """Measures, prints the ratios, writes them down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", default="vit_small_patch16_224")
-    parser.add_argument("--method", default="tome:r=16")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compile_cpu.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    pictures = torch.randn(options.batch, 3, 224, 224)
-    ways = arms(timm.create_model(options.model, pretrained=False).eval(), options.method)
-    first: dict[str, float] = {}
+    given = turns.options(
+        __doc__, rounds=15, model="vit_small_patch16_224", result="compile_cpu.json", method="tome:r=16"
+    )
+    pictures = torch.randn(given.batch, 3, 224, 224)
+    ways = arms(timm.create_model(given.model, pretrained=False).eval(), given.method)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for number in range(options.rounds + 2):
+        first = {name: turns.clock(run, pictures) for name, run in ways.items()}
+        for number in range(given.rounds + 1):
             for name, run in ways.items():
-                start = time.perf_counter()
-                run(pictures)
-                spent = time.perf_counter() - start
-                if number == 0:
-                    first[name] = spent
-                elif number > 1:
+                spent = turns.clock(run, pictures)
+                if number:
                     seconds[name].append(spent)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = {name: round(median["bare"] / value, 3) for name, value in median.items()}
-    gain = round(median["compressed"] / median["compressed, compiled"], 3)
-    for name, value in ratio.items():
-        print(f"{name:22} {value:5.2f} x")
+    ratio = turns.speed_up(seconds)
+    gain = ratio["compressed, compiled"] / ratio["compressed"]
     print(f"compiling the compressed model gains {gain:.2f} x")
-    result = {
-        "model": options.model,
-        "method": options.method,
-        "batch": options.batch,
-        "threads": options.threads,
-        "dtype": "float32",
-        "rounds": options.rounds,
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vlmtok": vlmtok.__version__,
-        "speed_up": {name: value for name, value in ratio.items() if name != "bare"},
-        "gain_of_compiling_the_compressed": gain,
-        "compiling_in_forwards_of_bare": {
-            name: round(value / median["bare"]) for name, value in first.items() if "compiled" in name
+    bare = statistics.median(seconds["bare"])
+    turns.write(
+        given,
+        seconds,
+        speed_up={name: round(value, 3) for name, value in ratio.items() if name != "bare"},
+        gain_of_compiling_the_compressed=round(gain, 3),
+        compiling_in_forwards_of_bare={
+            name: round(value / bare) for name, value in first.items() if "compiled" in name
         },
-        "spread": {name: [round(v / median["bare"], 3) for v in sorted(values)] for name, values in seconds.items()},
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    )
 
 
 if __name__ == "__main__":

@@ -10,19 +10,13 @@ goes to ``benchmarks/results/vit_b16_cpu.json``. Needs timm, no download.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import resource
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import turns
 
 import vlmtok
 
@@ -74,10 +68,8 @@ class Ceiling:
         return model.forward_head(model.norm(x))
 
 
-def measure(rounds: int, batch: int, threads: int, model_name: str) -> dict[str, list[float]]:
+def measure(rounds: int, batch: int, model_name: str) -> dict[str, list[float]]:
     """Seconds of a forward, by arm, one each round; a first round warms up and is not counted."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
     model = timm.create_model(model_name, pretrained=False).eval()
     pictures = torch.randn(batch, 3, 224, 224)
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -87,56 +79,29 @@ def measure(rounds: int, batch: int, threads: int, model_name: str) -> dict[str,
         for number in range(rounds + 1):
             for name, method in ARMS.items():
                 run = None if method is None else vlmtok.compress(model, method)
-                spent = clock(model, pictures)
+                spent = turns.clock(model, pictures)
                 if run is not None:
                     run.remove()
                 if number:
                     seconds[name].append(spent)
                 if name in ceilings:
-                    spent = clock(ceilings[name], pictures)
+                    spent = turns.clock(ceilings[name], pictures)
                     if number:
                         seconds[f"ceiling of {name}"].append(spent)
     return seconds
 
 
-def clock(call: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    call(pictures)
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measures, prints the ratios, writes them down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vit_b16_cpu.json")
-    options = parser.parse_args()
-    seconds = measure(options.rounds, options.batch, options.threads, options.model)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = {name: median["bare"] / value for name, value in median.items()}
-    for name, value in ratio.items():
-        print(f"{name:30} {value:5.2f} x")
-    result = {
-        "model": options.model,
-        "batch": options.batch,
-        "threads": options.threads,
-        "dtype": "float32",
-        "rounds": options.rounds,
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vlmtok": vlmtok.__version__,
-        "speed_up": {name: round(value, 3) for name, value in ratio.items() if name != "bare"},
-        # Of every arm's rounds as a share of the bare median: how quiet the machine was.
-        "spread": {name: [round(v / median["bare"], 3) for v in sorted(values)] for name, values in seconds.items()},
-        "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    given = turns.options(__doc__, rounds=9, model="vit_base_patch16_224", result="vit_b16_cpu.json")
+    seconds = measure(given.rounds, given.batch, given.model)
+    ratio = turns.speed_up(seconds)
+    turns.write(
+        given,
+        seconds,
+        speed_up={name: round(value, 3) for name, value in ratio.items() if name != "bare"},
+        major_faults=resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+    )
 
 
 if __name__ == "__main__":
