@@ -10,10 +10,64 @@ from torch import Tensor
 
 from ..errors import CacheError, UnsupportedModel
 from ..stream import Stream
+from . import hosts
 from .base import VLMSpec
+from .decoder_call import Call
 
-KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", "input_ids"})
+KNOWN = (hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.IDS)
 """Arguments of any text model with one entry for each token."""
+ORIGIN = 1
+"""The first position of hosts that count from one."""
+
+
+def check_start(
+    module: Any, columns: int, held: int, outer: Any, own: Any, positions: Tensor | None, cache: Any
+) -> None:
+    """Checks that a call without a past begins something.
+
+    Args:
+        module: the text model.
+        columns: S.
+        held: columns that the cache holds, as far as one was seen.
+        outer: the mask that the inner model got, and
+        own: the text model's.
+        positions: int64 `[..., B, S]`, or None.
+        cache: that was seen, or None.
+
+    Raises:
+        HostChanged: it goes on with something, and no cache was seen.
+    """
+    if held:
+        return
+    seen = "no cache" if cache is None else "an empty cache"
+    for mask in (outer, own):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > columns:
+            raise hosts.changed(
+                module,
+                f"a call brings {columns} new columns and a mask of {mask.shape[1]}, so it goes on with something, and "
+                f"{seen} was seen among its arguments",
+            )
+    alone = columns == 1 and isinstance(positions, Tensor) and not torch.compiler.is_compiling()
+    if alone and (at := int(positions.min())) > ORIGIN:  # type: ignore[union-attr]
+        raise hosts.changed(
+            module,
+            f"a call brings one column at position {at}, so it goes on with something, and {seen} was seen among its "
+            "arguments",
+        )
+
+
+def check_hidden(module: Any, call: Call, hidden: Tensor) -> None:
+    """Checks that a layer's hidden states are the rows that are known.
+
+    Raises:
+        HostChanged: another form.
+    """
+    assert call.rows is not None
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (call.rows.batch, call.rows.length):
+        what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise hosts.changed(
+            module, f"its hidden states are {what}, where [{call.rows.batch}, {call.rows.length}, C] are on their way"
+        )
 
 
 def check_call(mask: Any, cache: Any) -> None:
@@ -33,22 +87,29 @@ def check_call(mask: Any, cache: Any) -> None:
         raise CacheError(f"a cut needs the 2-D attention mask, and the model was called with a {what} one")
 
 
-def check_arguments(kwargs: Mapping[str, Any], spec: VLMSpec, core: Any, batch: int, columns: int) -> None:
+def check_arguments(
+    given: Mapping[str, Any], spec: VLMSpec, core: Any, batch: int, columns: int, held: int = 0
+) -> None:
     """Checks that a cut can follow every argument: an unknown one for each token would go out of step.
 
     Args:
-        kwargs: of the text model.
+        given: all arguments of the text model, by name.
         spec: the family.
         core: the inner model.
         batch: B.
         columns: S.
+        held: columns that the cache holds.
 
     Raises:
-        UnsupportedModel: a tensor `[B, S, ...]` that nobody told us about.
+        UnsupportedModel: a tensor `[B, S, ...]`, `[B, past + S]` or `[axes, B, S]` that nobody told us about.
     """
-    known = {*KNOWN, *spec.gather, *(spec.deepstack or ()), spec.types}
-    for name, value in kwargs.items():
-        if name not in known and isinstance(value, Tensor) and value.shape[:2] == (batch, columns):
+    roles = [*KNOWN, *spec.gather, *(spec.deepstack or ()), *([] if spec.types is None else [spec.types])]
+    known = {name for role in roles for name in role.names}
+    for name, value in given.items():
+        if name in known or not isinstance(value, Tensor):
+            continue
+        shape = tuple(value.shape)
+        if shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns):
             raise UnsupportedModel(
                 f"the language model gets {name!r} {list(value.shape)}, one entry for each token, which this "
                 f"compression does not know how to cut (family {core.config.model_type!r})"
