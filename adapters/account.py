@@ -306,7 +306,7 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
         tower = child(core, adapter.spec.tower)
         spec = adapter.tower() or vision_spec(tower)
         vision = hf_tower(tower, model, spec, tower, [child(core, path)] if path else [])
-    except (UnsupportedModel, AttributeError) as problem:  # no such path, or no row for this kind of tower
+    except UnsupportedModel as problem:  # no such path, or no row for this kind of tower
         notes.append(f"the vision tower is not counted ({problem})")
     projector: list[Part] = []
     if path and vision is not None:
@@ -410,7 +410,7 @@ class Meter:
         if torch.compiler.is_compiling() or replaying():
             return
         stage, part = self.places[place]
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = hosts.first_tensor(module, args, kwargs)
         if part.token or part.pair:
             rows = x.shape[0]
         else:

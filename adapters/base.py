@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
-from .hosts import Host, Role
+from .hosts import Host, Role, library_of
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
@@ -153,8 +153,19 @@ class Adapter:
 
 
 def child(module: Host, path: str) -> Any:
-    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped."""
-    return module.get_submodule(path) if path else module
+    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    try:
+        return module.get_submodule(path) if path else module
+    except AttributeError:
+        there = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise UnsupportedModel(
+            f"{type(module).__name__} of {library_of(module)} has no module {path!r}; it has {there}. Use a version of "
+            "constraints.txt, or a newer vlmtok"
+        ) from None
 
 
 @dataclass(frozen=True)

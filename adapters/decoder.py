@@ -20,11 +20,11 @@ from ..method import Site, StageLayout, layer_of
 from ..rows import Picture, Rows
 from ..signals import DECODER_SIGNALS
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
-from . import hosts
+from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
 from .decoder_call import BLOCKS, Call, deepstack, flat, top
-from .decoder_checks import check_arguments, check_call, check_hidden, check_start, check_turn
+from .decoder_checks import check_arguments, check_call, check_hidden, check_layer, check_start, check_turn
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
 from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
@@ -151,7 +151,7 @@ class Decoder:
         """Looks up what the text model, and its layers from `first` on, call their arguments."""
         of_tokens = [*self.spec.gather, *(self.spec.deepstack or ())]
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
-        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS])
+        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS])
         self.layers = {self.probe: Arguments(lm.layers[self.probe], [hosts.CACHE])}
         for layer in range(first, self.depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *self.spec.layer_args]
@@ -169,8 +169,8 @@ class Decoder:
         own_mask, own_positions = given(hosts.MASK), given(hosts.POSITIONS)
         incoming = self.intake.take(own_mask, own_positions)
         self.call = None
-        x, cache = given(hosts.EMBEDDINGS), hosts.cache_in(module, self.text, args, kwargs)
-        self.held = held = 0 if cache is None else int(cache.get_seq_length())
+        x, cache = given(hosts.EMBEDDINGS), host_objects.cache_in(module, self.text, args, kwargs)
+        self.held = held = host_objects.length_of(module, cache)
         if x is None:
             if hasattr(cache, ATTRIBUTE):
                 raise CacheError(
@@ -268,7 +268,7 @@ class Decoder:
         """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
         if self.muted or replaying() or torch.compiler.is_compiling():
             return
-        cache = hosts.cache_in(module, self.layers[layer], args, kwargs)
+        cache = host_objects.cache_in(module, self.layers[layer], args, kwargs)
         if cache is None:
             return
         call = self.call
@@ -276,7 +276,7 @@ class Decoder:
             call.cache = cache  # the text model made it
         if getattr(cache, "is_compileable", False):
             return  # of one fixed length, refused where something is cut; asking how full it is waits for a GPU
-        held = int(cache.get_seq_length(layer))
+        held = host_objects.length_of(module, cache, layer)
         if held != self.held or (call is not None and call.cache is not cache):
             raise hosts.changed(
                 self.lm(),
@@ -294,6 +294,7 @@ class Decoder:
         rotary = arguments.get(hosts.ROTARY, args, kwargs)
         if call.rows is not None and layer in self.points:
             check_hidden(module, call, hidden)
+            check_layer(module, arguments.called(args, kwargs), self.spec, hidden)
             hidden = self._cut_layer(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
         segment = None if call.stream is None else call.stream.segment(layer)
         if segment is None or segment.first == 0:
@@ -323,7 +324,7 @@ class Decoder:
         feature = call.rows.states.get(deepstack(layer))
         if feature is None:
             return None
-        return hosts.with_hidden(output, hosts.hidden_of(module, output) + feature)
+        return host_objects.with_hidden(output, host_objects.hidden_of(module, output) + feature)
 
     def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, rotary: Any, mask: Any) -> Tensor:
         """Methods at the end of the layer before and at the start of this one."""
@@ -389,7 +390,7 @@ class Decoder:
         if caught is None:
             return
         x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
-        y = hosts.hidden_of(module, output)
+        y = host_objects.hidden_of(module, output)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
 
@@ -406,7 +407,7 @@ class Decoder:
         if call is None or replaying():
             return None
         stream, rows = call.stream, call.rows
-        hidden = hosts.hidden_of(module, output)
+        hidden = host_objects.hidden_of(module, output)
         if stream is not None:
             end_call(call, stream, hidden.device)
             if call.cache is not None:
@@ -420,7 +421,7 @@ class Decoder:
                     module, f"it gave {hidden.shape[1]} columns back where {rows.length} went through its last layer"
                 )
             return None  # the host looked at the last tokens only
-        return hosts.with_hidden(output, rows.restore(hidden, call.columns))
+        return host_objects.with_hidden(output, rows.restore(hidden, call.columns))
 
 
 __all__ = ["BY_LENGTH", "BY_TEXT", "Call", "Decoder"]

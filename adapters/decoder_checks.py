@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CacheError, UnsupportedModel
 from ..stream import Stream
-from . import hosts
+from . import host_objects, hosts
 from .base import VLMSpec
 from .decoder_call import Call
 
@@ -101,18 +101,57 @@ def check_arguments(
         held: columns that the cache holds.
 
     Raises:
-        UnsupportedModel: a tensor `[B, S, ...]`, `[B, past + S]` or `[axes, B, S]` that nobody told us about.
+        UnsupportedModel: a tensor `[B, S, ...]`, `[B, past + S]`, `[axes, B, S]` or `[S]` that nobody told us about.
     """
     roles = [*KNOWN, *spec.gather, *(spec.deepstack or ()), *([] if spec.types is None else [spec.types])]
     known = {name for role in roles for name in role.names}
     for name, value in given.items():
-        if name in known or not isinstance(value, Tensor):
-            continue
-        shape = tuple(value.shape)
-        if shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns):
+        for part in _tensors(value) if name not in known else ():
+            shape = tuple(part.shape)
+            alike = shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns)
+            if alike or (shape == (columns,) and columns > 1):
+                family = f"family {core.config.model_type!r}, {hosts.library_of(core)}"
+                raise UnsupportedModel(
+                    f"the language model gets {name!r} {list(shape)}, one entry for each token, which this "
+                    f"compression does not know how to cut ({family})"
+                )
+
+
+def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """Tensors in an argument: itself, or what a container or an object holds."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, (str, torch.nn.Module, type)):
+        inside: Any = ()
+        if isinstance(value, Mapping):
+            inside = value.values()
+        elif isinstance(value, (list, tuple)):
+            inside = value
+        elif not isinstance(value, host_objects.cache_class()) and hasattr(value, "__dict__"):
+            inside = vars(value).values()
+        for part in inside:
+            yield from _tensors(part, depth - 1)
+
+
+def check_layer(module: Any, given: Mapping[str, Any], spec: VLMSpec, hidden: Tensor) -> None:
+    """The same for the arguments of a layer behind which, or at whose start, rows are cut.
+
+    Args:
+        module: the layer.
+        given: its arguments, by name.
+        spec: the family.
+        hidden: `[B, L, C]`, its input.
+
+    Raises:
+        UnsupportedModel: a tensor `[B, L, ...]` that nobody told us about.
+    """
+    roles = (hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, hosts.POSITIONS, *spec.layer_args)
+    known = {name for role in roles for name in role.names}
+    for name, value in given.items():
+        if name not in known and isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2]:
             raise UnsupportedModel(
-                f"the language model gets {name!r} {list(value.shape)}, one entry for each token, which this "
-                f"compression does not know how to cut (family {core.config.model_type!r})"
+                f"{type(module).__name__} of {hosts.library_of(module)} gets {name!r} {list(value.shape)}, one entry "
+                "for each token, which this compression does not know how to cut"
             )
 
 

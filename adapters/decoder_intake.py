@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attachment import Attachment, replaying, weak
 from ..errors import UnsupportedModel
 from ..rows import HELD, PAD, TEXT, Picture, Rows
-from . import hosts, shapes
+from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
 from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
@@ -69,7 +69,7 @@ class Intake:
         what stays: their tokens may be thrown away again.
         """
         wanted = self.asked.get(hosts.LOGITS, args, kwargs)
-        cached = hosts.cache_in(module, self.asked, args, kwargs) is not None
+        cached = host_objects.cache_in(module, self.asked, args, kwargs) is not None
         self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
 
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Intake:
 
         encoded = given(hosts.ENCODED) or {}
         features = {
-            code: hosts.features_in(module, encoded[name], self.spec.projects_late)
+            code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
             for code, name in ((IMAGE, hosts.IMAGE_KEY), (VIDEO, hosts.CLIP_KEY))
             if encoded.get(name) is not None
         }
@@ -159,7 +159,9 @@ class Intake:
         Raises:
             HostChanged: one came without the other; a compression would do nothing and say nothing.
         """
-        if incoming.codes is not None and not pictures and not held:
+        if held:  # a placeholder that was generated is text
+            return
+        if incoming.codes is not None and not pictures:
             raise hosts.changed(
                 module,
                 f"features of pictures came along, and none of the placeholders {self.ids} stands in the prompt",

@@ -231,7 +231,7 @@ def discover(model: Any) -> VLMSpec:
 def _holds_layers(inner: nn.Module, path: str) -> bool:
     try:
         return isinstance(getattr(child(inner, path), "layers", None), nn.ModuleList)
-    except AttributeError:
+    except UnsupportedModel:
         return False
 
 

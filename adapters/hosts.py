@@ -256,6 +256,18 @@ class Arguments:
         return {name: value for name, value in kwargs.items() if name not in names}
 
 
+def first_tensor(module: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor of a call: what a module of one input works on, whatever it is called.
+
+    Raises:
+        HostChanged: there is none.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise changed(module, "it was called without a tensor")
+
+
 def named(function: Callable[..., Any], values: Mapping[Role, Any]) -> dict[str, Any]:
     """Keyword arguments for a function of the host.
 
@@ -286,121 +298,3 @@ def named(function: Callable[..., Any], values: Mapping[Role, Any]) -> dict[str,
 @lru_cache(maxsize=64)
 def _names_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
-
-
-# ---------------------------------------------------------------------- caches
-def cache_class() -> type:
-    """The class of every key-value cache of transformers.
-
-    Raises:
-        UnsupportedModel: this version has none of that name.
-    """
-    import transformers
-
-    found = getattr(transformers, "Cache", None)
-    if not isinstance(found, type):
-        raise UnsupportedModel(
-            f"transformers {version_of('transformers')} has no class Cache, by which a cache is told from other "
-            "arguments; use a version of constraints.txt, or a newer vlmtok"
-        )
-    return found
-
-
-def cache_in(module: Host, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The cache of a call, known by its type whatever it is called, or None.
-
-    Args:
-        module: that is called.
-        arguments: of it, with `CACHE`.
-        args: of the call.
-        kwargs: of the call.
-
-    Raises:
-        HostChanged: two caches, or one under the cache's name that is none.
-    """
-    kind = cache_class()
-    found: Any = None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, kind) and value is not found:
-            if found is not None:
-                raise changed(module, f"a call brings two caches, {type(found).__name__} and {type(value).__name__}")
-            found = value
-    if found is None:
-        given = arguments.get(CACHE, args, kwargs)
-        if given is not None:
-            raise changed(module, f"the {CACHE} of a call is a {type(given).__name__}, which is no transformers.Cache")
-    return found
-
-
-# ---------------------------------------------------------------------- outputs
-def hidden_of(module: Host, output: Any, batch: int | None = None) -> Tensor:
-    """The hidden states `[B, L, C]` in what a layer, an attention or a model gives back.
-
-    Args:
-        module: that gave it.
-        output: a tensor, a tuple or list with hidden states first, or an output object.
-        batch: B, where it is known.
-
-    Raises:
-        HostChanged: none is found.
-    """
-    place = _place(output)
-    found = output if place is None else output[place]
-    if not isinstance(found, Tensor) or found.dim() < 3 or (batch is not None and found.shape[0] != batch):
-        raise changed(module, f"no {LAST_HIDDEN.what} [B, L, C] are found in its output {_described(output)}")
-    return found
-
-
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The output of `hidden_of` with other hidden states; output objects are changed in place, as hosts expect."""
-    place = _place(output)
-    if place is None:
-        return hidden
-    if isinstance(output, tuple):
-        items = (*output[:place], hidden, *output[place + 1 :])
-        return type(output)(*items) if hasattr(output, "_fields") else items
-    output[place] = hidden
-    return output
-
-
-def _place(output: Any) -> Any:
-    """Index or key of the hidden states, or None where the output is the tensor."""
-    if isinstance(output, (tuple, list)):
-        return next((i for i, value in enumerate(output) if isinstance(value, Tensor)), 0)
-    if isinstance(output, Mapping):
-        # A field of several layers' states has the old name of the last one's, so it counts as a tensor only.
-        named = (name for name in LAST_HIDDEN.names if isinstance(output.get(name), Tensor))
-        first = (name for name, value in output.items() if isinstance(value, Tensor) and value.dim() == 3)
-        return next(named, next(first, LAST_HIDDEN.names[0]))
-    return None
-
-
-def _described(output: Any) -> str:
-    if isinstance(output, Mapping):
-        return f"{type(output).__name__} with {', '.join(map(str, output))}"
-    if isinstance(output, (tuple, list)):
-        return f"{type(output).__name__} of {', '.join(type(value).__name__ for value in output)}"
-    return type(output).__name__
-
-
-def features_in(module: Host, encoded: Any, late: bool) -> Any:
-    """The features of each picture among what an encoder gave, or None where the projector runs later.
-
-    Args:
-        module: the inner model.
-        encoded: an output object of `get_image_features`, or what stands for it.
-        late: whether the family's projector runs later.
-
-    Raises:
-        HostChanged: they are not where they are expected.
-    """
-    if late:
-        return None
-    if isinstance(encoded, (list, tuple, Tensor)):
-        return encoded
-    if not isinstance(encoded, Mapping):
-        raise changed(module, f"encoded pictures come as {type(encoded).__name__}")
-    name = next((name for name in POOLED.names if encoded.get(name) is not None), None)
-    if name is None:
-        raise changed(module, f"encoded pictures have no {POOLED}; they are {_described(encoded)}")
-    return encoded[name]

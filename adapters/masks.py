@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModel
-from . import hosts
+from . import host_objects, hosts
 from .base import BlockRule
 from .hosts import Role
 
@@ -131,7 +131,7 @@ def check_mask(kind: str, rule: BlockRule | None) -> None:
 def _reaching(blocks: Tensor | None, cache: Any, layer: int, count: int) -> Tensor:
     """Block ids for every key that the mask indexes, padded with -1."""
     assert blocks is not None
-    length, offset = (blocks.shape[1], 0) if cache is None else cache.get_mask_sizes(count, layer)
+    length, offset = (blocks.shape[1], 0) if cache is None else host_objects.span_of(cache, cache, count, layer)
     missing = length + offset - blocks.shape[1]
     return torch.nn.functional.pad(blocks, (0, missing), value=-1) if missing > 0 else blocks
 

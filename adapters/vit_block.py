@@ -26,7 +26,7 @@ from ..method import StageLayout
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
-from . import hosts
+from . import host_objects, hosts
 from .base import TowerSpec, child
 from .hosts import Arguments
 from .vit_pass import LayerRecord, Pass, autocast_dtype, probe, same_forward
@@ -276,7 +276,7 @@ class Tower:
         again = replaying()
         run = self._trained if again else self._pass
         record = run.record(layer)
-        out = hosts.hidden_of(module, output)
+        out = host_objects.hidden_of(module, output)
         before = out
         if record.mid and record.merged is not None and record.full is not None:
             if record.branch is not None:
@@ -306,7 +306,7 @@ class Tower:
         record.branch = record.merged = record.full = None
         if out is before:
             return None
-        return hosts.with_hidden(output, out)
+        return host_objects.with_hidden(output, out)
 
     def _let_go(self, layer: int, record: LayerRecord) -> None:
         """Drops what was caught of the attention where nobody asks for it any more: memory that the MLP can use."""
