@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..attachment import Attachment, Entry, replaying, weak
+from ..attachment import Attachment, Entry, PerThread, replaying, weak
 from ..errors import CacheError, UnsupportedModel
 from ..ledger import StageRun
-from ..method import Site, StageLayout, layer_of
-from ..rows import Picture, Rows
+from ..method import StageLayout, layer_of
+from ..rows import Picture
 from ..signals import DECODER_SIGNALS
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
 from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
-from .decoder_call import BLOCKS, Call, deepstack, flat, top
+from .decoder_call import BLOCKS, Call, DecoderRun, deepstack, flat, top
 from .decoder_checks import check_arguments, check_call, check_hidden, check_layer, check_start, check_turn
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
@@ -42,11 +42,7 @@ class Decoder:
         intake: those on the inner model; they tell of the pictures.
         sites: lets methods act on the rows.
         segments: makes masks and position embeddings of what is left.
-        call: the forward that runs, or None.
-        held: columns that the cache of the running forward held before it.
-        muted: while a layer's modules are called for signals, out of turn.
-        last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them and the owners of the original columns behind each.
+        running: what each thread runs.
         tower_grid: rows and columns of patches of the tower's input, where they are known.
     """
 
@@ -68,11 +64,7 @@ class Decoder:
         # Hosts read the length of the cache from the first layer that keeps keys.
         self.probe = next((i for i, kind in enumerate(kinds) if kind not in RECURRENT), 0)
         self.owner = ticket()
-        self.call: Call | None = None
-        self.held = 0
-        self.muted = False
-        self.last_rows: Rows | None = None
-        self.steps: list[tuple[Site, Tensor]] = []
+        self.running = PerThread(DecoderRun)
         self.tower_grid = tower_grid
         self.projector = Projector(attachment, spec, tower)
         self.intake = Intake(attachment, spec, core, self.projector)
@@ -168,9 +160,10 @@ class Decoder:
 
         own_mask, own_positions = given(hosts.MASK), given(hosts.POSITIONS)
         incoming = self.intake.take(own_mask, own_positions)
-        self.call = None
+        running = self.running.mine()
+        running.call = None
         x, cache = given(hosts.EMBEDDINGS), host_objects.cache_in(module, self.text, args, kwargs)
-        self.held = held = host_objects.length_of(module, cache)
+        running.held = held = host_objects.length_of(module, cache)
         if x is None:
             if hasattr(cache, ATTRIBUTE):
                 raise CacheError(
@@ -209,7 +202,7 @@ class Decoder:
             stream = Stream(self.owner, batch, seen=held, segments={0: Segment(0, held)})
             if mask is not None:
                 stream.segments[0].valid = mask[:, :held].bool()
-        call = self.call = Call(cache, stream, None, columns, run, positions, width=columns)
+        call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
@@ -218,13 +211,13 @@ class Decoder:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
             call.rows = self.intake.rows(x, pictures, valid, low, call.blocks, incoming.lengths, incoming.drafts)
-            self.steps, self.last_rows = call.steps, None
+            running.steps, running.last_rows = call.steps, None
             if self.projector.packing is not None:
                 self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)
             call.top = top(call.rows)
             changes = self.intake.own(call.rows, x, given)
             x = self.sites.boundary(call, x)
-            self.last_rows = call.rows if self.attachment.trace else None
+            running.last_rows = call.rows if self.attachment.trace else None
             call.width = x.shape[1]
             call.added[0] = (x.shape[1], call.rows.valid, call.rows.states.get(BLOCKS))
         elif stream is not None:
@@ -266,28 +259,30 @@ class Decoder:
     # ------------------------------------------------------------------ layers
     def watch(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
-        if self.muted or replaying() or torch.compiler.is_compiling():
+        running = self.running.mine()
+        if running.muted or replaying() or torch.compiler.is_compiling():
             return
         cache = host_objects.cache_in(module, self.layers[layer], args, kwargs)
         if cache is None:
             return
-        call = self.call
+        call = running.call
         if call is not None and call.cache is None:
             call.cache = cache  # the text model made it
         if getattr(cache, "is_compileable", False):
             return  # of one fixed length, refused where something is cut; asking how full it is waits for a GPU
         held = host_objects.length_of(module, cache, layer)
-        if held != self.held or (call is not None and call.cache is not cache):
+        if held != running.held or (call is not None and call.cache is not cache):
             raise hosts.changed(
                 self.lm(),
                 f"its layer {layer} works on a cache of {held} columns, and the one that was seen in the call of "
-                f"the text model holds {self.held}",
+                f"the text model holds {running.held}",
             )
 
     def layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Layer pre-hook: cuts where a method stands, and gives later layers what fits their rows."""
-        call = self.call
-        if call is None or self.muted or replaying():
+        running = self.running.mine()
+        call = running.call
+        if call is None or running.muted or replaying():
             return None
         arguments = self.layers[layer]
         hidden = arguments.get(hosts.HIDDEN, args, kwargs)
@@ -318,8 +313,9 @@ class Decoder:
 
     def stack(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Layer hook: adds the tower's features of this depth, as the host would."""
-        call = self.call
-        if call is None or call.rows is None or self.muted or replaying():
+        running = self.running.mine()
+        call = running.call
+        if call is None or call.rows is None or running.muted or replaying():
             return None
         feature = call.rows.states.get(deepstack(layer))
         if feature is None:
@@ -396,14 +392,16 @@ class Decoder:
 
     def _catch(self, layer: int) -> dict[str, Any] | None:
         """Where taps of this layer go, while a prefill with pictures runs."""
-        if self.call is None or self.call.rows is None or self.muted or replaying():
+        running = self.running.mine()
+        if running.call is None or running.call.rows is None or running.muted or replaying():
             return None
-        return self.call.taps.setdefault(layer, {})
+        return running.call.taps.setdefault(layer, {})
 
     # ------------------------------------------------------------------ after the text model
     def finish(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Text-model hook: files the past with the cache, gives rows back at their original length."""
-        call, self.call = self.call, None
+        running = self.running.mine()
+        call, running.call = running.call, None
         if call is None or replaying():
             return None
         stream, rows = call.stream, call.rows

@@ -36,6 +36,7 @@ class Incoming:
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
         drafts: last columns that hold drafts of speculative decoding.
         ids: int64 `[B, S]`, token ids of a call without features, or None.
+        made: bool `[]`, whether features that came along are those of this thread's last encoding, or None.
     """
 
     codes: Tensor | None
@@ -46,6 +47,7 @@ class Incoming:
     encoded: dict[int, int] = field(default_factory=dict)
     drafts: int = 0
     ids: Tensor | None = None
+    made: Tensor | None = None
 
 
 @dataclass
@@ -111,6 +113,25 @@ class Call:
     top: Tensor | None = None
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
+    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class DecoderRun:
+    """What a thread runs in a language model.
+
+    Attributes:
+        call: the forward that runs, or None.
+        held: columns that its cache held before it.
+        muted: while a layer's modules are called for signals, out of turn.
+        last_rows: of the last prefill with pictures; kept only for traces, and
+        steps: the sites that cut them and the owners of the original columns behind each.
+    """
+
+    call: Call | None = None
+    held: int = 0
+    muted: bool = False
+    last_rows: Rows | None = None
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
 
 

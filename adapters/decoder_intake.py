@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, replaying, weak
-from ..errors import UnsupportedModel
+from ..attachment import Attachment, PerThread, replaying, weak
+from ..errors import CacheError, UnsupportedModel
 from ..rows import HELD, PAD, TEXT, Picture, Rows
 from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
@@ -22,6 +23,21 @@ from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
 from .hosts import Arguments, Role
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
+
+
+@dataclass
+class IntakeRun:
+    """What a thread's call brought so far.
+
+    Attributes:
+        shapes: of pictures and of clips, as the tower was told.
+        incoming: what the inner model was called with, until the text model takes it.
+        drafts: last columns that hold drafts of speculative decoding.
+    """
+
+    shapes: deque[Tensor] = field(default_factory=lambda: deque(maxlen=2))
+    incoming: Incoming | None = None
+    drafts: int = 0
 
 
 class Intake:
@@ -45,9 +61,7 @@ class Intake:
         self.arguments = Arguments(core, required, also)
         self.ids = placeholders(core, spec)
         self.told = dict(zip((IMAGE, VIDEO), spec.told))
-        self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
-        self.incoming: Incoming | None = None
-        self.drafts = 0
+        self.running = PerThread(IntakeRun)
 
     def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
@@ -70,7 +84,7 @@ class Intake:
         """
         wanted = self.asked.get(hosts.LOGITS, args, kwargs)
         cached = host_objects.cache_in(module, self.asked, args, kwargs) is not None
-        self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
+        self.running.mine().drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
 
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
@@ -78,6 +92,7 @@ class Intake:
         def given(role: Role) -> Any:
             return self.arguments.get(role, args, kwargs)
 
+        running = self.running.mine()
         encoded = given(hosts.ENCODED) or {}
         features = {
             code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
@@ -92,7 +107,7 @@ class Intake:
             codes = self._codes(module, ids, given(hosts.EMBEDDINGS), types)
         lengths: dict[int, list[int]] | None
         if pixels:
-            self.shapes.clear()  # the tower is about to be called
+            running.shapes.clear()  # the tower is about to be called
             packing = self.projector.packing
             if packing is None:
                 lengths = shapes.lengths(self.told, given, module.config)
@@ -102,15 +117,17 @@ class Intake:
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
         placed = given(hosts.POSITIONS) is not None
-        drafts, self.drafts = self.drafts, 0
+        drafts, running.drafts = running.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
-        self.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
+        running.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
         if codes is None:
-            self.incoming.ids = ids
+            running.incoming.ids = ids
+        elif not pixels and features.get(IMAGE) is not None:
+            running.incoming.made = self.projector.made(features[IMAGE])
 
     def leave(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Core hook, after an exception too: what a call came with is gone with it."""
-        self.incoming = None
+        self.running.mine().incoming = None
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
@@ -118,7 +135,7 @@ class Intake:
         assert role is not None
         value = self.tower_arguments.get(role, args, kwargs)
         if value is not None and not replaying():
-            self.shapes.append(shapes.read(role, value, self.core().config))
+            self.running.mine().shapes.append(shapes.read(role, value, self.core().config))
 
     def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
         """What each column is, int8 `[B, S]`."""
@@ -143,7 +160,8 @@ class Intake:
     # ------------------------------------------------------------------ for the text model
     def take(self, mask: Any, positions: Any) -> Incoming:
         """What this call came with; where the text model was called alone, its own arguments tell."""
-        incoming, self.incoming = self.incoming, None
+        running = self.running.mine()
+        incoming, running.incoming = running.incoming, None
         return Incoming(None, mask, None, None, positions is not None) if incoming is None else incoming
 
     def check_features(self, module: Any, incoming: Incoming, pictures: list[Picture], columns: int, held: int) -> None:
@@ -192,7 +210,15 @@ class Intake:
         assert codes is not None
         valid = None if mask is None else mask[:, -columns:].bool()
         both = codes if valid is None else torch.stack([codes, valid.to(torch.int8)])
-        host = both.cpu().tolist()
+        made = torch.ones((), device=codes.device) if incoming.made is None else incoming.made
+        read = torch.cat([both.flatten(), made.to(both)[None]]).cpu()
+        if not read[-1]:
+            raise CacheError(
+                "the features in this prompt are not those that the tower made last in this thread: features of an "
+                "earlier call, of the bare model or of another thread, and parts of a picture (a prefill in chunks that "
+                "splits it), cannot be combined with cuts or signals of the tower; encode and ask in one call"
+            )
+        host = read[:-1].view(both.shape).tolist()
         seen, real = (host, None) if valid is None else host
         if real is not None and all(map(all, real)):
             valid = real = None
@@ -245,7 +271,7 @@ class Intake:
         look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
         part = PARTS[self.spec.parts](look)
         if self.spec.shapes is not None:
-            shapes.measure(pictures, [call.tolist() for call in self.shapes])
+            shapes.measure(pictures, [call.tolist() for call in self.running.mine().shapes])
         place = torch.arange(columns, device=x.device).expand(batch, columns)
         rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
         if blocks is not None:

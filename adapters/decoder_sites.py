@@ -60,7 +60,7 @@ class Sites:
         rows = call.rows
         assert rows is not None and call.run is not None
         before = x
-        handover = self.projector.handover
+        handover = self.projector.running.mine().handover
         if handover is not None:
             x = self._hand_over(call, handover, x)
         rows.enter()

@@ -320,8 +320,8 @@ class Watch:
         """
         if not self.begun:
             raise PassError(
-                f"{self.stage} block {layer} ran without block 0 before it in this thread; a pass of a compressed model "
-                "starts at block 0 and stays in its thread"
+                f"{self.stage} block {layer} ran without block 0 before it in this thread; a pass of a compressed "
+                "model starts at block 0 and stays in its thread"
             )
         if layer <= self.at:
             raise PassError(
