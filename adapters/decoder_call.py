@@ -30,7 +30,7 @@ class Incoming:
     Attributes:
         codes: int8 `[B, S]`, what each column is (see `spans`), or None where the call brings no features.
         mask: `[B, past + S]`, or what else came as a mask.
-        types: int `[B, past + S or S]`, type ids, or None.
+        types: int `[B, S]`, type ids, or None.
         lengths: by code, what the encoder's outputs told, or None.
         encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.

@@ -100,11 +100,11 @@ class Intake:
             if encoded.get(name) is not None
         }
         pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
-        types = None if self.spec.types is None else given(self.spec.types)
-        ids, mask = given(hosts.IDS), given(hosts.MASK)
+        ids, mask, x = given(hosts.IDS), given(hosts.MASK), given(hosts.EMBEDDINGS)
+        types = None if self.spec.types is None else _aligned(given(self.spec.types), x if ids is None else ids, mask)
         codes = None
         if features or pixels:
-            codes = self._codes(module, ids, given(hosts.EMBEDDINGS), types)
+            codes = self._codes(module, ids, x, types)
         lengths: dict[int, list[int]] | None
         if pixels:
             running.shapes.clear()  # the tower is about to be called
@@ -153,7 +153,7 @@ class Intake:
             if number is not None:
                 codes = torch.where(ids == number, code, codes)
         if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
-            clip = (types[:, -ids.shape[1] :] == 2) & (codes > 0)
+            clip = (types == 2) & (codes > 0)
             codes = torch.where(clip, VIDEO, codes)
         return codes.to(torch.int8)
 
@@ -215,8 +215,8 @@ class Intake:
         if not read[-1]:
             raise CacheError(
                 "the features in this prompt are not those that the tower made last in this thread: features of an "
-                "earlier call, of the bare model or of another thread, and parts of a picture (a prefill in chunks that "
-                "splits it), cannot be combined with cuts or signals of the tower; encode and ask in one call"
+                "earlier call, of the bare model or of another thread, and parts of a picture (a prefill in chunks), "
+                "cannot be combined with cuts or signals of the tower; encode and ask in one call"
             )
         host = read[:-1].view(both.shape).tolist()
         seen, real = (host, None) if valid is None else host
@@ -307,6 +307,18 @@ class Intake:
                 visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
             )
         return {where: None, what: None}
+
+
+def _aligned(types: Tensor | None, columns: Tensor | None, mask: Any) -> Tensor | None:
+    """Type ids of the new columns, int `[B, S]`: callers may give those of the past too, or leave out drafts (text)."""
+    if types is None or columns is None:
+        return types
+    count = columns.shape[1]
+    whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else count
+    missing = max(whole, count) - types.shape[1]
+    if types.shape[1] != count and missing > 0:
+        types = torch.nn.functional.pad(types, (0, missing))
+    return types[:, -count:]
 
 
 def placeholders(core: Any, spec: VLMSpec) -> list[int | None]:
