@@ -24,7 +24,7 @@ from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
 from .decoder_call import BLOCKS, Call, DecoderRun, deepstack, flat, top
-from .decoder_checks import check_arguments, check_call, check_hidden, check_layer, check_start, check_turn
+from .decoder_checks import check_call, check_hidden, check_layer, check_start, check_turn, packed, unknown_argument
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
 from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
@@ -143,7 +143,7 @@ class Decoder:
         """Looks up what the text model, and its layers from `first` on, call their arguments."""
         of_tokens = [*self.spec.gather, *(self.spec.deepstack or ())]
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
-        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS])
+        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS, hosts.CACHING])
         self.layers = {self.probe: Arguments(lm.layers[self.probe], [hosts.CACHE])}
         for layer in range(first, self.depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *self.spec.layer_args]
@@ -180,6 +180,7 @@ class Decoder:
             check_call(incoming.mask, cache)
             pictures, valid = self.intake.pictures(incoming, columns)
         self.intake.check_features(self.core(), incoming, pictures, columns, held)
+        pictures = [picture for picture in pictures if picture.n]  # one that the mask hides is padding
         if not pictures and stream is None:
             self._book(batch, columns, held, cache, None, [])
             return None
@@ -187,7 +188,6 @@ class Decoder:
         check_call(mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
-        check_arguments(self.text.called(args, kwargs), self.spec, self.core(), batch, columns, held)
         positions = own_positions if stream is None or incoming.placed else None
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
@@ -203,6 +203,13 @@ class Decoder:
             if mask is not None:
                 stream.segments[0].valid = mask[:, :held].bool()
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
+        call.refusal = unknown_argument(
+            self.text.called(args, kwargs), self.text.names, self.spec, self.core(), batch, columns, held
+        )
+        if call.refusal is None and incoming.placed and own_positions is not None:
+            caching = given(hosts.CACHING)
+            caching = getattr(module.config, "use_cache", True) if caching is None else caching
+            call.refusal = packed(own_positions, mask, cache, bool(caching))
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
@@ -289,7 +296,7 @@ class Decoder:
         rotary = arguments.get(hosts.ROTARY, args, kwargs)
         if call.rows is not None and layer in self.points:
             check_hidden(module, call, hidden)
-            check_layer(module, arguments.called(args, kwargs), self.spec, hidden)
+            check_layer(module, arguments.called(args, kwargs), arguments.names, self.spec, hidden)
             hidden = self._cut_layer(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
         segment = None if call.stream is None else call.stream.segment(layer)
         if segment is None or segment.first == 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedModel
 from ..ledger import StageRun
 from ..method import Site
 from ..rows import Rows
@@ -92,6 +93,7 @@ class Call:
         lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         shifts: the same by segment, as it held there.
         steps: sites that cut and the owners of the original columns behind each; kept only for traces.
+        refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """
 
     cache: Any
@@ -114,6 +116,16 @@ class Call:
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    refusal: str | None = None
+
+    def check_cut(self) -> None:
+        """Before rows are cut.
+
+        Raises:
+            UnsupportedModel: the call has something that a cut cannot follow.
+        """
+        if self.refusal is not None:
+            raise UnsupportedModel(self.refusal)
 
 
 @dataclass

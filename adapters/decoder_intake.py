@@ -235,7 +235,27 @@ class Intake:
             picture.text_after_last = sum(text[picture.columns[-1] :])
             picture.n = len(picture.columns)
         self.projector.number(pictures)
+        if real is not None:
+            self._hide(pictures, real)
         return pictures, valid
+
+    def _hide(self, pictures: list[Picture], real: list[list[int]]) -> None:
+        """Placeholders that the mask hides are padding.
+
+        Raises:
+            CacheError: what the tower left of such a picture, or its signals, are on their way.
+        """
+        for picture in pictures:
+            picture.hidden = [not real[picture.row][column] for column in picture.columns]
+            if not any(picture.hidden):
+                continue
+            if self.projector.waits():
+                raise CacheError(
+                    f"the attention mask hides {sum(picture.hidden)} of the {len(picture.columns)} tokens of picture "
+                    f"{picture.index} in row {picture.row}, which cannot be combined with methods that cut in the "
+                    "tower or read its signals; leave the mask open there, or use methods of the language model alone"
+                )
+            picture.n = len(picture.columns) - sum(picture.hidden)
 
     def rows(
         self,
@@ -272,6 +292,8 @@ class Intake:
         part = PARTS[self.spec.parts](look)
         if self.spec.shapes is not None:
             shapes.measure(pictures, [call.tolist() for call in self.running.mine().shapes])
+        for picture in pictures:
+            picture.show()
         place = torch.arange(columns, device=x.device).expand(batch, columns)
         rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
         if blocks is not None:

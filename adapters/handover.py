@@ -170,6 +170,16 @@ class Projector:
         running.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried, probe)
         return None if whole is output else whole
 
+    def waits(self) -> bool:
+        """Whether something of the tower waits for the placeholders of this thread's prompt."""
+        if self.packing is not None:
+            return any(call.signals for call in self.packing.calls)
+        handover = self.running.mine().handover
+        if handover is None:
+            return False
+        cut = handover.slots < handover.entered or handover.valid is not None
+        return cut or bool(handover.carried) or handover.size is not None
+
     def made(self, features: Any) -> Tensor | None:
         """Whether features are those that the last call in this thread gave, bool `[]`; None where it does not matter.
 

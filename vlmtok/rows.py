@@ -37,6 +37,7 @@ class Picture:
         text_after_last: text columns behind its last token.
         n: tokens it has now; None while only the device knows.
         entered: tokens it had when it entered the stage.
+        hidden: for each of its tokens, whether the attention mask hides it; empty while none is.
     """
 
     row: int
@@ -50,6 +51,16 @@ class Picture:
     text_after_last: int = 0
     n: int | None = None
     entered: int = 0
+    hidden: list[bool] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Lets go of tokens that the mask hides: they are padding, and what is left is no grid."""
+        if not any(self.hidden):
+            return
+        before = [sum(not gone for gone in self.hidden[:start]) for start in self.runs]
+        self.columns = [column for column, gone in zip(self.columns, self.hidden) if not gone]
+        self.runs = sorted({start for start in before if start < len(self.columns)})
+        self.grid, self.hidden = None, []
 
 
 @dataclass(eq=False)
