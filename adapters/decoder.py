@@ -117,11 +117,12 @@ class Decoder:
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
         put(lm.layers[self.probe], "pre", self.watch, self.probe)
+        if self.spec.deepstack is not None:
+            for layer in range(1, self.depth):
+                put(lm.layers[layer], "pre", self.stack, layer)
+            put(lm.layers[-1], "post", self.stack_last, self.depth)
         for layer in range(first, self.depth):
             put(lm.layers[layer], "pre", self.layer, layer)
-        if self.spec.deepstack is not None:
-            for layer in range(self.depth):
-                put(lm.layers[layer], "post", self.stack, layer)
         for cut, entries in self.points.items():
             needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
             if not needs & set(DECODER_SIGNALS):
@@ -145,6 +146,8 @@ class Decoder:
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
         self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS, hosts.CACHING])
         self.layers = {self.probe: Arguments(lm.layers[self.probe], [hosts.CACHE])}
+        for layer in range(1, self.depth if self.spec.deepstack is not None else 1):
+            self.layers[layer] = Arguments(lm.layers[layer], [hosts.HIDDEN], [hosts.CACHE])
         for layer in range(first, self.depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *self.spec.layer_args]
             self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.POSITIONS])
@@ -226,6 +229,7 @@ class Decoder:
             x = self.sites.boundary(call, x)
             running.last_rows = call.rows if self.attachment.trace else None
             call.width = x.shape[1]
+            call.places = [(0, call.rows.snapshot())]
             call.added[0] = (x.shape[1], call.rows.valid, call.rows.states.get(BLOCKS))
         elif stream is not None:
             padded = mask is not None and (columns > 1 or stream.segments[0].valid is not None)
@@ -318,16 +322,27 @@ class Decoder:
                 changes[role] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
         return arguments.put(args, kwargs, changes)
 
-    def stack(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Layer hook: adds the tower's features of this depth, as the host would."""
-        running = self.running.mine()
-        call = running.call
-        if call is None or call.rows is None or running.muted or replaying():
+    def stack(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Layer pre-hook: adds the tower's features of the layer before, as the host would between the two."""
+        feature = self._stacked(layer - 1)
+        if feature is None:
             return None
-        feature = call.rows.states.get(deepstack(layer))
+        arguments = self.layers[layer]
+        return arguments.put(args, kwargs, {hosts.HIDDEN: arguments.get(hosts.HIDDEN, args, kwargs) + feature})
+
+    def stack_last(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The same behind the last layer, which no other follows."""
+        feature = self._stacked(layer - 1)
         if feature is None:
             return None
         return host_objects.with_hidden(output, host_objects.hidden_of(module, output) + feature)
+
+    def _stacked(self, layer: int) -> Tensor | None:
+        """The tower's features behind a layer, `[B, L, C]`, while a prefill with pictures runs."""
+        running = self.running.mine()
+        if running.call is None or running.call.rows is None or running.muted or replaying():
+            return None
+        return running.call.rows.states.get(deepstack(layer))
 
     def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, rotary: Any, mask: Any) -> Tensor:
         """Methods at the end of the layer before and at the start of this one."""
@@ -364,6 +379,7 @@ class Decoder:
         for first, later in call.stream.segments.items():
             later.turned = later.turned or (first > layer and past.turned)
         begin_segment(call, past, hidden)
+        call.places.append((layer, rows.snapshot()))
         return hidden
 
     # ------------------------------------------------------------------ taps
@@ -426,7 +442,22 @@ class Decoder:
                     module, f"it gave {hidden.shape[1]} columns back where {rows.length} went through its last layer"
                 )
             return None  # the host looked at the last tokens only
+        self._restore_recorded(call, output)
         return host_objects.with_hidden(output, rows.restore(hidden, call.columns))
+
+    def _restore_recorded(self, call: Call, output: Any) -> None:
+        """Hidden states that the host recorded get the columns of the prompt, each from those of its layer."""
+        recorded = host_objects.recorded_states(output)
+        if recorded is None:
+            return
+        made = []
+        for index, states in enumerate(recorded):  # the input of layer 0, then what each layer gave
+            shot = [shot for first, shot in call.places if first <= max(index - 1, 0)][-1]
+            if index == len(recorded) - 1:  # the last one stands behind the final norm
+                shot = call.places[-1][1]
+            fits = states is not None and states.shape[1] == shot.length
+            made.append(shot.restore(states, call.columns) if fits else states)
+        host_objects.set_recorded_states(output, tuple(made))
 
 
 __all__ = ["BY_LENGTH", "BY_TEXT", "Call", "Decoder"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UnsupportedModel
 from ..ledger import StageRun
 from ..method import Site
-from ..rows import Rows
+from ..rows import Rows, Snapshot
 from ..stream import Stream
 
 HOST = -1
@@ -93,6 +93,7 @@ class Call:
         lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         shifts: the same by segment, as it held there.
         steps: sites that cut and the owners of the original columns behind each; kept only for traces.
+        places: (first layer, where its columns stood) of each run of layers that see the same rows.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """
 
@@ -116,6 +117,7 @@ class Call:
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    places: list[tuple[int, Snapshot]] = field(default_factory=list)
     refusal: str | None = None
 
     def check_cut(self) -> None:

@@ -91,6 +91,7 @@ MAY_SKIP = Role("leave to make no mask", ("allow_is_causal_skip",))
 
 # Fields of outputs.
 LAST_HIDDEN = Role("last hidden states", ("last_hidden_state", "hidden_states"))
+RECORDED = Role("hidden states of every layer", ("hidden_states",))
 POOLED = Role("features of each picture", ("pooler_output",))
 
 IMAGE_KEY, CLIP_KEY = "image", "video"

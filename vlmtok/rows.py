@@ -107,6 +107,41 @@ class Moved:
     dropped: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Where the columns of some rows stood in the prompt.
+
+    Attributes:
+        length: L.
+        place: int64 `[B, L]`, original column of each column.
+        valid: bool `[B, L]`, or None where no row is padded.
+    """
+
+    length: int
+    place: Tensor
+    valid: Tensor | None
+
+    def restore(self, hidden: Tensor, columns: int) -> Tensor:
+        """Puts rows back to their original length; a dropped column repeats the last one kept before it.
+
+        So the prediction of the token behind a picture stays the one that the shortened row makes.
+
+        Args:
+            hidden: `[B, L, C]`.
+            columns: S, the original length.
+
+        Returns:
+            `[B, S, C]`.
+        """
+        rank = torch.arange(self.length, device=hidden.device).expand_as(self.place)
+        target = self.place if self.valid is None else torch.where(self.valid, self.place, columns)
+        table = torch.full((self.place.shape[0], columns + 1), -1, device=hidden.device).scatter(1, target, rank)
+        latest = table[:, :columns].cummax(1).values
+        first = 0 if self.valid is None else self.valid.to(torch.int64).argmax(1, keepdim=True)
+        latest = torch.where(latest < 0, first, latest)
+        return hidden.gather(1, latest.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
 @dataclass(eq=False)
 class Rows:
     """The rows as they are now.
@@ -424,25 +459,13 @@ class Rows:
         self.lengths = [n - count for n in self.lengths]
         self.length = end
 
+    def snapshot(self) -> Snapshot:
+        """Where the columns stand now."""
+        return Snapshot(self.length, self.place, self.valid)
+
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
-        """Puts rows back to their original length; a dropped column repeats the last one kept before it.
-
-        So the prediction of the token behind a picture stays the one that the shortened row makes.
-
-        Args:
-            hidden: `[B, L, C]`.
-            columns: S, the original length.
-
-        Returns:
-            `[B, S, C]`.
-        """
-        rank = torch.arange(self.length, device=hidden.device).expand_as(self.place)
-        target = self.place if self.valid is None else torch.where(self.valid, self.place, columns)
-        table = torch.full((self.batch, columns + 1), -1, device=hidden.device).scatter(1, target, rank)
-        latest = table[:, :columns].cummax(1).values
-        first = 0 if self.valid is None else self.valid.to(torch.int64).argmax(1, keepdim=True)
-        latest = torch.where(latest < 0, first, latest)
-        return hidden.gather(1, latest.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        """`Snapshot.restore` of the rows as they are."""
+        return self.snapshot().restore(hidden, columns)
 
 
 def _real_first(valid: Tensor) -> Tensor:
