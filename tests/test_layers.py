@@ -29,7 +29,9 @@ def modules(folder: Path, skip: frozenset[str] | set[str] = frozenset()) -> list
     return found
 
 
-INSIDE = [path for path in modules(PACKAGE, OUTSIDE) if ADAPTERS not in path.parents]
+BUILDERS = PACKAGE / "tiny"
+"""Builds models of the libraries, so it imports them when it does."""
+INSIDE = [path for path in modules(PACKAGE, OUTSIDE) if not {ADAPTERS, BUILDERS} & set(path.parents)]
 
 
 def named(path: Path) -> str:
@@ -67,6 +69,16 @@ def test_methods_kernels_and_core_import_no_host(path):
     assert not {name for name in imported if name.split(".")[0] in HOSTS}
     loaders = {"import_module", "__import__"} & set(words)
     assert not loaders or not {word for word in words if word.split(".")[0] in HOSTS}
+
+
+@pytest.mark.parametrize("path", [*modules(BUILDERS), *modules(PACKAGE / "doctor")], ids=named)
+def test_tiny_models_import_a_host_when_they_are_built(path):
+    """Inside functions, never with the module."""
+    imported = code_of(path)[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import) and node.names[0].name in HOSTS]
+    assert not {name for name in imported if name.split(".")[0] in HOSTS and "." in name}
 
 
 PURE = [path for path in INSIDE if path.parent.name in ("pruners", "mergers", "kernels")]
