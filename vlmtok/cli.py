@@ -569,7 +569,13 @@ def doctor(
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every tower and family.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Test this checkpoint instead: as for vlmtok run, tiny-llava too.", show_default=False),
+    ] = None,
+    adapter: Adapter = None,
     device: Annotated[str, typer.Option(help="cpu, auto, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the checkpoint: float32, bfloat16 or float16.")] = "float32",
     as_json: Json = False,
 ) -> None:
     """Test vlmtok against the libraries installed here, on tiny random models; exit code 1 if something is broken."""
@@ -577,7 +583,9 @@ def doctor(
         progress("starting", 0, 0)
         from . import doctor as clinic
 
-        report = clinic.examine(family or (), everything, device=device, progress=progress)
+        report = clinic.examine(
+            family or (), everything, model=model, adapter=adapter, device=device, dtype=dtype, progress=progress
+        )
     if as_json:
         _print_json(report.to_dict())
     else:

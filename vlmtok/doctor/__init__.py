@@ -7,29 +7,32 @@ cache what it says without. ``vlmtok doctor`` prints the answers; an issue repor
     report = vlmtok.doctor.examine()                       # a quick choice of rows
     report = vlmtok.doctor.examine(["gemma3", "timm"])     # a family, all towers of a library
     report.ok, report.rows, report.to_dict()
+    row = vlmtok.doctor.examine_model(model, inputs)       # a loaded model, with what its processor makes of a prompt
 """
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from ..bench import Progress
-from ..loading import pick_device
+from ..errors import ParameterError
+from ..loading import load, pick_device
 from . import environment
 from .facts import BROKEN, OK, REFUSED, Fact, Row
+from .own import examine_loaded, examine_model
 from .report import Report
-from .rows import QUICK, cases, chosen, one_thread
+from .rows import QUICK, cases, chosen, hushed, one_thread
 
 
 def examine(
     names: Iterable[str] = (),
     everything: bool = False,
     *,
+    model: str | None = None,
+    adapter: str | None = None,
     device: str = "cpu",
+    dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Report:
     """Runs the self-test.
@@ -37,7 +40,11 @@ def examine(
     Args:
         names: rows (families as in ``config.model_type``, towers) or libraries; by default a choice of all kinds.
         everything: all rows.
+        model: a checkpoint, as for `vlmtok.loading.load`; it is tested with a picture of the package, and no other row
+            is, unless asked for.
+        adapter: of the checkpoint, as for `vlmtok.compress`.
         device: ``cpu``, ``auto`` or a torch device.
+        dtype: of the checkpoint; in half precision only large differences can be told from rounding.
         progress: told what is being done.
 
     Returns:
@@ -45,22 +52,27 @@ def examine(
 
     Raises:
         ParameterError: there is no such row, or names and `everything` are both given.
-        LoadError: torch has no such device here.
+        LoadError: torch has no such device here, or the checkpoint cannot be loaded.
     """
-    from ..errors import ParameterError
-
     names = list(names)
     if names and everything:
-        raise ParameterError("a choice of families, or all of them: not both")
+        raise ParameterError("--family and --all: one of them")
+    if adapter is not None and model is None:
+        raise ParameterError(f"adapter {adapter!r} is of a checkpoint, and none is given")
     begin = time.perf_counter()
     where = pick_device(device)
-    asked = chosen(names, everything)
+    asked = chosen(names, everything) if names or everything or model is None else []
     rows = []
-    with _hushed(), one_thread():
-        for number, case in enumerate(asked):
-            if progress is not None:
-                progress(f"examining {case.name}", number, len(asked))
-            rows.append(case.run(where))
+    with hushed():
+        if model is not None:
+            _tell(progress, f"loading {model}", 0, 0)
+            loaded = load(model, device=str(where), dtype=dtype)
+            _tell(progress, f"examining {model}", 0, 0)
+            rows.append(examine_loaded(loaded, adapter))
+        with one_thread():
+            for number, case in enumerate(asked):
+                _tell(progress, f"examining {case.name}", number, len(asked))
+                rows.append(case.run(where))
     return Report(
         environment.versions(),
         environment.machine(where),
@@ -70,17 +82,9 @@ def examine(
     )
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Context without warnings and log lines: what matters is in the rows."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
+    if progress is not None:
+        progress(what, done, steps)
 
 
-__all__ = ["BROKEN", "OK", "QUICK", "REFUSED", "Fact", "Report", "Row", "cases", "examine"]
+__all__ = ["BROKEN", "OK", "QUICK", "REFUSED", "Fact", "Report", "Row", "cases", "examine", "examine_model"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,32 @@ def first_line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
 
 
+def place_of(problem: BaseException) -> str:
+    """File and line where an exception was raised, as far as a report needs them; nothing for errors of ours."""
+    trace = problem.__traceback__
+    if trace is None or isinstance(problem, VlmtokError):
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    parts = trace.tb_frame.f_code.co_filename.replace("\\", "/").split("/")
+    return f" ({'/'.join(parts[-3:])}:{trace.tb_lineno})"
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Context in which whatever is raised says where it was.
+
+    Raises:
+        Broken: something was raised.
+    """
+    try:
+        yield
+    except (Refused, Broken):
+        raise
+    except Exception as problem:
+        raise Broken(f"{where}: {first_line(problem)}{place_of(problem)}") from problem
+
+
 def settle(name: str, check: Callable[[], float | None]) -> Fact:
     """Runs a check; whatever it raises becomes the fact.
 
@@ -146,7 +173,7 @@ def settle(name: str, check: Callable[[], float | None]) -> Fact:
     except VlmtokError as problem:  # the row is one that an adapter says it carries
         return Fact(name, BROKEN, f"vlmtok refuses what it should carry: {first_line(problem)}")
     except Exception as problem:  # of host, library or ours: that is what is looked for
-        return Fact(name, BROKEN, first_line(problem))
+        return Fact(name, BROKEN, first_line(problem) + place_of(problem))
 
 
 # ---------------------------------------------------------------------- comparing

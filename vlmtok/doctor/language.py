@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..compression import compress
 from ..method import Layout, Site
-from .facts import OK, Broken, Fact, Refused, allowed, check_close, check_cut, check_equal, difference, settle
+from .facts import OK, Broken, Fact, Refused, allowed, check_close, check_cut, check_equal, difference, settle, told
 from .probes import Fixed, Nothing, cut_sites, some
 from .replay import Stay, TextModel, blocks_of, cut_tower
 
@@ -133,7 +133,7 @@ class Language:
     def cut(self, name: str) -> float:
         """A cut leaves what the oracle says."""
         site = self._site(name)
-        with compress(self.model, Fixed(site), adapter=self.adapter):
+        with told("with the cut"), compress(self.model, Fixed(site), adapter=self.adapter):
             found = self.forward(self.batch)
         apart = 0.0
         for row in range(len(self.rows)):
@@ -150,16 +150,22 @@ class Language:
         return max(self._decode("input"), self._decode("input", "layer"))
 
     def _decode(self, *names: str) -> float:
+        """The same with cuts of these names."""
         methods = [Fixed(self._site(name)) for name in names]
+        where = " and ".join(names)
         with compress(self.model, methods, adapter=self.adapter):
-            cached, plain = self.generate(), self.generate(cached=False)
+            with told(f"without a cache, cut at {where}"):
+                plain = self.generate(cached=False)
+            with told(f"with a cache, cut at {where}"):
+                cached = self.generate()
         apart = 0.0
         for row in range(len(self.rows)):
             wanted = self._oracle("both" if len(names) > 1 else names[0], row)[1][-1]
             bare = self.said.logits[row, 0]
-            apart = max(apart, check_cut(plain.logits[row, 0], wanted, bare, f"first logits of row {row}, no cache,"))
-            apart = max(apart, check_cut(cached.logits[row, 0], wanted, bare, f"first logits of row {row}"))
-        return max(apart, check_said(cached, plain, "without one"))
+            for said, how in ((plain, "without a cache"), (cached, "with a cache")):
+                what = f"first logits of row {row}, {how}, cut at {where},"
+                apart = max(apart, check_cut(said.logits[row, 0], wanted, bare, what))
+        return max(apart, check_said(cached, plain, f"without one, cut at {where}"))
 
     def facts(self) -> list[Fact]:
         """All of them; where the host fails bare, that one alone."""
@@ -185,7 +191,8 @@ class Language:
 
     def _oracle(self, name: str, row: int) -> tuple[Tensor, Tensor]:
         """Columns of a row that are left, int64 `[K]`, and their logits `[K, V]`."""
-        return self._tower(row) if name == "tower" else self._text(name, row)
+        with told("the oracle itself"):
+            return self._tower(row) if name == "tower" else self._text(name, row)
 
     def _text(self, name: str, row: int) -> tuple[Tensor, Tensor]:
         inputs, visual = self.rows[row], self.visual(row)

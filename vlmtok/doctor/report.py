@@ -12,8 +12,8 @@ MARKS = {OK: "ok", REFUSED: "refused", BROKEN: "BROKEN"}
 STYLES = {OK: "green", REFUSED: "yellow", BROKEN: "bold red"}
 
 LEGEND = (
-    "bare: the host alone; neutral: a method that cuts nothing changes no bit; tower, input, layer, text: a cut there is "
-    "what its oracle says; generate: with cuts, a cache changes nothing"
+    "bare: the host alone; neutral: a method that cuts nothing changes no bit; tower, input, layer, text: a cut there "
+    "equals its oracle; generate: with cuts, a cache changes nothing"
 )
 
 

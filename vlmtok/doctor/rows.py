@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +40,8 @@ QUICK = (
     "generic-vlm",
 )
 """Rows that stand for all kinds of hooks, masks and positions."""
+SMALL = 50e6
+"""Parameters of a model that one thread is enough for."""
 LIBRARIES = ("timm", "open_clip", "transformers")
 GENERIC = "generic-vlm"
 """The row of the adapter that takes families without a row; a LLaVA stands for one."""
@@ -62,12 +66,14 @@ class Case:
         library: that its model comes from.
         build: makes the model and its inputs on a device, or None where nothing runs.
         refused: why nothing runs, or empty.
+        family: ``config.model_type``, where that is not the name.
     """
 
     name: str
     library: str
     build: Callable[[torch.device], Subject] | None = None
     refused: str = ""
+    family: str = ""
 
     def run(self, device: torch.device) -> Row:
         """Builds the model, runs it, and says what was found; nothing is raised."""
@@ -86,7 +92,7 @@ class Case:
 
     def _judged(self, row: Row, begin: float) -> Row:
         """The row with its time; what its library is known to fail at is no fault of this installation."""
-        known, bare = fault_of(self.name), row.facts[0]
+        known, bare = fault_of(self.family or self.name), row.facts[0]
         if bare.status == BROKEN and known is not None:
             bare = replace(bare, status=REFUSED, why=known)
         elif bare.status == BROKEN and row.model:
@@ -177,11 +183,25 @@ def _to(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torc
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Context in which torch computes with one thread: tiny models are slower with more."""
+def one_thread(model: torch.nn.Module | None = None) -> Iterator[None]:
+    """Context in which torch computes with one thread, unless this model is too large for it: tiny ones run faster."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if model is None or sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Context without warnings and log lines: what matters is in the rows."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

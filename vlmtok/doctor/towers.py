@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compression import compress
 from ..method import Layout
-from .facts import OK, Broken, Fact, check_close, check_cut, check_equal, settle
+from .facts import OK, Broken, Fact, check_close, check_cut, check_equal, settle, told
 from .probes import Fixed, Nothing, cut_sites, scattered, some
 from .replay import blocks_of, cut_tower
 
@@ -98,10 +98,10 @@ class Vision:
     def tower(self) -> float:
         """A cut between attention and MLP is the output of that block, shortened, and the blocks behind it."""
         stage, site = self.layout.stages["vision"], self.cuts["tower"]
-        with compress(self.model, Fixed(site), adapter=self.adapter):
+        with told("with the cut"), compress(self.model, Fixed(site), adapter=self.adapter):
             found = self.look()
         blocks = blocks_of(_visual(self.model), stage.depth)
-        with cut_tower(blocks, site.layer or 0, some, stage.num_prefix):
+        with told("the oracle itself"), cut_tower(blocks, site.layer or 0, some, stage.num_prefix):
             wanted = self.look()
         return check_cut(found, wanted, self.bare, "outputs")
 
@@ -109,7 +109,7 @@ class Vision:
         """The same in the text tower: the first and the last token of the text stay, and rows get their length back."""
         assert self.texts is not None
         stage, site = self.layout.stages["text"], self.cuts["text"]
-        with compress(self.model, Fixed(site), adapter=self.adapter):
+        with told("with the cut"), compress(self.model, Fixed(site), adapter=self.adapter):
             found = self.read(self.texts)
         blocks, wanted = blocks_of(_textual(self.model), stage.depth), []
         for row, end in zip(self.texts, self.ends):
@@ -118,7 +118,7 @@ class Vision:
                 others = [column for column in range(1, length) if column != end]
                 return torch.tensor(sorted([0, end, *(others[i] for i in scattered(len(others)))]))
 
-            with cut_tower(blocks, site.layer or 0, choose, 0, stage.depth - 1):
+            with told("the oracle itself"), cut_tower(blocks, site.layer or 0, choose, 0, stage.depth - 1):
                 wanted.append(self.read(row[None]))
         return check_cut(found, torch.cat(wanted), self.bare_text, "outputs of the text tower")
 

@@ -307,7 +307,7 @@ FAMILIES: dict[str, Family] = {
 
 def _question(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
     """What InstructBLIP's Q-Former reads besides the picture."""
-    return {"qformer_input_ids": torch.arange(5 * len(prompts)).view(-1, 5) + 7}
+    return {"qformer_input_ids": torch.stack([prompt.ids[-3:] for prompt in prompts])}
 
 
 TOWER_ONLY: dict[str, Family] = {
