@@ -43,10 +43,10 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device that the models run on, as `vlmtok.bench` names it, and the system."""
+    """A device as `vlmtok.bench` names it, and the system."""
     found = bench.environment(device)
     names = ("device", "device_type", "driver", "cuda", "threads", "cores")
-    return {**{name: found[name] for name in names}, "system": platform.platform()}
+    return {**{name: found[name] for name in names}, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def kernels(device: torch.device) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from ..adapters.host_faults import fault_of
 from ..errors import ParameterError, hint
+from ..kernels import exact
 from ..tiny.families import FAMILIES, TOWER_ONLY, Family
 from ..tiny.towers import TOWERS, Tower
 from .facts import BROKEN, OK, REFUSED, Fact, Row, first_line
@@ -80,7 +81,7 @@ class Case:
         if self.build is None:
             return Row(self.name, self.library, refused=self.refused)
         begin = time.perf_counter()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), exact(device), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
             try:
                 subject = self.build(device)
             except Exception as problem:  # a library that cannot be imported or does not know its own model

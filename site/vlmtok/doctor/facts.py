@@ -132,9 +132,9 @@ def first_line(problem: BaseException) -> str:
 
 
 def place_of(problem: BaseException) -> str:
-    """File and line where an exception was raised, as far as a report needs them; nothing for errors of ours."""
+    """File and line where an exception was raised, as far as a report needs them."""
     trace = problem.__traceback__
-    if trace is None or isinstance(problem, VlmtokError):
+    if trace is None:
         return ""
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -144,14 +144,14 @@ def place_of(problem: BaseException) -> str:
 
 @contextmanager
 def told(where: str) -> Iterator[None]:
-    """Context in which whatever is raised says where it was.
+    """Context in which an exception that nobody foresaw says where it was; errors of ours say enough.
 
     Raises:
         Broken: something was raised.
     """
     try:
         yield
-    except (Refused, Broken):
+    except (Refused, Broken, VlmtokError):
         raise
     except Exception as problem:
         raise Broken(f"{where}: {first_line(problem)}{place_of(problem)}") from problem

@@ -125,6 +125,9 @@ def cut_tower(
         choose: from the number of tokens behind `prefix`, those that stay, int64 `[K]`.
         prefix: tokens in front; they stay.
         last: the block behind which rows get their length back, or None.
+
+    Raises:
+        LookupError: no block was called inside.
     """
     axes: dict[int, Tensor] = {}
 
@@ -151,6 +154,10 @@ def cut_tower(
         handles.append(blocks[last].register_forward_hook(come_back, prepend=True, with_kwargs=True))
     with hooked(*handles):
         yield
+    if not axes:
+        raise LookupError(
+            f"no hook of {type(blocks[layer]).__name__} ran: the host does not call its blocks as modules"
+        )
 
 
 # ---------------------------------------------------------------------- language models
@@ -200,6 +207,9 @@ class TextModel:
         Args:
             inputs: of the whole model, one row without padding.
             stay: what stays.
+
+        Raises:
+            LookupError: the host does not call its layers as modules.
         """
         if stay.layer is None or stay.rest is None:
             return self._run(inputs, stay.enter, None, None)
@@ -211,6 +221,8 @@ class TextModel:
         layer = self.lm.layers[stay.layer]
         with hooked(layer.register_forward_pre_hook(catch, with_kwargs=True)):
             self._run(inputs, stay.enter, None, None)
+        if not caught:
+            raise LookupError(f"no hook of {type(layer).__name__} ran: the host does not call its layers as modules")
         return self._run(inputs, stay.columns, layer, caught[0][:, stay.rest.to(caught[0].device)])
 
     def _run(self, inputs: Mapping[str, Any], keep: Tensor, layer: Any, hidden: Tensor | None) -> Tensor:

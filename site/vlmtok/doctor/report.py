@@ -23,8 +23,8 @@ class Report:
 
     Attributes:
         versions: by package; None where it is not installed.
-        machine: device and system.
-        kernels: mode, path and why.
+        machine: the best device here, the system, and the device that the rows ran on.
+        kernels: mode, path on the best device, and why.
         rows: in the order of the table.
         seconds: that all took.
     """
@@ -69,7 +69,8 @@ class Report:
         yield Text("  ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items()))
         machine = self.machine
         gpu = "" if machine["driver"] is None else f", driver {machine['driver']}, CUDA {machine['cuda']}"
-        yield Text(f"device {machine['device']}{gpu}; {machine['cores']} cores; {machine['system']}")
+        where = f"{machine['cores']} cores; {machine['system']}; rows ran on {machine['tested_on']}"
+        yield Text(f"device {machine['device']}{gpu}; {where}")
         yield Text(f"kernels {self.kernels['path']} (mode {self.kernels['mode']}): {self.kernels['why']}")
         yield self._table()
         yield Text(LEGEND, style="dim")
@@ -94,11 +95,14 @@ class Report:
         return table
 
     def _reasons(self) -> Iterator[tuple[str, str]]:
-        """Lines with their style: each fact that is broken, then each reason with all that it refused."""
+        """Lines with their style: what broke in each row, then each reason with all that it refused."""
         for row in self.rows:
+            broken: dict[str, list[str]] = {}
             for fact in row.facts:
                 if fact.status == BROKEN:
-                    yield f"broken: {row.name}, {fact.name}: {fact.why}", STYLES[BROKEN]
+                    broken.setdefault(fact.why, []).append(fact.name)
+            for why, facts in broken.items():
+                yield f"broken: {row.name}, {', '.join(facts)}: {why}", STYLES[BROKEN]
         refused: dict[str, dict[str, list[str]]] = {}
         for row in self.rows:
             reasons = [(row.refused, "all")] if row.refused else []
