@@ -114,7 +114,7 @@ def test_every_family_adapter_and_class_has_a_row():
 # ---------------------------------------------------------------------- the command
 def test_one_family_as_a_page():
     result = command("--family", "TIMM vit", "--family", "mllama")
-    assert result.exit_code == 0 and result.stderr == ""
+    assert result.exit_code == 0 and not result.stderr.strip()
     for word in (f"torch {torch.__version__}"[:9], "kernels torch", "timm ViT", "cross-attention", "1 ok, 1 refused"):
         assert word in result.stdout
     assert "timm EVA" not in result.stdout
@@ -137,7 +137,8 @@ def test_a_library_is_all_its_towers():
 )
 def test_what_cannot_be_asked_is_one_line_and_exit_code_2(words, said):
     result = command(*words)
-    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1 and not result.stdout
+    assert result.exit_code == 2 and said in result.stderr and not result.stdout
+    assert len(result.stderr.split("vlmtok: ")) == 2 and "\n" not in result.stderr.strip()
 
 
 def test_something_broken_is_exit_code_1(monkeypatch):
@@ -441,6 +442,30 @@ def test_one_bit_shows(name, monkeypatch):
     for module in (language, towers):
         monkeypatch.setattr(module, "compress", compress)
     assert broken(row_of(name)) == {"neutral"}
+
+
+@pytest.mark.parametrize(("cached", "step", "said"), [(True, 2, "step 2, with a cache"), (False, 0, "without a cache")])
+def test_wrong_decoding_shows(cached, step, said, monkeypatch):
+    """With cuts in place, a later step on the cache is off, or the first one without."""
+    cutting, generate = [], Language.generate
+
+    @contextlib.contextmanager
+    def compress(model, method, adapter=None):
+        with vlmtok.compress(model, method, adapter=adapter):
+            cutting.append(isinstance(method, list))
+            yield
+            cutting.pop()
+
+    def off(self, with_cache=True):
+        found = generate(self, with_cache)
+        if with_cache is cached and any(cutting):
+            found.logits[1, step] += 0.01
+        return found
+
+    monkeypatch.setattr(language, "compress", compress)
+    monkeypatch.setattr(Language, "generate", lambda self, cached=True: off(self, cached))
+    row = row_of("llava")
+    assert broken(row) == {"generate"} and said in row.why and "row 1" in row.why, row.why
 
 
 def test_a_hook_that_stays_shows(monkeypatch):
