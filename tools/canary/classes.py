@@ -198,15 +198,17 @@ def _set_on_self(method: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None
             for target in node.targets:
                 parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
                 same = len(parts) == 1 and parts[0] is target
-                yield from ((part.attr, node.value if same else None) for part in parts if _on_self(part))
-        elif isinstance(node, ast.AnnAssign) and _on_self(node.target):
-            yield node.target.attr, node.value
+                yield from ((name, node.value if same else None) for part in parts if (name := _on_self(part)))
+        elif isinstance(node, ast.AnnAssign) and (name := _on_self(node.target)):
+            yield name, node.value
         elif isinstance(node, ast.Call) and dotted(node.func) in REGISTERS and isinstance(node.args[0], ast.Constant):
             yield str(node.args[0].value), node.args[1] if len(node.args) > 1 else None
 
 
-def _on_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+def _on_self(node: ast.AST) -> str:
+    """The name of an attribute of `self`, or an empty text for anything else."""
+    owned = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if owned and isinstance(node, ast.Attribute) else ""
 
 
 Kinds = list[HostClass | External | Auto]
@@ -274,8 +276,7 @@ class Reader:
         function = None if self.module is None else self.module.find(name)
         if function is not None and isinstance(function[1], ast.FunctionDef):
             inner = Reader(None, function[1], function[0], self.depth - 1)
-            given = (part.value for part in ast.walk(function[1]) if isinstance(part, ast.Return))
-            returned = inner._all([value for value in given if value is not None])
+            returned = inner._all(part.value for part in ast.walk(function[1]) if isinstance(part, ast.Return))
             handed = [kind for part in node.args for kind in self.classes(part)]
             return returned + handed
         return []

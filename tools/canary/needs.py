@@ -122,31 +122,36 @@ def _reads(node: ast.AST, root: str, unless: str, having: str) -> Iterator[Read]
     if isinstance(node, (ast.If, ast.IfExp)):
         yield from _reads(node.test, root, unless, having)
         missing, present = _asked(node.test, root)
-        body = node.body if isinstance(node.body, list) else [node.body]
-        for part in body:
-            yield from _reads(part, root, missing or unless, present or having)
-        for part in node.orelse if isinstance(node.orelse, list) else [node.orelse]:
-            yield from _reads(part, root, unless, having)
+        branches = [part if isinstance(part, list) else [part] for part in (node.body, node.orelse)]
+        for inner in branches[0]:
+            yield from _reads(inner, root, missing or unless, present or having)
+        for inner in branches[1]:
+            yield from _reads(inner, root, unless, having)
         return
     if isinstance(node, ast.Attribute):
-        path = _element(node) or dotted(node)
+        path = _path(node)
         if path.startswith(f"{root}."):
             yield Read(path.removeprefix(f"{root}."), unless, having)
             return
     if isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr") and len(node.args) > 1:
         owner, name = dotted(node.args[0]), node.args[1]
         if (owner == root or owner.startswith(f"{root}.")) and isinstance(name, ast.Constant):
-            path = f"{owner}.{name.value}".removeprefix(f"{root}.")
+            path = f"{owner}.{name.value!s}".removeprefix(f"{root}.")
             yield Read(path, unless, having, len(node.args) > 2 or dotted(node.func) == "hasattr")
             return
     for part in ast.iter_child_nodes(node):
         yield from _reads(part, root, unless, having)
 
 
-def _element(node: ast.Attribute) -> str:
-    """``a.b[].c`` for an attribute of an element."""
-    owner = dotted(node.value.value) if isinstance(node.value, ast.Subscript) else ""
-    return f"{owner}[].{node.attr}" if owner else ""
+def _path(node: ast.AST) -> str:
+    """The same as `dotted`, with ``a.b[].c`` for an attribute of an element."""
+    if isinstance(node, ast.Subscript):
+        owner = _path(node.value)
+        return f"{owner}[]" if owner else ""
+    if isinstance(node, ast.Attribute):
+        owner = _path(node.value)
+        return f"{owner}.{node.attr}" if owner else ""
+    return dotted(node)
 
 
 def _asked(test: ast.expr, root: str) -> tuple[str, str]:

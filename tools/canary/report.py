@@ -109,8 +109,8 @@ def _spans(releases: Sequence[Findings], versions: Sequence[str]) -> Iterable[st
     for found in releases:
         for broken, (families, classes) in _by_fact(found).items():
             seen.setdefault((_listed(families), _said(broken, classes)), []).append(found.library.version)
-    for (families, said), where in seen.items():
-        yield f"{_span(where, versions)}, {families}: {said}."
+    for (who, said), where in seen.items():
+        yield f"{_span(where, versions)}, {who}: {said}."
 
 
 def _span(seen: Sequence[str], versions: Sequence[str]) -> str:
