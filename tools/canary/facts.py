@@ -6,8 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from .classes import HostClass, Signature
-from .needs import names_of
-from .roles import ROLES
+from .needs import ROLES, Role
 from .sources import Library
 
 
@@ -63,9 +62,9 @@ class Findings:
         return Questions(self, self.families.setdefault(family, Family()))
 
 
-def either(names: tuple[str, ...]) -> str:
+def either(names: Role | tuple[str, ...]) -> str:
     """Names as text."""
-    return " or ".join(f"`{name}`" for name in names)
+    return " or ".join(f"`{name}`" for name in (names.names if isinstance(names, Role) else names))
 
 
 class Questions:
@@ -99,15 +98,13 @@ class Questions:
             classes.update({name: None} if name else {})
         return bool(holds)
 
-    def takes(
-        self, cls: HostClass, what: str, *things: object, method: str = "forward", swallows: bool = False
-    ) -> None:
+    def takes(self, cls: HostClass, what: str, *roles: Role, method: str = "forward", swallows: bool = False) -> None:
         """Checks that a method has arguments.
 
         Args:
             cls: of the method.
             what: the class is, for sentences.
-            things: roles, names of one or names of arguments.
+            roles: of the arguments.
             method: its name.
             swallows: whether ``**kwargs`` is as good.
         """
@@ -115,23 +112,20 @@ class Questions:
         if not self.check(signature is not None, f"{what} has no method `{method}`", cls):
             return
         assert signature is not None
-        for thing in things:
-            names = names_of(thing)
-            found = next((name for name in names if name in signature.names), None)
-            kept = found is not None or (swallows and signature.kwargs)
-            self.check(kept, f"`{method}` of {what} has no argument {either(names)}", cls)
-            self.use(names, found)
+        for role in roles:
+            kept = self.use(role, signature) or (swallows and signature.kwargs)
+            self.check(kept, f"`{method}` of {what} has no argument {either(role)}", cls)
         self.deprecated(signature)
 
-    def use(self, names: tuple[str, ...], found: str | None) -> None:
-        """Notes which of the names of a role is in use."""
-        role = next((role for role, known in ROLES.items() if known == names), None)
-        if role is not None and found is not None:
-            self.findings.called[role].add(found)
+    def use(self, role: Role, signature: Signature) -> bool:
+        """Notes which of the names of a role is in use; tells whether any is."""
+        found = [name for name in role.names if name in signature.names]
+        self.findings.called[next(name for name, known in ROLES.items() if known is role)].update(found[:1])
+        return bool(found)
 
     def deprecated(self, signature: Signature) -> None:
         """Notes names of ours that a decorator takes for some time yet."""
-        ours = {name for names in ROLES.values() for name in names}
+        ours = {name for role in ROLES.values() for name in role.names}
         for old, new, until in signature.renamed:
             if old in ours:
                 self.findings.notes[f"`{old}` is renamed `{new}` by a decorator until {until}"] = None

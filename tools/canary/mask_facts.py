@@ -11,7 +11,7 @@ from vlmtok.adapters.base import BlockRule
 from .auto import Chooser, config_field
 from .classes import HostClass, Signature, dotted, signature_of
 from .facts import Questions, either
-from .needs import mask_calls, names_of, reads
+from .needs import MaskCall, mask_calls, reads, role_of
 from .shown import strings
 
 
@@ -31,13 +31,16 @@ def mask_functions(chooser: Chooser) -> tuple[dict[str, Signature], dict[str, st
     return functions, table
 
 
-def mask_facts(ask: Questions, chooser: Chooser, text: HostClass, rule: BlockRule | None) -> None:
+def mask_facts(
+    ask: Questions, chooser: Chooser, text: HostClass, models: list[HostClass], rule: BlockRule | None
+) -> None:
     """The host's functions take what we hand them, for the layer types and blocks of a family.
 
     Args:
         ask: takes the facts.
         chooser: of the release.
         text: configuration of the text model.
+        models: classes of it.
         rule: its bidirectional blocks, or None.
     """
     functions, table = mask_functions(chooser)
@@ -46,23 +49,32 @@ def mask_facts(ask: Questions, chooser: Chooser, text: HostClass, rule: BlockRul
     ask.check(listed or not said, "the text model's configuration has types of layers and no `layer_types`", text)
     window = config_field(text, "sliding_window")
     kinds = sorted(said - masks.RECURRENT) if listed else ["sliding_attention"] * window
+    for kind, function in table.items():
+        if kind in ("sliding_attention", "chunked_attention") and _mentioned(models, function):
+            ask.check(
+                kind in kinds, f"the text model makes masks of {kind} layers, of which its configuration knows none"
+            )
     for kind in dict.fromkeys(["full_attention", *kinds]):
         calls, missing = mask_calls(kind, rule, functions, table)
         ask.check(missing is None, f"masks of {kind} layers: {missing}")
         for call in dict.fromkeys(calls):
-            _taken(ask, call.function, call.names, functions[call.function])
+            _taken(ask, call, functions[call.function])
         if kind == "sliding_attention":
             for read in reads(masks.build_mask, "config"):
                 ask.check(config_field(text, read.path), f"the text model's configuration has no `{read.path}`", text)
 
 
-def _taken(ask: Questions, function: str, given: tuple[str, ...], signature: Signature) -> None:
-    renamed = {old for old, _, _ in signature.renamed}
-    for name in given:
-        names = names_of(name)
-        ask.check(name in signature.names or name in renamed, f"{function}() has no argument {either(names)}")
-        ask.use(names, next((known for known in names if known in signature.names), None))
-    known = {other for name in given for other in names_of(name)}
-    for name in signature.names[: signature.required]:
-        ask.check(name in known, f"{function}() wants `{name}`, which we do not hand it")
+def _mentioned(models: list[HostClass], name: str) -> bool:
+    """Whether one of some classes speaks of a function."""
+    nodes = (node for model in models for node in ast.walk(model.node))
+    return any(isinstance(node, ast.Name) and node.id == name for node in nodes)
+
+
+def _taken(ask: Questions, call: MaskCall, signature: Signature) -> None:
+    """A function takes what one of our calls hands it, and wants nothing else."""
+    ask.check(call.count <= len(signature.names), f"{call.function}() takes no {call.count} arguments")
+    for role in map(role_of, call.names):
+        ask.check(ask.use(role, signature), f"{call.function}() has no argument {either(role)}")
+    for name in signature.names[call.count : signature.required]:
+        ask.check(name in call.names, f"{call.function}() wants `{name}`, which it is not handed")
     ask.deprecated(signature)

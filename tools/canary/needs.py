@@ -6,33 +6,103 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from vlmtok.adapters import masks
-from vlmtok.adapters.base import BlockRule
+from torch import nn
+from vlmtok.adapters import decoder, decoder_intake, hosts, masks
+from vlmtok.adapters.base import BlockRule, VLMSpec
+from vlmtok.adapters.hosts import Role
 
 from vlmtok.errors import UnsupportedModel
 
 from .classes import Signature, dotted
-from .roles import ROLES
+
+ROLES: dict[str, Role] = {name: role for name, role in vars(hosts).items() if isinstance(role, Role)}
+"""What hosts hand around, by the names that `adapters/hosts.py` gives it."""
 
 
 class NothingRead(RuntimeError):
     """Our code reads nothing where something was looked for: the facts would hold for want of questions."""
 
 
-def names_of(thing: Any) -> tuple[str, ...]:
-    """Names that a host may have for what a row names: a role, its names, or one of them."""
-    if isinstance(thing, tuple):
-        return thing
-    if not isinstance(thing, str):
-        found: tuple[str, ...] = thing.names
-        return found
-    return next((names for names in ROLES.values() if thing in names), (thing,))
+def role_of(name: str) -> Role:
+    """The role that has a name."""
+    return next(role for role in ROLES.values() if name in role.names)
+
+
+# ---------------------------------------------------------------------- arguments that our hooks look up
+@dataclass
+class Wanted:
+    """Arguments of one part of a model.
+
+    Attributes:
+        required: without which hooks refuse the model.
+        optional: which are looked at where they are.
+    """
+
+    required: tuple[Role, ...] = ()
+    optional: tuple[Role, ...] = ()
+
+
+class _Part(nn.Module):
+    """Stands for a part of a host's model."""
+
+    def __init__(self, what: str, spec: VLMSpec) -> None:
+        super().__init__()
+        self.what = what
+        self.config = SimpleNamespace(**dict.fromkeys(spec.ids, 0))
+
+
+def wanted(spec: VLMSpec) -> dict[str, Wanted]:
+    """What our hooks look up when they are placed, noted while they are placed on stand-ins.
+
+    Args:
+        spec: a family with a language model that is cut.
+
+    Returns:
+        By part: ``whole model`` (where it is not its own core), ``inner model``, ``tower``, ``text model``, ``layers``.
+    """
+    found: dict[str, Wanted] = {}
+
+    def look_up(part: Any, roles: Iterable[Role], optional: Iterable[Role] = ()) -> Any:
+        known = found.setdefault(part.what, Wanted())
+        known.required = tuple(dict.fromkeys((*known.required, *roles)))
+        known.optional = tuple(dict.fromkeys((*known.optional, *optional)))
+        return SimpleNamespace()
+
+    top, core, tower, text, layer = (
+        _Part(what, spec) for what in ("whole model", "inner model", "tower", "text model", "layers")
+    )
+    below: nn.Module = core
+    for name in spec.tower.split(".")[:-1]:
+        below.add_module(name, nn.Module())
+        below = below.get_submodule(name)
+    below.add_module(spec.tower.rpartition(".")[2], tower)
+    text.layers = nn.ModuleList([layer])
+    attachment: Any = SimpleNamespace(hook=lambda *_: None)
+    projector: Any = None
+    driver: Any = SimpleNamespace(spec=spec, probe=0, depth=1)
+    with _replaced("Arguments", look_up, decoder, decoder_intake):
+        decoder_intake.Intake(attachment, spec, core, projector).install(core, top if spec.core else core)
+        decoder.Decoder._read_signatures(driver, text, 0)
+    return found
+
+
+@contextmanager
+def _replaced(name: str, by: Any, *modules: ModuleType) -> Iterator[None]:
+    before = [getattr(module, name) for module in modules]
+    try:
+        for module in modules:
+            setattr(module, name, by)
+        yield
+    finally:
+        for module, value in zip(modules, before):
+            setattr(module, name, value)
 
 
 # ---------------------------------------------------------------------- attributes that our functions read
@@ -175,10 +245,12 @@ class MaskCall:
 
     Attributes:
         function: its name.
-        names: keyword arguments.
+        count: how many arguments it got by position.
+        names: the others.
     """
 
     function: str
+    count: int
     names: tuple[str, ...]
 
 
@@ -216,7 +288,6 @@ def mask_calls(
     module.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING = known  # type: ignore[attr-defined]
     top = ModuleType("transformers")
     top.masking_utils = module  # type: ignore[attr-defined]
-    top.Cache = _Cache  # type: ignore[attr-defined]
     names = ("transformers", "transformers.masking_utils")
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(zip(names, (top, module)))
@@ -226,9 +297,8 @@ def mask_calls(
         for explicit in (False, True):
             for cache in (None, _Cache()):
                 masks.build_mask(config, kind, hidden, None, cache, 0, blocks, rule, explicit=explicit)
-    except (AttributeError, KeyError, UnsupportedModel) as problem:
-        missing = f"no mask function for {problem}" if isinstance(problem, KeyError) else str(problem)
-        return calls, missing
+    except UnsupportedModel as problem:  # it speaks of the version that is installed
+        return calls, str(problem).replace(f"transformers {hosts.version_of('transformers')}", "the release")
     finally:
         for name, module_before in before.items():
             if module_before is None:
@@ -248,10 +318,10 @@ def _stand_in(name: str, signature: Signature, calls: list[MaskCall]) -> Callabl
     """
 
     def stand_in(*args: Any, **given: Any) -> Any:
-        calls.append(MaskCall(name, (*signature.names[: len(args)], *given)))
+        calls.append(MaskCall(name, len(args), tuple(given)))
         return torch.zeros(1, 1, 2, 2, dtype=torch.bool)
 
-    new = [names[0] for names in ROLES.values() if not set(names) & set(signature.names)]
+    new = [role.names[0] for role in ROLES.values() if not set(role.names) & set(signature.names)]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(n, keyword) for n in dict.fromkeys((*signature.names, *new))]
     stand_in.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

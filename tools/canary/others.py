@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from types import ModuleType
 
-from vlmtok.adapters import account, decoder, decoder_checks, decoder_taps, masks
+from vlmtok.adapters import account, decoder, decoder_checks, host_objects, hosts, masks
 from vlmtok.adapters.open_clip_vit import MHA_BLOCK, OpenClip, OpenClipTimm, OpenClipVision, text_spec
 from vlmtok.adapters.timm_vit import TimmEva, TimmViT
 
@@ -14,14 +14,14 @@ from vlmtok import stream
 from .auto import Chooser
 from .classes import External, HostClass
 from .facts import Findings, Questions, either
-from .needs import Read, file_reads, reads
-from .roles import ROLES
+from .needs import ROLES, Read, file_reads, reads
 from .shown import calls_of, strings
 from .towers import block_facts, has_attributes
 
-CACHE_READERS: tuple[ModuleType, ...] = (decoder, decoder_checks, decoder_taps, masks, stream)
+CACHE_READERS: tuple[ModuleType, ...] = (decoder, decoder_checks, host_objects, masks, stream)
 """Files of ours that read a cache."""
-TEXT_NAMES = (("text_pool_type", "pool_type"), ("text_eos_id", "eos_id"), ("attn_mask",), ("context_length",))
+EOS = ("text_eos_id", "eos_id")
+TEXT_NAMES = (("text_pool_type", "pool_type"), EOS, ("attn_mask",), ("context_length",))
 """Attributes of a text tower of open_clip that are read with a default, under the names of either kind of tower."""
 
 
@@ -31,7 +31,8 @@ def shared_facts(findings: Findings, chooser: Chooser) -> None:
     caches(findings.about("caches"), chooser)
     ask, module = findings.about("generate"), chooser.library.module("transformers.generation.utils")
     said = set() if module is None else strings(ast.parse(module.text))
-    missing = [word for word in (*ROLES["ENCODED"], "image", "video") if word not in said]
+    known = [*ROLES["ENCODED"].names, hosts.IMAGE_KEY, hosts.CLIP_KEY]
+    missing = [word for word in known if word not in said]
     ask.check(not missing, f"generate() does not encode pictures before its loop: it knows no {', '.join(missing)}")
     ask = findings.about("gradient checkpointing")
     layer = chooser.find("transformers.modeling_layers", "GradientCheckpointingLayer")
@@ -49,12 +50,13 @@ def caches(ask: Questions, chooser: Chooser) -> None:
     if not ask.check(cache is not None and layer is not None, "there is no Cache or no DynamicLayer"):
         return
     assert cache is not None and layer is not None
-    for read in file_reads(CACHE_READERS, "cache", "call.cache", "self.call.cache"):
+    for read in file_reads(CACHE_READERS, "cache"):
         first, _, element = read.path.partition("[].")
         ask.check(cache.has(first), f"a cache has no `{first}`")
         ask.check(not element or layer.has(element), f"the `{first}` of a cache have no `{element}`")
     sizes, length = cache.signature("get_mask_sizes"), cache.signature("get_seq_length")
-    ask.check(sizes is not None and sizes.names[1:] == ("layer_idx",), "`get_mask_sizes` takes no (count, layer_idx)")
+    fits = sizes is not None and sizes.names[1:] == ROLES["LAYER"].names
+    ask.check(fits, "`get_mask_sizes` takes no count and layer")
     ask.check(length is not None and not length.required, "`get_seq_length` wants arguments")
 
 
@@ -113,7 +115,7 @@ def _blocks(ask: Questions, tower: HostClass) -> None:
             block_facts(ask, block, MHA_BLOCK, ())
             for call in calls_of(block, f"self.{MHA_BLOCK.attn}"):
                 given = {keyword.arg for keyword in call.keywords}
-                free = len(call.args) == 3 and MHA_BLOCK.bias not in given
+                free = len(call.args) == 3 and not given & set(ROLES["KEY_BIAS"].names)
                 ask.check(free, "its blocks do not call their attention with q, k and v alone by position", block)
 
 
@@ -125,5 +127,9 @@ def _text(ask: Questions, cls: HostClass) -> None:
         ask.check(owners, "the `text` of the model is of no class with `ln_final`", cls)
     for owner in owners:
         has_attributes(ask, owner, "the text tower", reads(text_spec, "tower"))
+        module = owner.module.library.module("open_clip.transformer")
+        pools = set() if module is None else strings(ast.parse(module.text))
         for names in TEXT_NAMES:
+            if names == EOS and "eos" not in pools:
+                continue  # no pooling reads it
             ask.check(any(map(owner.has, names)), f"the text tower has no {either(names)}", owner)

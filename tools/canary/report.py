@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .facts import Broken, Findings
-from .roles import ROLES
+from .needs import ROLES
 
 HEAD = """# Facts of hosts, release by release
 
@@ -100,7 +100,7 @@ def _cell(findings: Findings, family: str) -> str:
 
 
 def _called(findings: Findings, role: str) -> str:
-    return ", ".join(f"`{name}`" for name in ROLES[role] if name in findings.called[role]) or "-"
+    return ", ".join(f"`{name}`" for name in ROLES[role].names if name in findings.called[role]) or "-"
 
 
 def _spans(releases: Sequence[Findings], versions: Sequence[str]) -> Iterable[str]:

@@ -11,30 +11,26 @@ from vlmtok.adapters.decoder_attention import AttentionForm
 
 from .classes import Auto, External, HostClass, dotted, signature_of
 from .facts import Questions, either
-from .needs import module_reads, names_of
-from .roles import ROLES
+from .needs import ROLES, Role, module_reads, wanted
 from .shown import calls_of, loop_calls, returned, weighted
 
 Settle = Callable[[list[HostClass | External | Auto]], list[HostClass]]
 
 
-def call_facts(ask: Questions, owner: HostClass, spec: VLMSpec) -> None:
-    """The text model is called by name.
+def call_facts(ask: Questions, owner: HostClass, texts: list[HostClass], spec: VLMSpec) -> None:
+    """The text model is handed what hooks look up.
 
     Args:
         ask: takes the facts.
         owner: the class that holds it.
+        texts: classes of the text model.
         spec: the family's row.
     """
     calls = calls_of(owner, f"self.{spec.lm.rpartition('.')[2]}")
     ask.check(calls, "nothing is seen to call the text model", owner)
-    wanted = [ROLES[role] for role in ("EMBEDDINGS", "MASK", "POSITIONS", "CACHE")]
-    wanted += [names_of(thing) for thing in (*spec.gather, *(spec.deepstack or ()))]
     for call in calls:
-        ask.check(not call.args, "the text model gets arguments by position", owner)
-        given = {keyword.arg for keyword in call.keywords}
-        for names in wanted:
-            ask.check(set(names) & given, f"the text model does not get {either(names)} by name", owner)
+        for text in texts:
+            _handed(ask, call, text, "the text model does", wanted(spec)["text model"].required, owner)
 
 
 def text_facts(ask: Questions, text: HostClass, spec: VLMSpec, settle: Settle) -> None:
@@ -46,64 +42,52 @@ def text_facts(ask: Questions, text: HostClass, spec: VLMSpec, settle: Settle) -
         spec: the family's row.
         settle: puts classes in the place of those that a configuration chooses.
     """
-    roles = [ROLES[role] for role in ("IDS", "EMBEDDINGS", "MASK", "POSITIONS", "CACHE")]
-    ask.takes(text, "the text model", *roles, *spec.gather, *(spec.deepstack or ()))
-    _outputs(ask, text)
+    ask.takes(text, "the text model", *wanted(spec)["text model"].required)
+    outputs, first = returned(text), ROLES["LAST_HIDDEN"].names[0]
+    ask.check(outputs, "what the text model gives back cannot be read off the source", text)
+    for cls in outputs:
+        ask.check(first in cls.fields(), f"the text model's output has no field `{first}`", cls)
     rotary = settle(text.made_of("rotary_emb"))
     ask.check(rotary, "the text model has no `rotary_emb` of a class that is known", text)
     for cls in rotary:
         signature = cls.signature()
         named = () if signature is None else signature.names
-        fits = named[1:2] == ROLES["POSITIONS"] and named[2:] in ((), ROLES["LAYER_TYPE"])
+        fits = named[1:2] == ROLES["POSITIONS"].names and named[2:] in ((), ROLES["LAYER_TYPE"].names)
         ask.check(fits, "rotary embeddings are not made of hidden states, positions and at most a layer type", cls)
-    calls = loop_calls(text, "self.layers")
-    ask.check(calls, "the text model has no loop that calls its `layers`", text)
-    for call in calls:
-        ask.check(call.args, "layers get no hidden states by position", text)
-        given = {keyword.arg for keyword in call.keywords}
-        for names in (ROLES["ROTARY"], ROLES["MASK"]):
-            ask.check(set(names) & given, f"layers do not get {either(names)} by name", text)
-        extra = len(call.args) - 1
-        ask.check(extra == len(spec.layer_args), f"layers get {extra} arguments by position behind hidden states", text)
-    layers = settle(text.made_of("layers"))
+    layers, calls = settle(text.made_of("layers")), loop_calls(text, "self.layers")
     ask.check(layers, "the text model has no `layers` of a class that is known", text)
+    ask.check(calls, "the text model has no loop that calls its `layers`", text)
     for layer in layers:
-        _layer(ask, layer, spec, settle)
+        roles = wanted(spec)["layers"].required
+        ask.takes(layer, "layers", *roles)
+        ask.takes(layer, "layers", ROLES["POSITIONS"], swallows=True)  # which hooks set
+        for call in calls:
+            _handed(ask, call, layer, "layers do", roles, text)
+        if spec.attention:
+            _form(ask, layer, settle)
 
 
-def _outputs(ask: Questions, text: HostClass) -> None:
-    classes = returned(text)
-    ask.check(classes, "what the text model gives back cannot be read off the source", text)
-    for cls in classes:
-        fields = cls.fields()
-        first = ROLES["LAST_HIDDEN"][0]
-        ask.check(fields[:1] == [first], f"the first field of the text model's output is not `{first}`", cls)
-        found = next((name for name in ROLES["CACHE"] if name in fields), None)
-        ask.check(found, f"the text model's output has no field {either(ROLES['CACHE'])}", cls)
-        ask.use(ROLES["CACHE"], found)
+def _handed(ask: Questions, call: ast.Call, cls: HostClass, who: str, roles: Iterable[Role], where: HostClass) -> None:
+    """A call of a class hands some roles on, by position or by name."""
+    signature = cls.signature()
+    named = () if signature is None else signature.names[: len(call.args)]
+    given = {*named, *(keyword.arg for keyword in call.keywords)}
+    for role in roles:
+        ask.check(set(role.names) & given, f"{who} not get {either(role)}", where)
 
 
-def _layer(ask: Questions, layer: HostClass, spec: VLMSpec, settle: Settle) -> None:
-    signature = layer.signature()
-    first = () if signature is None else signature.names[:1]
-    ask.check(
-        set(first) & set(ROLES["HIDDEN"]), f"the first argument of layers is not {either(ROLES['HIDDEN'])}", layer
-    )
-    named = [thing for thing in spec.layer_args if not isinstance(thing, int)]
-    ask.takes(layer, "layers", ROLES["ROTARY"], ROLES["MASK"], *named)
-    ask.takes(layer, "layers", ROLES["POSITIONS"], swallows=True)
-    if not spec.attention:
-        return
+def _form(ask: Questions, layer: HostClass, settle: Settle) -> None:
+    """How a layer makes queries and keys; the same that `attention_form` asks of an instance."""
     for names, what in ((decoder_attention._BEFORE, "norm"), (decoder_attention._AFTER, "MLP")):
         ask.check(any(map(layer.has, names)), f"layers have no {what} called {either(names)}", layer)
     attentions = settle(layer.made_of("self_attn"))
     ask.check(attentions, "layers have no `self_attn` of a class that is known", layer)
     for attention in attentions:
+        ask.takes(attention, "attention", ROLES["HIDDEN"], ROLES["ROTARY"], ROLES["MASK"])
         _attention(ask, attention)
 
 
 def _attention(ask: Questions, attention: HostClass) -> None:
-    """How an attention makes queries and keys; the same that `attention_form` asks of an instance."""
     for name in ("q_proj", "k_proj", "head_dim", "scaling"):
         ask.check(attention.has(name), f"attention has no `{name}`", attention)
     out = decoder_attention._OUT

@@ -13,9 +13,8 @@ from vlmtok.adapters.hf_vit import HFDual, VisionRow, text_spec
 from .auto import Chooser, config_field
 from .classes import HostClass
 from .facts import Findings, Questions
-from .needs import Read, module_reads, names_of, reads
-from .roles import ROLES
-from .shown import called_in_order, calls_of, reached
+from .needs import ROLES, Read, module_reads, reads
+from .shown import called_in_order, reached
 
 OF_TORCH = frozenset(name for name in dir(nn.Module()) if not name.startswith("__"))
 """Attributes that every module has."""
@@ -38,16 +37,12 @@ def block_facts(ask: Questions, block: HostClass, spec: BlockSpec, attentions: I
     order = [called.index(path) if path in called else -1 for path in paths]
     told = ", ".join(paths)
     ask.check(-1 not in order and order == sorted(order), f"its blocks do not call {told} in this order", block)
-    for call in calls_of(block, f"self.{spec.attn}"):
-        named = {keyword.arg for keyword in call.keywords} & set(ROLES["HIDDEN"])
-        ask.check(call.args or named, "its blocks hand their attention no hidden states", block)
-    if spec.rope is not None:
-        ask.takes(block, "its blocks", spec.rope)
+    ask.takes(block, "its blocks", ROLES["HIDDEN"], *([] if spec.rope is None else [spec.rope]))
     for attention in attentions:
         for name in filter(None, (spec.q, spec.k, spec.heads)):
             ask.check(attention.has(name), f"the attention of its blocks has no `{name}`", attention)
-        if spec.bias is not None:
-            ask.takes(attention, "the attention of its blocks", names_of(spec.bias))
+        given = [role for role in (ROLES["HIDDEN"], spec.bias, spec.rope) if role is not None]
+        ask.takes(attention, "the attention of its blocks", *given)
         for function in filter(None, (spec.project, spec.scale, spec.rotate)):
             has_attributes(ask, attention, "the attention of its blocks", reads(function, "attn"))
             for name in module_reads(function):
@@ -139,4 +134,5 @@ def _dual(ask: Questions, cls: HostClass, row: VisionRow) -> None:
             for text in cls.made_of(path):
                 if isinstance(text, HostClass):
                     has_attributes(ask, text, f"the text tower of {cls.name}", reads(text_spec, "text"))
+                    ask.takes(text, "the text tower", ROLES["IDS"])
                     ask.check(reached(text, row.layer), f"the text tower of {cls.name} holds no {row.layer}", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from vlmtok.adapters import hf_vit, shapes
+from vlmtok.adapters import hf_vit, hosts, shapes
 from vlmtok.adapters.base import VLMSpec
 from vlmtok.adapters.decoder import Decoder
 from vlmtok.adapters.hf_vlm import HFVLM
@@ -14,8 +14,7 @@ from .auto import Chooser, config_field
 from .classes import Auto, External, HostClass
 from .facts import Questions
 from .mask_facts import mask_facts
-from .needs import module_reads, reads
-from .roles import ROLES
+from .needs import ROLES, module_reads, reads, wanted
 from .shown import results_of, returned, strings
 from .text import call_facts, text_facts
 from .towers import tower_facts
@@ -65,23 +64,29 @@ class Host:
         spec = self.spec
         cores = self.follow([top], spec.core, "inner model")
         towers = self.follow(cores, spec.tower, "vision tower")
-        self.follow(cores, spec.projector, "projector")
+        projectors = self.follow(cores, spec.projector, "projector")
+        for projector in projectors if spec.tower_cut == "slots" or spec.packs is not None else ():
+            self.ask.takes(projector, "the projector", ROLES["FEATURES"])
         self.configuration()
         for core in cores if spec.packs is not None else ():
             self.packing(core)
-        for tower in towers if spec.shapes is not None else ():
-            self.ask.takes(tower, "the tower", spec.shapes)
         if spec.tower_cut is not None:
             self.tower(towers)
         if spec.boundary is not None:
             return
+        asked = wanted(spec)
+        for tower in towers if "tower" in asked else ():
+            self.ask.takes(tower, "the tower", *asked["tower"].required)
+        if "whole model" in asked:
+            self.ask.takes(top, "the whole model", *asked["whole model"].required)
         for core in cores:
             self.inner(core)
+        texts = self.follow(cores, spec.lm, "text model")
         for owner in self.follow(cores, spec.lm.rpartition(".")[0], "text model"):
-            call_facts(self.ask, owner, spec)
-        for text in self.follow(cores, spec.lm, "text model"):
+            call_facts(self.ask, owner, texts, spec)
+        for text in texts:
             text_facts(self.ask, text, spec, self.settle)
-        self.text_configuration()
+        self.text_configuration(texts)
         self.itself(top, spec.core)
         for core in cores:
             self.itself(core, spec.lm.split(".")[0])
@@ -126,21 +131,25 @@ class Host:
         for path in dict.fromkeys(wanted):
             self._field(self.config, path, "its configuration")
 
-    def text_configuration(self) -> None:
-        """The same for its text model, and the masks that this leads to."""
+    def text_configuration(self, texts: list[HostClass]) -> None:
+        """The same for its text model, and the masks that this leads to.
+
+        Args:
+            texts: classes of the text model, in the order of its types.
+        """
         spec = self.spec
         types = [*self.chooser.types(self.config, "text_config")[:1], *self.also.get("text_config", ())]
         self.ask.check(types, "the type of its text model cannot be read off the source", self.config)
         fields = [read.path for read in reads(Decoder.layout, "config")]
         fields += [] if spec.last_cut is None else [read.path for read in reads(spec.last_cut, "config")]
         fields += [spec.block.when[0]] if spec.block is not None and spec.block.when is not None else []
-        for name in types:
+        for i, name in enumerate(types):
             text = self.chooser.config(name)
             if self.ask.check(text is not None, f"no configuration has the text model's type {name!r}"):
                 assert text is not None
                 for path in dict.fromkeys(fields):
                     self._field(text, path, "the text model's configuration")
-                mask_facts(self.ask, self.chooser, text, spec.block)
+                mask_facts(self.ask, self.chooser, text, texts[i : i + 1], spec.block)
 
     def _field(self, config: HostClass, path: str, what: str) -> None:
         first, _, rest = path.partition(".")
@@ -154,14 +163,16 @@ class Host:
     def inner(self, core: HostClass) -> None:
         """Arguments of the inner model, and what it does with encoded pictures."""
         spec = self.spec
-        roles = [ROLES[role] for role in ("IDS", "EMBEDDINGS", "MASK", "POSITIONS", "CACHE", "PIXELS", "ENCODED")]
-        roles += [ROLES["CLIP_PIXELS"]] if len(spec.ids) > 1 else []
-        told = spec.told[: len(spec.ids)]  # by kind of placeholder
-        self.ask.takes(core, "the inner model", *roles, *told, *([spec.types] if spec.types else []))
+        asked = wanted(spec)["inner model"]
+        self.ask.takes(core, "the inner model", *asked.required)
+        here = {"ENCODED": True, "CLIP_PIXELS": len(spec.ids) > 1, "CLIP_FRAMES": ROLES["CLIP_PLACES"] in spec.told}
+        here |= {"IMAGE_SIZES": spec.packs is not None}
+        concerned = [ROLES[name] for name, here_too in here.items() if here_too]
+        self.ask.takes(core, "the inner model", *(role for role in asked.optional if role in concerned))
         forward, signature = core.method("forward"), core.signature()
-        if forward is not None and signature is not None and set(ROLES["ENCODED"]) & set(signature.names):
+        if forward is not None and signature is not None and set(ROLES["ENCODED"].names) & set(signature.names):
             said = strings(forward)
-            for word in ("image", "video")[: len(spec.ids)]:
+            for word in (hosts.IMAGE_KEY, hosts.CLIP_KEY)[: len(spec.ids)]:
                 self.ask.check(word in said, f"the inner model reads no {word!r} of encoded pictures", core)
         for name in ("get_image_features", "get_input_embeddings"):
             self.ask.check(core.has(name), f"the inner model has no `{name}`", core)
@@ -173,15 +184,14 @@ class Host:
         ours = [ROLES[role] for role in ("FEATURES", "IMAGE_SIZES", "SEPARATOR")]
         self.ask.takes(core, "the inner model", *ours, method=pack)
         packed, forward = core.signature(pack), core.signature()
-        known = {name for names in ours for name in names} | set(() if forward is None else forward.names)
+        known = {name for role in ours for name in role.names} | set(() if forward is None else forward.names)
         for name in () if packed is None else packed.names:
             held = name in known or config_field(self.config, name)
             self.ask.check(held, f"`{pack}` wants `{name}`, no argument of the inner model and no field", core)
         if pool:
             pooled = core.signature(pool)
             self.ask.check(pooled is not None and pooled.required == 1, f"there is no `{pool}` of features alone", core)
-        self.ask.check(core.has(ROLES["SEPARATOR"][0]), "the inner model has no embedding of separators", core)
-        self.ask.takes(core, "the inner model", ROLES["IMAGE_SIZES"])
+        self.ask.check(core.has("image_newline"), "the inner model has no embedding of separators", core)
         for name in module_reads(Packing._crops):
             place = core.module.find(name)
             self.ask.check(place is not None and isinstance(place[1], ast.FunctionDef), f"there is no `{name}()`", core)
