@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from .classes import HostClass, Signature
 from .needs import ROLES, Role
-from .sources import Library
 
 
 @dataclass(frozen=True, order=True)
@@ -41,13 +40,15 @@ class Findings:
     """Everything that was found in one release.
 
     Attributes:
-        library: the release.
+        package: name on the index.
+        version: of the release.
         families: by name.
         notes: what holds now and will not for long.
         called: by role, the names that are in use.
     """
 
-    library: Library
+    package: str
+    version: str
     families: dict[str, Family] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     called: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from types import ModuleType
 
 from vlmtok.adapters import account, decoder, decoder_checks, host_objects, hosts, masks
@@ -30,7 +29,7 @@ def shared_facts(findings: Findings, chooser: Chooser) -> None:
     """Facts that no single family has: caches, generation, gradient checkpointing."""
     caches(findings.about("caches"), chooser)
     ask, module = findings.about("generate"), chooser.library.module("transformers.generation.utils")
-    said = set() if module is None else strings(ast.parse(module.text))
+    said = set() if module is None else strings(module.tree)
     known = [*ROLES["ENCODED"].names, hosts.IMAGE_KEY, hosts.CLIP_KEY]
     missing = [word for word in known if word not in said]
     ask.check(not missing, f"generate() does not encode pictures before its loop: it knows no {', '.join(missing)}")
@@ -38,7 +37,7 @@ def shared_facts(findings: Findings, chooser: Chooser) -> None:
     layer = chooser.find("transformers.modeling_layers", "GradientCheckpointingLayer")
     if ask.check(layer is not None, "there is no GradientCheckpointingLayer"):
         assert layer is not None
-        outside = layer.method("__call__") is None
+        outside = not layer.has("__call__")
         ask.check(outside, "it wraps `__call__` of layers and not `forward`, so that their hooks run again in backward")
 
 
@@ -128,7 +127,7 @@ def _text(ask: Questions, cls: HostClass) -> None:
     for owner in owners:
         has_attributes(ask, owner, "the text tower", reads(text_spec, "tower"))
         module = owner.module.library.module("open_clip.transformer")
-        pools = set() if module is None else strings(ast.parse(module.text))
+        pools = set() if module is None else strings(module.tree)
         for names in TEXT_NAMES:
             if names == EOS and "eos" not in pools:
                 continue  # no pooling reads it

@@ -42,6 +42,6 @@ def examine(library: Library) -> Findings:
     Args:
         library: its sources.
     """
-    findings = Findings(library)
+    findings = Findings(library.package, library.version)
     FACTS[library.package](findings, Chooser(library))
     return findings

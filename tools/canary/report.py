@@ -28,7 +28,7 @@ MANY = 8
 def sentences(findings: Findings) -> Iterable[str]:
     """A sentence for every fact that does not hold: package, version, families, fact."""
     for broken, (families, classes) in _by_fact(findings).items():
-        yield f"{findings.library}, {_listed(families)}: {_said(broken, classes)}"
+        yield f"{findings.package} {findings.version}, {_listed(families)}: {_said(broken, classes)}"
 
 
 def _by_fact(findings: Findings) -> dict[Broken, tuple[list[str], list[str]]]:
@@ -65,13 +65,13 @@ def document(results: Sequence[Findings], date: str) -> str:
         date: of the reading.
     """
     parts = [HEAD.format(date=date)]
-    for package in dict.fromkeys(found.library.package for found in results):
-        parts += _section(package, [found for found in results if found.library.package == package])
+    for package in dict.fromkeys(found.package for found in results):
+        parts += _section(package, [found for found in results if found.package == package])
     return "\n".join(parts)
 
 
 def _section(package: str, releases: Sequence[Findings]) -> list[str]:
-    versions = [found.library.version for found in releases]
+    versions = [found.version for found in releases]
     names = list(dict.fromkeys(name for found in releases for name in found.families))
     newest = releases[-1]
     parts = [f"## {package}\n", f"{newest.asked:,} facts of {len(newest.families)} families in {versions[-1]}.\n"]
@@ -85,7 +85,7 @@ def _section(package: str, releases: Sequence[Findings]) -> list[str]:
     noted: dict[str, list[str]] = {}
     for found in releases:
         for note in found.notes:
-            noted.setdefault(note, []).append(found.library.version)
+            noted.setdefault(note, []).append(found.version)
     if noted:
         parts.append("To come:\n\n" + "\n".join(f"- {_span(seen, versions)}: {n}." for n, seen in noted.items()) + "\n")
     return parts
@@ -108,7 +108,7 @@ def _spans(releases: Sequence[Findings], versions: Sequence[str]) -> Iterable[st
     seen: dict[tuple[str, str], list[str]] = {}
     for found in releases:
         for broken, (families, classes) in _by_fact(found).items():
-            seen.setdefault((_listed(families), _said(broken, classes)), []).append(found.library.version)
+            seen.setdefault((_listed(families), _said(broken, classes)), []).append(found.version)
     for (who, said), where in seen.items():
         yield f"{_span(where, versions)}, {who}: {said}."
 
@@ -143,5 +143,5 @@ def record(results: Sequence[Findings], date: str) -> dict[str, Any]:
         }
         names = {role: sorted(called) for role, called in sorted(each.called.items())}
         release = {"facts": each.asked, "families": families, "names": names, "notes": list(each.notes)}
-        found["releases"].setdefault(each.library.package, {})[each.library.version] = release
+        found["releases"].setdefault(each.package, {})[each.version] = release
     return found

@@ -6,7 +6,7 @@ import ast
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,16 @@ class Module:
         self.stars: list[str] = []
         self.imports: dict[str, tuple[str, str]] = {}
 
+    @property
+    def tree(self) -> ast.Module:
+        """The whole file; nobody changes it."""
+        return _parsed(self.text)
+
     @cached_property
     def defined(self) -> dict[str, Definition]:
         """Classes, functions and values of its top level by name; branches of conditions count too."""
         found: dict[str, Definition] = {}
-        for node in _top(ast.parse(self.text).body):
+        for node in _top(self.tree.body):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 found.setdefault(node.name, node)
             elif isinstance(node, ast.Assign):
@@ -80,6 +85,11 @@ class Module:
             if found is not None:
                 return found
         return None
+
+
+@lru_cache(maxsize=48)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

@@ -165,10 +165,9 @@ class Host:
         spec = self.spec
         asked = wanted(spec)["inner model"]
         self.ask.takes(core, "the inner model", *asked.required)
-        here = {"ENCODED": True, "CLIP_PIXELS": len(spec.ids) > 1, "CLIP_FRAMES": ROLES["CLIP_PLACES"] in spec.told}
-        here |= {"IMAGE_SIZES": spec.packs is not None}
-        concerned = [ROLES[name] for name, here_too in here.items() if here_too]
-        self.ask.takes(core, "the inner model", *(role for role in asked.optional if role in concerned))
+        concerned = {"ENCODED": True, "CLIP_PIXELS": len(spec.ids) > 1, "IMAGE_SIZES": spec.packs is not None}
+        known = [ROLES[name] for name, concerns in concerned.items() if concerns]
+        self.ask.takes(core, "the inner model", *(role for role in asked.optional if role in known))
         forward, signature = core.method("forward"), core.signature()
         if forward is not None and signature is not None and set(ROLES["ENCODED"].names) & set(signature.names):
             said = strings(forward)
@@ -184,9 +183,9 @@ class Host:
         ours = [ROLES[role] for role in ("FEATURES", "IMAGE_SIZES", "SEPARATOR")]
         self.ask.takes(core, "the inner model", *ours, method=pack)
         packed, forward = core.signature(pack), core.signature()
-        known = {name for role in ours for name in role.names} | set(() if forward is None else forward.names)
+        others = {name for role in ours for name in role.names} | set(() if forward is None else forward.names)
         for name in () if packed is None else packed.names:
-            held = name in known or config_field(self.config, name)
+            held = name in others or config_field(self.config, name)
             self.ask.check(held, f"`{pack}` wants `{name}`, no argument of the inner model and no field", core)
         if pool:
             pooled = core.signature(pool)
