@@ -130,6 +130,12 @@ class Projector:
         current = None if self.tower is None else self.tower.running.mine().current
         if current is None or x.dim() != 3:
             return None
+        if current.handed:
+            raise PassError(
+                "the projector was called without a pass of the tower before it: what the tower left of the last "
+                "pictures has been handed over already; encode pictures with the model's get_image_features"
+            )
+        current.handed = True
         sequence = current.sequence
         if x.shape[:2] != (current.run.rows, sequence.row.n):
             raise PassError(

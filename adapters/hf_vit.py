@@ -15,6 +15,7 @@ from . import account, hosts
 from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
+from .wholes import wholes
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
@@ -185,6 +186,26 @@ class HFVision(Adapter):
         ("transformers.models.vit.modeling_vit", "ViTModel"),
         ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
     )
+
+    def __init__(self, model: Host) -> None:
+        super().__init__(model)
+        self._refuse_part()
+
+    def _refuse_part(self) -> None:
+        """Refuses a tower that a language model reads by the number of its placeholders.
+
+        Raises:
+            UnsupportedModel: the model is part of a vision-language model.
+        """
+        from .hf_vlm import ROWS as FAMILIES
+
+        for whole in wholes(self.model):
+            spec = FAMILIES.get(getattr(getattr(whole, "config", None), "model_type", ""))
+            if spec is not None and hasattr(whole, "generate") and spec.tower_cut != "free":
+                raise self.refuse(
+                    f"it is part of a {type(whole).__name__}, whose language model expects a feature for each "
+                    "placeholder; compress the whole: vlmtok.compress(model, ...)"
+                )
 
     def tower(self) -> TowerSpec:
         """The tower as data."""

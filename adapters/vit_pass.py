@@ -59,6 +59,7 @@ class Pass:
         tables: rotary tables of the rows as they are, with the table each was made from.
         grad: whether gradients were on.
         autocast: dtype of the caller's autocast, or None.
+        handed: whether a projector has taken what it left.
     """
 
     sequence: Any
@@ -68,6 +69,7 @@ class Pass:
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     grad: bool = False
     autocast: torch.dtype | None = None
+    handed: bool = False
 
     def record(self, layer: int) -> LayerRecord:
         """The record of a layer."""

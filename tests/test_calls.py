@@ -12,11 +12,12 @@ from families.build import FAMILIES
 from families.harness import MODES
 from families.methods import compressed
 from torch import Tensor, nn
+from vlmtok.adapters.base import child
 from vlmtok.adapters.hf_vlm import ROWS
 from vlmtok.adapters.host_faults import fault_of
 
 import vlmtok
-from vlmtok.errors import CacheError, UnsupportedModel
+from vlmtok.errors import CacheError, PassError, UnsupportedModel
 
 NAMES = [
     name
@@ -113,7 +114,7 @@ def test_hidden_placeholders_on_every_family(name: str) -> None:
             with vlmtok.compress(model, method):
                 found = run(model, given)
         except vlmtok.errors.VlmtokError as refusal:
-            assert "hides" in str(refusal) or "tower" in str(refusal) or "vision" in str(refusal)
+            assert any(word in str(refusal) for word in ("hides", "tower", "vision", "signal"))
         else:
             assert found.logits.shape[1] == given["input_ids"].shape[1] and bool(found.logits.isfinite().any())
 
@@ -204,6 +205,35 @@ def test_features_that_a_host_scales_or_rounds_are_known_again() -> None:
         rounded.pooler_output = [part.bfloat16().float() for part in features.pooler_output]
         found = run(model, given, mm_encoder_outputs={"image": rounded}).logits
     assert torch.allclose(found, wanted, atol=0.5) and not torch.equal(found, wanted)
+
+
+# ---------------------------------------------------------------------- parts of a model
+@pytest.mark.parametrize("name", ["llava", "llava_next", "gemma3", "paligemma", "smolvlm", "aya_vision"])
+def test_a_tower_inside_a_language_model_is_refused_with_the_cure(name: str) -> None:
+    model = FAMILIES[name].build(FAMILIES[name].attentions[0])
+    spec = ROWS[model.config.model_type]
+    tower = child(child(model, spec.core), spec.tower)
+    with pytest.raises(UnsupportedModel, match=f"part of a {type(model).__name__}.*compress the whole|no adapter"):
+        vlmtok.compress(tower, "tome:r=1")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_tower_of_its_own_is_carried() -> None:
+    model = models.llava(depth=2)
+    with pytest.raises(UnsupportedModel, match="compress the whole"):
+        vlmtok.compress(model.model.vision_tower, "tome:r=2")
+    alone = copy.deepcopy(model.model.vision_tower)
+    with torch.no_grad(), vlmtok.compress(alone, "tome:r=2"):
+        assert alone(models.pictures(1, size=(32, 32))).last_hidden_state.shape[1] < 17
+
+
+def test_a_projector_that_is_called_alone_is_refused() -> None:
+    model, given = models.llava(depth=2), models.Batch.of("^3I5").inputs()
+    with torch.no_grad(), vlmtok.compress(model, "tome:r=2"):
+        left = model.model.vision_tower(given["pixel_values"]).last_hidden_state[:, 1:]
+        model.model.multi_modal_projector(left)
+        with pytest.raises(PassError, match="without a pass of the tower"):
+            model.model.multi_modal_projector(left)
 
 
 # ---------------------------------------------------------------------- recorded states
