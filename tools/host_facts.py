@@ -7,7 +7,8 @@
     python tools/host_facts.py --installed          # what this environment imports; no downloads
 
 Wheels are kept in a cache folder. Exit codes: 0 all facts hold (or all minors were read), 1 a fact is broken in a
-release that was asked for by --newest, --versions or --installed, 2 a release cannot be had.
+release that was asked for by --newest, --versions or --installed, 2 a release cannot be had or read. A family that the
+host's own code breaks is said, and changes no exit code.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary import report, wheels
 from canary.facts import Findings
+from canary.needs import NothingRead
 from canary.releases import examine
 from canary.sources import Library
 
@@ -78,8 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{library}: {verdict}", file=sys.stderr)
             for sentence in said:
                 print(sentence)
-    except wheels.WheelError as problem:
+    except (wheels.WheelError, NothingRead) as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except SyntaxError as problem:
+        running = ".".join(map(str, sys.version_info[:2]))
+        print(f"error: {library} has source that Python {running} cannot read: {problem}", file=sys.stderr)
         return 2
     date = datetime.date.today().isoformat()
     if options.write is not None:

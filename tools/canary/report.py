@@ -141,7 +141,7 @@ def record(results: Sequence[Findings], date: str) -> dict[str, Any]:
             }
             for name, family in each.families.items()
         }
-        names = {role: sorted(called) for role, called in sorted(each.called.items())}
+        names = {role: sorted(called) for role, called in sorted(each.called.items()) if called}
         release = {"facts": each.asked, "families": families, "names": names, "notes": list(each.notes)}
         found["releases"].setdefault(each.package, {})[each.version] = release
     return found
