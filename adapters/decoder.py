@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..attachment import Attachment, Entry, replaying, weak
+from ..attachment import Attachment, Entry, PerThread, replaying, weak
 from ..errors import CacheError, UnsupportedModel
 from ..ledger import StageRun
-from ..method import Site, StageLayout, layer_of
-from ..rows import Picture, Rows
+from ..method import StageLayout, layer_of
+from ..rows import Picture
 from ..signals import DECODER_SIGNALS
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
 from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
-from .decoder_call import BLOCKS, Call, deepstack, flat, top
-from .decoder_checks import check_arguments, check_call, check_hidden, check_layer, check_start, check_turn
+from .decoder_call import BLOCKS, Call, DecoderRun, deepstack, flat, top
+from .decoder_checks import check_call, check_hidden, check_layer, check_start, check_turn, packed, unknown_argument
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
 from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
@@ -42,11 +42,7 @@ class Decoder:
         intake: those on the inner model; they tell of the pictures.
         sites: lets methods act on the rows.
         segments: makes masks and position embeddings of what is left.
-        call: the forward that runs, or None.
-        held: columns that the cache of the running forward held before it.
-        muted: while a layer's modules are called for signals, out of turn.
-        last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them and the owners of the original columns behind each.
+        running: what each thread runs.
         tower_grid: rows and columns of patches of the tower's input, where they are known.
     """
 
@@ -68,11 +64,7 @@ class Decoder:
         # Hosts read the length of the cache from the first layer that keeps keys.
         self.probe = next((i for i, kind in enumerate(kinds) if kind not in RECURRENT), 0)
         self.owner = ticket()
-        self.call: Call | None = None
-        self.held = 0
-        self.muted = False
-        self.last_rows: Rows | None = None
-        self.steps: list[tuple[Site, Tensor]] = []
+        self.running = PerThread(DecoderRun)
         self.tower_grid = tower_grid
         self.projector = Projector(attachment, spec, tower)
         self.intake = Intake(attachment, spec, core, self.projector)
@@ -125,11 +117,12 @@ class Decoder:
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
         put(lm.layers[self.probe], "pre", self.watch, self.probe)
+        if self.spec.deepstack is not None:
+            for layer in range(1, self.depth):
+                put(lm.layers[layer], "pre", self.stack, layer)
+            put(lm.layers[-1], "post", self.stack_last, self.depth)
         for layer in range(first, self.depth):
             put(lm.layers[layer], "pre", self.layer, layer)
-        if self.spec.deepstack is not None:
-            for layer in range(self.depth):
-                put(lm.layers[layer], "post", self.stack, layer)
         for cut, entries in self.points.items():
             needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
             if not needs & set(DECODER_SIGNALS):
@@ -151,8 +144,10 @@ class Decoder:
         """Looks up what the text model, and its layers from `first` on, call their arguments."""
         of_tokens = [*self.spec.gather, *(self.spec.deepstack or ())]
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
-        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS])
+        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS, hosts.CACHING])
         self.layers = {self.probe: Arguments(lm.layers[self.probe], [hosts.CACHE])}
+        for layer in range(1, self.depth if self.spec.deepstack is not None else 1):
+            self.layers[layer] = Arguments(lm.layers[layer], [hosts.HIDDEN], [hosts.CACHE])
         for layer in range(first, self.depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *self.spec.layer_args]
             self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.POSITIONS])
@@ -168,9 +163,10 @@ class Decoder:
 
         own_mask, own_positions = given(hosts.MASK), given(hosts.POSITIONS)
         incoming = self.intake.take(own_mask, own_positions)
-        self.call = None
+        running = self.running.mine()
+        running.call = None
         x, cache = given(hosts.EMBEDDINGS), host_objects.cache_in(module, self.text, args, kwargs)
-        self.held = held = host_objects.length_of(module, cache)
+        running.held = held = host_objects.length_of(module, cache)
         if x is None:
             if hasattr(cache, ATTRIBUTE):
                 raise CacheError(
@@ -187,6 +183,7 @@ class Decoder:
             check_call(incoming.mask, cache)
             pictures, valid = self.intake.pictures(incoming, columns)
         self.intake.check_features(self.core(), incoming, pictures, columns, held)
+        pictures = [picture for picture in pictures if picture.n]  # one that the mask hides is padding
         if not pictures and stream is None:
             self._book(batch, columns, held, cache, None, [])
             return None
@@ -194,7 +191,6 @@ class Decoder:
         check_call(mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
-        check_arguments(self.text.called(args, kwargs), self.spec, self.core(), batch, columns, held)
         positions = own_positions if stream is None or incoming.placed else None
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
@@ -209,7 +205,14 @@ class Decoder:
             stream = Stream(self.owner, batch, seen=held, segments={0: Segment(0, held)})
             if mask is not None:
                 stream.segments[0].valid = mask[:, :held].bool()
-        call = self.call = Call(cache, stream, None, columns, run, positions, width=columns)
+        call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
+        call.refusal = unknown_argument(
+            self.text.called(args, kwargs), self.text.names, self.spec, self.core(), batch, columns, held
+        )
+        if call.refusal is None and incoming.placed and own_positions is not None:
+            caching = given(hosts.CACHING)
+            caching = getattr(module.config, "use_cache", True) if caching is None else caching
+            call.refusal = packed(own_positions, mask, cache, bool(caching))
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
@@ -218,14 +221,15 @@ class Decoder:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
             call.rows = self.intake.rows(x, pictures, valid, low, call.blocks, incoming.lengths, incoming.drafts)
-            self.steps, self.last_rows = call.steps, None
+            running.steps, running.last_rows = call.steps, None
             if self.projector.packing is not None:
                 self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)
             call.top = top(call.rows)
             changes = self.intake.own(call.rows, x, given)
             x = self.sites.boundary(call, x)
-            self.last_rows = call.rows if self.attachment.trace else None
+            running.last_rows = call.rows if self.attachment.trace else None
             call.width = x.shape[1]
+            call.places = [(0, call.rows.snapshot())]
             call.added[0] = (x.shape[1], call.rows.valid, call.rows.states.get(BLOCKS))
         elif stream is not None:
             padded = mask is not None and (columns > 1 or stream.segments[0].valid is not None)
@@ -266,35 +270,37 @@ class Decoder:
     # ------------------------------------------------------------------ layers
     def watch(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
-        if self.muted or replaying() or torch.compiler.is_compiling():
+        running = self.running.mine()
+        if running.muted or replaying() or torch.compiler.is_compiling():
             return
         cache = host_objects.cache_in(module, self.layers[layer], args, kwargs)
         if cache is None:
             return
-        call = self.call
+        call = running.call
         if call is not None and call.cache is None:
             call.cache = cache  # the text model made it
         if getattr(cache, "is_compileable", False):
             return  # of one fixed length, refused where something is cut; asking how full it is waits for a GPU
         held = host_objects.length_of(module, cache, layer)
-        if held != self.held or (call is not None and call.cache is not cache):
+        if held != running.held or (call is not None and call.cache is not cache):
             raise hosts.changed(
                 self.lm(),
                 f"its layer {layer} works on a cache of {held} columns, and the one that was seen in the call of "
-                f"the text model holds {self.held}",
+                f"the text model holds {running.held}",
             )
 
     def layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Layer pre-hook: cuts where a method stands, and gives later layers what fits their rows."""
-        call = self.call
-        if call is None or self.muted or replaying():
+        running = self.running.mine()
+        call = running.call
+        if call is None or running.muted or replaying():
             return None
         arguments = self.layers[layer]
         hidden = arguments.get(hosts.HIDDEN, args, kwargs)
         rotary = arguments.get(hosts.ROTARY, args, kwargs)
         if call.rows is not None and layer in self.points:
             check_hidden(module, call, hidden)
-            check_layer(module, arguments.called(args, kwargs), self.spec, hidden)
+            check_layer(module, arguments.called(args, kwargs), arguments.names, self.spec, hidden)
             hidden = self._cut_layer(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
         segment = None if call.stream is None else call.stream.segment(layer)
         if segment is None or segment.first == 0:
@@ -316,15 +322,27 @@ class Decoder:
                 changes[role] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
         return arguments.put(args, kwargs, changes)
 
-    def stack(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Layer hook: adds the tower's features of this depth, as the host would."""
-        call = self.call
-        if call is None or call.rows is None or self.muted or replaying():
+    def stack(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Layer pre-hook: adds the tower's features of the layer before, as the host would between the two."""
+        feature = self._stacked(layer - 1)
+        if feature is None:
             return None
-        feature = call.rows.states.get(deepstack(layer))
+        arguments = self.layers[layer]
+        return arguments.put(args, kwargs, {hosts.HIDDEN: arguments.get(hosts.HIDDEN, args, kwargs) + feature})
+
+    def stack_last(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The same behind the last layer, which no other follows."""
+        feature = self._stacked(layer - 1)
         if feature is None:
             return None
         return host_objects.with_hidden(output, host_objects.hidden_of(module, output) + feature)
+
+    def _stacked(self, layer: int) -> Tensor | None:
+        """The tower's features behind a layer, `[B, L, C]`, while a prefill with pictures runs."""
+        running = self.running.mine()
+        if running.call is None or running.call.rows is None or running.muted or replaying():
+            return None
+        return running.call.rows.states.get(deepstack(layer))
 
     def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, rotary: Any, mask: Any) -> Tensor:
         """Methods at the end of the layer before and at the start of this one."""
@@ -361,6 +379,7 @@ class Decoder:
         for first, later in call.stream.segments.items():
             later.turned = later.turned or (first > layer and past.turned)
         begin_segment(call, past, hidden)
+        call.places.append((layer, rows.snapshot()))
         return hidden
 
     # ------------------------------------------------------------------ taps
@@ -396,14 +415,16 @@ class Decoder:
 
     def _catch(self, layer: int) -> dict[str, Any] | None:
         """Where taps of this layer go, while a prefill with pictures runs."""
-        if self.call is None or self.call.rows is None or self.muted or replaying():
+        running = self.running.mine()
+        if running.call is None or running.call.rows is None or running.muted or replaying():
             return None
-        return self.call.taps.setdefault(layer, {})
+        return running.call.taps.setdefault(layer, {})
 
     # ------------------------------------------------------------------ after the text model
     def finish(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Text-model hook: files the past with the cache, gives rows back at their original length."""
-        call, self.call = self.call, None
+        running = self.running.mine()
+        call, running.call = running.call, None
         if call is None or replaying():
             return None
         stream, rows = call.stream, call.rows
@@ -421,7 +442,22 @@ class Decoder:
                     module, f"it gave {hidden.shape[1]} columns back where {rows.length} went through its last layer"
                 )
             return None  # the host looked at the last tokens only
+        self._restore_recorded(call, output)
         return host_objects.with_hidden(output, rows.restore(hidden, call.columns))
+
+    def _restore_recorded(self, call: Call, output: Any) -> None:
+        """Hidden states that the host recorded get the columns of the prompt, each from those of its layer."""
+        recorded = host_objects.recorded_states(output)
+        if recorded is None:
+            return
+        made = []
+        for index, states in enumerate(recorded):  # the input of layer 0, then what each layer gave
+            shot = [shot for first, shot in call.places if first <= max(index - 1, 0)][-1]
+            if index == len(recorded) - 1:  # the last one stands behind the final norm
+                shot = call.places[-1][1]
+            fits = states is not None and states.shape[1] == shot.length
+            made.append(shot.restore(states, call.columns) if fits else states)
+        host_objects.set_recorded_states(output, tuple(made))
 
 
 __all__ = ["BY_LENGTH", "BY_TEXT", "Call", "Decoder"]

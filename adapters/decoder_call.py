@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedModel
 from ..ledger import StageRun
 from ..method import Site
-from ..rows import Rows
+from ..rows import Rows, Snapshot
 from ..stream import Stream
 
 HOST = -1
@@ -30,12 +31,13 @@ class Incoming:
     Attributes:
         codes: int8 `[B, S]`, what each column is (see `spans`), or None where the call brings no features.
         mask: `[B, past + S]`, or what else came as a mask.
-        types: int `[B, past + S or S]`, type ids, or None.
+        types: int `[B, S]`, type ids, or None.
         lengths: by code, what the encoder's outputs told, or None.
         encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
         drafts: last columns that hold drafts of speculative decoding.
         ids: int64 `[B, S]`, token ids of a call without features, or None.
+        made: bool `[]`, whether features that came along are those of this thread's last encoding, or None.
     """
 
     codes: Tensor | None
@@ -46,6 +48,7 @@ class Incoming:
     encoded: dict[int, int] = field(default_factory=dict)
     drafts: int = 0
     ids: Tensor | None = None
+    made: Tensor | None = None
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Call:
         lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         shifts: the same by segment, as it held there.
         steps: sites that cut and the owners of the original columns behind each; kept only for traces.
+        places: (first layer, where its columns stood) of each run of layers that see the same rows.
+        refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """
 
     cache: Any
@@ -111,6 +116,36 @@ class Call:
     top: Tensor | None = None
     lowered: Tensor | None = None
     shifts: dict[int, Tensor | None] = field(default_factory=dict)
+    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    places: list[tuple[int, Snapshot]] = field(default_factory=list)
+    refusal: str | None = None
+
+    def check_cut(self) -> None:
+        """Before rows are cut.
+
+        Raises:
+            UnsupportedModel: the call has something that a cut cannot follow.
+        """
+        if self.refusal is not None:
+            raise UnsupportedModel(self.refusal)
+
+
+@dataclass
+class DecoderRun:
+    """What a thread runs in a language model.
+
+    Attributes:
+        call: the forward that runs, or None.
+        held: columns that its cache held before it.
+        muted: while a layer's modules are called for signals, out of turn.
+        last_rows: of the last prefill with pictures; kept only for traces, and
+        steps: the sites that cut them and the owners of the original columns behind each.
+    """
+
+    call: Call | None = None
+    held: int = 0
+    muted: bool = False
+    last_rows: Rows | None = None
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
 
 

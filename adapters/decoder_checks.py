@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,34 +87,64 @@ def check_call(mask: Any, cache: Any) -> None:
         raise CacheError(f"a cut needs the 2-D attention mask, and the model was called with a {what} one")
 
 
-def check_arguments(
-    given: Mapping[str, Any], spec: VLMSpec, core: Any, batch: int, columns: int, held: int = 0
-) -> None:
-    """Checks that a cut can follow every argument: an unknown one for each token would go out of step.
+def unknown_argument(
+    given: Mapping[str, Any], names: Collection[str], spec: VLMSpec, core: Any, batch: int, columns: int, held: int = 0
+) -> str | None:
+    """Why rows of a call cannot be cut: an argument with one entry for each token that a cut cannot follow.
 
     Args:
         given: all arguments of the text model, by name.
+        names: of those that its signature names.
         spec: the family.
         core: the inner model.
         batch: B.
         columns: S.
         held: columns that the cache holds.
 
-    Raises:
-        UnsupportedModel: a tensor `[B, S, ...]`, `[B, past + S]`, `[axes, B, S]` or `[S]` that nobody told us about.
+    Returns:
+        A sentence about a tensor `[B, S, ...]`, `[B, past + S]`, `[axes, B, S]` or `[S]` that nobody told us about, or
+        None.
     """
     roles = [*KNOWN, *spec.gather, *(spec.deepstack or ()), *([] if spec.types is None else [spec.types])]
-    known = {name for role in roles for name in role.names}
+    known = {name for role in roles for name in role.names} | _passing(names)
     for name, value in given.items():
         for part in _tensors(value) if name not in known else ():
             shape = tuple(part.shape)
             alike = shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns)
             if alike or (shape == (columns,) and columns > 1):
-                family = f"family {core.config.model_type!r}, {hosts.library_of(core)}"
-                raise UnsupportedModel(
-                    f"the language model gets {name!r} {list(shape)}, one entry for each token, which this "
-                    f"compression does not know how to cut ({family})"
+                return (
+                    f"the language model gets {name!r} {list(shape)}, one entry for each token, which this compression "
+                    f"does not know how to cut (family {core.config.model_type!r}, {hosts.library_of(core)})"
                 )
+    return None
+
+
+def _passing(names: Collection[str]) -> set[str]:
+    """What hosts hand on without reading it; a module that names one of these itself would read it."""
+    roles = (hosts.LOSS, hosts.TOKEN_TYPES, hosts.MODAL_TYPES)
+    return {name for role in roles for name in role.names if name not in names}
+
+
+def packed(positions: Tensor, mask: Any, cache: Any, caching: bool) -> str | None:
+    """Why rows cannot be cut where several prompts are packed in one of them, or None.
+
+    Hosts keep prompts apart by positions that do not go on by one, where neither mask nor cache say more.
+
+    Args:
+        positions: int64 `[..., B, S]`, as the caller gave them.
+        mask: of the call, or None.
+        cache: of the call, or None.
+        caching: whether the text model makes a cache.
+    """
+    if mask is not None or cache is not None or caching or (positions.dim() == 3 and len(positions) == 3):
+        return None
+    text = positions if positions.dim() == 2 else positions[0]
+    if text.shape[-1] < 2 or not bool((text.diff(dim=-1) != 1).any()):
+        return None
+    return (
+        "several prompts are packed in one row (position ids that do not go on by one, and no attention mask), and "
+        "behind a cut the second would look at the first; give each prompt a row of its own, or an attention mask"
+    )
 
 
 def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
@@ -133,12 +163,13 @@ def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
             yield from _tensors(part, depth - 1)
 
 
-def check_layer(module: Any, given: Mapping[str, Any], spec: VLMSpec, hidden: Tensor) -> None:
+def check_layer(module: Any, given: Mapping[str, Any], names: Collection[str], spec: VLMSpec, hidden: Tensor) -> None:
     """The same for the arguments of a layer behind which, or at whose start, rows are cut.
 
     Args:
         module: the layer.
         given: its arguments, by name.
+        names: of those that its signature names.
         spec: the family.
         hidden: `[B, L, C]`, its input.
 
@@ -146,7 +177,7 @@ def check_layer(module: Any, given: Mapping[str, Any], spec: VLMSpec, hidden: Te
         UnsupportedModel: a tensor `[B, L, ...]` that nobody told us about.
     """
     roles = (hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, hosts.POSITIONS, *spec.layer_args)
-    known = {name for role in roles for name in role.names}
+    known = {name for role in roles for name in role.names} | _passing(names)
     for name, value in given.items():
         if name not in known and isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2]:
             raise UnsupportedModel(

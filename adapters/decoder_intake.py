@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, replaying, weak
-from ..errors import UnsupportedModel
+from ..attachment import Attachment, PerThread, replaying, weak
+from ..errors import CacheError, UnsupportedModel
 from ..rows import HELD, PAD, TEXT, Picture, Rows
 from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
@@ -22,6 +23,21 @@ from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
 from .hosts import Arguments, Role
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
+
+
+@dataclass
+class IntakeRun:
+    """What a thread's call brought so far.
+
+    Attributes:
+        shapes: of pictures and of clips, as the tower was told.
+        incoming: what the inner model was called with, until the text model takes it.
+        drafts: last columns that hold drafts of speculative decoding.
+    """
+
+    shapes: deque[Tensor] = field(default_factory=lambda: deque(maxlen=2))
+    incoming: Incoming | None = None
+    drafts: int = 0
 
 
 class Intake:
@@ -45,9 +61,7 @@ class Intake:
         self.arguments = Arguments(core, required, also)
         self.ids = placeholders(core, spec)
         self.told = dict(zip((IMAGE, VIDEO), spec.told))
-        self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
-        self.incoming: Incoming | None = None
-        self.drafts = 0
+        self.running = PerThread(IntakeRun)
 
     def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
@@ -70,7 +84,7 @@ class Intake:
         """
         wanted = self.asked.get(hosts.LOGITS, args, kwargs)
         cached = host_objects.cache_in(module, self.asked, args, kwargs) is not None
-        self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
+        self.running.mine().drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
 
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
@@ -78,6 +92,7 @@ class Intake:
         def given(role: Role) -> Any:
             return self.arguments.get(role, args, kwargs)
 
+        running = self.running.mine()
         encoded = given(hosts.ENCODED) or {}
         features = {
             code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
@@ -85,14 +100,14 @@ class Intake:
             if encoded.get(name) is not None
         }
         pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
-        types = None if self.spec.types is None else given(self.spec.types)
-        ids, mask = given(hosts.IDS), given(hosts.MASK)
+        ids, mask, x = given(hosts.IDS), given(hosts.MASK), given(hosts.EMBEDDINGS)
+        types = None if self.spec.types is None else _aligned(given(self.spec.types), x if ids is None else ids, mask)
         codes = None
         if features or pixels:
-            codes = self._codes(module, ids, given(hosts.EMBEDDINGS), types)
+            codes = self._codes(module, ids, x, types)
         lengths: dict[int, list[int]] | None
         if pixels:
-            self.shapes.clear()  # the tower is about to be called
+            running.shapes.clear()  # the tower is about to be called
             packing = self.projector.packing
             if packing is None:
                 lengths = shapes.lengths(self.told, given, module.config)
@@ -102,15 +117,17 @@ class Intake:
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
         placed = given(hosts.POSITIONS) is not None
-        drafts, self.drafts = self.drafts, 0
+        drafts, running.drafts = running.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
-        self.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
+        running.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
         if codes is None:
-            self.incoming.ids = ids
+            running.incoming.ids = ids
+        elif not pixels and features.get(IMAGE) is not None:
+            running.incoming.made = self.projector.made(features[IMAGE])
 
     def leave(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Core hook, after an exception too: what a call came with is gone with it."""
-        self.incoming = None
+        self.running.mine().incoming = None
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
@@ -118,7 +135,7 @@ class Intake:
         assert role is not None
         value = self.tower_arguments.get(role, args, kwargs)
         if value is not None and not replaying():
-            self.shapes.append(shapes.read(role, value, self.core().config))
+            self.running.mine().shapes.append(shapes.read(role, value, self.core().config))
 
     def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
         """What each column is, int8 `[B, S]`."""
@@ -136,14 +153,15 @@ class Intake:
             if number is not None:
                 codes = torch.where(ids == number, code, codes)
         if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
-            clip = (types[:, -ids.shape[1] :] == 2) & (codes > 0)
+            clip = (types == 2) & (codes > 0)
             codes = torch.where(clip, VIDEO, codes)
         return codes.to(torch.int8)
 
     # ------------------------------------------------------------------ for the text model
     def take(self, mask: Any, positions: Any) -> Incoming:
         """What this call came with; where the text model was called alone, its own arguments tell."""
-        incoming, self.incoming = self.incoming, None
+        running = self.running.mine()
+        incoming, running.incoming = running.incoming, None
         return Incoming(None, mask, None, None, positions is not None) if incoming is None else incoming
 
     def check_features(self, module: Any, incoming: Incoming, pictures: list[Picture], columns: int, held: int) -> None:
@@ -192,7 +210,15 @@ class Intake:
         assert codes is not None
         valid = None if mask is None else mask[:, -columns:].bool()
         both = codes if valid is None else torch.stack([codes, valid.to(torch.int8)])
-        host = both.cpu().tolist()
+        made = torch.ones((), device=codes.device) if incoming.made is None else incoming.made
+        read = torch.cat([both.flatten(), made.to(both)[None]]).cpu()
+        if not read[-1]:
+            raise CacheError(
+                "the features in this prompt are not those that the tower made last in this thread: features of an "
+                "earlier call, of the bare model or of another thread, and parts of a picture (a prefill in chunks), "
+                "cannot be combined with cuts or signals of the tower; encode and ask in one call"
+            )
+        host = read[:-1].view(both.shape).tolist()
         seen, real = (host, None) if valid is None else host
         if real is not None and all(map(all, real)):
             valid = real = None
@@ -209,7 +235,27 @@ class Intake:
             picture.text_after_last = sum(text[picture.columns[-1] :])
             picture.n = len(picture.columns)
         self.projector.number(pictures)
+        if real is not None:
+            self._hide(pictures, real)
         return pictures, valid
+
+    def _hide(self, pictures: list[Picture], real: list[list[int]]) -> None:
+        """Placeholders that the mask hides are padding.
+
+        Raises:
+            CacheError: what the tower left of such a picture, or its signals, are on their way.
+        """
+        for picture in pictures:
+            picture.hidden = [not real[picture.row][column] for column in picture.columns]
+            if not any(picture.hidden):
+                continue
+            if self.projector.waits():
+                raise CacheError(
+                    f"the attention mask hides {sum(picture.hidden)} of the {len(picture.columns)} tokens of picture "
+                    f"{picture.index} in row {picture.row}, which cannot be combined with methods that cut in the "
+                    "tower or read its signals; leave the mask open there, or use methods of the language model alone"
+                )
+            picture.n = len(picture.columns) - sum(picture.hidden)
 
     def rows(
         self,
@@ -245,7 +291,9 @@ class Intake:
         look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
         part = PARTS[self.spec.parts](look)
         if self.spec.shapes is not None:
-            shapes.measure(pictures, [call.tolist() for call in self.shapes])
+            shapes.measure(pictures, [call.tolist() for call in self.running.mine().shapes])
+        for picture in pictures:
+            picture.show()
         place = torch.arange(columns, device=x.device).expand(batch, columns)
         rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
         if blocks is not None:
@@ -281,6 +329,18 @@ class Intake:
                 visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
             )
         return {where: None, what: None}
+
+
+def _aligned(types: Tensor | None, columns: Tensor | None, mask: Any) -> Tensor | None:
+    """Type ids of the new columns, int `[B, S]`: callers may give those of the past too, or leave out drafts (text)."""
+    if types is None or columns is None:
+        return types
+    count = columns.shape[1]
+    whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else count
+    missing = max(whole, count) - types.shape[1]
+    if types.shape[1] != count and missing > 0:
+        types = torch.nn.functional.pad(types, (0, missing))
+    return types[:, -count:]
 
 
 def placeholders(core: Any, spec: VLMSpec) -> list[int | None]:

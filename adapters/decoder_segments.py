@@ -74,7 +74,7 @@ class Segments:
         if self.rule is None or incoming.types is None or (self.rule.first_only and held):
             return None
         first = held if stream is None else stream.seen
-        return block_ids(incoming.types[:, -columns:], self.rule, first)
+        return block_ids(incoming.types, self.rule, first)
 
     # ------------------------------------------------------------------ the first segment
     def enter(self, call: Call, stream: Stream, x: Tensor, given: Any) -> dict[Role, Any]:

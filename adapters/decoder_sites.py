@@ -60,7 +60,7 @@ class Sites:
         rows = call.rows
         assert rows is not None and call.run is not None
         before = x
-        handover = self.projector.handover
+        handover = self.projector.running.mine().handover
         if handover is not None:
             x = self._hand_over(call, handover, x)
         rows.enter()
@@ -82,6 +82,7 @@ class Sites:
             if reduction is not None:
                 pieces.append((group, reduction))
         if pieces:
+            call.check_cut()
             before, held = rows.length, sum(rows.lengths)
             renumber = self.spec.positions == "1d"
             x, _ = rows.cut(x, pieces, renumber)
@@ -136,6 +137,7 @@ class Sites:
         before, held = rows.length, sum(rows.lengths)
         moved, renumber = None, False
         if pieces:
+            call.check_cut()
             wanted = entry.site.positions
             renumber = renumber_by_default if wanted is None else wanted == "renumber"
             if renumber and self.spec.positions != "1d":

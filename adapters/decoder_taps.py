@@ -179,11 +179,12 @@ class LayerTaps:
 
     def _project(self, form: AttentionForm, x: Tensor, which: str) -> Tensor:
         """Queries or keys of a layer that has not run, before rope, with taps muted."""
-        self.decoder.muted = True
+        running = self.decoder.running.mine()
+        running.muted = True
         try:
             return form.heads(form.projection(which)(form.before(x)), which)
         finally:
-            self.decoder.muted = False
+            running.muted = False
 
 
 def _nothing(*_: Any) -> Tensor:

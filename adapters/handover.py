@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, replaying
+from ..attachment import Attachment, Entry, PerThread, replaying
 from ..errors import CacheError, PassError
 from ..ledger import Event, Group, StageRun
 from ..reduction import Reduction
@@ -25,9 +25,12 @@ from ..view import Signal, TokenView
 from . import hosts
 from .base import VLMSpec, child
 from .hosts import Arguments
-from .packing import Packing
+from .packing import PROBE, Packing
 from .spans import IMAGE
 from .vit_block import Tower
+
+ALIKE = 2e-3
+"""How far features may lie from those that are known, as a share of their norm: what half precision rounds away."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class Handover:
         valid: bool `[P, K]`, or None where all are real.
         size: fp32 `[P, K]`, or None while all are 1.
         carried: signals on their way, with the axis of the tokens.
+        probe: `[P, N, c]`, a few channels of the features that the host got, to know them again.
     """
 
     pictures: int
@@ -49,6 +53,7 @@ class Handover:
     valid: Tensor | None = None
     size: Tensor | None = None
     carried: dict[str, tuple[Tensor, int | None]] = field(default_factory=dict)
+    probe: Tensor | None = None
 
     def reduction(self, index: Tensor, n: int) -> Reduction | None:
         """What is left of pictures with n placeholders each.
@@ -71,6 +76,21 @@ class Handover:
         return Reduction(keep, valid=None if self.valid is None else self.valid[index])
 
 
+@dataclass
+class ProjectorRun:
+    """What a thread's calls of the projector left.
+
+    Attributes:
+        handover: what the last one passed on, or None.
+        pending: of the call that runs: what travels with its tokens, and which are real.
+        shape: pictures and placeholders of the last one.
+    """
+
+    handover: Handover | None = None
+    pending: tuple[Sequence, Tensor | None] | None = None
+    shape: tuple[int, int] | None = None
+
+
 class Projector:
     """Hooks on the module that maps tower features to the text width."""
 
@@ -79,10 +99,13 @@ class Projector:
         self.spec = spec
         self.tower = tower
         self.entries = attachment.at("features")
-        self.handover: Handover | None = None
-        self.pending: tuple[Sequence, Tensor | None] | None = None
-        self.shape: tuple[int, int] | None = None
+        self.running = PerThread(ProjectorRun)
         self.packing: Packing | None = None
+
+    @property
+    def handover(self) -> Handover | None:
+        """What the last call passed on: in this thread, or else in the one that ran last."""
+        return self.running.seen().handover
 
     def install(self, core: nn.Module) -> None:
         """Places the hooks."""
@@ -99,11 +122,12 @@ class Projector:
     # ------------------------------------------------------------------ hooks
     def shorten(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Projector pre-hook: methods at ``features``."""
-        self.pending = None
+        running = self.running.mine()
+        running.pending = None
         if replaying():
             return None
         x = self.arguments.get(hosts.FEATURES, args, kwargs)
-        current = None if self.tower is None else self.tower.current
+        current = None if self.tower is None else self.tower.running.mine().current
         if current is None or x.dim() != 3:
             return None
         sequence = current.sequence
@@ -116,7 +140,7 @@ class Projector:
         before = x
         for entry in self.entries:
             x, valid = self._visit(entry, sequence, current.run, x, valid)
-        self.pending = (sequence, valid)
+        running.pending = (sequence, valid)
         if x is before:
             return None
         return self.arguments.put(args, kwargs, {hosts.FEATURES: x})
@@ -125,9 +149,10 @@ class Projector:
         """Projector hook: features take the picture's first placeholders, zeros fill the rest."""
         if replaying() or not isinstance(output, Tensor) or output.dim() != 3:
             return None
-        pending, self.pending = self.pending, None
-        self.shape = (output.shape[0], output.shape[1])
-        self.handover = None
+        running = self.running.mine()
+        pending, running.pending = running.pending, None
+        running.shape = (output.shape[0], output.shape[1])
+        running.handover = None
         if pending is None:
             return None
         sequence, valid = pending
@@ -135,15 +160,45 @@ class Projector:
             self.packing.record(output, sequence.carried)
             return None
         entered, slots = sequence.entered, output.shape[1]
-        self.shape = (output.shape[0], entered)
+        running.shape = (output.shape[0], entered)
         if slots > entered:
             raise PassError(f"{slots} features do not fit into the {entered} placeholders of a picture")
         carried = {name: (value, axis) for name, (value, axis) in sequence.carried.items() if value is not None}
-        self.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried)
-        if slots == entered:
-            return None
         room = output.new_zeros(output.shape[0], entered - slots, output.shape[2])
-        return torch.cat([output, room], 1)
+        whole = output if slots == entered else torch.cat([output, room], 1)
+        probe = whole[..., :PROBE].detach().clone()
+        running.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried, probe)
+        return None if whole is output else whole
+
+    def waits(self) -> bool:
+        """Whether something of the tower waits for the placeholders of this thread's prompt."""
+        if self.packing is not None:
+            return any(call.signals for call in self.packing.calls)
+        handover = self.running.mine().handover
+        if handover is None:
+            return False
+        cut = handover.slots < handover.entered or handover.valid is not None
+        return cut or bool(handover.carried) or handover.size is not None
+
+    def made(self, features: Any) -> Tensor | None:
+        """Whether features are those that the last call in this thread gave, bool `[]`; None where it does not matter.
+
+        Args:
+            features: of pictures, `[N, C]` each, as they came with a prompt.
+        """
+        if self.tower is None or self.packing is not None:
+            return None
+        handover, parts = self.running.mine().handover, list({id(part): part for part in features}.values())
+        if handover is None or handover.probe is None or not parts:
+            return torch.zeros((), dtype=torch.bool)
+        known = handover.probe
+        if any(part.shape != (known.shape[1], part.shape[-1]) for part in parts):
+            return torch.zeros((), dtype=torch.bool, device=known.device)
+        shown = torch.stack([part[:, :PROBE].detach() for part in parts]).to(known.device)
+        same = (shown[:, None] == known.to(shown.dtype)).flatten(2).all(-1)
+        # Hosts may scale features and give them another dtype, alike for all tokens.
+        apart = (_unit(shown)[:, None] - _unit(known)).flatten(2).norm(dim=-1)
+        return (same | (apart <= ALIKE)).any(1).all()
 
     def _visit(
         self, entry: Entry, sequence: Sequence, run: StageRun, x: Tensor, valid: Tensor | None
@@ -174,8 +229,9 @@ class Projector:
             sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
             sequence.resize(sizes if size is not None or reduction.merges else None)
             valid = reduction.valid
-            if sequence.source is not None and self.tower is not None and self.tower.current is not None:
-                self.tower.current.steps.append((entry.site, sequence.source))
+            current = None if self.tower is None else self.tower.running.mine().current
+            if sequence.source is not None and current is not None:
+                current.steps.append((entry.site, sequence.source))
         if not torch.compiler.is_compiling():
             group = Group(x.shape[0], before, sequence.row.n, sequence.entered)
             event = Event(
@@ -202,7 +258,8 @@ class Projector:
     def lengths(self, lengths: dict[int, list[int]] | None, total: int) -> dict[int, list[int]] | None:
         """Tokens of each picture, in the order of the placeholders; None where only their runs tell."""
         # One row of the projector's output is one picture, whatever pieces hosts cut them into.
-        size = self.shape[1] if self.spec.parts == "one" and self.shape is not None else 0
+        shape = self.running.mine().shape
+        size = shape[1] if self.spec.parts == "one" and shape is not None else 0
         if lengths is not None and sum(map(sum, lengths.values())) == total:
             if not size or all(n == size for n in lengths.get(IMAGE, ())):
                 return lengths
@@ -222,9 +279,10 @@ class Projector:
 
     def number(self, pictures: list[Picture]) -> None:
         """Says which picture of the tower each one is: beams repeat the rows of a sample, one behind the other."""
-        if self.handover is None or not pictures:
+        handover = self.running.mine().handover
+        if handover is None or not pictures:
             return
-        have, seen = self.handover.pictures, len(pictures)
+        have, seen = handover.pictures, len(pictures)
         if seen % have:
             raise CacheError(
                 f"the prompt shows {seen} pictures where the tower encoded {have}: features of an earlier call cannot "
@@ -267,6 +325,12 @@ class Projector:
                     rows.carried[name] = (moved.new_zeros(rows.batch, rows.length, *moved.shape[2:]), axis)
                 table = rows.carried[name][0]
                 rows.carried[name] = (table.index_put((group.index[:, None], group.columns), moved), axis)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """`[P, N, c]` with one as the norm of each picture."""
+    x = x.float()
+    return x / x.flatten(1).norm(dim=-1).clamp(min=1e-12)[:, None, None]
 
 
 def _rows_of(value: Tensor, index: Tensor, slots: Tensor | None, axis: int) -> Tensor:

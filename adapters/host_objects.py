@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedModel
-from .hosts import CACHE, LAST_HIDDEN, POOLED, Arguments, Host, changed, version_of
+from .hosts import CACHE, LAST_HIDDEN, POOLED, RECORDED, Arguments, Host, changed, version_of
 
 
 # ---------------------------------------------------------------------- caches
@@ -165,6 +165,23 @@ def _described(output: Any) -> str:
     if isinstance(output, (tuple, list)):
         return f"{type(output).__name__} of {', '.join(type(value).__name__ for value in output)}"
     return type(output).__name__
+
+
+def recorded_states(output: Any) -> tuple[Tensor | None, ...] | None:
+    """The hidden states of every layer that a host recorded in its output, or None."""
+    if not isinstance(output, Mapping):
+        return None
+    for name in RECORDED.names:
+        found = output.get(name)
+        if isinstance(found, tuple) and found:
+            return found
+    return None
+
+
+def set_recorded_states(output: Any, states: tuple[Tensor | None, ...]) -> None:
+    """Puts others in the place of what `recorded_states` gave."""
+    name = next(name for name in RECORDED.names if isinstance(output.get(name), tuple))
+    output[name] = states
 
 
 def features_in(module: Host, encoded: Any, late: bool) -> Any:

@@ -49,11 +49,14 @@ EMBEDDINGS = Role("embeddings", ("inputs_embeds",))
 HIDDEN = Role("hidden states", ("hidden_states", "x", "q_x", "query", "input"))
 ROTARY = Role("rotary embeddings", ("position_embeddings",))
 LOGITS = Role("count of last tokens whose logits are wanted", ("logits_to_keep",))
+CACHING = Role("wish for a cache", ("use_cache",))
 LAYER_TYPE = Role("layer type", ("layer_type",))
 PER_LAYER = Role("inputs of every layer", ("per_layer_inputs",))
 PER_LAYER_SLICE = Role("input of one layer", ("per_layer_input",))
 DEEPSTACK_COLUMNS = Role("mask of visual columns", ("visual_pos_masks",))
 DEEPSTACK_FEATURES = Role("features that early layers add", ("deepstack_visual_embeds",))
+
+LOSS = Role("what only losses read", ("labels", "shift_labels", "num_items_in_batch"))
 
 # Arguments about pictures.
 PIXELS = Role("pixels of pictures", ("pixel_values",))
@@ -88,6 +91,7 @@ MAY_SKIP = Role("leave to make no mask", ("allow_is_causal_skip",))
 
 # Fields of outputs.
 LAST_HIDDEN = Role("last hidden states", ("last_hidden_state", "hidden_states"))
+RECORDED = Role("hidden states of every layer", ("hidden_states",))
 POOLED = Role("features of each picture", ("pooler_output",))
 
 IMAGE_KEY, CLIP_KEY = "image", "video"
@@ -168,7 +172,7 @@ class Arguments:
         self.library = library_of(module)
         parameters = parameters_of(module)
         named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        self._names = tuple(named)
+        self.names = tuple(named)
         self._at: dict[Role, tuple[int, str, Any]] = {}
         missing = [role for role in roles if not self._find(role, parameters, named)]
         for role in optional:
@@ -226,7 +230,7 @@ class Arguments:
 
     def called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call under their own names; those left out are missing."""
-        return {**dict(zip(self._names, args)), **kwargs}
+        return {**dict(zip(self.names, args)), **kwargs}
 
     def put(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[Role, Any]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import weak
+from ..attachment import PerThread, weak
 from ..errors import CacheError
 from ..rows import Picture, Rows
 from . import hosts
@@ -71,7 +71,12 @@ class Packing:
         assert spec.packs is not None
         self.pack, self.pool = spec.packs
         self.core = weak(core)
-        self.calls: deque[Encoded] = deque(maxlen=2)  # pictures are encoded before clips
+        self._calls = PerThread(lambda: deque[Encoded](maxlen=2))  # pictures are encoded before clips
+
+    @property
+    def calls(self) -> deque[Encoded]:
+        """The last calls of this thread."""
+        return self._calls.mine()
 
     def record(self, output: Tensor, signals: Mapping[str, tuple[Tensor | None, int | None]]) -> None:
         """Notes what the projector made of a call, and the signals that wait."""

@@ -29,7 +29,9 @@ def modules(folder: Path, skip: frozenset[str] | set[str] = frozenset()) -> list
     return found
 
 
-INSIDE = [path for path in modules(PACKAGE, OUTSIDE) if ADAPTERS not in path.parents]
+BUILDERS = PACKAGE / "tiny"
+"""Builds models of the libraries, so it imports them when it does."""
+INSIDE = [path for path in modules(PACKAGE, OUTSIDE) if not {ADAPTERS, BUILDERS} & set(path.parents)]
 
 
 def named(path: Path) -> str:
@@ -67,6 +69,35 @@ def test_methods_kernels_and_core_import_no_host(path):
     assert not {name for name in imported if name.split(".")[0] in HOSTS}
     loaders = {"import_module", "__import__"} & set(words)
     assert not loaders or not {word for word in words if word.split(".")[0] in HOSTS}
+
+
+def at_import(path: Path) -> set[str]:
+    """Modules that a file imports as soon as it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = []  # in place, before the walk gets there
+    nodes = list(ast.walk(tree))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {"." * n.level + (n.module or "") for n in nodes if isinstance(n, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", [*modules(BUILDERS), *modules(PACKAGE / "doctor")], ids=named)
+def test_tiny_models_and_the_self_test_import_hosts_late(path):
+    assert not {name for name in at_import(path) if name.split(".")[0] in HOSTS}
+
+
+def test_the_test_of_late_imports_can_fail(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("if True:\n    import timm.models\nclass A:\n    def b(self):\n        import open_clip\n")
+    assert at_import(wrong) == {"timm.models"}
+
+
+def test_the_oracle_of_the_self_test_is_torch_alone():
+    """Nothing of the core, of adapters or of a host."""
+    found = {name.split(".")[0] for name in at_import(PACKAGE / "doctor" / "replay.py")}
+    assert found <= {"__future__", "collections", "contextlib", "dataclasses", "inspect", "typing", "torch"}
+    assert found == {name.lstrip(".").split(".")[0] for name in code_of(PACKAGE / "doctor" / "replay.py")[0]}
 
 
 PURE = [path for path in INSIDE if path.parent.name in ("pruners", "mergers", "kernels")]

@@ -742,8 +742,8 @@ def test_a_block_from_another_thread_is_refused(subject):
         assert_same(outputs(subject), good)
 
 
-def test_a_second_thread_in_the_middle_of_a_pass_raises_and_never_mixes(vit):
-    """Two passes that overlap: one of them raises, neither gives wrong numbers."""
+def test_a_second_thread_in_the_middle_of_a_pass_never_mixes(vit):
+    """Two passes that overlap: each belongs to its thread, and both are right."""
     x = vit.tower.pictures(3)
     with vlmtok.compress(vit.model, "tome:r=6"):
         good = outputs(vit)
@@ -755,18 +755,11 @@ def test_a_second_thread_in_the_middle_of_a_pass_raises_and_never_mixes(vit):
                 other[0] = in_thread(lambda: vit.model(x[:1]).detach())
 
         handle = vit.model.blocks[2].register_forward_pre_hook(intrude, prepend=True)
-        try:
-            with torch.no_grad():
-                mine = vit.model(x)
-        except PassError as refusal:
-            mine = refusal
+        with torch.no_grad():
+            mine = vit.model(x)
         handle.remove()
-        for result, wanted in ((mine, good), (other[0], good[:1])):
-            if isinstance(result, PassError):
-                assert "thread" in str(result)
-            else:
-                assert_equal(result, wanted)
-        assert isinstance(mine, PassError) or isinstance(other[0], PassError)
+        assert_equal(mine, good)
+        assert_equal(other[0], good[:1])
         assert_same(outputs(vit), good)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``vlmtok run | list | show | estimate | bench``. It parses and prints; the work is elsewhere.
+"""The command line: ``vlmtok run | list | show | estimate | bench | doctor``. It parses and prints, the rest works.
 
 Whatever is wrong with the input is one line on standard error and exit code 2. With ``--json`` one JSON object goes to
 standard output, and nothing else. Libraries are imported when a command needs them.
@@ -556,6 +556,42 @@ def _two(row: dict[str, Any], name: str, factor: float, form: str) -> str:
     """Bare and compressed in one cell."""
     bare, short = row.get(f"{name}_bare"), row.get(name)
     return "" if bare is None or short is None else f"{form.format(factor * bare)} > {form.format(factor * short)}"
+
+
+# ---------------------------------------------------------------------- doctor
+@app.command()
+def doctor(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A family (config.model_type), a tower, or a library: timm, open_clip, transformers; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every tower and family.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Test this checkpoint instead: as for vlmtok run, tiny-llava too.", show_default=False),
+    ] = None,
+    adapter: Adapter = None,
+    device: Annotated[str, typer.Option(help="cpu, auto, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the checkpoint: float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Test vlmtok against the libraries installed here, on tiny random models; exit code 1 if something is broken."""
+    with _at_work() as progress:
+        progress("starting", 0, 0)
+        from . import doctor as clinic
+
+        report = clinic.examine(
+            family or (), everything, model=model, adapter=adapter, device=device, dtype=dtype, progress=progress
+        )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------------- printing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import astuple, dataclass, field
 
 import torch
@@ -136,26 +137,66 @@ class StageRun:
 
 
 @dataclass
+class Books:
+    """What a thread ran last.
+
+    Attributes:
+        last: the last pass of each stage, see `Ledger.last`.
+        decoder: the last prefill, to which decode steps belong.
+    """
+
+    last: dict[str, StageRun] = field(default_factory=dict)
+    decoder: StageRun | None = None
+
+    def name(self, run: StageRun) -> str:
+        """Under which name a pass stands."""
+        if run.stage != "decoder" or run.pictures:
+            return run.stage
+        if not run.continues:
+            return "pictureless"
+        follows = [name for name in ("pictureless", "pictureless continued") if name in self.last]
+        return "pictureless continued" if any(self.last[name] is self.decoder for name in follows) else "continued"
+
+
+@dataclass
 class Ledger:
     """Passes of a compression.
 
     Attributes:
-        last: the last pass of each stage. What adds text to a filled cache stands under ``continued``, and a prompt
-            without pictures under ``pictureless`` (what continues it under ``pictureless continued``), so that the last
-            prefill with pictures is not lost behind them.
         passes: how many passes each stage has seen.
         fired: visits per (stage, layer, point, method).
         steps: decode steps so far.
         kernels: calls of `vlmtok.kernels` in this process before the compression.
     """
 
-    last: dict[str, StageRun] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     fired: dict[tuple[str, int | None, str, int], int] = field(default_factory=dict)
     steps: int = 0
     kernels: dict[str, int] = field(default_factory=ran)
-    _decoder: StageRun | None = None
+    _books: dict[int, Books] = field(default_factory=dict)
+    _latest: Books | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def mine(self) -> Books:
+        """The books of this thread."""
+        thread = threading.get_ident()
+        found = self._books.get(thread)
+        if found is None:
+            found = self._books[thread] = Books()
+        return found
+
+    @property
+    def last(self) -> dict[str, StageRun]:
+        """The last pass of each stage, in this thread or else in the one that ran last.
+
+        What adds text to a filled cache stands under ``continued``, and a prompt without pictures under ``pictureless``
+        (what continues it under ``pictureless continued``), so that the last prefill with pictures is not lost behind
+        them.
+        """
+        books = self._books.get(threading.get_ident()) or self._latest
+        return {} if books is None else books.last
 
     @property
     def blind(self) -> bool:
@@ -167,31 +208,25 @@ class Ledger:
         """Opens the books of a pass; those of the stage's pass before are closed."""
         if not torch.compiler.is_compiling() and torch.cuda.is_initialized():
             run.captured = torch.cuda.is_current_stream_capturing()
-        name = self._name(run)
-        for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
-            if closed in self.last:
-                self._close(self.last.pop(closed))
-        self.last[name] = run
+        books = self._latest = self.mine
+        name = books.name(run)
         counted = "continued" if run.continues else run.stage
-        self.passes[counted] = self.passes.get(counted, 0) + 1
+        with self._lock:
+            for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
+                if closed in books.last:
+                    self._close(books.last.pop(closed))
+            books.last[name] = run
+            self.passes[counted] = self.passes.get(counted, 0) + 1
         if run.stage == "decoder":
-            self._decoder = run
+            books.decoder = run
         return run
-
-    def _name(self, run: StageRun) -> str:
-        """Under which name a pass stands."""
-        if run.stage != "decoder" or run.pictures:
-            return run.stage
-        if not run.continues:
-            return "pictureless"
-        follows = [name for name in ("pictureless", "pictureless continued") if name in self.last]
-        return "pictureless continued" if any(self.last[name] is self._decoder for name in follows) else "continued"
 
     def visit(self, run: StageRun, event: Event) -> None:
         """Books one visit."""
         run.events.append(event)
         key = (event.stage, event.layer, event.point, event.method)
-        self.fired[key] = self.fired.get(key, 0) + 1
+        with self._lock:
+            self.fired[key] = self.fired.get(key, 0) + 1
 
     def step(self, rows: int, past: int) -> None:
         """Books one decode step.
@@ -200,7 +235,7 @@ class Ledger:
             rows: of the batch.
             past: tokens that the first layer's cache held before.
         """
-        run = self._decoder
+        run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
         joined = past - run.past - run.columns
@@ -209,7 +244,8 @@ class Ledger:
             last = Decoding(rows, joined)
             run.decodings.append(last)
         last.steps += 1
-        self.steps += 1
+        with self._lock:
+            self.steps += 1
 
     def note(self, stage: str, part: str, rows: int) -> None:
         """Books rows that a module outside the blocks saw.
@@ -219,7 +255,8 @@ class Ledger:
             part: its name.
             rows: rows of its input; pictures for a pool.
         """
-        run = self._decoder if stage == "decoder" else self.last.get(stage)
+        books = self.mine
+        run = books.decoder if stage == "decoder" else books.last.get(stage)
         if run is None:
             return
         if run.decodings:
@@ -229,8 +266,10 @@ class Ledger:
 
     def totals(self) -> list[tuple[StageRun, int]]:
         """Every kind of pass so far, with how often it ran."""
-        kinds = dict(self._totals)
-        for run in self.last.values():
+        with self._lock:
+            kinds = dict(self._totals)
+            running = [run for books in self._books.values() for run in books.last.values()]
+        for run in running:
             key = run.key()
             kinds[key] = (run, kinds.get(key, (run, 0))[1] + 1)
         return list(kinds.values())

@@ -37,6 +37,7 @@ class Picture:
         text_after_last: text columns behind its last token.
         n: tokens it has now; None while only the device knows.
         entered: tokens it had when it entered the stage.
+        hidden: for each of its tokens, whether the attention mask hides it; empty while none is.
     """
 
     row: int
@@ -50,6 +51,16 @@ class Picture:
     text_after_last: int = 0
     n: int | None = None
     entered: int = 0
+    hidden: list[bool] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Lets go of tokens that the mask hides: they are padding, and what is left is no grid."""
+        if not any(self.hidden):
+            return
+        before = [sum(not gone for gone in self.hidden[:start]) for start in self.runs]
+        self.columns = [column for column, gone in zip(self.columns, self.hidden) if not gone]
+        self.runs = sorted({start for start in before if start < len(self.columns)})
+        self.grid, self.hidden = None, []
 
 
 @dataclass(eq=False)
@@ -94,6 +105,41 @@ class Moved:
     source: Tensor
     valid: Tensor | None
     dropped: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Where the columns of some rows stood in the prompt.
+
+    Attributes:
+        length: L.
+        place: int64 `[B, L]`, original column of each column.
+        valid: bool `[B, L]`, or None where no row is padded.
+    """
+
+    length: int
+    place: Tensor
+    valid: Tensor | None
+
+    def restore(self, hidden: Tensor, columns: int) -> Tensor:
+        """Puts rows back to their original length; a dropped column repeats the last one kept before it.
+
+        So the prediction of the token behind a picture stays the one that the shortened row makes.
+
+        Args:
+            hidden: `[B, L, C]`.
+            columns: S, the original length.
+
+        Returns:
+            `[B, S, C]`.
+        """
+        rank = torch.arange(self.length, device=hidden.device).expand_as(self.place)
+        target = self.place if self.valid is None else torch.where(self.valid, self.place, columns)
+        table = torch.full((self.place.shape[0], columns + 1), -1, device=hidden.device).scatter(1, target, rank)
+        latest = table[:, :columns].cummax(1).values
+        first = 0 if self.valid is None else self.valid.to(torch.int64).argmax(1, keepdim=True)
+        latest = torch.where(latest < 0, first, latest)
+        return hidden.gather(1, latest.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 @dataclass(eq=False)
@@ -413,25 +459,13 @@ class Rows:
         self.lengths = [n - count for n in self.lengths]
         self.length = end
 
+    def snapshot(self) -> Snapshot:
+        """Where the columns stand now."""
+        return Snapshot(self.length, self.place, self.valid)
+
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
-        """Puts rows back to their original length; a dropped column repeats the last one kept before it.
-
-        So the prediction of the token behind a picture stays the one that the shortened row makes.
-
-        Args:
-            hidden: `[B, L, C]`.
-            columns: S, the original length.
-
-        Returns:
-            `[B, S, C]`.
-        """
-        rank = torch.arange(self.length, device=hidden.device).expand_as(self.place)
-        target = self.place if self.valid is None else torch.where(self.valid, self.place, columns)
-        table = torch.full((self.batch, columns + 1), -1, device=hidden.device).scatter(1, target, rank)
-        latest = table[:, :columns].cummax(1).values
-        first = 0 if self.valid is None else self.valid.to(torch.int64).argmax(1, keepdim=True)
-        latest = torch.where(latest < 0, first, latest)
-        return hidden.gather(1, latest.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        """`Snapshot.restore` of the rows as they are."""
+        return self.snapshot().restore(hidden, columns)
 
 
 def _real_first(valid: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Trace:
         if not attachment.trace:
             raise ParameterError("traces are kept only with vlmtok.compress(model, method, trace=True)")
         tower, decoder = attachment.drivers.get("vision"), attachment.drivers.get("decoder")
-        if decoder is not None and decoder.last_rows is not None:
+        if decoder is not None and decoder.running.seen().last_rows is not None:
             return cls(_language(tower, decoder))
         if decoder is None and tower is not None and tower.current is not None:
             return cls(_tower(tower))
@@ -197,7 +197,8 @@ def _tower(tower: Any) -> list[PictureTrace]:
 
 def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
     """Tower first, then the language model's columns."""
-    rows, handover = decoder.last_rows, decoder.projector.handover
+    running, handover = decoder.running.seen(), decoder.projector.handover
+    rows = running.last_rows
     before = _tower(tower) if tower is not None and tower.current is not None and handover is not None else None
     sources = None if before is None else tower.current.sequence.source.cpu()
     found = []
@@ -216,7 +217,7 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
             there = owner[row].cpu()[columns]
             return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
 
-        steps += [(site, at(owner)) for site, owner in decoder.steps]
+        steps += [(site, at(owner)) for site, owner in running.steps]
         parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmtok.tiny import prompts
+
 from . import oracle as oracles
 from .build import FAMILIES, shared
 from .harness import MODES, NOISE, PAIRS, batch, expected, generate
@@ -137,8 +139,8 @@ def test_a_wrong_rule_shows(case):
 def test_the_oracle_stands_alone():
     """It imports torch and the prompts, nothing else."""
     found = set()
-    for file in ("oracle.py", "prompts.py"):
-        for node in ast.walk(ast.parse((Path(__file__).parent / file).read_text())):
+    for file in (Path(oracles.__file__), Path(prompts.__file__)):
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):

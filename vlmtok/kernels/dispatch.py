@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError, VlmtokError
-from .table import device_facts, prefers_triton
+from .table import device_facts, policy, prefers_triton
 
 log = logging.getLogger("vlmtok.kernels")
 
@@ -116,6 +116,33 @@ def choose(op: str, x: Tensor, *, batch: int, pair_bytes: int = 0, limit: str | 
             _tell(op, problem)
     note(op, "triton" if triton else "torch")
     return triton
+
+
+def explain(device: torch.device) -> tuple[str, str]:
+    """Which path calls on a device take, and why.
+
+    Args:
+        device: where the tensors are.
+
+    Returns:
+        ``"torch"``, ``"triton"``, ``"table"`` (it depends on the call) or ``"none"`` (every call raises), and why.
+    """
+    if _mode == "torch":
+        return "torch", "the mode is 'torch'"
+    problem = _problem(torch.empty(0, device=device))
+    if _mode == "triton":
+        return (
+            ("triton", "the mode is 'triton'") if problem is None else ("none", f"the mode is 'triton', but {problem}")
+        )
+    if problem is not None:
+        return "torch", problem
+    if device.type != "cuda":
+        return "torch", "the mode 'auto' takes kernels on CUDA and HIP devices alone"
+    row = policy("*", device_facts(device.index)[0])
+    return "table", (
+        f"triton from {row.min_batch} rows or {row.pair_bytes / 2**30:g} GiB of pairs on, torch below "
+        f"({row.basis}{f' on {row.device}' if row.device else ''})"
+    )
 
 
 def note(op: str, path: str) -> None:

@@ -1,0 +1,254 @@
+"""`Adapter`: one model family's hook points, and nothing of any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..method import Layout
+from .hosts import Host, Role, library_of
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+
+Projection = Callable[[Host, Tensor, str], Tensor]
+"""q or k, `[B, H, L, d]`, from the attention, its input and ``"q"`` or ``"k"``."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Where a pre-norm block can be hooked; a tower family is a row of these.
+
+    The merge between attention and MLP takes three hooks: a pre-hook on the module whose input is the residual after
+    attention, a hook on the last module of the MLP branch (not shared with the attention branch), and one on the block.
+
+    Attributes:
+        norm: path, in the block, of the norm before attention.
+        attn: path of the attention.
+        mid: path of the module that reads the residual after attention.
+        branch_end: path of the last module of the MLP branch.
+        mlp: path of the MLP.
+        q: path, in the attention, of a module whose output is q, `[B, H, L, d]` or `[B, L, H d]`; None where there
+            is none and q and k are computed again from the attention's input.
+        k: the same for k.
+        project: q or k from the attention's input, as the block would compute it.
+        bias: the attention's argument that takes a float bias on the keys, or None where there is none.
+        bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
+        heads: attribute of the attention with the number of heads.
+        scale: factor of the logits, from the attention.
+        rope: the block's argument with a rotary table, or None.
+        rotate: from the attention and a table, what rotates `[B, H, L, d]`.
+        through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
+    """
+
+    norm: str
+    attn: str
+    mid: str
+    branch_end: str
+    mlp: str
+    project: Projection
+    scale: Callable[[Host], float]
+    heads: str
+    bias: Role | None
+    bias_rank: int = 4
+    q: str | None = None
+    k: str | None = None
+    rope: Role | None = None
+    rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
+    through: bool = False
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A tower as data.
+
+    Attributes:
+        block: hook points of each block.
+        blocks: the blocks, in order.
+        num_prefix: protected tokens in front.
+        width: channels.
+        heads: attention heads.
+        grid: rows and columns of patches for an input of the configured size, or None.
+        last: the last block whose output is used.
+        stage: ``vision`` or ``text``.
+        spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
+            for readers that want the whole grid.
+        carries: whether its signals reach the language model's boundary, or which do.
+        classed: whether the first protected token is a class token; registers alone say nothing of the picture.
+    """
+
+    block: BlockSpec
+    blocks: tuple[nn.Module, ...]
+    num_prefix: int
+    width: int
+    heads: int
+    grid: tuple[int, int] | None = None
+    last: int = -1
+    stage: str = "vision"
+    spread: bool = False
+    carries: bool | frozenset[str] = True
+    classed: bool = True
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """A text tower of a dual encoder as data.
+
+    Attributes:
+        block: hook points of each block.
+        blocks: the blocks, in order.
+        ids: module whose call brings the token ids, and
+        norm: the norm behind the last block; rows get their original length back before it.
+        width: channels.
+        heads: attention heads.
+        mask: the attention's argument with the causal mask.
+        end: column of the token that the head reads, int64 `[B]`, from ids `[B, L]`.
+        causal: whether a token sees only what stands before it.
+    """
+
+    block: BlockSpec
+    blocks: tuple[nn.Module, ...]
+    ids: nn.Module
+    norm: nn.Module
+    width: int
+    heads: int
+    mask: Role
+    end: Callable[[Tensor], Tensor]
+    causal: bool = True
+
+
+class Adapter:
+    """Carries one family of models.
+
+    Subclasses name their classes in `targets` as (module, qualified name), so that a model is recognised without
+    importing its library.
+    """
+
+    name: ClassVar[str] = ""
+    targets: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __init__(self, model: Host) -> None:
+        """Reads the model; raises `UnsupportedModel` with the reason where it cannot be carried."""
+        self.model: Any = model  # type checkers know nothing of a host's attributes
+
+    def layout(self) -> Layout:
+        """What the model offers to methods."""
+        raise NotImplementedError
+
+    def install(self, attachment: Attachment) -> None:
+        """Places the hooks that the attachment's entries need."""
+        raise NotImplementedError
+
+    def account(self) -> Any:
+        """The model's shape as counts and widths (see `vlmtok.flops`)."""
+        raise NotImplementedError
+
+    def refuse(self, why: str) -> UnsupportedModel:
+        """The error for a model of this family that cannot be carried."""
+        return UnsupportedModel(f"{type(self.model).__name__} is not supported by adapter {self.name!r}: {why}")
+
+
+def child(module: Host, path: str) -> Any:
+    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    try:
+        return module.get_submodule(path) if path else module
+    except AttributeError:
+        there = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise UnsupportedModel(
+            f"{type(module).__name__} of {library_of(module)} has no module {path!r}; it has {there}. Use a version of "
+            "constraints.txt, or a newer vlmtok"
+        ) from None
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Where a language model lets picture tokens look at each other in both directions.
+
+    Attributes:
+        types: type ids whose columns form blocks.
+        runs: whether each run of such columns is a block of its own; else all are one.
+        full: whether full-attention layers have blocks.
+        sliding: in sliding layers, ``and`` is window AND (causal OR block), ``or`` is (window AND causal) OR block;
+            None has no blocks there.
+        when: field of the text config and the value with which the rule holds, or None for always.
+        first_only: only the call that fills an empty cache has blocks.
+    """
+
+    types: tuple[int, ...] = (1,)
+    runs: bool = True
+    full: bool = True
+    sliding: str | None = "and"
+    when: tuple[str, str] | None = None
+    first_only: bool = False
+
+
+@dataclass(frozen=True)
+class VLMSpec:
+    """A family of vision-language models as data; paths start at the inner model (`core`).
+
+    Attributes:
+        core: path of the inner model from the top one; empty where the model is its own core.
+        lm: path of the text model, whose `layers` hold the decoder.
+        tower: path of the vision tower.
+        projector: path of the module that maps tower features to the text width.
+        ids: config fields that hold placeholder ids: image first, video second.
+        mask: what masks the text model gets: ``2d`` (it builds its own), ``4d`` or ``dict`` (built outside).
+        types: argument of the core with type ids, or None.
+        block: bidirectional blocks, or None.
+        positions: ``1d`` or ``mrope``.
+        gather: arguments of the text model with one entry for each token, `[B, S, ...]`, that a cut must follow.
+        layer_args: arguments of a layer with such entries.
+        deepstack: arguments of the text model with (mask of visual columns, features added behind the first layers).
+        feature: config field with the index of the hidden state that the projector reads; None means the last.
+        last_cut: from the text config, the last layer at whose start a cut is possible, or None for any.
+        attention: whether attention rows can be derived from q_proj, k_proj and a rotary pair.
+        tower_cut: whether tokens may leave inside the tower: ``slots`` (the picture's first placeholders take what is
+            left), ``spread`` (every patch gets its slot's features behind the last block), ``free`` (whatever reads
+            the tower takes any number), or None.
+        lengths: what the encoder's outputs tell: ``picture``, ``crop`` (several of them one picture), ``sample`` (all
+            pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
+        parts: how a picture's tokens fall into parts (see `spans`).
+        thumbnail: which part shows the whole picture where there are several: ``first``, ``last`` or None.
+        told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
+            along with pixels.
+        shapes: argument of the tower that tells the same, where nothing else does, or None.
+        projects_late: whether `generate` hands over what the tower gave, and the projector runs in the inner model.
+        boundary: None, or why tokens cannot leave before the language model.
+        whole: why tokens cannot leave inside the tower, where they cannot.
+        packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector
+            (empty where there are no clips), or None where it does neither.
+    """
+
+    core: str = "model"
+    lm: str = "language_model"
+    tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
+    ids: tuple[str, ...] = ("image_token_id",)
+    mask: str = "2d"
+    types: Role | None = None
+    block: BlockRule | None = None
+    positions: str = "1d"
+    gather: tuple[Role, ...] = ()
+    layer_args: tuple[Role, ...] = ()
+    deepstack: tuple[Role, Role] | None = None
+    feature: str | None = "vision_feature_layer"
+    last_cut: Callable[[Any], int] | None = None
+    attention: bool = True
+    tower_cut: str | None = None
+    lengths: str = "picture"
+    parts: str = "one"
+    thumbnail: str | None = None
+    told: tuple[Role, ...] = ()
+    shapes: Role | None = None
+    projects_late: bool = False
+    boundary: str | None = None
+    whole: str | None = None
+    packs: tuple[str, str] | None = None

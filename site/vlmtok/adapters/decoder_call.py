@@ -1,0 +1,125 @@
+"""What one forward of a language model holds while it runs: what came in, its rows, what it adds to each segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..ledger import StageRun
+from ..method import Site
+from ..rows import Rows
+from ..stream import Stream
+
+HOST = -1
+"""Key, among the states of `Rows`, of what hosts keep for each token."""
+BLOCKS = (HOST, "blocks")
+"""State of bidirectional blocks, int64 `[B, L]`."""
+
+
+def deepstack(layer: int) -> tuple[int, str]:
+    """State of the tower's features that the host adds behind a layer, `[B, L, C]`."""
+    return HOST, f"deepstack {layer}"
+
+
+@dataclass
+class Incoming:
+    """What the inner model was called with; the text model sees only part of it.
+
+    Attributes:
+        codes: int8 `[B, S]`, what each column is (see `spans`), or None where the call brings no features.
+        mask: `[B, past + S]`, or what else came as a mask.
+        types: int `[B, past + S or S]`, type ids, or None.
+        lengths: by code, what the encoder's outputs told, or None.
+        encoded: by code, how many pictures the encoder saw; beams show them again.
+        placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
+        drafts: last columns that hold drafts of speculative decoding.
+        ids: int64 `[B, S]`, token ids of a call without features, or None.
+    """
+
+    codes: Tensor | None
+    mask: Any
+    types: Tensor | None
+    lengths: dict[int, list[int]] | None
+    placed: bool = False
+    encoded: dict[int, int] = field(default_factory=dict)
+    drafts: int = 0
+    ids: Tensor | None = None
+
+
+@dataclass
+class SegmentCall:
+    """One segment during one call.
+
+    Attributes:
+        rotary: position embeddings by the host's own, for rows whose positions were turned; else None.
+        masks: attention masks, by layer type.
+        valid: bool `[B, past + L]`, or None.
+        blocks: int64 `[B, past + L]`, or None.
+    """
+
+    rotary: dict[str, Any] | None
+    valid: Tensor | None
+    blocks: Tensor | None
+    masks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One forward of the text model.
+
+    Attributes:
+        cache: the cache of this call, or None.
+        stream: the past, or None where nothing was cut yet.
+        rows: the rows of a prefill with pictures, or None.
+        columns: S.
+        run: the books.
+        positions: int64 `[..., B, S]` as the host counts, of a call without pictures.
+        blocks: int64 `[B, S]`, bidirectional blocks of a call without pictures, or None.
+        added: what this call adds to the caches of each segment: (columns, validity, blocks) by first layer.
+        segments: by first layer.
+        taps: per layer, what hooks caught.
+        moved: whether the boundary changed the rows.
+        width: columns that the text model got.
+        since: int64 `[B, L]`, which of these columns each column of the rows is, once a layer was cut.
+        gathered: host position embeddings that follow `since`, with what each was made from.
+        next: int64 `[B]`, one more than the largest position of this call, as the host counts, and
+        follows: one more than the last one; behind a clip that is less.
+        top: int64 `[B]`, one more than the last position of each row as it entered, in the count of the first segment.
+        lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
+        shifts: the same by segment, as it held there.
+        steps: sites that cut and the owners of the original columns behind each; kept only for traces.
+    """
+
+    cache: Any
+    stream: Stream | None
+    rows: Rows | None
+    columns: int
+    run: StageRun | None
+    positions: Tensor | None = None
+    blocks: Tensor | None = None
+    added: dict[int, tuple[int, Tensor | None, Tensor | None]] = field(default_factory=dict)
+    segments: dict[int, SegmentCall] = field(default_factory=dict)
+    taps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    moved: bool = False
+    width: int = 0
+    since: Tensor | None = None
+    gathered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    next: Tensor | None = None
+    follows: Tensor | None = None
+    top: Tensor | None = None
+    lowered: Tensor | None = None
+    shifts: dict[int, Tensor | None] = field(default_factory=dict)
+    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+
+
+def flat(positions: Tensor) -> Tensor:
+    """Positions `[B, L]`; of several axes, the largest."""
+    return positions if positions.dim() == 2 else positions[-3:].amax(0)
+
+
+def top(rows: Rows) -> Tensor:
+    """One more than the last position of each row, int64 `[B]`."""
+    positions = flat(rows.positions)
+    return (positions if rows.valid is None else positions.masked_fill(~rows.valid, -1)).amax(-1) + 1

@@ -1,0 +1,298 @@
+"""From the arguments of the inner model to the rows of a prefill: where its pictures are, what belongs to each token.
+
+The inner model is told more than the text model; hooks on it and on the tower note what the text model's pre-hook will
+ask for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment import Attachment, replaying, weak
+from ..errors import UnsupportedModel
+from ..rows import HELD, PAD, TEXT, Picture, Rows
+from . import host_objects, hosts, shapes
+from .base import VLMSpec, child
+from .decoder_call import BLOCKS, HOST, Incoming, deepstack
+from .handover import Projector
+from .hosts import Arguments, Role
+from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
+
+
+class Intake:
+    """Hooks on the inner model and the tower, and the rows made of what they saw.
+
+    Args:
+        attachment: whose hooks they are.
+        spec: the family.
+        core: the inner model.
+        projector: which knows how many tokens the tower left of each picture.
+    """
+
+    def __init__(self, attachment: Attachment, spec: VLMSpec, core: nn.Module, projector: Projector) -> None:
+        self.attachment = attachment
+        self.spec = spec
+        self.core = weak(core)
+        self.projector = projector
+        told = [*spec.told, *([] if spec.types is None else [spec.types])]
+        required = [hosts.IDS, hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE, hosts.PIXELS, *told]
+        also = [hosts.CLIP_PIXELS, hosts.ENCODED, hosts.CLIP_FRAMES, hosts.IMAGE_SIZES, hosts.SHARED_PICTURES]
+        self.arguments = Arguments(core, required, also)
+        self.ids = placeholders(core, spec)
+        self.told = dict(zip((IMAGE, VIDEO), spec.told))
+        self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
+        self.incoming: Incoming | None = None
+        self.drafts = 0
+
+    def install(self, core: nn.Module, model: nn.Module) -> None:
+        """Places the hooks."""
+        if model is not core:
+            self.asked = Arguments(model, [hosts.CACHE, hosts.LOGITS])
+            self.attachment.hook(model, "pre", self.ask)
+        self.attachment.hook(core, "pre", self.enter)
+        self.attachment.hook(core, "close", self.leave)
+        if self.spec.shapes is not None:
+            tower = child(core, self.spec.tower)
+            self.tower_arguments = Arguments(tower, [self.spec.shapes])
+            self.attachment.hook(tower, "pre", self.measure)
+
+    # ------------------------------------------------------------------ hooks
+    def ask(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook on the whole model: how many drafts speculative decoding put behind the prompt.
+
+        It wants logits of the prompt's last token and of every draft, on a cache. What the drafts say must not decide
+        what stays: their tokens may be thrown away again.
+        """
+        wanted = self.asked.get(hosts.LOGITS, args, kwargs)
+        cached = host_objects.cache_in(module, self.asked, args, kwargs) is not None
+        self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
+
+    def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Core pre-hook: where the pictures are; placeholders count only where features come along."""
+
+        def given(role: Role) -> Any:
+            return self.arguments.get(role, args, kwargs)
+
+        encoded = given(hosts.ENCODED) or {}
+        features = {
+            code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
+            for code, name in ((IMAGE, hosts.IMAGE_KEY), (VIDEO, hosts.CLIP_KEY))
+            if encoded.get(name) is not None
+        }
+        pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
+        types = None if self.spec.types is None else given(self.spec.types)
+        ids, mask = given(hosts.IDS), given(hosts.MASK)
+        codes = None
+        if features or pixels:
+            codes = self._codes(module, ids, given(hosts.EMBEDDINGS), types)
+        lengths: dict[int, list[int]] | None
+        if pixels:
+            self.shapes.clear()  # the tower is about to be called
+            packing = self.projector.packing
+            if packing is None:
+                lengths = shapes.lengths(self.told, given, module.config)
+            else:
+                packing.calls.clear()
+                lengths = packing.lengths(given, self.arguments.called(args, kwargs))
+        else:
+            lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
+        placed = given(hosts.POSITIONS) is not None
+        drafts, self.drafts = self.drafts, 0
+        seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
+        self.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
+        if codes is None:
+            self.incoming.ids = ids
+
+    def leave(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Core hook, after an exception too: what a call came with is gone with it."""
+        self.incoming = None
+
+    def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tower pre-hook: rows and columns of the pictures that it encodes."""
+        role = self.spec.shapes
+        assert role is not None
+        value = self.tower_arguments.get(role, args, kwargs)
+        if value is not None and not replaying():
+            self.shapes.append(shapes.read(role, value, self.core().config))
+
+    def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
+        """What each column is, int8 `[B, S]`."""
+        if ids is None:
+            if embeds is None:
+                return None
+            table = module.get_input_embeddings()
+            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+            for number in self.ids:
+                if number is not None:
+                    wanted = table(torch.tensor(number, device=embeds.device)).to(embeds.dtype)
+                    ids = torch.where((embeds == wanted).all(-1), number, ids)
+        codes = torch.full(ids.shape, NONE, dtype=torch.int8, device=ids.device)
+        for code, number in zip((IMAGE, VIDEO), self.ids):
+            if number is not None:
+                codes = torch.where(ids == number, code, codes)
+        if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
+            clip = (types[:, -ids.shape[1] :] == 2) & (codes > 0)
+            codes = torch.where(clip, VIDEO, codes)
+        return codes.to(torch.int8)
+
+    # ------------------------------------------------------------------ for the text model
+    def take(self, mask: Any, positions: Any) -> Incoming:
+        """What this call came with; where the text model was called alone, its own arguments tell."""
+        incoming, self.incoming = self.incoming, None
+        return Incoming(None, mask, None, None, positions is not None) if incoming is None else incoming
+
+    def check_features(self, module: Any, incoming: Incoming, pictures: list[Picture], columns: int, held: int) -> None:
+        """Placeholders without features, or features without placeholders, are no call that is known.
+
+        Args:
+            module: the inner model.
+            incoming: what the call came with.
+            pictures: that were found.
+            columns: S.
+            held: columns that the cache holds.
+
+        Raises:
+            HostChanged: one came without the other; a compression would do nothing and say nothing.
+        """
+        if held:  # a placeholder that was generated is text
+            return
+        if incoming.codes is not None and not pictures:
+            raise hosts.changed(
+                module,
+                f"features of pictures came along, and none of the placeholders {self.ids} stands in the prompt",
+            )
+        ids = incoming.ids
+        if ids is None or columns == 1 or torch.compiler.is_compiling():
+            return
+        known = torch.tensor([number for number in self.ids if number is not None], device=ids.device)
+        count = int(torch.isin(ids, known).sum())
+        if count:
+            raise hosts.changed(
+                module,
+                f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
+                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)})",
+            )
+
+    def pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
+        """Finds the pictures of a call; the one read-back of a prefill.
+
+        Args:
+            incoming: with codes.
+            columns: S.
+
+        Returns:
+            The pictures, row by row, and bool `[B, S]`, which columns are no padding, or None where all are real.
+        """
+        codes, mask = incoming.codes, incoming.mask
+        assert codes is not None
+        valid = None if mask is None else mask[:, -columns:].bool()
+        both = codes if valid is None else torch.stack([codes, valid.to(torch.int8)])
+        host = both.cpu().tolist()
+        seen, real = (host, None) if valid is None else host
+        if real is not None and all(map(all, real)):
+            valid = real = None
+        total = sum(code in (IMAGE, VIDEO) for row in seen for code in row)
+        lengths = self.projector.lengths(usable(incoming.lengths, self.spec), total)
+        pictures = find_pictures(seen, lengths)
+        prompt = columns - incoming.drafts
+        if any(max(p.columns) >= prompt for p in pictures) or (real and not all(all(row[prompt:]) for row in real)):
+            incoming.drafts, prompt = 0, columns  # not what speculative decoding puts there
+        for picture in pictures:
+            row = seen[picture.row][:prompt]
+            text = [c == NONE and (real is None or bool(real[picture.row][i])) for i, c in enumerate(row)]
+            picture.text_after = sum(text[picture.columns[0] :])
+            picture.text_after_last = sum(text[picture.columns[-1] :])
+            picture.n = len(picture.columns)
+        self.projector.number(pictures)
+        return pictures, valid
+
+    def rows(
+        self,
+        x: Tensor,
+        pictures: list[Picture],
+        valid: Tensor | None,
+        positions: Tensor,
+        blocks: Tensor | None,
+        lengths: dict[int, list[int]] | None,
+        drafts: int,
+    ) -> Rows:
+        """The rows of a prefill.
+
+        Args:
+            x: `[B, S, C]`, embeddings.
+            pictures: of the call, and
+            valid: bool `[B, S]` or None, as `pictures` gave them.
+            positions: int64 `[..., B, S]`, in the count of the first segment.
+            blocks: int64 `[B, S]`, bidirectional blocks, or None.
+            lengths: by code, what the encoder's outputs told, or None.
+            drafts: last columns that hold drafts of the answer.
+        """
+        batch, columns = x.shape[:2]
+        label = torch.full((batch, columns), TEXT)
+        label[:, columns - drafts :] = HELD
+        for picture in pictures:
+            label[picture.row, picture.columns] = picture.index
+        label = label.to(x.device)
+        counts = [columns] * batch
+        if valid is not None:
+            label = torch.where(valid, label, PAD)
+            counts = valid.sum(1).tolist()
+        look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
+        part = PARTS[self.spec.parts](look)
+        if self.spec.shapes is not None:
+            shapes.measure(pictures, [call.tolist() for call in self.shapes])
+        place = torch.arange(columns, device=x.device).expand(batch, columns)
+        rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
+        if blocks is not None:
+            rows.states[BLOCKS] = blocks
+        if self.attachment.trace:
+            rows.owner, rows.first_part = place.clone(), part
+        return rows
+
+    def own(self, rows: Rows, x: Tensor, given: Callable[[Role], Any]) -> dict[Role, Any]:
+        """Takes over what hosts keep for each token, so that it follows the cuts.
+
+        Args:
+            rows: get it as states.
+            x: `[B, S, C]`, embeddings.
+            given: arguments of the text model.
+
+        Returns:
+            Arguments of the text model that change: features that we add ourselves are taken out.
+        """
+        for role in self.spec.gather:
+            value = given(role)
+            if value is not None:
+                rows.states[HOST, role] = value
+        if self.spec.deepstack is None:
+            return {}
+        where, what = self.spec.deepstack
+        visual, features = given(where), given(what)
+        if visual is None or features is None:
+            return {}
+        for layer, feature in enumerate(features):
+            room = x.new_zeros(x.shape)
+            rows.states[deepstack(layer)] = room.masked_scatter(
+                visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
+            )
+        return {where: None, what: None}
+
+
+def placeholders(core: Any, spec: VLMSpec) -> list[int | None]:
+    """Ids of the placeholders of pictures and of clips, from a model's configuration.
+
+    Raises:
+        UnsupportedModel: the configuration has no id for pictures.
+    """
+    ids = [getattr(core.config, name, None) for name in spec.ids]
+    if not isinstance(ids[0], int):
+        raise UnsupportedModel(
+            f"the configuration of {type(core).__name__} ({hosts.library_of(core)}) has no {spec.ids[0]!r}, by which "
+            "pictures are found in a prompt"
+        )
+    return ids

@@ -1,0 +1,242 @@
+"""Methods at their sites in front of and inside a language model: what they are shown, and the cuts that they ask for.
+
+Every cut of the rows, the tower's own included, is made and booked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..attachment import Attachment, Entry
+from ..errors import PassError
+from ..ledger import Event
+from ..ledger import Group as Booked
+from ..method import layer_of
+from ..rows import Group, Moved, RowNotes, Rows, RowState
+from ..signals import DECODER_SIGNALS, DecoderTaps, Need
+from ..view import Signal, TokenView
+from .base import VLMSpec
+from .decoder_call import Call, top
+from .handover import Handover, Projector
+
+BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
+"""Signals whose view rows must agree in T."""
+BY_LENGTH = frozenset({"text_attention", "attention_to_text", "last_attention", "attention_logits", "transition"})
+"""Signals whose view rows must agree in L."""
+
+
+class Sites:
+    """Lets methods act on the rows of a call.
+
+    Args:
+        attachment: whose methods.
+        spec: the family.
+        projector: what the tower's cuts left.
+        depth: decoder layers.
+    """
+
+    def __init__(self, attachment: Attachment, spec: VLMSpec, projector: Projector, depth: int) -> None:
+        self.attachment = attachment
+        self.spec = spec
+        self.projector = projector
+        self.depth = depth
+        self.projected = attachment.at("projected")
+        self.inside = bool(attachment.at("decoder"))
+
+    # ------------------------------------------------------------------ in front of the language model
+    def boundary(self, call: Call, x: Tensor) -> Tensor:
+        """What the tower and the projector left out goes, then methods act on the language model's input.
+
+        Args:
+            call: a prefill with pictures.
+            x: `[B, S, C]`.
+
+        Returns:
+            `[B, L, C]`; `call.moved` says whether it differs.
+        """
+        rows = call.rows
+        assert rows is not None and call.run is not None
+        before = x
+        handover = self.projector.handover
+        if handover is not None:
+            x = self._hand_over(call, handover, x)
+        rows.enter()
+        for entry in self.projected:
+            x, _ = self.visit(call, entry, x, None, renumber_by_default=self.spec.positions == "1d")
+        call.moved = x is not before
+        if self.inside:
+            rows.enter(hold=True)
+        return x
+
+    def _hand_over(self, call: Call, handover: Handover, x: Tensor) -> Tensor:
+        """Placeholders that the tower's cuts emptied leave; what travels with the rest comes along."""
+        rows = call.rows
+        assert rows is not None and call.run is not None
+        pieces = []
+        for group in rows.groups("picture"):
+            index = torch.tensor([rows.pictures[i].tower for i in rows.of_pictures(group).tolist()], device=x.device)
+            reduction = handover.reduction(index, group.n)
+            if reduction is not None:
+                pieces.append((group, reduction))
+        if pieces:
+            before, held = rows.length, sum(rows.lengths)
+            renumber = self.spec.positions == "1d"
+            x, _ = rows.cut(x, pieces, renumber)
+            if renumber:
+                _lower(call, 0)
+            groups = tuple(Booked(len(g.units), g.n, r.slots, g.n) for g, r in pieces)
+            ragged = handover.valid is not None
+            gone = held - sum(rows.lengths) if ragged else None
+            event = Event("features", None, "end", -1, "cut", before, rows.length, groups, ragged, gone)
+            self.attachment.ledger.visit(call.run, event)
+        self.projector.carry(rows, handover)
+        return x
+
+    # ------------------------------------------------------------------ visiting a method
+    def visit(
+        self,
+        call: Call,
+        entry: Entry,
+        x: Tensor,
+        taps: Callable[[Group], DecoderTaps] | None,
+        renumber_by_default: bool,
+    ) -> tuple[Tensor, Moved | None]:
+        """Shows the method its views, group by group, and cuts the rows as it says.
+
+        Args:
+            call: a prefill with pictures.
+            entry: the method at its site.
+            x: `[B, L, C]`, the rows there.
+            taps: gives what was tapped of a layer, inside the language model.
+            renumber_by_default: whether positions close up where the site does not say.
+
+        Returns:
+            The rows and how their columns moved, or None where they stay.
+
+        Raises:
+            PassError: the site asks for renumbered positions where these have three dimensions.
+        """
+        rows = call.rows
+        assert rows is not None and call.run is not None
+        names = {need.name for need in entry.needs}
+        groups = rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH))
+        pieces, booked = [], []
+        for group in groups:
+            view = self._view(entry, x, rows, group, taps)
+            reduction = self.attachment.decide(entry, view)
+            slots = group.n if reduction is None else reduction.slots
+            booked.append(
+                Booked(len(group.units), group.n, slots, group.entered, group.text, group.length, group.mixed)
+            )
+            if reduction is not None:
+                pieces.append((group, reduction))
+        before, held = rows.length, sum(rows.lengths)
+        moved, renumber = None, False
+        if pieces:
+            wanted = entry.site.positions
+            renumber = renumber_by_default if wanted is None else wanted == "renumber"
+            if renumber and self.spec.positions != "1d":
+                raise PassError(
+                    f"{type(entry.method).__name__}: positions='renumber' is not defined for rotary positions in three "
+                    "dimensions; use positions='keep'"
+                )
+            x, moved = rows.cut(x, pieces, renumber)
+            if renumber:
+                _lower(call, 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point))
+            if rows.owner is not None:
+                call.steps.append((entry.site, rows.owner))
+        kind = "cut" if pieces else "observe"
+        ragged = any(reduction.valid is not None for _, reduction in pieces)
+        event = Event(
+            entry.site.stage,
+            entry.site.layer,
+            entry.site.point,
+            entry.index,
+            kind,
+            before,
+            rows.length,
+            tuple(booked),
+            ragged,
+            held - sum(rows.lengths) if ragged else None,
+        )
+        self.attachment.ledger.visit(call.run, event)
+        return x, moved
+
+    def _view(
+        self,
+        entry: Entry,
+        x: Tensor,
+        rows: Rows,
+        group: Group,
+        taps: Callable[[Group], DecoderTaps] | None,
+    ) -> TokenView:
+        made: list[DecoderTaps] = []
+
+        def tapped() -> DecoderTaps:
+            if not made:
+                assert taps is not None
+                made.append(taps(group))
+            return made[0]
+
+        signals: dict[str, Signal] = {}
+        for need in entry.needs:
+            signals[need.key] = _signal(need, x, rows, group, tapped)
+        view = TokenView(
+            rows.gather(x.detach(), group),
+            entry.site,
+            size=None if rows.size is None else rows.gather(rows.size, group),
+            depth=self.depth if entry.site.stage == "decoder" else 1,
+            grid=group.grid,
+            part=None if rows.part is None else rows.gather(rows.part, group),
+            entered=group.entered,
+            columns=rows.relative(group, group.columns),
+            signals=signals,
+            state=RowState(rows, group, entry.index),
+            row=RowNotes(rows, group, entry.index, entry.scope),
+            memory=self.attachment.remember(entry.index),
+        )
+        self.attachment.bind_user(view, signals)
+        return view
+
+
+def _signal(need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:
+    """What a view gets under a need: from the tower, of the text, or of a decoder layer."""
+    if need.stage is not None:
+        carried = rows.carried.get(f"{need.name}@{need.layer}")
+        if carried is None:
+            return None
+        table, axis = carried
+        if axis is None:
+            return table[rows.of_pictures(group)]
+        return lambda: rows.gather(table, group).movedim(1, axis)
+    if need.name == "text":
+
+        def text() -> Tensor | None:
+            if not group.text:
+                return None
+            return x.detach()[group.index[:, None], rows.text_columns(group)]
+
+        return text
+    if need.name in DECODER_SIGNALS:
+        make = DECODER_SIGNALS[need.name]
+
+        def signal() -> Tensor | None:
+            with torch.no_grad():
+                return make(tapped())
+
+        return signal
+    return None
+
+
+def _lower(call: Call, layer: int) -> None:
+    """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too."""
+    rows, stream = call.rows, call.stream
+    assert rows is not None and call.top is not None
+    highest = call.top
+    if stream is not None and layer:
+        first, here = stream.segments[0].shift, stream.segment(layer).shift
+        highest = highest + (0 if first is None else first) - (0 if here is None else here)
+    call.lowered = highest - top(rows)

@@ -1,0 +1,223 @@
+"""q, k and attention rows at the boundary between two decoder layers, without switching the model's attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PassError
+from ..rows import Group, Moved
+from ..signals import DecoderTaps
+from ..stream import Segment
+from . import host_objects
+from .decoder_attention import AttentionForm, attention_form
+
+if TYPE_CHECKING:
+    from .decoder import Call, Decoder
+
+
+class LayerTaps:
+    """Taps of the layer that ran last and of the one to come.
+
+    Args:
+        decoder: the driver.
+        call: this call.
+        layer: the layer to come.
+        module: it.
+        hidden: `[B, L, C]`, its input.
+        rotary: position embeddings of these rows.
+        mask: the mask it would get, or None where that is unknown.
+        past: what its cache held before this call.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        call: Call,
+        layer: int,
+        module: Any,
+        hidden: Tensor,
+        rotary: Any,
+        mask: Any,
+        past: Segment,
+    ) -> None:
+        self.decoder = decoder
+        self.call = call
+        self.layer = layer
+        self.module = module
+        self.hidden = hidden.detach()
+        self.rotary = rotary
+        self.mask = mask
+        self.past = past
+        self.back: list[Tensor] = []
+
+    def follow(self, hidden: Tensor, moved: Moved) -> None:
+        """A method cut the rows here; the next one at this boundary sees what is left."""
+        self.hidden = hidden.detach()
+        self.rotary = gather_rotary(self.rotary, moved.source)
+        self.mask = None
+        self.back.append(moved.source)
+
+    def behind(self, group: Group) -> DecoderTaps:
+        """Taps of the layer before, from what it did."""
+        layer = self.layer - 1
+        caught = self.call.taps.get(layer, {})
+        transition = caught.get("transition")
+        if "q" not in caught:
+            return self._taps(group, layer, None, None, None, None, transition)
+        form = self._form(self.decoder.lm().layers[layer])
+        pair = form.heads(caught["q"], "q"), form.heads(caught["k"], "k")
+        return self._taps(group, layer, form, pair, caught["rotary"], caught["mask"], transition)
+
+    def ahead(self, group: Group) -> DecoderTaps:
+        """Taps of the layer to come, from its own norm and projections."""
+        form = attention_form(self.module)
+        return self._taps(group, self.layer, form, None, self.rotary, self.mask, None, ahead=True)
+
+    @staticmethod
+    def _form(block: Any) -> AttentionForm:
+        """That of a layer whose taps were asked for; the layout offers them only where there is one."""
+        form = attention_form(block)
+        assert form is not None
+        return form
+
+    def _taps(
+        self,
+        group: Group,
+        layer: int,
+        form: AttentionForm | None,
+        caught: tuple[Tensor, Tensor] | None,
+        rotary: Any,
+        mask: Any,
+        transition: list[Tensor] | None,
+        ahead: bool = False,
+    ) -> DecoderTaps:
+        rows = self.call.rows
+        assert rows is not None
+        device = self.hidden.device
+        now = rows.valid_columns(group)
+        if now is None:
+            now = torch.arange(rows.length, device=device).expand(len(group.units), rows.length)
+        now = now[:, : now.shape[1] - rows.drafts]
+        old = now  # columns as the layer had them
+        if not ahead:
+            for source in reversed(self.back):
+                old = source[group.index].gather(1, old)
+        visual = rows.relative(group, group.columns)
+        text = rows.relative(group, rows.text_columns(group)) if group.text else visual[:, :0]
+        change = None
+        if transition is not None:
+            table = torch.stack(transition, 1)[group.index]
+            change = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
+        if form is None:
+            return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change)
+        cached = self._cached(layer, group, ahead)
+        past = 0 if cached is None else cached.shape[2]
+        length = self.hidden.shape[1] if caught is None else caught[1].shape[2]
+
+        def q(places: Tensor) -> Tensor:
+            columns = old.gather(1, places)
+            if caught is not None:
+                made = caught[0][group.index].gather(2, _spread(columns, caught[0]))
+            else:
+                made = self._project(form, self.hidden[group.index[:, None], columns], "q")
+            return form.rotate(made, gather_rotary(rotary, columns, group.index))
+
+        def k() -> Tensor:
+            made = caught[1] if caught is not None else self._project(form, self.hidden, "k")
+            everything = torch.arange(length, device=device).expand(len(group.units), length)
+            made = form.rotate(made[group.index], gather_rotary(rotary, everything, group.index))
+            return made if cached is None else torch.cat([cached.to(made.dtype), made], 2)
+
+        def bias(places: Tensor) -> Tensor:
+            columns = old.gather(1, places)
+            keys = past + length
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                seen = mask[group.index] if mask.shape[0] > 1 else mask.expand(len(group.units), -1, -1, -1)
+                seen = seen[:, :1, :, -keys:].gather(2, columns[:, None, :, None].expand(-1, 1, -1, keys))
+                return torch.where(seen, 0.0, float("-inf")) if seen.dtype == torch.bool else seen.float()
+            key = torch.arange(-past, length, device=device)
+            look = key[None, None, :] <= columns[:, :, None]
+            real = self._real(group, length, ahead)
+            if real is not None:
+                look = look & real[:, None, -keys:]
+            return torch.where(look, 0.0, float("-inf"))[:, None]
+
+        scale = float(form.attn.scaling)
+        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap)
+
+    def _before(self, ahead: bool) -> Segment:
+        """What the tapped layer's cache held before this call."""
+        if ahead:
+            return self.past
+        stream = self.call.stream
+        return Segment(0) if stream is None else stream.segment(self.layer - 1)
+
+    def _cached(self, layer: int, group: Group, ahead: bool) -> Tensor | None:
+        """Keys that the layer's cache held before this call, after rope; a sliding cache holds the last ones only."""
+        segment = self._before(ahead)
+        if not segment.length or self.call.cache is None:
+            return None
+        keys = host_objects.keys_in(self.module, self.call.cache, layer)
+        if not ahead:  # the layer ran: its new keys are in there too
+            new = self.call.added.get(segment.first, self.call.added[0])[0]
+            keys = keys[:, :, : keys.shape[2] - new]
+        return keys[group.index] if keys.shape[2] else None
+
+    def _real(self, group: Group, length: int, ahead: bool) -> Tensor | None:
+        """Which keys are no padding, bool `[G, cached + length]`, or None where all are real."""
+        rows = self.call.rows
+        assert rows is not None
+        segment = self._before(ahead)
+        new = rows.valid
+        if not ahead and self.back:
+            new = self.call.added.get(segment.first, self.call.added[0])[1]
+        joined = segment.extended(length, new, rows.batch, self.hidden.device)
+        return None if joined is None else joined[group.index]
+
+    def _project(self, form: AttentionForm, x: Tensor, which: str) -> Tensor:
+        """Queries or keys of a layer that has not run, before rope, with taps muted."""
+        self.decoder.muted = True
+        try:
+            return form.heads(form.projection(which)(form.before(x)), which)
+        finally:
+            self.decoder.muted = False
+
+
+def _nothing(*_: Any) -> Tensor:
+    raise PassError("this signal was not tapped")
+
+
+def _spread(columns: Tensor, table: Tensor) -> Tensor:
+    """Columns `[G, R]` as an index along dim 2 of `[G, H, L, d]`."""
+    return columns[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+
+
+# ---------------------------------------------------------------------- position embeddings
+def last_of(rotary: Any, count: int) -> Any:
+    """Position embeddings of the last columns: hosts let layers that store no keys look at the last tokens only."""
+    if isinstance(rotary, (tuple, list)):
+        return tuple(last_of(part, count) for part in rotary)
+    return rotary if rotary.shape[1] == count else rotary[:, -count:]
+
+
+def gather_rotary(rotary: Any, columns: Tensor, rows: Tensor | None = None) -> Any:
+    """Position embeddings of some columns: a pair, or one tensor, `[B or 1, L, D]`, gathered on dim -2.
+
+    Args:
+        rotary: what the host hands its layers.
+        columns: int64 `[B, R]`.
+        rows: int64 `[B]`, rows that the columns are of; None means all.
+    """
+    if rotary is None:
+        return None
+    if isinstance(rotary, (tuple, list)):
+        return tuple(gather_rotary(part, columns, rows) for part in rotary)
+    part: Tensor = rotary
+    if part.shape[0] == 1:
+        part = part.expand(columns.shape[0], *part.shape[1:])
+    elif rows is not None:
+        part = part[rows]
+    return part.gather(1, columns.unsqueeze(-1).expand(-1, -1, part.shape[-1]))

@@ -1,0 +1,281 @@
+"""From the tower to the language model: the projector's hooks, and what travels with a picture's tokens.
+
+Hosts want as many features as placeholders. What the tower and the ``features`` stage leave of a picture goes through
+the projector alone; then it fills the picture's first placeholders in slot order, and the language model's boundary
+drops the rest. The record outlives the call: `generate` encodes pictures before its loop, and calls without a cache
+show them again at each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment import Attachment, Entry, replaying
+from ..errors import CacheError, PassError
+from ..ledger import Event, Group, StageRun
+from ..reduction import Reduction
+from ..rows import Picture, Rows
+from ..sequence import Row, Sequence
+from ..signals import Need
+from ..view import Signal, TokenView
+from . import hosts
+from .base import VLMSpec, child
+from .hosts import Arguments
+from .packing import Packing
+from .spans import IMAGE
+from .vit_block import Tower
+
+
+@dataclass(eq=False)
+class Handover:
+    """What the projector passed on.
+
+    Attributes:
+        pictures: P, pictures of the tower's batch.
+        entered: placeholders of each.
+        slots: K, features of each.
+        valid: bool `[P, K]`, or None where all are real.
+        size: fp32 `[P, K]`, or None while all are 1.
+        carried: signals on their way, with the axis of the tokens.
+    """
+
+    pictures: int
+    entered: int
+    slots: int
+    valid: Tensor | None = None
+    size: Tensor | None = None
+    carried: dict[str, tuple[Tensor, int | None]] = field(default_factory=dict)
+
+    def reduction(self, index: Tensor, n: int) -> Reduction | None:
+        """What is left of pictures with n placeholders each.
+
+        Args:
+            index: int64 `[G]`, pictures of the tower.
+            n: placeholders.
+
+        Returns:
+            The reduction, or None where all are left.
+        """
+        if n != self.entered:
+            raise CacheError(
+                f"a picture has {n} placeholders where the projector made {self.entered} features; chunked prefill "
+                "that splits a picture cannot be combined with cuts before the language model"
+            )
+        if self.slots == n and self.valid is None:
+            return None
+        keep = torch.arange(self.slots, device=index.device).expand(len(index), self.slots)
+        return Reduction(keep, valid=None if self.valid is None else self.valid[index])
+
+
+class Projector:
+    """Hooks on the module that maps tower features to the text width."""
+
+    def __init__(self, attachment: Attachment, spec: VLMSpec, tower: Tower | None) -> None:
+        self.attachment = attachment
+        self.spec = spec
+        self.tower = tower
+        self.entries = attachment.at("features")
+        self.handover: Handover | None = None
+        self.pending: tuple[Sequence, Tensor | None] | None = None
+        self.shape: tuple[int, int] | None = None
+        self.packing: Packing | None = None
+
+    def install(self, core: nn.Module) -> None:
+        """Places the hooks."""
+        if self.spec.packs is not None:
+            self.packing = Packing(self.spec, core)
+        if not self.spec.projector:
+            return
+        module = child(core, self.spec.projector)
+        if self.tower is not None:
+            self.arguments = Arguments(module, [hosts.FEATURES])
+            self.attachment.hook(module, "pre", self.shorten)
+        self.attachment.hook(module, "post", self.spread)
+
+    # ------------------------------------------------------------------ hooks
+    def shorten(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Projector pre-hook: methods at ``features``."""
+        self.pending = None
+        if replaying():
+            return None
+        x = self.arguments.get(hosts.FEATURES, args, kwargs)
+        current = None if self.tower is None else self.tower.current
+        if current is None or x.dim() != 3:
+            return None
+        sequence = current.sequence
+        if x.shape[:2] != (current.run.rows, sequence.row.n):
+            raise PassError(
+                f"the projector got {list(x.shape[:2])} tokens where the tower left "
+                f"[{current.run.rows}, {sequence.row.n}]: the feature layer of this call is not the configured one"
+            )
+        valid: Tensor | None = None
+        before = x
+        for entry in self.entries:
+            x, valid = self._visit(entry, sequence, current.run, x, valid)
+        self.pending = (sequence, valid)
+        if x is before:
+            return None
+        return self.arguments.put(args, kwargs, {hosts.FEATURES: x})
+
+    def spread(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Projector hook: features take the picture's first placeholders, zeros fill the rest."""
+        if replaying() or not isinstance(output, Tensor) or output.dim() != 3:
+            return None
+        pending, self.pending = self.pending, None
+        self.shape = (output.shape[0], output.shape[1])
+        self.handover = None
+        if pending is None:
+            return None
+        sequence, valid = pending
+        if self.packing is not None:
+            self.packing.record(output, sequence.carried)
+            return None
+        entered, slots = sequence.entered, output.shape[1]
+        self.shape = (output.shape[0], entered)
+        if slots > entered:
+            raise PassError(f"{slots} features do not fit into the {entered} placeholders of a picture")
+        carried = {name: (value, axis) for name, (value, axis) in sequence.carried.items() if value is not None}
+        self.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried)
+        if slots == entered:
+            return None
+        room = output.new_zeros(output.shape[0], entered - slots, output.shape[2])
+        return torch.cat([output, room], 1)
+
+    def _visit(
+        self, entry: Entry, sequence: Sequence, run: StageRun, x: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if valid is not None:
+            raise PassError(f"{type(entry.method).__name__} cannot act at features behind a ragged reduction")
+        last = self.tower.last if self.tower is not None else 0
+        protected = sequence.carried.get(f"protected@{last}", (None, None))[0]
+        signals: dict[str, Signal] = {need.key: self._signal(need, sequence, protected) for need in entry.needs}
+        view = TokenView(
+            x.detach(),
+            entry.site,
+            size=sequence.view_size(),
+            entered=sequence.entered,
+            grid=None if self.tower is None else self.tower.grid,
+            signals=signals,
+            state=sequence.state(entry.index),
+            row=sequence.note(entry.index, entry.scope),
+            memory=self.attachment.remember(entry.index),
+        )
+        self.attachment.bind_user(view, signals)
+        reduction = self.attachment.decide(entry, view)
+        before = sequence.row.n
+        if reduction is not None:
+            size = sequence.view_size()
+            x, sizes = reduction.apply(x, size, protected)
+            sequence.row = Row(0, before)
+            sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
+            sequence.resize(sizes if size is not None or reduction.merges else None)
+            valid = reduction.valid
+            if sequence.source is not None and self.tower is not None and self.tower.current is not None:
+                self.tower.current.steps.append((entry.site, sequence.source))
+        if not torch.compiler.is_compiling():
+            group = Group(x.shape[0], before, sequence.row.n, sequence.entered)
+            event = Event(
+                "features",
+                None,
+                "end",
+                entry.index,
+                "observe" if reduction is None else "cut",
+                before,
+                sequence.row.n,
+                (group,),
+                valid is not None,
+            )
+            self.attachment.ledger.visit(run, event)
+        return x, valid
+
+    @staticmethod
+    def _signal(need: Need, sequence: Sequence, protected: Tensor | None) -> Signal:
+        if need.stage is None:
+            return protected if need.name == "protected" else None
+        return sequence.carried.get(f"{need.name}@{need.layer}", (None, None))[0]
+
+    # ------------------------------------------------------------------ towards the language model
+    def lengths(self, lengths: dict[int, list[int]] | None, total: int) -> dict[int, list[int]] | None:
+        """Tokens of each picture, in the order of the placeholders; None where only their runs tell."""
+        # One row of the projector's output is one picture, whatever pieces hosts cut them into.
+        size = self.shape[1] if self.spec.parts == "one" and self.shape is not None else 0
+        if lengths is not None and sum(map(sum, lengths.values())) == total:
+            if not size or all(n == size for n in lengths.get(IMAGE, ())):
+                return lengths
+            if total % size:
+                raise CacheError(
+                    f"this call holds {total} placeholders of pictures with {size} each; a prefill in chunks that "
+                    "splits a picture cannot be combined with a compression"
+                )
+        if size and total % size == 0:
+            return {IMAGE: [size] * (total // size)}
+        if self.spec.parts == "rows":  # their runs tell rows, not pictures
+            raise CacheError(
+                f"this call holds {total} placeholders, and the encoder's pictures {lengths}; a prefill in chunks that "
+                "splits a picture cannot be combined with a compression"
+            )
+        return None
+
+    def number(self, pictures: list[Picture]) -> None:
+        """Says which picture of the tower each one is: beams repeat the rows of a sample, one behind the other."""
+        if self.handover is None or not pictures:
+            return
+        have, seen = self.handover.pictures, len(pictures)
+        if seen % have:
+            raise CacheError(
+                f"the prompt shows {seen} pictures where the tower encoded {have}: features of an earlier call cannot "
+                "be combined with cuts before the language model; encode and ask in one call"
+            )
+        repeat = seen // have
+        base, sample = 0, 0
+        for picture in pictures:
+            if picture.row // repeat != sample:
+                base += sum(1 for p in pictures if p.row == sample * repeat)
+                for skipped in range(sample + 1, picture.row // repeat):
+                    base += sum(1 for p in pictures if p.row == skipped * repeat)
+                sample = picture.row // repeat
+            picture.tower = base + picture.index
+
+    def carry(self, rows: Rows, handover: Handover) -> None:
+        """Sets sizes and signals of the tower beside the language model's columns."""
+        if not handover.carried and handover.size is None:
+            return
+        for group in rows.groups("picture"):
+            index = torch.tensor(
+                [next(p.tower for p in rows.pictures if (p.row, p.index) == unit[:2]) for unit in group.units],
+                device=rows.label.device,
+            )
+            slots = None
+            if handover.valid is not None:
+                slots = torch.argsort((~handover.valid[index]).to(torch.int8), dim=1, stable=True)[:, : group.n]
+            if handover.size is not None:
+                size = _rows_of(handover.size, index, slots, 1)
+                if rows.size is None:
+                    rows.size = torch.ones(rows.batch, rows.length, device=size.device)
+                rows.size = rows.size.index_put((group.index[:, None], group.columns), size)
+            for name, (value, axis) in handover.carried.items():
+                if axis is None:  # one for each picture, not for each token
+                    towers = torch.tensor([picture.tower for picture in rows.pictures], device=value.device)
+                    rows.carried[name] = (value[towers], None)
+                    continue
+                moved = _rows_of(value, index, slots, axis).movedim(axis, 1)
+                if name not in rows.carried:
+                    rows.carried[name] = (moved.new_zeros(rows.batch, rows.length, *moved.shape[2:]), axis)
+                table = rows.carried[name][0]
+                rows.carried[name] = (table.index_put((group.index[:, None], group.columns), moved), axis)
+
+
+def _rows_of(value: Tensor, index: Tensor, slots: Tensor | None, axis: int) -> Tensor:
+    """Rows of some pictures, their real slots only."""
+    picked = value[index]
+    if slots is None:
+        return picked
+    shape = [1] * picked.dim()
+    shape[0], shape[axis] = slots.shape
+    target = list(picked.shape)
+    target[axis] = slots.shape[1]
+    return picked.gather(axis, slots.reshape(shape).expand(target))

@@ -1,0 +1,262 @@
+"""transformers: CLIP, SigLIP, ViT and DINOv2 vision models, alone or in a dual encoder. A family is a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..method import Layout
+from . import account, hosts
+from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
+from .text_tower import TextTower
+from .vit_block import Tower
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..flops import ModelShape
+
+
+def _project(attn: Host, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention with q_proj and k_proj."""
+    made: Tensor = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    return made.unflatten(-1, (made.shape[-1] // attn.head_dim, -1)).transpose(1, 2)
+
+
+_BLOCK: dict[str, Any] = {
+    "project": _project,
+    "bias": hosts.BIAS,
+    "q": "q_proj",
+    "k": "k_proj",
+    "mlp": "mlp",
+}
+CLIP_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="layer_norm1",
+    attn="self_attn",
+    mid="layer_norm2",
+    branch_end="mlp",
+    heads="num_heads",
+    scale=lambda attn: float(attn.scale),
+)
+VIT_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="layernorm_before",
+    attn="attention",
+    mid="layernorm_after",
+    branch_end="mlp",
+    heads="num_attention_heads",
+    scale=lambda attn: float(attn.scaling),
+)
+DINOV2_BLOCK = BlockSpec(
+    **_BLOCK,
+    norm="norm1",
+    attn="attention",
+    mid="norm2",
+    branch_end="layer_scale2",
+    heads="num_attention_heads",
+    scale=lambda attn: float(attn.scaling),
+)
+
+
+def _fused(attn: Host, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention with one projection for q, k and v."""
+    width = attn.qkv.weight.shape[0] // 3
+    at = 0 if which == "q" else width
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[at : at + width]
+    made = F.linear(x, attn.qkv.weight[at : at + width], bias)
+    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _normed(attn: Host, x: Tensor, which: str) -> Tensor:
+    """q or k of an attention that norms them over all heads together."""
+    made = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    made = (attn.q_norm if which == "q" else attn.k_norm)(made)
+    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+BLIP2_BLOCK = replace(CLIP_BLOCK, project=_fused, q=None, k=None, bias=None)
+INTERNVL_BLOCK = replace(
+    VIT_BLOCK,
+    project=_normed,
+    q="q_norm",
+    k="k_norm",
+    heads="num_heads",
+    scale=lambda attn: float(attn.scale),
+    through=True,  # a learned factor follows the MLP
+)
+
+
+@dataclass(frozen=True)
+class VisionRow:
+    """One family of vision models.
+
+    Attributes:
+        layer: class name of its blocks, which finds them wherever a version keeps them.
+        block: hook points.
+        num_prefix: protected tokens in front.
+    """
+
+    layer: str
+    block: BlockSpec
+    num_prefix: int
+
+
+ROWS: dict[str, VisionRow] = {
+    "clip_vision_model": VisionRow("CLIPEncoderLayer", CLIP_BLOCK, 1),
+    "siglip_vision_model": VisionRow("SiglipEncoderLayer", CLIP_BLOCK, 0),
+    "vit": VisionRow("ViTLayer", VIT_BLOCK, 1),
+    "dinov2": VisionRow("Dinov2Layer", DINOV2_BLOCK, 1),
+    "blip_2_vision_model": VisionRow("Blip2EncoderLayer", BLIP2_BLOCK, 1),
+    "instructblip_vision_model": VisionRow("InstructBlipEncoderLayer", BLIP2_BLOCK, 1),
+    "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
+    "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0),
+    "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0),
+}
+"""By ``config.model_type``."""
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """A size as (rows, columns)."""
+    if isinstance(value, int):
+        return (value, value)
+    return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) and len(value) == 2 else None
+
+
+def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
+    """A vision model of transformers as data.
+
+    Args:
+        tower: the model, or the tower of a bigger one.
+        last: the last block whose output is used.
+
+    Raises:
+        UnsupportedModel: no row for its type.
+    """
+    config = getattr(tower.config, "vision_config", tower.config)
+    row = ROWS.get(config.model_type)
+    if row is None:
+        raise UnsupportedModel(f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}")
+    blocks = tuple(m for m in tower.modules() if type(m).__name__ == row.layer)
+    if not blocks:
+        raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
+    side = None
+    size, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    if size and patch:
+        side = (size[0] // patch[0], size[1] // patch[1])
+    return TowerSpec(
+        block=row.block,
+        blocks=blocks,
+        num_prefix=row.num_prefix,
+        width=int(config.hidden_size),
+        heads=int(config.num_attention_heads),
+        grid=side,
+        last=last,
+    )
+
+
+def check_bias(tower: nn.Module, attachment: Attachment) -> None:
+    """Refuses proportional attention where the attention takes no bias on the keys.
+
+    Raises:
+        UnsupportedModel: flash attention with a proportional method.
+    """
+    config = getattr(tower.config, "vision_config", tower.config)
+    kind = str(getattr(config, "_attn_implementation", ""))
+    asking = [type(e.method).__name__ for e in attachment.at("vision") if e.method.proportional]
+    if asking and "flash" in kind:
+        raise UnsupportedModel(
+            f"{asking[0]} wants proportional attention, but {kind} takes no bias on the keys; load the model with "
+            "attn_implementation='sdpa', or switch proportional attention off in the method"
+        )
+
+
+class HFVision(Adapter):
+    """A vision model of transformers."""
+
+    name = "transformers-vision"
+    targets: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("transformers.models.clip.modeling_clip", "CLIPVisionModel"),
+        ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"),
+        ("transformers.models.vit.modeling_vit", "ViTModel"),
+        ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
+    )
+
+    def tower(self) -> TowerSpec:
+        """The tower as data."""
+        return vision_spec(self.vision())
+
+    def vision(self) -> nn.Module:
+        """The module that holds the blocks."""
+        return self.model
+
+    def layout(self) -> Layout:
+        """One stage: vision."""
+        return Layout(self.name, {"vision": Tower.layout(self.tower())})
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the blocks."""
+        check_bias(self.vision(), attachment)
+        attachment.drivers["vision"] = Tower(attachment, self.tower())
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_hf_vision(self)
+
+
+def text_spec(model: nn.Module) -> TextSpec | None:
+    """CLIP's text tower as data; SigLIP's has no causal mask and reads its last token, which may be padding."""
+    text = getattr(model, "text_model", None)
+    if text is None or text.config.model_type != "clip_text_model":
+        return None
+    blocks = tuple(m for m in text.modules() if type(m).__name__ == "CLIPEncoderLayer")
+    eos = text.config.eos_token_id
+
+    def end(ids: Tensor) -> Tensor:
+        # An eos id of 2 stands in old configs; the host then reads the highest id.
+        return ids.argmax(1) if eos == 2 else (ids == eos).to(torch.int64).argmax(1)
+
+    return TextSpec(
+        block=CLIP_BLOCK,
+        blocks=blocks,
+        ids=text,
+        norm=text.final_layer_norm,
+        width=int(text.config.hidden_size),
+        heads=int(text.config.num_attention_heads),
+        mask=hosts.BIAS,
+        end=end,
+    )
+
+
+class HFDual(HFVision):
+    """CLIPModel and SiglipModel: the tower below `vision_model`, and CLIP's text tower."""
+
+    name = "transformers-dual"
+    targets = (
+        ("transformers.models.clip.modeling_clip", "CLIPModel"),
+        ("transformers.models.siglip.modeling_siglip", "SiglipModel"),
+    )
+
+    def vision(self) -> nn.Module:
+        """The vision tower."""
+        tower: nn.Module = self.model.vision_model
+        return tower
+
+    def layout(self) -> Layout:
+        """The stages of the towers."""
+        stages = dict(super().layout().stages)
+        text = text_spec(self.model)
+        if text is not None:
+            stages["text"] = TextTower.text_layout(text)
+        return Layout(self.name, stages)
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the towers."""
+        super().install(attachment)
+        text = text_spec(self.model)
+        if text is not None:
+            attachment.drivers["text"] = TextTower(attachment, text)

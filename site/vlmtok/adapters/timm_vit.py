@@ -1,0 +1,131 @@
+"""timm: VisionTransformer (ViT, DeiT, AugReg, DeiT-3, DINOv2, SigLIP, MAE, CLIP) and Eva (EVA, EVA-02, DINOv3)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..method import Layout
+from . import account, hosts
+from .base import Adapter, BlockSpec, Host, TowerSpec
+from .vit_block import Tower
+
+if TYPE_CHECKING:
+    from ..attachment import Attachment
+    from ..flops import ModelShape
+
+
+def _project(attn: Host, x: Tensor, which: str) -> Tensor:
+    """q or k of timm's attention classes, normed, before rope."""
+    heads = attn.num_heads
+    norm = attn.q_norm if which == "q" else attn.k_norm
+    if attn.qkv is None:
+        made = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    else:
+        width = attn.qkv.weight.shape[0] // 3
+        at = 0 if which == "q" else width
+        bias = attn.qkv.bias
+        if bias is None and getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        made = F.linear(x, attn.qkv.weight[at : at + width], None if bias is None else bias[at : at + width])
+    projected: Tensor = norm(made.unflatten(-1, (heads, -1)).transpose(1, 2))
+    return projected
+
+
+def _rotate(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
+    """Applies Eva's rope behind the prefix, with the function that the attention itself uses."""
+    rotation = sys.modules[type(attn).__module__].apply_rot_embed_cat
+    prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+
+    def rotate(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, :prefix], rotation(x[:, :, prefix:], table, half=half)], 2).type_as(x)
+
+    return rotate
+
+
+def _scale(attn: Host) -> float:
+    return float(attn.scale)
+
+
+_BLOCK: dict[str, Any] = {
+    "norm": "norm1",
+    "attn": "attn",
+    "mid": "norm2",
+    "branch_end": "drop_path2",
+    "mlp": "mlp",
+    "project": _project,
+    "scale": _scale,
+    "heads": "num_heads",
+    "bias": hosts.BIAS,
+    "q": "q_norm",
+    "k": "k_norm",
+}
+VIT_BLOCK = BlockSpec(**_BLOCK)
+EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
+
+
+class TimmViT(Adapter):
+    """timm's VisionTransformer."""
+
+    name = "timm-vit"
+    targets = (("timm.models.vision_transformer", "VisionTransformer"),)
+    block = VIT_BLOCK
+    blocks = ("Block",)
+
+    def __init__(self, model: Host) -> None:
+        super().__init__(model)
+        for block in model.blocks:
+            if type(block).__name__ not in self.blocks:
+                raise self.refuse(
+                    f"its blocks are {type(block).__name__}; only {' and '.join(self.blocks)} have a place between "
+                    "attention and MLP that hooks can reach"
+                )
+            if not hasattr(block.attn, "k_norm"):
+                raise self.refuse(f"its attention {type(block.attn).__name__} has no k_norm to read keys from")
+            if getattr(block.attn, "num_kv_groups", 1) != 1:
+                raise self.refuse("its attention groups queries")
+        pool = getattr(model, "attn_pool", None)
+        if getattr(pool, "pos_embed", None) is not None:
+            raise self.refuse("its attention pooling has position embeddings for the whole grid")
+        if not len(model.blocks):
+            raise self.refuse("it has no blocks")
+
+    def tower(self) -> TowerSpec:
+        """The tower as data."""
+        model = self.model
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        return TowerSpec(
+            block=self.block,
+            blocks=tuple(model.blocks),
+            num_prefix=int(model.num_prefix_tokens),
+            width=int(model.embed_dim),
+            heads=int(model.blocks[0].attn.num_heads),
+            grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
+        )
+
+    def layout(self) -> Layout:
+        """One stage: vision."""
+        return Layout(self.name, {"vision": Tower.layout(self.tower())})
+
+    def install(self, attachment: Attachment) -> None:
+        """Hooks on the blocks."""
+        attachment.drivers["vision"] = Tower(attachment, self.tower())
+
+    def account(self) -> ModelShape:
+        """The model's shape as counts and widths."""
+        return account.of_timm(self)
+
+
+class TimmEva(TimmViT):
+    """timm's Eva: the same blocks with rotary tables."""
+
+    name = "timm-eva"
+    targets = (("timm.models.eva", "Eva"),)
+    block = EVA_BLOCK
+    blocks = ("EvaBlock",)

@@ -1,0 +1,135 @@
+"""What one forward through a tower carries and decides, so that autograd can run its blocks again in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PassError
+from ..ledger import StageRun
+from ..method import Site
+
+
+@dataclass
+class LayerRecord:
+    """What a pass decided in one layer; a block that autograd runs again follows it.
+
+    Attributes:
+        bias: what was added to the attention logits, or None.
+        rope: the rotary table that the block got, or None.
+        inserted: how many tokens were put at the end of the row.
+        start: tokens put in and steps taken before the block, in order.
+        mid: steps between attention and MLP.
+        end: steps after the block.
+        probe: a few numbers of the block's input, to know it again, and
+        inner: of its attention's input, which is all that some hosts run again.
+        taps: what hooks caught of this block; emptied when it ends.
+        branch: output of the MLP branch.
+        merged: M x1.
+        full: x1.
+    """
+
+    bias: Tensor | None = None
+    rope: Tensor | None = None
+    inserted: int = 0
+    start: list[Any] = field(default_factory=list)
+    mid: list[Any] = field(default_factory=list)
+    end: list[Any] = field(default_factory=list)
+    probe: Tensor | None = None
+    inner: Tensor | None = None
+    taps: dict[str, Any] = field(default_factory=dict)
+    branch: Tensor | None = None
+    merged: Tensor | None = None
+    full: Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """One forward through a tower.
+
+    Attributes:
+        sequence: what travels with the tokens.
+        run: the books.
+        records: what was decided, by layer.
+        steps: sources after each cut, for traces.
+        tables: rotary tables of the rows as they are, with the table each was made from.
+        grad: whether gradients were on.
+        autocast: dtype of the caller's autocast, or None.
+    """
+
+    sequence: Any
+    run: StageRun
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grad: bool = False
+    autocast: torch.dtype | None = None
+
+    def record(self, layer: int) -> LayerRecord:
+        """The record of a layer."""
+        if layer not in self.records:
+            self.records[layer] = LayerRecord()
+        return self.records[layer]
+
+    def rotary(self, table: Tensor, batch: int) -> Tensor | None:
+        """The rotary table of the tokens that are left: a slot keeps the rotation of the token that represents it.
+
+        Args:
+            table: (sin, cos) halves, `[N0, D]`, `[H, N0, D]` or with a batch in front.
+            batch: rows.
+
+        Returns:
+            The table with the rows of the tokens that are left; inserted tokens get the identity rotation. None where
+            nothing moved.
+        """
+        place, inserted = self.sequence.place, self.sequence.row.inserted
+        if place is None and not inserted:
+            return None
+        key = (id(table), self.sequence.cuts * 64 + inserted)
+        if key in self.tables:
+            return self.tables[key][1]
+        rows = table
+        if rows.dim() == 2:
+            rows = rows[None, None]
+        elif rows.dim() == 3:
+            rows = rows.unsqueeze(0 if rows.shape[0] != batch or batch == 1 else 1)
+        if place is not None:
+            index = place[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[-1])
+            rows = rows.expand(batch, -1, -1, -1).gather(2, index)
+        if inserted:
+            half = rows.shape[-1] // 2
+            still = torch.cat([rows.new_zeros(half), rows.new_ones(rows.shape[-1] - half)])
+            rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
+        self.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
+        return rows
+
+
+def probe(x: Tensor) -> Tensor:
+    """A few numbers of every row."""
+    return x.detach()[:, -1, :8].clone()
+
+
+def same_forward(known: Tensor | None, x: Tensor) -> None:
+    """Refuses a plan that another forward made.
+
+    Raises:
+        PassError: `x` is not what `known` was taken of.
+    """
+    if known is None:
+        return
+    now = probe(x)
+    if now.shape != known.shape or not torch.allclose(now.float(), known.float(), 1e-3, 1e-4):
+        raise PassError(
+            "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "
+            "between, and its plan cannot be used for this one"
+        )
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast around us, or None."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

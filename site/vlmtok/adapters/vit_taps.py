@@ -1,0 +1,107 @@
+"""q, k and biases of a tower's blocks: of the block that runs, caught by hooks, or of one that has not run yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..signals import TowerTaps
+from .base import BlockSpec, child
+from .vit_pass import LayerRecord, Pass
+
+
+class BlockTaps:
+    """Makes the taps that signals are derived from.
+
+    Args:
+        block: where its blocks can be tapped.
+
+    Attributes:
+        muted: whether modules of a block run on our behalf, so that hooks on them look away.
+    """
+
+    def __init__(self, block: BlockSpec) -> None:
+        self.block = block
+        self.muted = False
+
+    def inside(self, run: Pass, record: LayerRecord, x: Tensor, bias: Tensor | None) -> TowerTaps:
+        """Taps of the block that runs now.
+
+        Args:
+            run: the pass.
+            record: of the block; its taps hold what hooks caught.
+            x: `[B, L, C]`, the row that the method is shown.
+            bias: what was added to the logits.
+        """
+        caught = record.taps
+        attn = caught["attn"]
+        heads = getattr(attn, self.block.heads)
+
+        def made(which: str) -> Tensor:
+            if which not in caught:
+                with _as_called(run, x):
+                    return self.block.project(attn, caught["x"], which)
+            caught[which] = _by_head(caught[which], heads)
+            return caught[which]
+
+        return TowerTaps(
+            caught.get("row", run.sequence.row),
+            x,
+            lambda: made("q"),
+            lambda: made("k"),
+            self.block.scale(attn),
+            bias,
+            self._rotate(attn, caught.get("rope")),
+            left=run.sequence.row,
+            cuts=caught.get("cuts", ()),
+        )
+
+    def ahead(self, run: Pass, module: nn.Module, x: Tensor, bias: Tensor | None, table: Tensor | None) -> TowerTaps:
+        """Taps of a block that has not run yet, from its own norm and projections.
+
+        Args:
+            run: the pass.
+            module: the block.
+            x: `[B, L, C]`, its input.
+            bias: what it will add to the logits.
+            table: the rotary table that the host gives it, or None; it is brought to the tokens that are left.
+        """
+        attn = child(module, self.block.attn)
+
+        def made(which: str) -> Tensor:
+            self.muted = True
+            try:
+                with _as_called(run, x):
+                    return self.block.project(attn, child(module, self.block.norm)(x), which)
+            finally:
+                self.muted = False
+
+        if table is not None:
+            moved = run.rotary(table, x.shape[0])
+            table = table if moved is None else moved
+        rotate = self._rotate(attn, table)
+        return TowerTaps(
+            run.sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
+        )
+
+    def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        if table is None or self.block.rotate is None:
+            return None
+        return self.block.rotate(attn, table)
+
+
+@contextmanager
+def _as_called(run: Pass, x: Tensor) -> Iterator[None]:
+    """Projections computed again run under the caller's autocast, which selection turns off around them."""
+    with torch.no_grad(), nullcontext() if run.autocast is None else torch.autocast(x.device.type, dtype=run.autocast):
+        yield
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[B, L, H d]` to `[B, H, L, d]`; what has four dimensions already stays."""
+    if x.dim() == 4:
+        return x
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,0 +1,410 @@
+"""What there is: methods, adapters, families, and which runs on which; read off the registry, nothing is written down.
+
+A method runs on a model if its sites and signals fit what the model's adapter offers. All models that offer the same
+are one kind; a kind is represented by a published shape, so that no library has to be imported for the tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from .attachment import Attachment
+from .errors import VlmtokError
+from .method import STAGES, Layout, Method, create_method, format_value, list_methods, method_class
+from .presets import preset
+
+
+# ---------------------------------------------------------------------- kinds of models
+@dataclass(frozen=True)
+class Kind:
+    """Models that offer methods the same stages and signals.
+
+    Attributes:
+        name: what tables call it.
+        shape: preset that stands for it.
+        stages: of that preset; None means all.
+        what: in words.
+    """
+
+    name: str
+    shape: str
+    stages: tuple[str, ...] | None
+    what: str
+
+    def layout(self) -> Layout:
+        """What such a model offers."""
+        whole = preset(self.shape).layout
+        if self.stages is None:
+            return whole
+        return Layout(whole.family, {name: whole.stages[name] for name in self.stages})
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("tower", "vit-b-16", None, "a vision tower with a class token"),
+        Kind("tower, no CLS", "siglip-so400m-14-384", None, "a vision tower without a class token"),
+        Kind("dual", "clip-vit-b-16", None, "a vision tower and a text tower"),
+        Kind("VLM, slots", "llava-1.5-7b", None, "cuts in tower and language model; shorter rows reach the latter"),
+        Kind("VLM, spread", "llava-next-7b", None, "the same, but rows get their length back behind the tower"),
+        Kind("VLM", "llava-1.5-7b", ("projected", "decoder"), "cuts at and in the language model"),
+        Kind("VLM, tower", "llava-next-7b", ("vision",), "cuts in the tower alone"),
+    )
+}
+"""Columns of the tables."""
+
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "timm-vit": ("tower", "tower, no CLS"),
+    "timm-eva": ("tower",),
+    "open_clip": ("dual",),
+    "open_clip-vit": ("tower",),
+    "open_clip-timm": ("tower", "tower, no CLS"),
+    "transformers-vision": ("tower", "tower, no CLS"),
+    "transformers-dual": ("dual", "tower, no CLS"),
+    "transformers-vlm": ("VLM, slots", "VLM, spread", "VLM", "VLM, tower"),
+}
+"""Kinds of models that an adapter carries."""
+
+
+def refusal(method: Method, layout: Layout) -> str | None:
+    """Why a method does not run on a model, or None where it does.
+
+    Args:
+        method: the method.
+        layout: what the model offers.
+    """
+    try:
+        entries = Attachment([method], layout).entries
+    except VlmtokError as problem:
+        return str(problem)
+    return None if entries else f"{type(method).__name__} has nothing to do there"
+
+
+@lru_cache
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Kinds of models on which a method runs with its defaults.
+
+    Args:
+        name: of the method.
+    """
+    method = method_class(name)()
+    return tuple(kind.name for kind in KINDS.values() if refusal(method, kind.layout()) is None)
+
+
+def adapters_of(name: str) -> dict[str, tuple[str, ...]]:
+    """Adapters that can run a method, each with the kinds of its models for which that holds."""
+    fit = set(kinds_of(name))
+    found = {adapter: tuple(kind for kind in kinds if kind in fit) for adapter, kinds in ADAPTERS.items()}
+    return {adapter: kinds for adapter, kinds in found.items() if kinds}
+
+
+@lru_cache
+def stages_of(name: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Stages in which a method acts or looks, with its defaults or a preset.
+
+    Args:
+        name: of the method.
+        kinds: kinds of models, as from `kinds_of`.
+
+    Returns:
+        In the order of the forward.
+    """
+    cls = method_class(name)
+    made = [cls(), *(create_method(name, preset=preset) for preset in _presets(cls))]
+    layouts = [KINDS[kind].layout() for kind in kinds]
+    found = {
+        site.stage
+        for method in made
+        for layout in layouts
+        if refusal(method, layout) is None
+        for site in method.sites(layout)
+    }
+    return tuple(sorted(found, key=STAGES.index))
+
+
+# ---------------------------------------------------------------------- methods
+@dataclass(frozen=True)
+class Parameter:
+    """A setting of a method.
+
+    Attributes:
+        name: of it.
+        default: as spec strings write it.
+        what: from the docstring.
+    """
+
+    name: str
+    default: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as tables show it.
+
+    Attributes:
+        name: in the registry.
+        title: its class.
+        summary: one line.
+        stages: where it acts, on any kind of model.
+        training_free: whether it works on a released checkpoint as it is.
+        paper: title and venue.
+        arxiv: number.
+        code: official code.
+        parity: what it has been compared with.
+        deviations: where it differs from the released code.
+        caveats: where it does badly, and why.
+        scope: what one row of a view is.
+        parameters: its settings.
+        presets: names of its presets.
+        kinds: kinds of models on which it runs.
+        adapters: adapters that can run it.
+    """
+
+    name: str
+    title: str
+    summary: str
+    stages: tuple[str, ...]
+    training_free: bool
+    paper: str
+    arxiv: str
+    code: str
+    parity: str
+    deviations: tuple[str, ...]
+    caveats: tuple[str, ...]
+    scope: str
+    parameters: tuple[Parameter, ...]
+    presets: tuple[str, ...]
+    kinds: tuple[str, ...]
+    adapters: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def methods(pattern: str = "*") -> list[Entry]:
+    """The registered methods.
+
+    Args:
+        pattern: shell wildcards.
+    """
+    return [entry(name) for name in list_methods(pattern)]
+
+
+def entry(name: str) -> Entry:
+    """One method.
+
+    Args:
+        name: in the registry.
+
+    Raises:
+        UnknownMethod: no such method.
+    """
+    cls = method_class(name)
+    return Entry(
+        name=name,
+        title=cls.__name__,
+        summary=inspect.getdoc(cls).splitlines()[0] if cls.__doc__ else "",  # type: ignore[union-attr]
+        stages=stages_of(name, kinds_of(name)),
+        training_free=cls.training_free,
+        paper=cls.paper,
+        arxiv=cls.arxiv,
+        code=cls.code,
+        parity=cls.parity,
+        deviations=tuple(cls.deviations),
+        caveats=tuple(cls.caveats),
+        scope=cls.scope,
+        parameters=_parameters(cls),
+        presets=_presets(cls),
+        kinds=kinds_of(name),
+        adapters=tuple(adapters_of(name)),
+    )
+
+
+def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
+    """Where a method acts on a model.
+
+    Args:
+        method: the method.
+        layout: what the model offers.
+
+    Returns:
+        What the model is called, and a row for each site: its name, scope, positions and signals.
+
+    Raises:
+        VlmtokError: it does not run there.
+    """
+    rows = []
+    for visit in Attachment([method], layout).entries:
+        late = visit.site.stage in ("features", "projected")
+        rows.append(
+            {
+                "site": str(visit.site),
+                "scope": visit.scope,
+                "positions": visit.site.positions or ("renumber" if late else "keep"),
+                "needs": list(visit.site.needs),
+            }
+        )
+    return layout.family, rows
+
+
+def limits(found: Entry) -> str:
+    """What a table adds to a method's adapters: the models of theirs on which it does not run."""
+    said = []
+    if "tower" in found.kinds and "tower, no CLS" not in found.kinds:
+        said.append("with a class token")
+    if "VLM, slots" in found.kinds and "VLM" not in found.kinds:
+        slots = ", ".join(row["family"] for row in families() if row["tower"] == "slots")
+        said.append("VLMs whose towers can be cut" if "VLM, spread" in found.kinds else f"of the VLMs {slots}")
+    return "; ".join(said)
+
+
+def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
+    told = argument_docs(cls)
+    found = []
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if not item.init:
+            continue
+        if item.default is not dataclasses.MISSING:
+            default = format_value(item.default)
+        elif item.default_factory is not dataclasses.MISSING:
+            default = format_value(item.default_factory())
+        else:
+            default = "required"
+        found.append(Parameter(item.name, default, told.get(item.name, "")))
+    return tuple(found)
+
+
+def argument_docs(cls: type) -> dict[str, str]:
+    """What the ``Args:`` section of a class's docstring says of each name."""
+    text = inspect.getdoc(cls) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", text, re.M)
+    if section is None:
+        return {}
+    found: dict[str, str] = {}
+    name = ""
+    for line in section[1].splitlines():
+        start = re.match(r" {4}(\w+(?:, \w+)*): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return {single: what.replace("``", "") for names, what in found.items() for single in names.split(", ")}
+
+
+def _presets(cls: type[Method]) -> tuple[str, ...]:
+    """Names that `preset` takes: the keys of the table that stands beside the class."""
+    table = getattr(inspect.getmodule(cls), "_PRESETS", None)
+    return tuple(table) if hasattr(cls, "preset") and isinstance(table, dict) else ()
+
+
+# ---------------------------------------------------------------------- models
+def models() -> list[dict[str, Any]]:
+    """The adapters: name, classes, kinds of models."""
+    from .adapters import ROWS, hf_vlm
+
+    classes: dict[str, list[str]] = {}
+    for (module, qualified), where in ROWS.items():
+        classes.setdefault(_adapter_name(where), []).append(f"{module.partition('.')[0]} {qualified}")
+    classes[hf_vlm.HFVLM.name] = [f"model type {kind}" for kind in hf_vlm.ROWS]
+    return [
+        {"adapter": name, "classes": found, "kinds": list(ADAPTERS.get(name, ()))} for name, found in classes.items()
+    ]
+
+
+def _adapter_name(where: str) -> str:
+    from .adapters import _load
+
+    return _load(where).name
+
+
+def families() -> list[dict[str, Any]]:
+    """Vision-language families of transformers: stages in which tokens can leave, or why they cannot."""
+    from .adapters import REFUSED, hf_vlm
+
+    found: list[dict[str, Any]] = []
+    for name, spec in hf_vlm.ROWS.items():
+        stages = {"slots": ["vision", "features"], "spread": ["vision"], "free": ["vision"]}.get(
+            spec.tower_cut or "", []
+        )
+        stages = stages + ([] if spec.boundary else ["projected", "decoder"])
+        found.append(
+            {
+                "family": name,
+                "stages": stages,
+                "tower": spec.tower_cut,
+                "refused": spec.boundary,
+                "example": hf_vlm.EXAMPLES[name],
+            }
+        )
+    for name, why in hf_vlm.REFUSED.items():
+        found.append({"family": name, "stages": [], "tower": None, "refused": why})
+    for (module, qualified), why in REFUSED.items():
+        name = f"{module.partition('.')[0]} {qualified}"
+        found.append({"family": name, "stages": [], "tower": None, "refused": why})
+    return found
+
+
+def family_table() -> str:
+    """The vision-language families of transformers as markdown: where tokens can leave, and why not elsewhere.
+
+    Two tables, made from the rows that the adapter works with: the families, then those that are refused. Cells of the
+    tower say how: ``slots``, ``spread`` or ``free``.
+    """
+    from .adapters import hf_vlm
+
+    lines = ["| model type | for example | `vision` | `projected`, `decoder` | positions | notes |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, spec in hf_vlm.ROWS.items():
+        features = ", `features`" if spec.tower_cut == "slots" else ""
+        tower = f"{spec.tower_cut}{features}" if spec.tower_cut else f"no: {spec.whole}"
+        language = f"no: {spec.boundary}" if spec.boundary else "yes"
+        positions = "kept" if spec.positions == "mrope" else "kept or renumbered"
+        cells = (
+            f"`{name}`",
+            f"`{hf_vlm.EXAMPLES[name]}`",
+            tower,
+            language,
+            "" if spec.boundary else positions,
+            "; ".join(_notes(spec)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| refused | why |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in hf_vlm.REFUSED.items()]
+    return "\n".join(lines)
+
+
+def _notes(spec: Any) -> list[str]:
+    """What a row says that users want to know."""
+    parts = {
+        "anyres": "thumbnail and canvas of crops",
+        "chunks": "crops, thumbnail last",
+        "rows": "rows with breaks between them, which stay",
+    }
+    said = []
+    if len(spec.ids) > 1:
+        said.append("pictures and clips")
+    if spec.parts in parts:
+        said.append(parts[spec.parts])
+    elif spec.thumbnail and spec.parts == "runs":
+        said.append("marks stand between crops, so each crop counts as a picture")
+    if spec.positions == "mrope":
+        said.append("M-RoPE")
+    if spec.deepstack:
+        said.append("deepstack features follow the cuts")
+    if spec.gather:
+        said.append("per-layer inputs follow the cuts")
+    if spec.block:
+        said.append("tokens look at each other both ways: masks are built anew")
+    if spec.last_cut:
+        said.append("no cut behind the first layer whose keys later ones share")
+    if not spec.attention:
+        said.append("no attention signals")
+    return said

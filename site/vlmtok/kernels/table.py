@@ -1,0 +1,207 @@
+"""Which path `auto` takes and how the Triton kernels are tiled: fixed tables, no tuning while running.
+
+`@triton.autotune` is not used: it needs a driver to import, its choice differs from run to run, and it stalls at every
+new token count. ``python -m vlmtok.kernels.bench --sweep`` prints rows to paste here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .tracing import constant_in_graphs
+
+
+# ---------------------------------------------------------------------- auto
+@dataclass(frozen=True)
+class Policy:
+    """When `auto` prefers the Triton kernel of an op.
+
+    Attributes:
+        op: the op, or ``"*"`` for every op without a row of its own.
+        min_batch: from this batch on.
+        pair_bytes: or where the torch path would hold at least so many bytes of N x N intermediates.
+        basis: ``"measured"`` or ``"modelled"``.
+        device: name of the device measured (as `torch.cuda.get_device_name` says); empty for a modelled row.
+        versions: of torch and triton, for a measured row.
+        source: file under benchmarks/results with the figures, for a measured row.
+    """
+
+    op: str
+    min_batch: int
+    pair_bytes: int
+    basis: str
+    device: str = ""
+    versions: str = ""
+    source: str = ""
+
+
+POLICIES: tuple[Policy, ...] = (
+    # No figure of these kernels was measured yet. Small batches are bound by launches, where a model says little.
+    Policy("*", min_batch=32, pair_bytes=1 << 30, basis="modelled"),
+)
+
+
+def policy(op: str, device: str = "") -> Policy:
+    """The row for an op: measured on this device if there is one, else modelled.
+
+    Args:
+        op: name of the op.
+        device: name of the device.
+
+    Returns:
+        The row.
+    """
+    rows = [row for row in POLICIES if row.op in (op, "*")]
+    return min(rows, key=lambda row: (row.device != device, row.basis != "modelled", row.op == "*"))
+
+
+def prefers_triton(op: str, batch: int, pair_bytes: int, device: torch.device) -> bool:
+    """Whether `auto` takes the Triton kernel.
+
+    Args:
+        op: name of the op.
+        batch: rows of the batch.
+        pair_bytes: bytes of N x N intermediates of the torch path; 0 where it has none.
+        device: where the tensors are.
+
+    Returns:
+        What the table says.
+    """
+    measured = any(row.device for row in POLICIES)
+    row = policy(op, device_facts(device.index)[0] if measured else "")
+    return batch >= row.min_batch or pair_bytes >= row.pair_bytes
+
+
+_facts: dict[int | None, tuple[str, bool]] = {}
+
+
+@constant_in_graphs
+def device_facts(index: int | None) -> tuple[str, bool]:
+    """Name of a CUDA or HIP device, and whether the kernels are built for it (compute capability 8.0 on; any HIP).
+
+    Args:
+        index: of the device.
+
+    Returns:
+        Both, looked up once.
+    """
+    if index not in _facts:
+        modern = torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+        _facts[index] = torch.cuda.get_device_name(index), modern
+    return _facts[index]
+
+
+# ---------------------------------------------------------------------- tiles
+@dataclass(frozen=True)
+class Tile:
+    """One row of the tile table.
+
+    Attributes:
+        op: the kernel.
+        width: bytes of an element of the input at most.
+        size: greatest extent (features, or tokens for `greedy_select` and `order`) the row serves.
+        programs: smallest number of programs (of 64 rows each) from which on the row is used.
+        m: rows of a tile.
+        n: columns of a tile, or the whole extent of a one-dimensional kernel.
+        k: features of a step; 0 where the kernel has no such loop.
+        warps: warps of a program.
+        stages: depth of the load pipeline.
+    """
+
+    op: str
+    width: int
+    size: int
+    programs: int
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int = 2
+
+
+LIMIT_GREEDY = 16384
+"""Tokens that one program can hold: beyond, the state of `greedy_select` spills."""
+LIMIT_ORDER = 4096
+"""Scores that one program sorts."""
+LIMIT_HEAD = 256
+"""Head width of `received_attention`."""
+_ANY = 1 << 30
+
+# Of the rows that fit, the first is used. All compile for sm_80 and sm_90 without spills (tests/kernels).
+TILES: tuple[Tile, ...] = (
+    # match, energy: 128 x 64 from about four waves on, small tiles where there are few programs; fp32 is "ieee".
+    Tile("match", 2, 64, 528, 128, 64, 64, 4),
+    Tile("match", 2, 64, 132, 64, 64, 64, 4),
+    Tile("match", 2, 64, 0, 16, 64, 64, 4),
+    Tile("match", 2, 128, 132, 64, 64, 128, 4),
+    Tile("match", 2, 128, 0, 16, 64, 128, 4),
+    Tile("match", 2, _ANY, 132, 64, 64, 64, 4),
+    Tile("match", 2, _ANY, 0, 32, 64, 64, 4),
+    Tile("match", 4, 64, 0, 32, 32, 64, 4),
+    Tile("match", 4, 128, 0, 32, 32, 128, 4),
+    Tile("match", 4, _ANY, 0, 32, 64, 32, 4),
+    # With a rank or the diagonal masked, 128 x 64 spills.
+    Tile("match_masked", 2, 64, 132, 64, 64, 64, 4),
+    Tile("match_masked", 2, 64, 0, 16, 64, 64, 4),
+    Tile("match_masked", 2, 128, 132, 64, 64, 128, 4),
+    Tile("match_masked", 2, 128, 0, 16, 64, 128, 4),
+    Tile("match_masked", 2, _ANY, 0, 32, 64, 64, 4),
+    Tile("match_masked", 4, 64, 0, 32, 32, 64, 4),
+    Tile("match_masked", 4, 128, 0, 32, 32, 128, 4),
+    Tile("match_masked", 4, _ANY, 0, 32, 32, 32, 4),
+    Tile("energy", 2, 64, 528, 128, 64, 64, 4),
+    Tile("energy", 2, 64, 132, 64, 64, 64, 4),
+    Tile("energy", 2, 64, 0, 16, 64, 64, 4),
+    Tile("energy", 2, 128, 132, 64, 64, 128, 4),
+    Tile("energy", 2, 128, 0, 16, 64, 128, 4),
+    Tile("energy", 2, _ANY, 132, 64, 64, 64, 4),
+    Tile("energy", 2, _ANY, 0, 16, 64, 64, 4),
+    Tile("energy", 4, 64, 0, 32, 32, 64, 4),
+    Tile("energy", 4, 128, 0, 32, 32, 128, 4),
+    Tile("energy", 4, _ANY, 0, 32, 64, 32, 4),
+    # order: one program sorts a picture.
+    Tile("order", 8, 64, 0, 1, 64, 0, 4),
+    Tile("order", 8, 256, 0, 1, 256, 0, 4),
+    Tile("order", 8, 512, 0, 1, 512, 0, 4),
+    Tile("order", 8, 1024, 0, 1, 1024, 0, 8),
+    Tile("order", 8, 2048, 0, 1, 2048, 0, 8),
+    Tile("order", 8, LIMIT_ORDER, 0, 1, 4096, 0, 16),
+    # greedy_select: one program holds the state of a picture.
+    Tile("greedy_select", 4, 256, 0, 1, 256, 0, 4),
+    Tile("greedy_select", 4, 1024, 0, 1, 1024, 0, 4),
+    Tile("greedy_select", 4, 4096, 0, 1, 4096, 0, 16),
+    Tile("greedy_select", 4, LIMIT_GREEDY, 0, 1, LIMIT_GREEDY, 0, 32),
+    # merge_rows: m entries are looked at in a step, n channels are a program's.
+    Tile("merge_rows", 4, 512, 0, 512, 512, 0, 4),
+    Tile("merge_rows", 4, 1024, 0, 512, 1024, 0, 4),
+    Tile("merge_rows", 4, _ANY, 0, 512, 2048, 0, 8),
+    Tile("transition_stats", 4, 1024, 0, 1, 1024, 0, 4),
+    Tile("transition_stats", 4, _ANY, 0, 1, 2048, 0, 8),
+    Tile("received_attention", 2, 64, 0, 64, 64, 64, 4),
+    Tile("received_attention", 2, 128, 0, 64, 32, 128, 4),
+    Tile("received_attention", 2, LIMIT_HEAD, 0, 32, 32, 256, 4),
+    Tile("received_attention", 4, 64, 0, 32, 32, 64, 4),
+    Tile("received_attention", 4, 128, 0, 32, 32, 128, 4),
+    Tile("received_attention", 4, LIMIT_HEAD, 0, 16, 32, 256, 4),
+)
+
+
+def tile(op: str, width: int, size: int, rows: int = 0) -> Tile:
+    """The row of the tile table for a call.
+
+    Args:
+        op: the kernel.
+        width: bytes of an element.
+        size: its extent, see `Tile.size`.
+        rows: rows that programs share, over the whole batch.
+
+    Returns:
+        The first row that fits.
+    """
+    programs = -(-rows // 64)
+    for row in TILES:
+        if row.op == op and width <= row.width and size <= row.size and programs >= row.programs:
+            return row
+    raise LookupError(f"no tile for {op} with {width}-byte elements and extent {size}")

@@ -1,0 +1,240 @@
+"""What ran, as host ints: the ground on which reports and estimates stand."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+
+import torch
+
+from .kernels import ran
+
+
+@dataclass(frozen=True)
+class Group:
+    """One batched call of `reduce`.
+
+    Attributes:
+        rows: view rows.
+        n: tokens of each that arrived.
+        slots: slots of each that stayed.
+        entered: tokens of each when it entered the stage.
+        text: text rows behind the view's first token (language models).
+        length: length of the whole row, padding left out (language models) or not (towers).
+        mixed: whether some of that text stands before some of the view's tokens.
+    """
+
+    rows: int
+    n: int
+    slots: int
+    entered: int
+    text: int = 0
+    length: int = 0
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """One visit of a method to a site.
+
+    Attributes:
+        stage: of the site.
+        layer: of the site, or None.
+        point: of the site.
+        method: index of the method in its list.
+        kind: ``cut``, ``observe`` (nothing reduced) or ``insert``.
+        before: tokens of a whole row before, padding included.
+        after: tokens of a whole row after.
+        groups: the batched calls.
+        ragged: whether the rows may differ in what they keep.
+        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell.
+    """
+
+    stage: str
+    layer: int | None
+    point: str
+    method: int
+    kind: str
+    before: int
+    after: int
+    groups: tuple[Group, ...] = ()
+    ragged: bool = False
+    gone: int | None = None
+
+
+@dataclass
+class Decoding:
+    """Decode steps of so many rows, one token each, behind a call of the language model.
+
+    Attributes:
+        rows: rows of each step.
+        first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
+        steps: how many.
+        head: rows that the language model's head saw in all of them.
+    """
+
+    rows: int
+    first: int = 0
+    steps: int = 0
+    head: int = 0
+
+
+@dataclass
+class StageRun:
+    """One pass through one stage.
+
+    Attributes:
+        stage: ``vision``, ``text`` or ``decoder``; the latter holds `features` and `projected` too.
+        rows: rows of the batch.
+        entered: tokens of a row that entered, protected ones and padding included.
+        past: tokens that the cache held before (language models).
+        pictures: pictures of the pass (language models).
+        cached: whether keys and values were cached.
+        visual: visual tokens of all rows that entered (language models).
+        seen: tokens that the cache of a bare model would have held before.
+        held: (first layer, tokens) of each run of layers whose caches hold equally many; empty means `past` in all.
+        events: visits, in order.
+        parts: rows that modules outside the blocks saw, by name (see `vlmtok.flops.Part`).
+        decodings: decode steps behind it.
+        captured: whether it was captured into a CUDA graph, whose replays run no Python.
+    """
+
+    stage: str
+    rows: int
+    entered: int
+    past: int = 0
+    pictures: int = 0
+    cached: bool = False
+    visual: int = 0
+    seen: int = 0
+    held: tuple[tuple[int, int], ...] = ()
+    events: list[Event] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
+    decodings: list[Decoding] = field(default_factory=list)
+    captured: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether it adds text to a filled cache: a later turn, or candidates that are checked."""
+        return bool(self.past) and not self.pictures
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row that reach the first layer of a language model, padding included."""
+        left = [event.after for event in self.events if event.stage in ("features", "projected")]
+        return left[-1] if left else self.entered
+
+    @property
+    def steps(self) -> int:
+        """Decode steps behind it."""
+        return sum(decoding.steps for decoding in self.decodings)
+
+    def key(self) -> tuple[object, ...]:
+        """What two passes of the same cost share."""
+        tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
+        shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
+        return (*shape, self.held, *tables)
+
+
+@dataclass
+class Ledger:
+    """Passes of a compression.
+
+    Attributes:
+        last: the last pass of each stage. What adds text to a filled cache stands under ``continued``, and a prompt
+            without pictures under ``pictureless`` (what continues it under ``pictureless continued``), so that the last
+            prefill with pictures is not lost behind them.
+        passes: how many passes each stage has seen.
+        fired: visits per (stage, layer, point, method).
+        steps: decode steps so far.
+        kernels: calls of `vlmtok.kernels` in this process before the compression.
+    """
+
+    last: dict[str, StageRun] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    fired: dict[tuple[str, int | None, str, int], int] = field(default_factory=dict)
+    steps: int = 0
+    kernels: dict[str, int] = field(default_factory=ran)
+    _decoder: StageRun | None = None
+    _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+
+    @property
+    def blind(self) -> bool:
+        """Whether a language model ran, and never with a picture."""
+        runs = [run for run, _ in self.totals() if run.stage == "decoder"]
+        return bool(runs) and not any(run.pictures for run in runs)
+
+    def begin(self, run: StageRun) -> StageRun:
+        """Opens the books of a pass; those of the stage's pass before are closed."""
+        if not torch.compiler.is_compiling() and torch.cuda.is_initialized():
+            run.captured = torch.cuda.is_current_stream_capturing()
+        name = self._name(run)
+        for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
+            if closed in self.last:
+                self._close(self.last.pop(closed))
+        self.last[name] = run
+        counted = "continued" if run.continues else run.stage
+        self.passes[counted] = self.passes.get(counted, 0) + 1
+        if run.stage == "decoder":
+            self._decoder = run
+        return run
+
+    def _name(self, run: StageRun) -> str:
+        """Under which name a pass stands."""
+        if run.stage != "decoder" or run.pictures:
+            return run.stage
+        if not run.continues:
+            return "pictureless"
+        follows = [name for name in ("pictureless", "pictureless continued") if name in self.last]
+        return "pictureless continued" if any(self.last[name] is self._decoder for name in follows) else "continued"
+
+    def visit(self, run: StageRun, event: Event) -> None:
+        """Books one visit."""
+        run.events.append(event)
+        key = (event.stage, event.layer, event.point, event.method)
+        self.fired[key] = self.fired.get(key, 0) + 1
+
+    def step(self, rows: int, past: int) -> None:
+        """Books one decode step.
+
+        Args:
+            rows: of the batch.
+            past: tokens that the first layer's cache held before.
+        """
+        run = self._decoder
+        if run is None:  # the cache was filled bare
+            run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
+        joined = past - run.past - run.columns
+        last = run.decodings[-1] if run.decodings else None
+        if last is None or (last.rows, last.first + last.steps) != (rows, joined):
+            last = Decoding(rows, joined)
+            run.decodings.append(last)
+        last.steps += 1
+        self.steps += 1
+
+    def note(self, stage: str, part: str, rows: int) -> None:
+        """Books rows that a module outside the blocks saw.
+
+        Args:
+            stage: whose last pass it belongs to.
+            part: its name.
+            rows: rows of its input; pictures for a pool.
+        """
+        run = self._decoder if stage == "decoder" else self.last.get(stage)
+        if run is None:
+            return
+        if run.decodings:
+            run.decodings[-1].head += rows
+        else:
+            run.parts[part] = run.parts.get(part, 0) + rows
+
+    def totals(self) -> list[tuple[StageRun, int]]:
+        """Every kind of pass so far, with how often it ran."""
+        kinds = dict(self._totals)
+        for run in self.last.values():
+            key = run.key()
+            kinds[key] = (run, kinds.get(key, (run, 0))[1] + 1)
+        return list(kinds.values())
+
+    def _close(self, run: StageRun) -> None:
+        key = run.key()
+        self._totals[key] = (run, self._totals.get(key, (run, 0))[1] + 1)

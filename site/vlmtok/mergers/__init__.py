@@ -1,0 +1,1 @@
+"""Methods that can merge tokens, one file each."""

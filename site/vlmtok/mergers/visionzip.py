@@ -1,0 +1,134 @@
+"""VisionZip: keep the tokens that the class token attends to, and merge the others into a few contextual ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import ParameterError
+from ..method import Counts, Layout, Method, Site, check_keep, check_range, keep_count, register_method
+from ..pruners.fastv import keep_top
+from ..reduction import Reduction
+from ..view import TokenView
+
+Choice = tuple[Tensor, Tensor, Tensor, Tensor]
+"""dominant `[B, D]`, targets `[B, T]`, joining `[B, R]`, and the target (0 to T - 1) that each joins `[B, R]`."""
+
+
+def dominant_and_contextual(score: Tensor, keys: Tensor, dominant: int, contextual: int) -> Choice:
+    """Splits patches into dominant ones, merge targets and the rest, and gives the rest to the targets.
+
+    Dominant patches have the highest scores. Of the others, in their order, every (R // contextual)-th is a target;
+    each other one joins the target with the most similar key (arXiv 2412.04467).
+
+    Args:
+        score: `[B, N]`, attention that a patch gets, any floating dtype.
+        keys: `[B, N, d]`, keys of the same layer.
+        dominant: patches to keep as they are.
+        contextual: targets; dominant + contextual is at most N.
+
+    Returns:
+        Four int64 tensors, each ascending but the last.
+    """
+    batch, n = score.shape
+    kept = keep_top(score, dominant)
+    taken = torch.zeros(batch, n, dtype=torch.int64, device=score.device).scatter(1, kept, 1)
+    rest = taken.argsort(dim=1, stable=True)[:, : n - dominant]
+    if not contextual:
+        none = rest[:, :0]
+        return kept, none, none, none
+    stride = rest.shape[1] // contextual
+    spans = rest[:, : stride * contextual].unflatten(1, (contextual, stride))
+    targets = spans[:, :, 0]
+    joining = torch.cat([spans[:, :, 1:].flatten(1), rest[:, stride * contextual :]], 1)
+    _, target = kernels.match_max(kernels.take_rows(keys, joining), kernels.take_rows(keys, targets))
+    return kept, targets, joining, target
+
+
+@register_method
+@dataclass(eq=False)
+class VisionZip(Method):
+    """Shortens each crop before the projector to dominant tokens and contextual ones; the text plays no part.
+
+    Dominant tokens are the class token, which then goes on to the language model, and the patches it attends to most,
+    in the layer whose output the projector reads. A contextual token is the sum of a target patch and the mean of the
+    patches that join it.
+
+    Args:
+        keep: share (float) or count (int) of a crop's tokens: dominant (class token included) and contextual ones
+            together.
+        contextual: of these, a share or a count that are contextual; 0 merges nothing. 5/32 gives the paper's 10 of
+            64, 20 of 128 and 30 of 192. The paper's `dominant` is the rest.
+    """
+
+    paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025)"
+    arxiv = "2412.04467"
+    code = "https://github.com/dvlab-research/VisionZip"
+    parity = "index-exact with the released selection, merged tokens 1e-5 (visionzip_*)"
+    deviations = (
+        "A tower without a class token is scored by the attention that each token receives; the release knows CLIP.",
+        "Similarity is computed in fp32; equal scores go to the lowest index.",
+        "Few patches left over merge into fewer targets or none; the release fails.",
+        "Slots of a crop stay together, class token first; the release moves the crops' class and contextual tokens "
+        "behind all patches of a LLaVA-NeXT picture.",
+    )
+    scope = "part"
+    budget_parameter = "keep"
+
+    keep: float | int = 0.111
+    contextual: float | int = 0.15625
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, "VisionZip")
+        if isinstance(self.contextual, int):
+            check_range(self.contextual, "VisionZip", "contextual", 0, kind=int)
+        else:
+            check_keep(self.contextual, "VisionZip", "contextual")
+        if isinstance(self.keep, int) and isinstance(self.contextual, int) and self.contextual >= self.keep:
+            raise ParameterError(
+                f"VisionZip: contextual={self.contextual} of keep={self.keep} leaves no dominant token; "
+                f"at most {self.keep - 1}"
+            )
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """What the projector gets."""
+        layout.stage("features", "VisionZip")
+        if layout.gives("vision", "cls_attention"):
+            return [Site("features", needs=("cls_attention@vision:feature", "keys@vision:feature", "protected"))]
+        return [Site("features", needs=("received_attention@vision:feature", "keys@vision:feature"))]
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Slots: the class token, dominant patches, contextual tokens."""
+        batch, n, _ = view.tokens.shape
+        k = self.count(view.counts)
+        if k == n:
+            return None
+        contextual = self._contextual(k)
+        classed = view.has("cls_attention@vision:feature")
+        if classed:
+            score = view.signal("cls_attention@vision:feature").float().sum(1)
+        else:
+            score = view.signal("received_attention@vision:feature")
+        kept, targets, joining, target = dominant_and_contextual(
+            score, view.signal("keys@vision:feature"), k - contextual - classed, contextual
+        )
+        head = kept.new_full((batch, int(classed)), n)  # the first protected token
+        keep = torch.cat([head, kept, targets], 1)
+        if not contextual:
+            return Reduction(keep)
+        one = torch.ones_like(joining, dtype=torch.float32)
+        members = one.new_zeros(batch, contextual).scatter_add(1, target, one)
+        weight = 1.0 / members.gather(1, target)
+        slot = target + (k - contextual)
+        return Reduction(keep, joining, slot, torch.ones_like(keep, dtype=torch.float32), weight)
+
+    def count(self, counts: Counts) -> int:
+        """As `keep` says."""
+        return keep_count(self.keep, counts.n)
+
+    def _contextual(self, k: int) -> int:
+        wanted = self.contextual if self.contextual == 0 else keep_count(self.contextual, k)
+        return min(int(wanted), k - 1)

@@ -1,0 +1,402 @@
+"""What deciding costs: signals and selection, counted by running them on meta tensors under torch's FLOP counter.
+
+A pass in the ledger says which method saw views of which shapes. Here the same views are built without data, with the
+same signal functions and the methods' own `reduce` and `insert`, so that no formula has to be kept beside the code.
+Signals are everything that a method asks a view for (attention rows, and the projections of a block that has not run or
+does not show its q and k); the rest is the method's own cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attachment import Attachment, Entry
+from .flops import BlockShape, ModelShape, TowerShape, decoder_profiles
+from .kernels import dispatch, exact
+from .ledger import Event, Group, StageRun
+from .sequence import Row
+from .signals import DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
+from .view import Signal, TokenView
+
+
+@dataclass
+class Overhead:
+    """MACs of deciding.
+
+    Attributes:
+        signals: of what methods look at.
+        own: of the methods themselves.
+        notes: what could not be counted, and why.
+    """
+
+    signals: int = 0
+    own: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhead:
+    """What the methods of a pass cost beside the model.
+
+    Args:
+        attachment: whose methods acted.
+        shape: the model.
+        run: the pass; of a tower (visits at ``features`` included) or of a language model.
+
+    Returns:
+        The MACs of this pass.
+    """
+    stage = "decoder" if run.stage == "decoder" else run.stage
+    if all(event.method < 0 for event in run.events) and not attachment.tapped(stage):
+        return Overhead()
+    with rehearsal() as counted:
+        again = Rehearsal(attachment, shape, run, counted)
+        if run.stage == "decoder":
+            again.decoder()
+        else:
+            again.tower()
+        own = counted() // 2 - again.signals - again.elsewhere
+    return Overhead(again.signals, own, tuple(dict.fromkeys(again.notes)))
+
+
+@contextmanager
+def rehearsal() -> Iterator[Callable[[], int]]:
+    """Context that counts FLOPs of torch definitions and leaves no trace in `vlmtok.kernels.ran`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ran = dispatch._ran.copy()
+    try:
+        with dispatch.use("torch"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            yield counter.get_total_flops
+    finally:
+        dispatch._ran.clear()
+        dispatch._ran.update(ran)
+
+
+def on_meta(module: nn.Module | None) -> nn.Module | None:
+    """A copy of a module without data."""
+    if module is None:
+        return None
+    known: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, known)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+Give = Callable[[Need], Signal]
+"""The signal of a need."""
+
+
+class Memo(MutableMapping[str, Any]):
+    """`TokenView.state` or `row` without data: it keeps the shapes of what was written, not the number of tokens."""
+
+    def __init__(self, kept: dict[str, Any], leading: tuple[int, ...]) -> None:
+        self._kept, self._leading = kept, leading
+
+    def __getitem__(self, name: str) -> Any:
+        kept = self._kept[name]
+        if isinstance(kept, tuple):
+            return torch.empty((*self._leading, *kept[0]), dtype=kept[1], device="meta")
+        return kept[0]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        fits = isinstance(value, Tensor) and tuple(value.shape[: len(self._leading)]) == self._leading
+        self._kept[name] = (tuple(value.shape[len(self._leading) :]), value.dtype) if fits else [value]
+
+    def __delitem__(self, name: str) -> None:
+        del self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+class Rehearsal:
+    """One pass again, without data.
+
+    Attributes:
+        signals: MACs of signals so far.
+        elsewhere: MACs that only gave a signal its shape here; they are booked where it is made.
+        notes: what could not be counted.
+    """
+
+    def __init__(self, attachment: Attachment, shape: ModelShape, run: StageRun, counted: Callable[[], int]) -> None:
+        self.attachment = attachment
+        self.shape = shape
+        self.run = run
+        self.counted = counted
+        self.signals = 0
+        self.elsewhere = 0
+        self.notes: list[str] = []
+        self.states: dict[int, dict[str, Any]] = {}
+        self.rows: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+        self.memory = {i: on_meta(attachment.remember(i)) for i in range(len(attachment.methods))}
+        self.outputs: dict[int, int] = {}
+        self.pending: dict[int, int] = {}
+
+    # ------------------------------------------------------------------ passes
+    def tower(self) -> None:
+        """A pass through a tower, and the visits at ``features``."""
+        run, stage = self.run, self.run.stage
+        tower = self.shape.vision if stage == "vision" else self.shape.text
+        assert tower is not None
+        tapped = self.attachment.tapped(stage) if stage == "vision" else {}
+        row = Row(tower.protected, run.entered - tower.protected)
+        for layer in range(tower.depth):
+            events = [e for e in run.events if e.stage == stage and e.layer == layer]
+            mid = bool(self.attachment.at(stage, layer, "mid"))
+            met = None
+            for point in ("start", "mid", "end"):
+                if point == "mid":
+                    met = row.length  # what attention saw; its q and k stay that long behind a cut
+                if point == ("mid" if mid else "end"):
+                    self._carry(tower, layer, row, tapped.get(layer, []))
+                for event in (e for e in events if e.point == point and e.method >= 0):
+                    row = self._tower_visit(tower, layer, row, event, met)
+            self.settle()
+            row = Row(row.prefix, row.n)
+            for event in (e for e in events if e.kind == "spread"):
+                row = Row(row.prefix, event.after - row.prefix)
+        for event in (e for e in run.events if e.stage == "features"):
+            for group in event.groups:
+                self._ask(event, group, tower.blocks[-1].width, partial(self._brought, group=group))
+
+    def decoder(self) -> None:
+        """A call of a language model."""
+        language = self.shape.language
+        assert language is not None
+        profile = decoder_profiles(self.run, language.blocks)[1]
+        width = language.blocks[0].width
+        for event in self.run.events:
+            if event.method < 0:
+                continue
+            for group in event.groups:
+                if event.stage == "projected":
+                    self._ask(event, group, width, self._projected(group, width))
+                    continue
+                layer = event.layer or 0
+                keys = profile.layers[layer].keys
+                if event.point == "start":  # the layer has not run: it will see what arrives here
+                    keys += event.before - profile.layers[layer].queries
+                taps = self._decoder_taps(language.blocks[layer], event, group, keys)
+                self._ask(event, group, width, self._decoder_signals(taps, group))
+
+    # ------------------------------------------------------------------ towers
+    def _tower_visit(self, tower: TowerShape, layer: int, row: Row, event: Event, met: int | None) -> Row:
+        width, length = tower.blocks[layer].width, met or event.before
+        if event.kind == "insert":
+            added = event.after - event.before
+            group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
+            give = self._tower_signals(tower, layer, row, event, group, length)
+            self._ask(event, group, width, give, insert=True)
+            self.pending[event.method] = self.pending.get(event.method, 0) + added
+            return Row(row.prefix, row.n, row.inserted + added)
+        for group in event.groups:
+            own = Row(row.prefix, group.n, row.inserted)
+            self._ask(event, group, width, self._tower_signals(tower, layer, own, event, group, length))
+        return Row(row.prefix, event.after - row.prefix - row.inserted, row.inserted)
+
+    def _taps(
+        self, tower: TowerShape, layer: int, row: Row, rows: int, length: int, captured: bool, method: int = -1
+    ) -> TowerTaps:
+        """Taps of a block for `rows` view rows; the batch has `length` tokens a row.
+
+        q and k that the block does not show are computed for the whole batch each time they are asked for.
+        """
+        block = tower.blocks[layer]
+
+        def made(heads: int) -> Tensor:
+            if not captured:
+                x = empty(self.run.rows, length, block.width)
+                torch.matmul(x, empty(block.width, heads * block.head_width))
+            return empty(rows, heads, row.length, block.head_width)
+
+        outputs = self.outputs.get(method)
+        return TowerTaps(
+            row,
+            empty(rows, row.length, block.width),
+            lambda: made(block.heads),
+            lambda: made(block.kv_heads),
+            1.0,
+            inserted=None if outputs is None else empty(rows, outputs, block.width),
+        )
+
+    def _tower_signals(self, tower: TowerShape, layer: int, row: Row, event: Event, group: Group, length: int) -> Give:
+        captured = not tower.recomputed and event.point != "start"
+        taps = self._taps(tower, layer, row, group.rows, length, captured, event.method)
+
+        def give(need: Need) -> Signal:
+            if need.stage is not None:
+                return self._brought(need, group)
+            if need.name not in TOWER_SIGNALS:
+                return None
+            return lambda: self._spent(lambda: TOWER_SIGNALS[need.name].make(taps))
+
+        return give
+
+    def _carry(self, tower: TowerShape, layer: int, row: Row, needs: list[Need]) -> None:
+        """Signals that later sites wait for are made whether or not they are asked for."""
+        taps = self._taps(tower, layer, row, self.run.rows, row.length, not tower.recomputed)
+        for need in needs:
+            if need.name not in ("protected", "inserted"):
+                self._spent(lambda need=need: TOWER_SIGNALS[need.name].make(taps))  # type: ignore[misc]
+
+    def _brought(self, need: Need, group: Group) -> Signal:
+        """A tower's signal as it arrives at a later site: its shape, what it cost is booked where it is made."""
+        tower = self.shape.vision
+        if tower is None or need.name not in TOWER_SIGNALS:
+            return None
+        taps = self._taps(tower, need.layer or 0, Row(tower.protected, group.n), group.rows, 0, True)
+
+        def signal() -> Tensor | None:
+            before = self.counted()
+            made = TOWER_SIGNALS[need.name].make(taps)
+            self.elsewhere += (self.counted() - before) // 2
+            return made
+
+        return signal
+
+    def inserted(self, tower: TowerShape, entry: Entry, row: Row) -> int:
+        """How many tokens a method would put in at the start of a block."""
+        group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
+        event = Event(self.run.stage, entry.site.layer, "start", entry.index, "insert", row.length, row.length)
+        give = self._tower_signals(tower, entry.site.layer or 0, row, event, group, row.length)
+        with torch.no_grad():
+            tokens = entry.method.insert(self.view(entry, group, tower.blocks[0].width, give))
+        count = 0 if tokens is None else tokens.shape[1]
+        self.pending[entry.index] = self.pending.get(entry.index, 0) + count
+        return count
+
+    def settle(self) -> None:
+        """A block ended: what was put in is gone, its outputs stay."""
+        self.outputs.update({method: count for method, count in self.pending.items() if count})
+        self.pending.clear()
+
+    # ------------------------------------------------------------------ language models
+    def _projected(self, group: Group, width: int) -> Give:
+        def give(need: Need) -> Signal:
+            if need.stage is not None:
+                return self._brought(need, group)
+            return empty(group.rows, group.text, width) if need.name == "text" and group.text else None
+
+        return give
+
+    def _decoder_signals(self, taps: DecoderTaps, group: Group) -> Give:
+        def give(need: Need) -> Signal:
+            if need.stage is not None:
+                return self._brought(need, group)
+            if need.name not in DECODER_SIGNALS:
+                return None
+            return lambda: self._spent(lambda: DECODER_SIGNALS[need.name](taps))
+
+        return give
+
+    def _decoder_taps(self, block: BlockShape, event: Event, group: Group, keys: int) -> DecoderTaps:
+        """Taps of the layer that ran (``end``), or of the one to come, from its own projections (``start``)."""
+        ahead, batch, d = event.point == "start", self.run.rows, block.head_width
+
+        def q(places: Tensor) -> Tensor:
+            if not ahead:
+                return empty(group.rows, block.heads, places.shape[1], d)
+            made = empty(group.rows, places.shape[1], block.width) @ empty(block.width, block.heads * d)
+            return made.unflatten(-1, (block.heads, d)).transpose(1, 2)
+
+        def k() -> Tensor:
+            if ahead:  # all rows are projected, the group's are taken
+                torch.matmul(empty(batch, event.before, block.width), empty(block.width, block.kv_heads * d))
+            return empty(group.rows, block.kv_heads, keys, d)
+
+        index = torch.int64
+        return DecoderTaps(
+            q,
+            k,
+            1.0,
+            lambda places: empty(group.rows, 1, places.shape[1], keys),
+            empty(group.rows, group.length, dtype=index),
+            empty(group.rows, group.n, dtype=index),
+            empty(group.rows, group.text, dtype=index),
+            group.mixed,
+            empty(group.rows, 2, 2, group.length),
+        )
+
+    # ------------------------------------------------------------------ asking
+    def _spent(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """Makes a signal and books what it took."""
+        before = self.counted()
+        try:
+            return make()
+        finally:
+            self.signals += (self.counted() - before) // 2
+
+    def _entry(self, event: Event) -> Entry:
+        found = self.attachment.at(event.stage, event.layer, event.point)
+        return next(entry for entry in found if entry.index == event.method)
+
+    def _ask(self, event: Event, group: Group, width: int, give: Give, insert: bool = False) -> None:
+        """Shows a method a view without data."""
+        entry = self._entry(event)
+        view = self.view(entry, group, width, give)
+        name = type(entry.method).__name__
+        if any(need.key in self.attachment.user for need in entry.needs):
+            self.notes.append(f"the user's own signals for {name} are not counted")
+        try:
+            with exact(view.tokens.device):
+                if insert:
+                    entry.method.insert(view)
+                else:
+                    entry.method.reduce(view)
+        except Exception as problem:  # a method of a third party may do anything
+            self.notes.append(f"{name} does not run without data at {entry.site}, its cost there is missing: {problem}")
+
+    def view(self, entry: Entry, group: Group, width: int, give: Give) -> TokenView:
+        """A view without data.
+
+        Args:
+            entry: the method at its site.
+            group: the view as counts.
+            width: channels.
+            give: the signal of a need.
+        """
+        stage = self.attachment.layout.stages[entry.site.stage]
+        signals: dict[str, Signal] = {}
+        for need in entry.needs:
+            own = need.key in self.attachment.user
+            signals[need.key] = empty(group.rows, group.n) if own else give(need)
+        tower = self.shape.vision
+        grid = None if tower is None else tower.grid
+        return TokenView(
+            empty(group.rows, group.n, width),
+            entry.site,
+            size=empty(group.rows, group.n),
+            num_prefix=stage.num_prefix,
+            depth=stage.depth,
+            grid=grid if grid is not None and grid[0] * grid[1] == group.n else None,
+            entered=group.entered,
+            columns=empty(group.rows, group.n, dtype=torch.int64),
+            signals=signals,
+            state=Memo(self.states.setdefault(entry.index, {}), (group.rows, group.n)),
+            row=self._row(entry, group),
+            memory=self.memory[entry.index],
+        )
+
+    def _row(self, entry: Entry, group: Group) -> Memo:
+        """What was noted for rows with as much text; what is noted of text has its length."""
+        notes = self.rows.setdefault((entry.index, entry.scope), {})
+        if group.text not in notes:
+            notes[group.text] = dict(next(iter(notes.values()), {}))
+        return Memo(notes[group.text], (group.rows,))

@@ -1,0 +1,390 @@
+"""What a pass will do, from `Method.count` alone: the same books as the ledger's, without running a model.
+
+Sites are walked in the order of the forward, as adapters visit them. Where a count depends on content, a plan takes
+what a run recorded, or one of two bounds: nothing dropped, or everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from .attachment import Attachment, Entry
+from .errors import ParameterError
+from .flops import ModelShape, TowerShape, feature_tokens, tower_profiles
+from .ledger import Event, Group, StageRun
+from .method import Counts
+from .overhead import Rehearsal
+from .sequence import Row
+
+Key = tuple[str, int | None, str, int]
+"""Stage, layer, point and method of a site; method -1 is the language model's boundary."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What goes into a model.
+
+    Attributes:
+        batch: rows of the batch, all alike.
+        pictures: pictures of a row; a lone tower sees as many rows as there are pictures.
+        text: text tokens before the first picture, between pictures, and behind the last one.
+        visual: visual tokens of a picture in the language model.
+        parts: how many of them each part of a picture has; empty where it is one.
+        crops: rows of the tower for one picture.
+        patches: patches of a row of the tower.
+        words: tokens of a row of the text tower.
+        every: whether the head sees all tokens of a prompt (a plain forward) or the last one (`generate`).
+    """
+
+    batch: int = 1
+    pictures: int = 1
+    text: tuple[int, ...] = (0, 64)
+    visual: int = 0
+    parts: tuple[int, ...] = ()
+    crops: int = 1
+    patches: int = 0
+    words: int = 0
+    every: bool = False
+
+
+@dataclass
+class Past:
+    """What is known of content-dependent counts.
+
+    Attributes:
+        fixed: slots of a view row, by site (as ``str(site)`` writes it); they win over `Method.count`.
+        events: what a run recorded, by stage of the run and site.
+        nothing: take the bound at which nothing is dropped; else everything is.
+        met: sites at which one of the bounds was taken.
+    """
+
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    events: Mapping[str, Mapping[Key, Event]] = field(default_factory=dict)
+    nothing: bool = True
+    met: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, runs: Iterable[StageRun], first: int = 0) -> Past:
+        """What passes recorded; the first method has the number `first` there."""
+
+        def key(event: Event) -> Key:
+            return (event.stage, event.layer, event.point, event.method - first if event.method >= 0 else -1)
+
+        return cls(events={run.stage: {key(event): event for event in run.events} for run in runs})
+
+
+def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past | None = None) -> list[StageRun]:
+    """The passes of one call, as the ledger would book them.
+
+    Args:
+        attachment: methods at their sites; no hook is needed.
+        shape: the model.
+        prompt: what goes in.
+        past: what is known of counts that depend on content.
+
+    Returns:
+        One run for each stage, in the order of the forward.
+    """
+    planner = Planner(attachment, shape, prompt, past or Past())
+    runs = []
+    pictures = prompt.batch * prompt.pictures
+    if shape.vision is not None:
+        seen = StageRun("vision", pictures * prompt.crops, shape.vision.protected + prompt.patches)
+        runs.append(planner.vision(seen))
+    if shape.text is not None and prompt.words:
+        runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
+    if shape.language is not None:
+        runs.append(planner.language(runs[0] if shape.vision is not None else None))
+    return runs
+
+
+class Planner:
+    """Walks the sites of one call; see `plan`."""
+
+    def __init__(self, attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past) -> None:
+        self.attachment = attachment
+        self.shape = shape
+        self.prompt = prompt
+        self.past = past
+
+    # ------------------------------------------------------------------ towers
+    def vision(self, run: StageRun) -> StageRun:
+        """A pass through the vision tower, the visits at ``features`` and the projector."""
+        tower = self.shape.vision
+        assert tower is not None
+        self.tower(run, tower)
+        if self.shape.language is None:
+            return run
+        n = tower_profiles(run, tower.depth, tower.protected)[1].left - tower.protected
+        entered = run.entered - tower.protected
+        for entry in self.attachment.at("features"):
+            slots, kind = self._slots(run, entry, n, entered)
+            group = Group(run.rows, n, slots, entered)
+            ragged = self._counts(entry, n, entered) is None
+            run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
+            n = slots
+        for part in self.shape.projector:
+            run.parts[part.name] = run.rows * n
+        return run
+
+    def text(self, run: StageRun) -> StageRun:
+        """A pass through a text tower."""
+        tower = self.shape.text
+        assert tower is not None
+        self.tower(run, tower)
+        return run
+
+    def tower(self, run: StageRun, tower: TowerShape) -> None:
+        """Books the parts of a tower and the visits of its sites."""
+        run.parts.update({part.name: run.rows for part in tower.parts})
+        again = Rehearsal(self.attachment, self.shape, run, lambda: 0)
+        row = Row(tower.protected, run.entered - tower.protected)
+        entered, cut = row.n, False
+        for layer in range(tower.depth):
+            for point in ("start", "mid", "end"):
+                for entry in self.attachment.at(run.stage, layer, point):
+                    if entry.inserts:
+                        row = self._insert(run, tower, again, entry, row)
+                    slots, kind = self._slots(run, entry, row.n, entered)
+                    group = Group(run.rows, row.n, slots, entered, 0, row.length)
+                    left = Row(row.prefix, slots, row.inserted)
+                    event = Event(run.stage, layer, point, entry.index, kind, row.length, left.length, (group,))
+                    run.events.append(event)
+                    row, cut = left, cut or kind == "cut"
+            again.settle()
+            row = Row(row.prefix, row.n)
+            if tower.spread and cut and layer == self.attachment.layout.stages[run.stage].last:
+                event = Event(run.stage, layer, "end", -1, "spread", row.length, run.entered)
+                run.events.append(event)
+                row, cut = Row(row.prefix, entered), False
+
+    def _insert(self, run: StageRun, tower: TowerShape, again: Rehearsal, entry: Entry, row: Row) -> Row:
+        count = again.inserted(tower, entry, row)
+        if not count:
+            return row
+        event = Event(run.stage, entry.site.layer, "start", entry.index, "insert", row.length, row.length + count)
+        run.events.append(event)
+        return Row(row.prefix, row.n, row.inserted + count)
+
+    # ------------------------------------------------------------------ language models
+    def language(self, seen: StageRun | None) -> StageRun:
+        """A prefill.
+
+        Args:
+            seen: the pass of the vision tower in front of it.
+        """
+        from .adapters.decoder import BY_LENGTH, BY_TEXT
+
+        prompt, shape = self.prompt, self.shape
+        assert shape.language is not None
+        rows = HostRows(prompt)
+        shown = prompt.batch * prompt.pictures
+        run = StageRun("decoder", prompt.batch, rows.length, 0, shown, True, shown * prompt.visual)
+        if shape.language.head is not None:
+            run.parts[shape.language.head.name] = prompt.batch * (rows.length if prompt.every else 1)
+        if seen is not None and shape.vision is not None and "features" in self.attachment.layout.stages:
+            self._hand_over(run, rows, seen, shape.vision)
+        rows.enter()
+        inside = self.attachment.at("decoder")
+        for entry in (*self.attachment.at("projected"), *inside):
+            if inside and entry is inside[0]:
+                rows.enter(hold=True)
+            names = {need.name for need in entry.needs}
+            before, groups, cut, ragged = rows.length, [], False, False
+            for group in rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH)):
+                slots, kind = self._slots(run, entry, group.n, group.entered)
+                ragged = ragged or self._counts(entry, group.n, group.entered) is None
+                groups.append((group, slots))
+                cut = cut or kind == "cut"
+            rows.cut(groups)
+            booked = tuple(replace(group.counted(prompt.batch), slots=slots) for group, slots in groups)
+            site = entry.site
+            kind = "cut" if cut else "observe"
+            event = Event(site.stage, site.layer, site.point, entry.index, kind, before, rows.length, booked, ragged)
+            run.events.append(self._known(event))
+        return run
+
+    def _hand_over(self, run: StageRun, rows: HostRows, seen: StageRun, tower: TowerShape) -> None:
+        """Placeholders that the tower's cuts emptied leave."""
+        after = tower_profiles(seen, tower.depth, tower.protected)[1]
+        entered, slots = feature_tokens(seen, after, tower.protected)
+        recorded = self.past.events.get("decoder", {}).get(("features", None, "end", -1))
+        before, ragged = rows.length, recorded is not None and recorded.ragged
+        if recorded is not None and ragged:
+            gone = recorded.before - recorded.after
+            groups = [(group, group.n - gone) for group in rows.groups("sample")]
+        elif slots != entered:
+            groups = [(group, slots * self.prompt.crops) for group in rows.groups("picture")]
+        else:
+            return
+        rows.cut(groups)
+        booked = tuple(replace(group.counted(run.rows), slots=left) for group, left in groups)
+        event = Event("features", None, "end", -1, "cut", before, rows.length, booked, ragged)
+        run.events.append(self._known(event))
+
+    def _known(self, event: Event) -> Event:
+        """With the tokens that left, where a run of equally many tokens has told."""
+        key = (event.stage, event.layer, event.point, event.method)
+        recorded = self.past.events.get("decoder", {}).get(key)
+        if recorded is None or not event.ragged or _arrived(recorded) != _arrived(event):
+            return event
+        return replace(event, gone=recorded.gone)
+
+    # ------------------------------------------------------------------ counts
+    def _counts(self, entry: Entry, n: int, entered: int) -> int | None:
+        stage = self.attachment.layout.stages[entry.site.stage]
+        return entry.method.count(Counts(entry.site, n, entered, stage.num_prefix, stage.depth))
+
+    def _slots(self, run: StageRun, entry: Entry, n: int, entered: int) -> tuple[int, str]:
+        """Slots of a view row, and the kind of the visit."""
+        site = entry.site
+        fixed = self.past.fixed.get(str(site))
+        count = fixed if fixed is not None else self._counts(entry, n, entered)
+        if count is None:
+            recorded = self.past.events.get(run.stage, {}).get((site.stage, site.layer, site.point, entry.index))
+            if recorded is not None:
+                return max(n - (recorded.before - recorded.after), 0), recorded.kind
+            self.past.met.append(f"{type(entry.method).__name__} at {site}")
+            least = 0 if site.stage == "decoder" else min(n, 1)  # a language model can go on without pictures
+            count = n if self.past.nothing else least
+        return count, "observe" if count == n else "cut"
+
+
+# ---------------------------------------------------------------------- rows as host ints
+@dataclass
+class Shown:
+    """A picture of the row."""
+
+    parts: list[int]
+    after: int
+    after_last: int
+    entered: int = 0
+
+    @property
+    def n(self) -> int:
+        """Tokens it has now."""
+        return sum(self.parts)
+
+    def leave(self, count: int) -> None:
+        """So many tokens are left; how they fall into parts is not known, evenly is assumed."""
+        self.parts = share(count, self.parts)
+
+
+def share(count: int, among: list[int]) -> list[int]:
+    """Splits a count in proportion to some numbers, as evenly as whole numbers can be."""
+    total, seen, given, parts = sum(among), 0, 0, []
+    for part in among:
+        seen += part
+        now = count * seen // total if total else 0
+        parts.append(now - given)
+        given = now
+    return parts
+
+
+@dataclass(eq=False)
+class HostGroup:
+    """View rows of equal counts, in one row of the batch.
+
+    Attributes:
+        units: (picture or -1, part or -1) of each.
+        n: tokens of each.
+        entered: when they entered the stage.
+        text: text tokens behind their first token.
+        length: tokens of the row.
+        mixed: whether some of that text stands before some of their tokens.
+    """
+
+    units: list[tuple[int, int]]
+    n: int
+    entered: int
+    text: int
+    length: int
+    mixed: bool
+
+    def counted(self, batch: int) -> Group:
+        """As the ledger books it, nothing dropped."""
+        return Group(batch * len(self.units), self.n, self.n, self.entered, self.text, self.length, self.mixed)
+
+
+class HostRows:
+    """One row of a language model's batch, as counts; all rows are alike (see `vlmtok.rows` for the real ones)."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        parts = prompt.parts or (prompt.visual,)
+        self.pictures = []
+        for index in range(prompt.pictures):
+            behind = sum(prompt.text[index + 1 :])
+            self.pictures.append(Shown(list(parts), behind, behind))
+        self.single = not prompt.parts
+        self.length = sum(prompt.text) + sum(picture.n for picture in self.pictures)
+
+    def enter(self, hold: bool = False) -> None:
+        """A stage begins; a visual token that ends the row is held back in the decoder."""
+        if hold and self.pictures and self.pictures[-1].after_last == 0 and self.pictures[-1].n:
+            last = max(i for i, n in enumerate(self.pictures[-1].parts) if n)
+            self.pictures[-1].parts[last] -= 1
+        for picture in self.pictures:
+            picture.entered = picture.n
+
+    def groups(self, scope: str, by_text: bool = False, by_length: bool = False) -> list[HostGroup]:
+        """The view rows of a scope, grouped by equal counts."""
+        found: dict[tuple[object, ...], HostGroup] = {}
+        for unit, members, n, entered in self._units(scope):
+            if not n:
+                continue
+            first, last = members[0], members[-1]
+            key = (n, first.after if by_text else None, entered if scope != "part" else 0)
+            mixed = first.after != last.after_last
+            if key in found:
+                found[key].units.append(unit)
+                found[key].mixed = found[key].mixed or mixed
+            else:
+                found[key] = HostGroup([unit], n, entered, first.after, self.length, mixed)
+        return list(found.values())
+
+    def _units(self, scope: str) -> Iterable[tuple[tuple[int, int], list[Shown], int, int]]:
+        if scope == "sample":
+            if self.pictures:
+                total, entered = sum(p.n for p in self.pictures), sum(p.entered for p in self.pictures)
+                yield (-1, -1), self.pictures, total, entered
+            return
+        for index, picture in enumerate(self.pictures):
+            if scope == "picture" or self.single:
+                yield (index, -1), [picture], picture.n, picture.entered
+                continue
+            for part, n in enumerate(picture.parts):
+                yield (index, part), [picture], n, n
+
+    def cut(self, groups: Iterable[tuple[HostGroup, int]]) -> None:
+        """So many slots are left of each view row."""
+        for group, slots in groups:
+            for picture, part in group.units:
+                self.length -= group.n - slots
+                if picture < 0:
+                    counts = share(slots, [shown.n for shown in self.pictures])
+                    for shown, count in zip(self.pictures, counts):
+                        shown.leave(count)
+                elif part < 0:
+                    self.pictures[picture].leave(slots)
+                else:
+                    self.pictures[picture].parts[part] = slots
+
+
+def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
+    """Checks that given counts name sites of the methods.
+
+    Raises:
+        ParameterError: one does not; the message names the sites there are.
+    """
+    known = {str(entry.site) for entry in attachment.entries}
+    for site, count in counts.items():
+        if site not in known:
+            raise ParameterError(f"counts: no site {site!r}; sites: {', '.join(sorted(known))}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ParameterError(f"counts: {site}={count!r} must be a number of tokens")
+
+
+def _arrived(event: Event) -> int:
+    """Tokens that all views of a visit held."""
+    return sum(group.rows * group.n for group in event.groups)

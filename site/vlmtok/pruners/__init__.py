@@ -1,0 +1,1 @@
+"""Methods that can only drop tokens, one file each."""

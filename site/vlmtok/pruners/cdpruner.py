@@ -1,0 +1,190 @@
+"""CDPruner: keep visual tokens that are diverse and relevant to the instruction, by a determinantal point process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..method import (
+    POSITIONS,
+    Counts,
+    Layout,
+    Method,
+    Site,
+    check_choice,
+    check_flag,
+    check_keep,
+    check_range,
+    keep_count,
+    register_method,
+)
+from ..reduction import Reduction
+from ..view import TokenView
+
+_EPS = 1e-6
+
+
+def instruction_relevance(x: Tensor, text: Tensor) -> Tensor:
+    """How well each visual token fits a text: the mean of its cosines with the text's embeddings.
+
+    Args:
+        x: `[B, N, D]`, visual tokens in a space shared with the text, any floating dtype.
+        text: `[M, D]` or `[B, M, D]`, embeddings of the text's M segments.
+
+    Returns:
+        fp32 `[B, N]`, higher is closer; CLIP's patch tokens want it negated (see `CDPruner`).
+    """
+    with kernels.exact(x.device):
+        target = kernels.unit_rows(text)
+        return (kernels.unit_rows(x) @ target.transpose(-1, -2)).mean(-1)
+
+
+def scale_relevance(relevance: Tensor, *, negate: bool = False, theta: float | None = None) -> Tensor:
+    """Relevance brought to (0, 1] by the least and greatest value of its row (arXiv 2506.10967).
+
+    Args:
+        relevance: `[B, N]`, any floating dtype.
+        negate: whether low values mean relevant.
+        theta: None, or in [0, 1): exp(theta / (2 (1 - theta)) r) of the scaled value; small values weigh diversity
+            more.
+
+    Returns:
+        fp32 `[B, N]`, positive; ones where a row is constant; NaN counts as least relevant.
+    """
+    value = -relevance.float() if negate else relevance.float()
+    nan = value.isnan()
+    low = torch.where(nan, float("inf"), value).amin(1, keepdim=True)
+    high = torch.where(nan, float("-inf"), value).amax(1, keepdim=True)
+    span = high - low
+    scaled = (torch.where(nan, low, value) - low + _EPS) / span
+    scaled = torch.where(span > 0, scaled, 1.0)
+    return scaled if theta is None else torch.exp(theta / (2.0 * (1.0 - theta)) * scaled)
+
+
+def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    """Greedy choice of k tokens that maximises log det of diag(r) L diag(r), L the tokens' cosines.
+
+    Incremental Cholesky (Chen et al. 2018, arXiv 1709.05135). The factors r only scale rows and columns, so the
+    Cholesky runs on L, whose diagonal is one, and r^2 multiplies the gain: what is numerically in the span of the
+    chosen tokens is then told from what is merely irrelevant. Where everything left is in that span (k above the
+    rank), the most relevant tokens follow.
+
+    Args:
+        x: `[B, N, D]`, visual embeddings, any floating dtype.
+        k: how many, at most N.
+        relevance: fp32 `[B, N]`, positive; None means ones, which leaves diversity alone.
+        valid: bool `[B, N]`, candidates; None means all. A row with fewer than k goes on with the others.
+
+    Returns:
+        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN rows come last.
+    """
+    with kernels.exact(x.device):
+        unit = kernels.unit_rows(x)
+        batch, n, _ = unit.shape
+        bad = unit.isnan().any(-1)
+        unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
+        gram = unit @ unit.transpose(1, 2)
+        lanes = torch.arange(batch, device=x.device)
+        weight = torch.ones_like(unit[..., 0]) if relevance is None else relevance.float().nan_to_num(nan=0.0)
+        # Free tokens are compared by gain, then spanned ones by relevance; what may not be chosen comes last.
+        late = bad if valid is None else bad | ~valid
+        last = torch.where(late, -1.0 - torch.arange(n, device=x.device, dtype=torch.float32), weight)
+        free = ~late
+        # Conditional variance given the chosen ones; rounding of |x|^2 must not rank tokens that are equally relevant.
+        left = (gram.diagonal(dim1=1, dim2=2) > _EPS).to(gram.dtype)
+        factors = gram.new_zeros(batch, k, n)
+        order = []
+        for t in range(k):
+            open_ = free & (left > _EPS)
+            gain = torch.where(open_, weight * weight * left, float("-inf"))
+            found = open_.any(1)
+            pick = torch.where(found, gain.argmax(1), last.argmax(1))
+            order.append(pick)
+            past = factors[:, :t]
+            row = gram[lanes, pick] - (past[lanes, :, pick].unsqueeze(1) @ past).squeeze(1)
+            step = row / left[lanes, pick].clamp(min=_EPS).sqrt().unsqueeze(1)
+            step = torch.where(found.unsqueeze(1), step, 0.0)
+            factors[:, t] = step
+            left = left - step * step
+            free = free.scatter(1, pick.unsqueeze(1), False)
+            last = last.scatter(1, pick.unsqueeze(1), float("-inf"))
+        return torch.stack(order, 1)
+
+
+@register_method
+@dataclass(eq=False)
+class CDPruner(Method):
+    """Keeps a set of each crop's tokens that is diverse and fits the instruction: greedy MAP of a conditional DPP.
+
+    Relevance comes from the signal ``relevance`` where you give one, `[B, N]` and higher for closer: for LLaVA the
+    cosines of CLIP's projected patches with CLIP's embedding of the question (`instruction_relevance`). Otherwise it is
+    the cosine of each token with the mean input embedding of the text behind the picture, as the release does for
+    models without a paired text tower. Without such text only diversity counts.
+
+    Args:
+        keep: share (float) or count (int) of a crop's tokens that stay.
+        negate: take low similarity as relevant, as released: CLIP's patch tokens correlate inversely with the text.
+            The paper's formula has no minus.
+        theta: None, or in [0, 1): softens relevance to exp(theta / (2 (1 - theta)) r).
+        positions: ``"renumber"`` or ``"keep"`` the position ids; None is the model's default.
+    """
+
+    paper = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025)"
+    arxiv = "2506.10967"
+    code = "https://github.com/Theia-4869/CDPruner"
+    parity = "index-exact with the released selection (cdpruner_*)"
+    caveats = (
+        "With negate=True, as released, it loses to Random on tiny-llava (20.0 % against 49.2 % at 16 of 144 "
+        "tokens): the minus is made for CLIP, whose patches correlate inversely with the text; there they "
+        "correlate with the words, and what is asked for goes first. negate=False answers 98.8 %.",
+    )
+    deviations = (
+        "Relevance is scaled within each crop; the release scales over the whole batch, so that a crop's tokens depend "
+        "on the pictures beside it.",
+        "Constant relevance leaves diversity alone; the release divides by zero and keeps too few.",
+        "Beyond the rank of the kernel the most relevant tokens follow; the release takes roots of negative numbers.",
+        "Row separators of multi-crop pictures are kept last.",
+        "Text behind the picture includes the prompt's template.",
+    )
+    scope = "part"
+    budget_parameter = "keep"
+
+    keep: float | int = 0.111
+    negate: bool = True
+    theta: float | None = None
+    positions: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, "CDPruner")
+        check_flag(self.negate, "CDPruner", "negate")
+        if self.theta is not None:
+            check_range(self.theta, "CDPruner", "theta", 0, 0.999)
+        check_choice(self.positions, "CDPruner", "positions", (None, *POSITIONS))
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """The language model's input; a model that offers no text needs the user's ``relevance``."""
+        layout.stage("projected", "CDPruner")
+        need = "text" if layout.gives("projected", "text") else "relevance"
+        return [Site("projected", needs=(need,), positions=self.positions)]
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Relevance, then the greedy choice; slots in the order of the tokens."""
+        k = self.count(view.counts)
+        if k == view.counts.n:
+            return None
+        relevance = view.maybe("relevance")
+        if relevance is None:
+            text = view.maybe("text")
+            if text is not None and text.shape[1]:
+                relevance = instruction_relevance(view.tokens, text.float().mean(1, keepdim=True))
+        if relevance is not None:
+            relevance = scale_relevance(relevance, negate=self.negate, theta=self.theta)
+        order = dpp_map(view.tokens, k, relevance, view.part >= 0)
+        return Reduction(order.sort(dim=1).values)
+
+    def count(self, counts: Counts) -> int:
+        """As `keep` says."""
+        return keep_count(self.keep, counts.n)

@@ -1,0 +1,102 @@
+"""DivPrune: keep the visual tokens whose closest pair is as far apart as possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_keep, keep_count, register_method
+from ..reduction import Reduction
+from ..view import TokenView
+
+
+def most_isolated(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The token whose nearest other token is the farthest away, by cosine.
+
+    Args:
+        x: `[B, N, D]`, any floating dtype.
+        valid: bool `[B, N]`, tokens that may be it and count as neighbours; None means all.
+
+    Returns:
+        int64 `[B]`; the lowest index wins a tie, a token with NaN is never chosen while another is left.
+    """
+    nearest, _ = kernels.match_max(x, x, exclude_diag=True, valid_b=valid)
+    # A token without any neighbour to compare with has NaN, or is alone: it loses, or index 0 is all there is.
+    nearest = torch.where(nearest.isneginf(), float("inf"), nearest)
+    if valid is not None:
+        nearest = torch.where(valid, nearest, float("inf"))
+    return nearest.argmin(1)
+
+
+def max_min_subset(x: Tensor, k: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Greedy choice of k tokens with a large smallest distance (arXiv 2503.02175).
+
+    Args:
+        x: `[B, N, D]`, visual embeddings, any floating dtype.
+        k: how many, at most N.
+        valid: bool `[B, N]`, candidates; None means all.
+
+    Returns:
+        The chosen tokens ascending, and in the order chosen, int64 `[B, k]` both, without repeats. The first j of the
+        order are the choice for j.
+    """
+    order, _ = kernels.greedy_select(x, k, most_isolated(x, valid), rule="max", valid=valid)
+    return order.sort(dim=1).values, order
+
+
+@register_method
+@dataclass(eq=False)
+class DivPrune(Method):
+    """Keeps a diverse set of each picture's tokens before the language model; it looks at no attention and no text.
+
+    The first token is the most isolated one, each next one has the greatest cosine distance to its nearest chosen
+    token.
+
+    Args:
+        keep: share (float) or count (int) of a picture's tokens that stay; 0.098 is the released setting.
+        newlines: row separators of multi-crop pictures are ``"candidates"``, as released, or ``"drop"`` them.
+        positions: ``"renumber"`` (as released) or ``"keep"`` the position ids; None is the model's default.
+    """
+
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025)"
+    arxiv = "2503.02175"
+    code = "https://github.com/vbdi/divprune"
+    parity = "order-exact with the released selection (divprune_*)"
+    deviations = (
+        "A token is chosen once; the release repeats indices where tokens are equal, zero, or fewer than asked for.",
+        "Each picture has its own share, in batches and prompts of any form; the release takes one picture behind 35 "
+        "tokens.",
+        "Similarity is computed in fp32 with a running maximum; the release uses the model's dtype.",
+        "Shares round half up; the release rounds half to even.",
+    )
+
+    budget_parameter = "keep"
+
+    keep: float | int = 0.098
+    newlines: str = "candidates"
+    positions: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, "DivPrune")
+        check_choice(self.newlines, "DivPrune", "newlines", ("candidates", "drop"))
+        check_choice(self.positions, "DivPrune", "positions", (None, *POSITIONS))
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """The language model's input."""
+        layout.stage("projected", "DivPrune")
+        return [Site("projected", positions=self.positions)]
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Farthest-first choice from the most isolated token on."""
+        k = self.count(view.counts)
+        if k == view.counts.n:
+            return None
+        valid = view.part >= 0 if self.newlines == "drop" else None
+        return Reduction(max_min_subset(view.tokens, k, valid)[0])
+
+    def count(self, counts: Counts) -> int:
+        """As `keep` says."""
+        return keep_count(self.keep, counts.n)

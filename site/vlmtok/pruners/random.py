@@ -1,0 +1,102 @@
+"""Random: the baseline that a method has to beat."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.tracing import constant_in_graphs
+from ..method import (
+    Counts,
+    Layout,
+    Method,
+    Site,
+    check_choice,
+    check_keep,
+    check_layer,
+    check_range,
+    keep_count,
+    register_method,
+)
+from ..reduction import Reduction
+from ..view import TokenView
+
+
+@constant_in_graphs
+def random_order(n: int, seed: int, salt: str = "") -> torch.Tensor:
+    """n places in an order drawn at random.
+
+    Args:
+        n: places.
+        seed: with `salt` and n it fixes the draw on every machine.
+        salt: tells draws with the same seed apart.
+
+    Returns:
+        int64 `[n]`.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{salt}/{n}".encode()).digest()[:7], "little")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key))
+
+
+def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
+    """The first k, at most n, of `random_order`: int64 `[k]`, ascending."""
+    return random_order(n, seed, salt)[:k].sort().values
+
+
+@register_method
+@dataclass(eq=False)
+class Random(Method):
+    """Keeps tokens drawn at random, in their order: one draw for each (seed, site, N), the same for every row.
+
+    One draw can be lucky by ten points: average over seeds where you quote it.
+
+    Args:
+        keep: share (float) or count (int) of a picture's tokens.
+        seed: of the draw.
+        stage: ``"projected"``, ``"decoder"`` or ``"vision"``; ``"auto"`` takes the tokens that the language model
+            gets, or the middle of a lone tower.
+        layer: where in a tower (end of this layer) or decoder (start of it); the middle by default.
+    """
+
+    paper = "baseline"
+    parity = "seeded; no reference"
+
+    budget_parameter = "keep"
+
+    keep: float | int = 0.5
+    seed: int = 0
+    stage: str = "auto"
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, "Random")
+        check_range(self.seed, "Random", "seed", kind=int)
+        check_choice(self.stage, "Random", "stage", ("auto", "projected", "decoder", "vision"))
+        check_layer(self.layer, "Random", "layer")
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """One site."""
+        stage = self.stage
+        if stage == "auto":
+            stage = "projected" if layout.has("projected") else "vision"
+        if stage == "projected":
+            layout.stage(stage, "Random")
+            return [Site("projected")]
+        depth = layout.stage(stage, "Random").depth
+        layers = layout.layers(stage, depth // 2 if self.layer is None else self.layer, "Random")
+        return [Site(stage, i, "start" if stage == "decoder" else "end") for i in layers]
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """The same draw for every row."""
+        batch, n, _ = view.tokens.shape
+        k = self.count(view.counts)
+        if k == n:
+            return None
+        subset = random_subset(n, k, self.seed, str(view.site)).to(view.tokens.device)
+        return Reduction(subset.expand(batch, k))
+
+    def count(self, counts: Counts) -> int:
+        """As `keep` says."""
+        return keep_count(self.keep, counts.n)

@@ -1,0 +1,112 @@
+"""SCOPE: keep visual tokens that are salient and cover the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..method import Counts, Layout, Method, Site, check_keep, check_range, keep_count, register_method
+from ..reduction import Reduction
+from ..view import TokenView
+
+
+def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -> Tensor:
+    """Greedy choice of k tokens by what they add to the coverage of all, times their saliency (arXiv 2510.24214).
+
+    A token covers another by their cosine; token j adds ``sum_i max(0, s_ij - cover_i)`` and scores that times
+    ``saliency_j ** alpha``. Coverage starts at zero, so negative similarities never count.
+
+    Args:
+        x: `[B, N, D]`, visual features, any floating dtype.
+        k: how many, at most N.
+        saliency: `[B, N]`, not negative; only its ratios matter.
+        alpha: its power; 0 leaves coverage alone.
+
+    Returns:
+        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN tokens come last.
+    """
+    with kernels.exact(x.device):
+        unit = kernels.unit_rows(x)
+        weight = saliency.float() ** alpha
+        bad = unit.isnan().any(-1) | weight.isnan()
+        unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
+        gram = unit @ unit.transpose(1, 2)
+        lanes = torch.arange(x.shape[0], device=x.device)
+        cover = torch.zeros_like(gram[:, 0])
+        chosen = torch.zeros_like(bad)
+        order = []
+        for _ in range(k):
+            gain = (gram - cover.unsqueeze(1)).clamp(min=0.0).sum(-1)
+            score = torch.where(bad, -1.0, gain * weight)
+            pick = torch.where(chosen, float("-inf"), score).argmax(1)
+            order.append(pick)
+            cover = torch.maximum(cover, gram[lanes, pick])
+            chosen = chosen.scatter(1, pick.unsqueeze(1), True)
+        return torch.stack(order, 1)
+
+
+@register_method
+@dataclass(eq=False)
+class SCOPE(Method):
+    """Keeps tokens of each crop by class-token attention times the coverage they add, before the projector.
+
+    Both are taken where the projector reads: features and attention of that tower layer. A tower without a class token
+    gives the attention that a token receives from all others instead. Where the projector wants whole crops (AnyRes,
+    pooled frames), the choice is made at the language model's input, one thumbnail, crop or frame at a time: coverage
+    is that of the projected tokens, attention follows the host's packing, and row separators stay.
+
+    Args:
+        keep: share (float) or count (int) of a crop's tokens that stay.
+        alpha: power of the attention; 0 leaves coverage alone.
+    """
+
+    paper = "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs (NeurIPS 2025)"
+    arxiv = "2510.24214"
+    code = "https://github.com/kinredon/SCOPE"
+    parity = "order-exact with the released selection (scope_*)"
+    deviations = (
+        "A token is chosen once, and a zero or NaN token leaves the others alone; the release repeats index 0, or "
+        "returns the first tokens.",
+        "A tower without a class token is scored by received attention; the release knows CLIP only.",
+        "With several crops a picture, similarities are those of projected tokens; the release takes tower features.",
+    )
+    scope = "part"
+    budget_parameter = "keep"
+
+    keep: float | int = 0.111
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep, "SCOPE")
+        check_range(self.alpha, "SCOPE", "alpha", 0)
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """What the projector gets, or what it made where that reaches the language model with its attention."""
+        name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
+        later = layout.has("projected") and layout.gives("vision", name, later=True)
+        if layout.has("features") or not later:
+            stage = "features"
+            layout.stage(stage, "SCOPE")
+        else:
+            stage = "projected"
+        return [Site(stage, needs=(f"{name}@vision:feature",))]
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """Greedy choice; slots in the order of the tokens."""
+        k = self.count(view.counts)
+        if k == view.counts.n:
+            return None
+        name = "cls_attention@vision:feature"
+        if view.has(name):
+            saliency = view.signal(name).float().sum(1)
+        else:
+            saliency = view.signal("received_attention@vision:feature")
+        order = saliency_coverage(view.tokens, k, saliency, self.alpha)
+        return Reduction(order.sort(dim=1).values)
+
+    def count(self, counts: Counts) -> int:
+        """As `keep` says."""
+        return keep_count(self.keep, counts.n)

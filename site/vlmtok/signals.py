@@ -1,0 +1,344 @@
+"""Signals: what methods decide on, derived once from what adapters tap.
+
+An adapter taps q, k, the scale, the bias and the rope of a block, and the whole row of tokens. Everything a method can
+ask for follows from that here, so a new signal is one function. Shapes: B rows, N view tokens, P protected tokens, L
+the whole row, T text rows, H heads, d head width, C channels.
+
+| name | shape | meaning |
+|---|---|---|
+| keys | B, N, d | mean over heads, before rope |
+| keys_full | B, N, H d | all heads, before rope |
+| protected | B, P, C | protected tokens: first the one the head reads, inserted ones last |
+| protected_queries, protected_keys | B, P, H d | their projections |
+| inserted | B, E, C | outputs of the tokens this method inserted at its previous insert |
+| protected_attention | B, P, H, N | their attention rows |
+| cls_attention | B, H, N | row 0 of it |
+| received_attention | B, N | mean over heads and rows of the attention a token receives |
+| text | B, T, C | input embeddings of the text behind the view's first token |
+| text_attention | B, H, T, N | attention rows of that text |
+| last_attention | B, H, N | attention row of the prompt's last token |
+| attention_to_text | B, N | attention mass of a visual row on that text, mean over heads |
+| transition | B, 2, 2, L | (attention, MLP) x (norm ratio, cosine) of the modules' input and output |
+| attention_logits | B, H, L, L | scaled and masked logits; dense |
+
+Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .errors import MissingSignal, SiteError
+from .method import LAYERED, STAGES, Layout, Site, layer_of
+
+if TYPE_CHECKING:
+    from .reduction import Reduction
+    from .sequence import Row
+
+
+@dataclass(frozen=True)
+class Need:
+    """One entry of `Site.needs`, resolved.
+
+    Attributes:
+        key: as the method wrote it; the name under which the view holds it.
+        name: the signal.
+        stage: where it is tapped; None means at the site itself.
+        layer: the layer there.
+    """
+
+    key: str
+    name: str
+    stage: str | None = None
+    layer: int | None = None
+
+
+_NEED = re.compile(r"(?P<name>\w+)(@(?P<stage>\w+):(?P<layer>-?\d+|feature))?$")
+
+
+def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by: str) -> Need:
+    """Checks that a need can be met at a site, before any hook is placed.
+
+    Args:
+        text: ``"name"`` or ``"name@stage:layer"``.
+        site: who needs it.
+        layout: what the model offers.
+        user: names of the signals that the user gives.
+        by: the method, for the error.
+
+    Returns:
+        The need with its layer as a 0-based number.
+
+    Raises:
+        MissingSignal: the model cannot give it, or not at that moment.
+    """
+    found = _NEED.match(text)
+    if found is None:
+        raise MissingSignal(f"{by}: {text!r} is no signal; write name or name@stage:layer")
+    name, stage = found["name"], found["stage"]
+    if stage is None:
+        if name in user:
+            return Need(text, name)
+        if site.stage == "features" and name == "protected" and layout.gives("vision", name):
+            return Need(text, name, "vision", layout.stages["vision"].last)
+        if not layout.gives(site.stage, name):
+            offered = layout.stages[site.stage].provides | user
+            raise MissingSignal(
+                f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give; "
+                f"it gives there: {', '.join(sorted(offered)) or 'none'}"
+            )
+        if site.layer in layout.stages[site.stage].blind and name != "transition":
+            raise MissingSignal(
+                f"{by} needs the signal {name!r} at {site}, but no attention rows can be derived from that layer of "
+                f"{layout.family}"
+            )
+        return Need(text, name)
+    if not layout.gives(stage, name, later=stage != site.stage):
+        offered = layout.stages[stage].provides if layout.has(stage) else frozenset()
+        known = sorted(signal for signal in offered if layout.gives(stage, signal, later=stage != site.stage))
+        raise MissingSignal(
+            f"{by} needs {text!r}, which {layout.family} cannot give; "
+            f"{f'{stage} gives: ' + ', '.join(known) if known else f'nothing of {stage!r} reaches {site.stage}'}"
+        )
+    depth, last = layout.stages[stage].depth, layout.stages[stage].last
+    layer = last if found["layer"] == "feature" else int(found["layer"])
+    if not -depth <= layer < depth:
+        raise MissingSignal(f"{by} needs {text!r}, but {stage} of {layout.family} has {depth} layers")
+    layer %= depth
+    same = site.stage == stage and site.layer is not None
+    if STAGES.index(stage) > STAGES.index(site.stage) or (same and (layer > (site.layer or 0))):
+        raise MissingSignal(f"{by} needs {text!r} at {site}, where that layer has not run yet")
+    return Need(text, name, stage, layer)
+
+
+# ---------------------------------------------------------------------- towers
+@dataclass
+class TowerTaps:
+    """What was tapped of one tower block.
+
+    Attributes:
+        row: how the row that the block saw splits into view, protected and inserted tokens.
+        tokens: `[B, L, C]`, the whole row at the site.
+        q: gives q, `[B, H, L, d]`, before rope.
+        k: gives k, `[B, H, L, d]`, before rope.
+        scale: factor of the logits.
+        bias: what the block adds to the logits, or None.
+        rotate: applies the block's rope to `[B, H, L, d]`, or None.
+        inserted: outputs of the method's previous insert, or None.
+        left: how the row at the site splits, or None while it is the row that the block saw.
+        cuts: what was taken of the block's row since.
+    """
+
+    row: Row
+    tokens: Tensor
+    q: Callable[[], Tensor]
+    k: Callable[[], Tensor]
+    scale: float
+    bias: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
+    inserted: Tensor | None = None
+    left: Row | None = None
+    cuts: tuple[Reduction, ...] = ()
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """q and k as the attention uses them."""
+        q, k = self.q(), self.k()
+        return (q, k) if self.rotate is None else (self.rotate(q), self.rotate(k))
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """`[B, H, N, d]` to `[B, N, H d]`."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _protected_attention(taps: TowerTaps, first_only: bool = False) -> Tensor | None:
+    if not taps.row.guarded:
+        return None
+    q, k = taps.rotated()
+    rows = taps.row.guard(q, 2)
+    if first_only:
+        rows = rows[:, :, :1]
+    bias = taps.bias
+    if bias is not None and bias.shape[-2] > 1:
+        bias = taps.row.guard(bias, -2)[..., : rows.shape[2], :]
+    attention = kernels.attention_rows(rows, k, scale=taps.scale, bias=bias)
+    return taps.row.inner(attention, 3).transpose(1, 2)
+
+
+def _cls_attention(taps: TowerTaps) -> Tensor | None:
+    rows = _protected_attention(taps, first_only=True)
+    return None if rows is None else rows[:, 0]
+
+
+def _received(taps: TowerTaps) -> Tensor:
+    q, k = taps.rotated()
+    return taps.row.inner(kernels.received_attention(q, k, scale=taps.scale, bias=taps.bias), 1)
+
+
+@dataclass(frozen=True)
+class TowerSignal:
+    """A signal of towers.
+
+    Attributes:
+        make: derives it from the taps.
+        axis: the axis of the view's tokens, gathered when it passes a reduction; None where there is none.
+        projections: which of q and k are needed.
+        guarded: whether the tower must have a protected token.
+    """
+
+    make: Callable[[TowerTaps], Tensor | None]
+    axis: int | None = None
+    projections: str = ""
+    guarded: bool = False
+
+
+TOWER_SIGNALS: dict[str, TowerSignal] = {
+    "keys": TowerSignal(lambda taps: taps.row.inner(taps.k(), 2).mean(1), 1, "k"),
+    "keys_full": TowerSignal(lambda taps: _flat(taps.row.inner(taps.k(), 2)), 1, "k"),
+    "protected": TowerSignal(lambda taps: (taps.left or taps.row).guard(taps.tokens, 1)),
+    "protected_queries": TowerSignal(lambda taps: _flat(taps.row.guard(taps.q(), 2)), None, "q"),
+    "protected_keys": TowerSignal(lambda taps: _flat(taps.row.guard(taps.k(), 2)), None, "k"),
+    "inserted": TowerSignal(lambda taps: taps.inserted),
+    "protected_attention": TowerSignal(_protected_attention, 3, "qk"),
+    "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
+    "received_attention": TowerSignal(_received, 1, "qk"),
+}
+
+PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.axis is not None)
+"""Tower signals with one entry for each token, which can go where the token goes."""
+
+
+def tower_signal(name: str, taps: TowerTaps) -> Tensor | None:
+    """A signal of the tokens that are left at the site; it comes from all that the block saw."""
+    signal = TOWER_SIGNALS[name]
+    value = signal.make(taps)
+    if value is not None and signal.axis is not None:
+        for reduction in taps.cuts:
+            value = reduction.gather(value, signal.axis)
+    return value
+
+
+def tower_signals(num_prefix: int) -> frozenset[str]:
+    """Signals that a tower with so many protected tokens gives."""
+    return frozenset(name for name, signal in TOWER_SIGNALS.items() if num_prefix or not signal.guarded)
+
+
+# ---------------------------------------------------------------------- decoders
+@dataclass
+class DecoderTaps:
+    """What was tapped of one decoder layer, for one group of view rows.
+
+    Rows are counted without padding, as they are now: a row has length L. The layer may have seen more keys (S): what
+    the cache held before, padding, and tokens that another method dropped at the same site.
+
+    Attributes:
+        q: gives the queries of some rows: int64 `[B, R]` to `[B, H, R, d]`, after rope.
+        k: gives the keys, `[B, Hkv, S, d]`, after rope.
+        scale: factor of the logits.
+        bias: gives what is added to the logits of those rows, `[B, 1, R, S]`: -inf where the layer does not look.
+        here: int64 `[B, L]`, key of each token of the row.
+        visual: int64 `[B, N]`, places of the view's tokens in the row.
+        text: int64 `[B, T]`, places of the text behind the view's first token; T may be 0.
+        mixed: whether some of that text stands before some of the view's tokens (else none of them can see it).
+        transition: fp32 `[B, 2, 2, L]`, or None.
+        cap: soft cap of the logits, or None.
+    """
+
+    q: Callable[[Tensor], Tensor]
+    k: Callable[[], Tensor]
+    scale: float
+    bias: Callable[[Tensor], Tensor]
+    here: Tensor
+    visual: Tensor
+    text: Tensor
+    mixed: bool = True
+    transition: Tensor | None = None
+    cap: float | None = None
+
+    def attend(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Attention of some rows on some tokens of the row, fp32 `[B, H, R, M]`."""
+        bias = self.bias(rows)
+        attention = kernels.attention_rows(self.q(rows), self.k(), scale=self.scale, bias=bias, cap=self.cap)
+        keys = self.here.gather(1, columns)[:, None, None, :]
+        return attention.gather(3, keys.expand(-1, attention.shape[1], attention.shape[2], -1))
+
+
+def _text_attention(taps: DecoderTaps) -> Tensor | None:
+    if taps.text.shape[1] == 0:
+        return None
+    return taps.attend(taps.text, taps.visual)
+
+
+def _last_attention(taps: DecoderTaps) -> Tensor:
+    batch, length = taps.here.shape
+    last = torch.full((batch, 1), length - 1, dtype=torch.int64, device=taps.here.device)
+    return taps.attend(last, taps.visual)[:, :, 0]
+
+
+def _attention_to_text(taps: DecoderTaps) -> Tensor:
+    batch, n = taps.visual.shape
+    if taps.text.shape[1] == 0 or not taps.mixed:
+        return torch.zeros(batch, n, device=taps.visual.device)
+    chunks = [taps.attend(rows, taps.text).sum(-1).mean(1) for rows in taps.visual.split(256, 1)]
+    return torch.cat(chunks, 1)
+
+
+def _attention_logits(taps: DecoderTaps) -> Tensor:
+    batch, length = taps.here.shape
+    rows = torch.arange(length, device=taps.here.device).expand(batch, length)
+    q, k = taps.q(rows).float(), taps.k().float()
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = (q * taps.scale) @ k.transpose(-1, -2)
+    if taps.cap is not None:
+        logits = taps.cap * torch.tanh(logits / taps.cap)
+    logits = logits + taps.bias(rows)
+    keys = taps.here[:, None, None, :].expand(-1, logits.shape[1], length, -1)
+    return logits.gather(3, keys)
+
+
+DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
+    "text_attention": _text_attention,
+    "last_attention": _last_attention,
+    "attention_to_text": _attention_to_text,
+    "attention_logits": _attention_logits,
+    "transition": lambda taps: taps.transition,
+}
+END_ONLY = frozenset({"transition"})
+"""Signals that exist only at the end of a layer: they look at what it did."""
+
+
+def check_stage(site: Site, layout: Layout, by: str) -> None:
+    """Checks that a model has the place a site names.
+
+    Raises:
+        SiteError: it has not; the message says what is possible.
+    """
+    stage = layout.stage(site.stage, by)
+    if site.stage not in LAYERED:
+        return
+    layer = site.layer if site.layer is not None else -1
+    if not 0 <= layer < stage.depth:
+        raise SiteError(f"{by}: {site} does not exist; {layout.family} has layers 0 to {stage.depth - 1} there")
+    if site.point not in stage.points:
+        raise SiteError(f"{by}: {site} is not possible; {layout.family} offers {', '.join(sorted(stage.points))}")
+    if site.stage == "decoder":
+        if layer == 0 and site.point == "start":
+            raise SiteError(
+                f"{by}: decoder layer 0 start is not possible (hosts read the length of cache layer 0); "
+                "use the stage 'projected'"
+            )
+        if stage.last_cut is not None and layer_of(layer, site.point) > stage.last_cut:
+            raise SiteError(
+                f"{by}: {site} is not possible; later layers of {layout.family} reuse keys of earlier ones, so the "
+                f"last place is decoder layer {stage.last_cut} start"
+            )
+        if layer == stage.depth - 1 and site.point == "end":
+            raise SiteError(f"{by}: decoder layer {layer} end is not possible: no layer follows; use an earlier one")

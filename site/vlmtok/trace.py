@@ -1,0 +1,225 @@
+"""`Trace`: which patch went where in the last pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ParameterError, PassError
+from .method import Site
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+@dataclass(frozen=True, eq=False)
+class PictureTrace:
+    """One picture's patches.
+
+    Attributes:
+        owner: int64 `[patches]`, slot that owns each patch at the end of the pass, -1 where it was dropped. Patches of
+            one slot were merged; slots are numbered by their first patch.
+        steps: after each cut, in order: where it was, and the owners then.
+        grid: rows and columns of the patches (of each part, where parts are equally large), or None where they form no
+            single grid.
+        parts: int64 `[patches]`, 0 thumbnail or only picture, 1.. crops or frames, -1 separators; None for all 0.
+        video: whether it is a clip, whose parts are frames.
+        shapes: rows and columns of single parts, where they differ.
+    """
+
+    owner: Tensor
+    steps: tuple[tuple[Site, Tensor], ...]
+    grid: tuple[int, int] | None
+    parts: Tensor | None = None
+    video: bool = False
+    shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
+        """Grids of the picture's parts.
+
+        Returns:
+            By part: rows and columns, and the patches row by row, int64 `[rows * columns]`. Parts that are no grid are
+            left out.
+        """
+        if self.parts is None:
+            return {} if self.grid is None else {0: (self.grid, torch.arange(self.patches))}
+        found: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        for part in self.parts[self.parts >= 0].unique().tolist():
+            at = (self.parts == part).nonzero()[:, 0]
+            shape = self._lines(at) if part and self._on_canvas else self._shape(part, len(at))
+            if shape is not None:
+                found[part] = (shape, at)
+        return found
+
+    def _shape(self, part: int, n: int) -> tuple[int, int] | None:
+        for shape in (self.shapes.get(part), self.grid):
+            if shape is not None and shape[0] * shape[1] == n:
+                return shape
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else None
+
+    @property
+    def canvas(self) -> tuple[tuple[int, int], Tensor] | None:
+        """The whole picture in fine patches, where crops lie on one canvas with a separator behind each of its rows.
+
+        Rows and columns, and the patches of all crops row by row, int64 `[rows * columns]`; None where there is none.
+        """
+        if not self._on_canvas or self.parts is None:
+            return None
+        at = (self.parts > 0).nonzero()[:, 0]
+        shape = self._lines(at)
+        return None if shape is None else (shape, at)
+
+    def place(self, part: int) -> tuple[int, int, int, int] | None:
+        """Where a crop lies on the canvas: first row and column, and those behind the last; None where it does not."""
+        whole, crop = self.canvas, self.grids().get(part)
+        if whole is None or crop is None or not part:
+            return None
+        (_, columns), patches = whole
+        (high, wide), own = crop
+        row, column = divmod(int((patches == own[0]).nonzero()[0]), columns)
+        return row, column, row + high, column + wide
+
+    @property
+    def _on_canvas(self) -> bool:
+        """Whether separators stand behind rows of crops; behind frames, one ends the clip."""
+        return not self.video and self.parts is not None and bool((self.parts < 0).any() and (self.parts > 0).any())
+
+    def _lines(self, at: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of some patches of the canvas, by the separators that stand before them."""
+        assert self.parts is not None
+        rows = int((self.parts < 0).cumsum(0)[at].unique().numel())
+        return (rows, len(at) // rows) if len(at) % rows == 0 else None
+
+    @property
+    def patches(self) -> int:
+        """How many there were."""
+        return int(self.owner.shape[0])
+
+    @property
+    def kept(self) -> int:
+        """Slots that are left."""
+        return int(self.owner[self.owner >= 0].unique().numel())
+
+    def group_sizes(self) -> Tensor:
+        """Patches of each patch's slot, int64 `[patches]`; 0 where it was dropped."""
+        counts = torch.bincount(self.owner.clamp(min=0)[self.owner >= 0], minlength=self.patches)
+        return torch.where(self.owner >= 0, counts[self.owner.clamp(min=0)], 0)
+
+    def dropped_at(self) -> list[Site | None]:
+        """For each patch, the site that dropped it; None where it is left."""
+        found: list[Site | None] = [None] * self.patches
+        for site, owner in self.steps:
+            for patch in (owner < 0).nonzero()[:, 0].tolist():
+                if found[patch] is None:
+                    found[patch] = site
+        return found
+
+    def unmerge(self, slots: Tensor) -> Tensor:
+        """Spreads values of slots over the patches.
+
+        Args:
+            slots: `[kept, ...]`, one row for each slot, in the order in which slots first appear among the patches.
+
+        Returns:
+            `[patches, ...]`, zeros where a patch was dropped.
+        """
+        order = self.owner[self.owner >= 0].unique()
+        if slots.shape[0] != order.numel():
+            raise ParameterError(f"unmerge needs one row for each of the {order.numel()} slots, got {slots.shape[0]}")
+        rank = torch.full((self.patches,), -1)
+        rank[order] = torch.arange(order.numel())
+        at = torch.where(self.owner >= 0, rank[self.owner.clamp(min=0)], -1)
+        spread = slots[at.clamp(min=0).to(slots.device)]
+        return spread * (at >= 0).to(spread).reshape(-1, *[1] * (spread.dim() - 1))
+
+
+class Trace:
+    """The pictures of the last pass.
+
+    Attributes:
+        pictures: in the order of the batch, and within a prompt in its order.
+    """
+
+    def __init__(self, pictures: list[PictureTrace]) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> PictureTrace:
+        return self.pictures[index]
+
+    def __repr__(self) -> str:
+        return f"<Trace of {len(self)} pictures: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> Trace:
+        """Reads what the drivers of an attachment recorded.
+
+        Raises:
+            ParameterError: nothing is recorded without ``trace=True``.
+            PassError: no pass has run.
+        """
+        if not attachment.trace:
+            raise ParameterError("traces are kept only with vlmtok.compress(model, method, trace=True)")
+        tower, decoder = attachment.drivers.get("vision"), attachment.drivers.get("decoder")
+        if decoder is not None and decoder.last_rows is not None:
+            return cls(_language(tower, decoder))
+        if decoder is None and tower is not None and tower.current is not None:
+            return cls(_tower(tower))
+        raise PassError("no pass has run yet: call the model first")
+
+
+def _first_patch(owner: Tensor) -> Tensor:
+    """Renumbers slots by their first patch."""
+    patches = owner.shape[0]
+    place = torch.arange(patches)
+    first = torch.full((int(owner.max()) + 2,), patches).scatter_reduce(0, owner + 1, place, "amin")
+    return torch.where(owner < 0, -1, first[owner + 1])
+
+
+def _tower(tower: Any) -> list[PictureTrace]:
+    run = tower.current
+    source = run.sequence.source.cpu()
+    grid = tower.grid if tower.grid and tower.grid[0] * tower.grid[1] == source.shape[1] else None
+    steps = [(site, owner.cpu()) for site, owner in run.steps]
+    return [
+        PictureTrace(_first_patch(source[i]), tuple((site, _first_patch(owner[i])) for site, owner in steps), grid)
+        for i in range(source.shape[0])
+    ]
+
+
+def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
+    """Tower first, then the language model's columns."""
+    rows, handover = decoder.last_rows, decoder.projector.handover
+    before = _tower(tower) if tower is not None and tower.current is not None and handover is not None else None
+    sources = None if before is None else tower.current.sequence.source.cpu()
+    found = []
+    for picture in rows.pictures:
+        columns = torch.tensor(picture.columns)
+        slot = torch.arange(len(columns))
+        steps: list[tuple[Site, Tensor]] = []
+        if before is not None and sources is not None:
+            slot = torch.arange(len(columns)) if tower.spread else sources[picture.tower]
+            if handover.valid is not None:
+                real = handover.valid[picture.tower].cpu()
+                slot = torch.where((slot >= 0) & real[slot.clamp(min=0)], slot, -1)
+            steps += before[picture.tower].steps
+
+        def at(owner: Tensor, slot: Tensor = slot, columns: Tensor = columns, row: int = picture.row) -> Tensor:
+            there = owner[row].cpu()[columns]
+            return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
+
+        steps += [(site, at(owner)) for site, owner in decoder.steps]
+        parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
+        grid = picture.grid
+        if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
+            grid = decoder.tower_grid
+        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))
+    return found

@@ -1,0 +1,331 @@
+"""Tiny random models of vision-language families, built in code, and the prompts and pictures that they take.
+
+Weights are multiplied, or a picture would change logits by less than the tolerances of the tests; rows of the head that
+belong to placeholders and marks are zero, so that greedy decoding never writes one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models_1d import (
+    aya_vision,
+    blip_2,
+    cohere2_vision,
+    gemma3,
+    gemma4,
+    idefics3,
+    instructblip,
+    internvl,
+    lfm2_vl,
+    llama4,
+    llava,
+    llava_next,
+    llava_onevision,
+    mistral3,
+    paligemma,
+    smolvlm,
+)
+from .models_mrope import glm4v, glm46v, paddleocr_vl, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from .prompts import END, MARK, PAD, START, WORDS, Batch, Prompt, write
+from .shots import (
+    PATCH,
+    PATCH_VALUES,
+    AnyRes,
+    Maker,
+    by_sample,
+    marked,
+    naflex,
+    one_crop,
+    packed,
+    packed_clip,
+    plain,
+    pooled_clip,
+    pooled_frames,
+    pooled_patches,
+    queries,
+    rows_with_breaks,
+    tiles,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family and its prompts.
+
+    Attributes:
+        name: ``config.model_type``, or that with a word on what is special.
+        make: builds the model.
+        shots: pictures and clips, by letter: ``I`` and ``J`` take one run of placeholders each (of different lengths
+            where the family allows that), ``M`` is one that is cut into crops, ``V`` and ``W`` are clips.
+        rows: patterns of the two rows of the usual batch.
+        several: patterns of a batch with several pictures in a row, some cut into crops, and a text row.
+        clips: patterns of a batch with clips, or None.
+        types: see `Batch`.
+        prefix: see `Batch`.
+        join: see `Batch`.
+        extra: see `Batch`.
+        attentions: attention implementations that the host runs with.
+        positions: ``1d`` or ``mrope``.
+        gain: factor on the matrices of the text model and its head, and
+        tower_gain: on those of the tower and the projector.
+        beams: whether the host's own beam search works with pictures.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shots: Mapping[str, Maker]
+    rows: tuple[str, ...] = ("3I6", "2J4")
+    several: tuple[str, ...] = ("2I3J5", "4J3", "7")
+    clips: tuple[str, ...] | None = None
+    types: str | None = None
+    prefix: bool = False
+    join: Mapping[str, Callable[[list[list[Tensor]]], Tensor]] = field(default_factory=dict)
+    extra: Callable[[tuple[Prompt, ...]], dict[str, Tensor]] | None = None
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    positions: str = "1d"
+    gain: float = 8.0
+    tower_gain: float = 4.0
+    beams: bool = True
+
+    def build(self, attention: str = "sdpa") -> nn.Module:
+        """A model of its own, always the same."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model: Any = self.make().eval()
+        model.set_attn_implementation(attention)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    if parameter.min() == parameter.max():  # what the host starts from zeros or ones
+                        parameter.normal_(std=0.1, generator=generator)
+                    text = any(part in name for part in ("language_model", "text_model", "lm_head"))
+                    parameter.mul_(self.gain if text else self.tower_gain)
+            head = model.get_output_embeddings().weight
+            head[: WORDS.start] = 0
+            head[MARK:] = 0
+        part: Any
+        for part in (model, getattr(model, "language_model", None)):  # BLIP-2 lets its text model generate
+            if hasattr(part, "generation_config"):
+                part.generation_config.eos_token_id = None
+                part.generation_config.pad_token_id = PAD
+        made: nn.Module = model
+        return made
+
+    def prompt(self, pattern: str, seed: int = 0) -> Prompt:
+        """One prompt."""
+        return write(pattern, self.shots, seed)
+
+    def batch(self, *patterns: str, seed: int = 0) -> Batch:
+        """Prompts with different words and pictures."""
+        return self.collect(*(self.prompt(pattern, 10 * seed + row) for row, pattern in enumerate(patterns)))
+
+    def collect(self, *prompts: Prompt) -> Batch:
+        """Prompts as a batch."""
+        return Batch(prompts, self.types, self.prefix, self.join, self.extra)
+
+
+# ---------------------------------------------------------------------- families
+def _images_per_prompt(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
+    """Pictures of each row of LLaVA-OneVision: several in a row are not cut into crops."""
+    counts = [sum(not picture.shot.video for picture in prompt.pictures) for prompt in prompts]
+    return {"batch_num_images": torch.tensor(counts)} if any(counts) else {}
+
+
+MM = "mm_token_type_ids"
+QWEN = {"I": packed(4, 4, PATCH_VALUES), "J": packed(2, 4, PATCH_VALUES)}
+RUN_CLIPS = {"V": packed_clip(3, 2, 2, "run"), "W": packed_clip(2, 2, 5, "run")}
+STAMPED_CLIPS = {"V": packed_clip(3, 2, 2, "stamped"), "W": packed_clip(2, 2, 5, "stamped")}
+GLM_CLIPS = {"V": packed_clip(3, 2, 2, "glm"), "W": packed_clip(2, 2, 5, "glm")}
+LARGE, WIDE = AnyRes(40, 60, (64, 64)), AnyRes(30, 62, (32, 64))
+SPLIT = marked([(START, MARK), (START, MARK + 1), (MARK + 8, MARK + 8, START, MARK + 9)], (START,))
+WHOLE = marked([(START, MARK + 9)], (START,))
+MIXED_CLIPS = ("2I3V4", "3W2J3")
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llava", llava, {"I": plain(), "J": plain()}),
+        Family("llava_next", llava_next, {"I": LARGE, "J": WIDE}),
+        Family(
+            "llava_onevision",
+            llava_onevision,
+            {"I": LARGE, "J": WIDE, "S": one_crop, "V": pooled_clip(3), "W": pooled_clip(3)},
+            several=("2S3S5", "4J3", "7"),
+            clips=("2I3V4", "3W5"),
+            extra=_images_per_prompt,
+            tower_gain=2.0,
+        ),
+        Family("qwen2_vl", qwen2_vl, QWEN | RUN_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
+        Family("qwen2_5_vl", qwen2_5_vl, QWEN | RUN_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
+        Family("qwen3_vl", qwen3_vl, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
+        Family("qwen3_5", qwen3_5, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope", gain=4.0),
+        Family(
+            "qwen3_vl_moe",
+            functools.partial(qwen3_vl, True),
+            QWEN | STAMPED_CLIPS,
+            clips=MIXED_CLIPS,
+            types=MM,
+            positions="mrope",
+        ),
+        Family(
+            "qwen3_5_moe",
+            functools.partial(qwen3_5, True),
+            QWEN | STAMPED_CLIPS,
+            clips=MIXED_CLIPS,
+            types=MM,
+            positions="mrope",
+            gain=4.0,
+        ),
+        Family("glm4v", glm4v, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
+        Family("glm46v", glm46v, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
+        Family(
+            "paddleocr_vl",
+            paddleocr_vl,
+            {"I": packed(4, 4, 3, PATCH, PATCH), "J": packed(2, 4, 3, PATCH, PATCH)},
+            types=MM,
+            positions="mrope",
+        ),
+        Family("internvl", internvl, {"I": tiles(), "J": tiles(), "M": tiles(3)}, several=("2M3J5", "4I3", "7")),
+        Family(
+            "smolvlm",
+            smolvlm,
+            {"I": WHOLE, "J": WHOLE, "M": SPLIT},
+            several=("2M3J5", "4I3", "7"),
+            join={"pixel_values": by_sample},
+        ),
+        Family(
+            "idefics3",
+            idefics3,
+            {"I": WHOLE, "J": WHOLE, "M": SPLIT},
+            several=("2M3J5", "4I3", "7"),
+            join={"pixel_values": by_sample},
+        ),
+        Family("mistral3", mistral3, {"I": rows_with_breaks(4, 4), "J": rows_with_breaks(2, 3)}),
+        Family(
+            "gemma3",
+            gemma3,
+            {
+                "I": tiles(),
+                "J": tiles(),
+                "M": marked([(MARK, START), (END, MARK + 1, START), (END, MARK + 2, START)], (END,), 16, "first"),
+            },
+            several=("2M3J5", "4I3", "7"),
+            types="token_type_ids",
+            gain=2.0,
+            tower_gain=2.0,
+        ),
+        Family(
+            "gemma4",
+            gemma4,
+            {
+                "I": pooled_patches(4, 4),
+                "J": pooled_patches(2, 4),
+                "V": pooled_frames(2, 2, 3),
+                "W": pooled_frames(3, 2, 3),
+            },
+            clips=MIXED_CLIPS,
+            types=MM,
+            gain=2.0,
+            tower_gain=2.0,
+        ),
+        Family(
+            "paligemma",
+            paligemma,
+            {"I": plain(), "J": plain()},
+            rows=("I^6", "J^3"),
+            several=("IJ^4", "J^3"),
+            types="token_type_ids",
+            prefix=True,
+            gain=2.0,
+            tower_gain=2.0,
+        ),
+        Family(
+            "paligemma2",
+            functools.partial(paligemma, True),
+            {"I": plain(), "J": plain()},
+            rows=("I^6", "J^3"),
+            several=("IJ^4", "J^3"),
+            types="token_type_ids",
+            prefix=True,
+            attentions=("eager",),
+            gain=2.0,
+            tower_gain=2.0,
+        ),
+        Family(
+            "llama4",
+            llama4,
+            {
+                "I": marked([(START, MARK)], (END,)),
+                "J": marked([(START, MARK)], (END,)),
+                "M": marked([(START,), (MARK + 1,), (MARK + 2, MARK)], (END,)),
+            },
+            several=("2M3J5", "4I3", "7"),
+            beams=False,
+        ),
+        Family(
+            "aya_vision",
+            aya_vision,
+            {
+                "I": marked([(START, MARK)], (END,)),
+                "J": marked([(START, MARK)], (END,)),
+                "M": marked([(START, MARK + 1), (MARK + 2,), (MARK,)], (END,)),
+            },
+            several=("2M3J5", "4I3", "7"),
+        ),
+        Family(
+            "cohere2_vision",
+            cohere2_vision,
+            {
+                "I": marked([(START,)], (MARK, END)),
+                "J": marked([(START,)], (MARK, END)),
+                "M": marked([(START,), (MARK,), (MARK,)], (MARK, END)),
+            },
+            several=("2M3J5", "4I3", "7"),
+        ),
+        Family(
+            "lfm2_vl",
+            lfm2_vl,
+            {
+                "I": naflex([(4, 4)], False),
+                "J": naflex([(2, 4)], False),
+                "M": naflex([(4, 4), (4, 4), (2, 4)], True),
+            },
+            several=("2M3J5", "4I3", "7"),
+        ),
+    )
+}
+"""Families whose language model can be cut, by name."""
+
+
+def _question(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
+    """What InstructBLIP's Q-Former reads besides the picture."""
+    return {"qformer_input_ids": torch.stack([prompt.ids[-3:] for prompt in prompts])}
+
+
+TOWER_ONLY: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("blip-2", blip_2, {"I": queries}, rows=("I3", "I5")),
+        Family("instructblip", instructblip, {"I": queries}, rows=("I3", "I5"), extra=_question),
+    )
+}
+"""Families of which only the tower can be cut."""
+
+
+@functools.cache
+def shared(name: str, attention: str = "sdpa") -> nn.Module:
+    """A model that callers of one process share; they leave it as it was.
+
+    Args:
+        name: of the family.
+        attention: implementation of attention.
+    """
+    return {**FAMILIES, **TOWER_ONLY}[name].build(attention)
