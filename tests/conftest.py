@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import random
 
+import lane
 import numpy as np
 import pytest
+import since
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +22,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("vlmtok")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--lane", action="store_true", help="run the contract subset alone (tests/lane.py)")
+
+
+def pytest_ignore_collect(collection_path, config):
+    left_out = config.getoption("lane") and collection_path.suffix == ".py" and not lane.belongs(collection_path)
+    return left_out or None
 
 
 def pytest_configure(config):
@@ -56,7 +67,14 @@ def pytest_runtest_makereport(item, call):
         report.longrepr = f"{item.nodeid} was skipped, and only tests marked gpu may be: {report.longrepr}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    kept = [item for item in items if not since.too_old(item.nodeid)]
+    if config.getoption("lane"):
+        kept = lane.chosen(kept)
+    left_out = {*items} - {*kept}
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:

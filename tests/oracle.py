@@ -189,7 +189,7 @@ def _timm_block(block: nn.Module) -> Block:
     return Block(
         block.norm1,
         qkv,
-        attn.head_dim**-0.5,
+        (attn.proj.in_features // heads) ** -0.5,
         lambda x: scale1(attn.proj(attn.norm(x))),
         block.norm2,
         lambda x: scale2(block.mlp(x)),

@@ -234,10 +234,18 @@ def skeleton(name: str | None = None) -> Loaded:
     Raises:
         LoadError: it cannot be had.
     """
+    with _without_data():
+        return _make(name, random=True, dtype=None, bare=True)
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Context in which modules are made on torch's meta device."""
     import torch
+    import torch._dynamo  # torchvision brings it in later, and while torch <= 2.8 imports it, no tensor may be on meta
 
     with torch.device("meta"):
-        return _make(name, random=True, dtype=None, bare=True)
+        yield
 
 
 def configured(config: Any) -> nn.Module:
@@ -249,7 +257,6 @@ def configured(config: Any) -> nn.Module:
     Raises:
         ParameterError: transformers makes no model of it.
     """
-    import torch
     import transformers
 
     if isinstance(config, Mapping):
@@ -258,7 +265,7 @@ def configured(config: Any) -> nn.Module:
         config = transformers.AutoConfig.for_model(**config)
     for maker in (transformers.AutoModelForImageTextToText, transformers.AutoModel):
         if type(config) in maker._model_mapping:
-            with torch.device("meta"):
+            with _without_data():
                 return _from_config(maker, config)
     raise ParameterError(f"estimate: transformers makes no model of a {type(config).__name__}")
 

@@ -418,7 +418,7 @@ class Gemma4Oracle(Gemma3Oracle):
 
     def start(self, row: Row) -> Row:
         self.keys: dict[str, Any] = {}
-        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None])
+        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None], None)
         by_layer = self.lm.project_per_layer_inputs(row.hidden[None], by_id)[0]
         return replace(row, tables=tuple(by_layer.unbind(1)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -63,16 +62,30 @@ def _opaque() -> bool:
     return torch.compiler.is_compiling() and not _exporting()
 
 
-_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def _exporting() -> bool:
+    """As `torch.compiler.is_exporting`, which Dynamo of torch 2.9 takes to be true in whatever it compiles."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
+
+
+def _detached(args: tuple[Any, ...]) -> list[Any]:
+    """Tensors without their history; one that is given twice stays one."""
+    made: list[Any] = []
+    for x in args:
+        own = x.detach() if isinstance(x, Tensor) else x
+        for earlier, done in zip(args, made):
+            if earlier is x:  # Dynamo of torch 2.9 knows no id() of a tensor
+                own = done
+        made.append(own)
+    return made
 
 
 def _select(op: str, triton: bool, *args: Any, **kwargs: Any) -> Any:
     """Runs an op whose outputs carry no gradient."""
     if triton or _opaque():
         with torch.no_grad():
-            own = {id(x): x.detach() for x in args if isinstance(x, Tensor)}  # one tensor given twice stays one
-            args = tuple(own.get(id(x), x) for x in args)
-            return library.call(op, *args, path="triton" if triton else "torch", **kwargs)
+            return library.call(op, *_detached(args), path="triton" if triton else "torch", **kwargs)
     return getattr(reference, op)(*args, **kwargs)
 
 

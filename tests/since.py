@@ -1,0 +1,39 @@
+"""What a host library does only since one of its releases: cases that mean nothing on an older one are left out there.
+
+Each row says what older releases do instead, and what vlmtok makes of it. A row goes when the lower bound passes it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+
+from packaging.version import Version
+
+SINCE = {
+    # Older ones call checkpointed layers whole, hooks included, once more inside backward.
+    "checkpointing leaves a layer's own hooks outside": ("transformers", "5.23"),
+    "test_gradient_checkpointing_of_the_language_model[everything]": ("transformers", "5.23"),
+    # Older ones give every chunk all pictures, so that the bare host differs from itself without chunks.
+    "test_prefill_in_chunks_is_right_or_refused": ("transformers", "5.23"),
+    # Older ones have no such model; the row that refuses it waits for one.
+    "test_refused_families_say_why[molmo2": ("transformers", "5.20"),
+    "test_transformers_knows_the_model_type[molmo2": ("transformers", "5.20"),
+}
+"""From a part of a test's id to the package and the release since which it holds."""
+
+
+def too_old(nodeid: str, installed: dict[str, str] | None = None) -> bool:
+    """Whether a test is of something that the installed host does not do yet.
+
+    Args:
+        nodeid: of the test.
+        installed: versions by package; those that are there, if None.
+    """
+    rows: Iterable[tuple[str, str]] = [row for part, row in SINCE.items() if part in nodeid]
+    return any(Version((installed or _Installed())[package]) < Version(release) for package, release in rows)
+
+
+class _Installed(dict[str, str]):
+    def __missing__(self, package: str) -> str:
+        return importlib.metadata.version(package)
