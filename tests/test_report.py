@@ -9,9 +9,9 @@ import json
 
 import models
 import pytest
+import referee
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmtok
 from vlmtok import (
@@ -55,7 +55,7 @@ def _model(name):
 
 
 def _flops(call):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), referee.counter() as counter:
         call()
     return counter.get_total_flops()
 
