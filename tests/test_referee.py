@@ -33,7 +33,10 @@ CASES = {
     "fused, grouped heads": (lambda **on: attention(kv=2, **on), ATTENTION),
     "fused, half": (lambda **on: attention(dtype=torch.bfloat16, **on), ATTENTION),
     "linear": (lambda device: F.linear(rows(3, 5, 8, device=device), rows(7, 8, device=device)), 3 * 5 * 7 * 8),
-    "linear, biased": (lambda device: torch.nn.Linear(8, 7, device=device)(rows(3, 5, 8, device=device)), 3 * 5 * 7 * 8),
+    "linear, biased": (
+        lambda device: torch.nn.Linear(8, 7, device=device)(rows(3, 5, 8, device=device)),
+        3 * 5 * 7 * 8,
+    ),
     "batched": (lambda device: rows(3, 5, 8, device=device) @ rows(3, 8, 7, device=device), 3 * 5 * 7 * 8),
     "einsum": (
         lambda device: torch.einsum("bnd,bmd->bnm", rows(3, 5, 8, device=device), rows(3, 7, 8, device=device)),
@@ -69,6 +72,16 @@ def test_the_math_backend_counts_the_same():
     with sdpa_kernel(SDPBackend.MATH), referee.counter() as flops:
         attention()
     assert flops.get_total_flops() == 2 * ATTENTION
+
+
+def test_the_check_of_the_documents_holds():
+    """The block of docs/counting.md."""
+    code = re.search(r"```python\n(.*?)```", (HERE.parent / "docs" / "counting.md").read_text(), re.S)[1]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        exec(compile(code, "docs/counting.md", "exec"), {})
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def test_every_test_that_counts_asks_the_referee():

@@ -1,10 +1,15 @@
-"""The interpreter's matrix product, made one that is the same at every place of a tile, as that of hardware is."""
+"""What is mended in Triton's interpreter, and not in kernels that are right on hardware.
+
+Its matrix product gets to be the same at every place of a tile, and that of triton 3.5 runs with numpy 2.4.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+_patch_tensor = interpreter._patch_lang_tensor
 _theirs = InterpreterBuilder.create_dot
 
 
@@ -20,3 +25,13 @@ def _dot(self, a, b, d, *options):
 
 
 InterpreterBuilder.create_dot = _dot
+
+
+def _patched(tensor, *scope):
+    """A scalar is an array of one element there, which numpy 2.4 takes for no integer (triton issue 9171)."""
+    _patch_tensor(tensor, *scope)
+    if not scope:  # releases that have a scope have the mend too
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+
+interpreter._patch_lang_tensor = _patched
