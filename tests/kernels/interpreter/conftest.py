@@ -1,6 +1,7 @@
 """What is mended in Triton's interpreter, and not in kernels that are right on hardware.
 
-Its matrix product gets to be the same at every place of a tile, and that of triton 3.5 runs with numpy 2.4.
+Its matrix product gets to be the same at every place of a tile; the one of triton 3.5 runs with numpy 2.4, and its
+maximum of NaN and a number is the number.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def _dot(self, a, b, d, *options):
 
 
 InterpreterBuilder.create_dot = _dot
+InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def _patched(tensor, *scope):
