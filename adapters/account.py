@@ -18,7 +18,9 @@ from ..attachment import replaying
 from ..errors import UnsupportedModel
 from ..flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from ..ledger import StageRun
+from . import hosts
 from .base import Adapter, BlockSpec, TextSpec, TowerSpec, child
+from .hosts import Arguments
 from .masks import layer_kinds
 
 if TYPE_CHECKING:
@@ -304,7 +306,7 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
         tower = child(core, adapter.spec.tower)
         spec = adapter.tower() or vision_spec(tower)
         vision = hf_tower(tower, model, spec, tower, [child(core, path)] if path else [])
-    except (UnsupportedModel, AttributeError) as problem:  # no such path, or no row for this kind of tower
+    except UnsupportedModel as problem:  # no such path, or no row for this kind of tower
         notes.append(f"the vision tower is not counted ({problem})")
     projector: list[Part] = []
     if path and vision is not None:
@@ -375,11 +377,14 @@ class Meter:
         self.attachment = attachment
         self.places: list[tuple[str, Part]] = []
         self.stages: list[str] = []
+        self.blocks: list[Arguments] = []
         for stage, tower in (("vision", shape.vision), ("text", shape.text)):
             if tower is None:
                 continue
             if not attachment.at(stage) and not attachment.tapped(stage):
-                attachment.hook(model.get_submodule(tower.first), "pre", self.begin, len(self.stages))
+                first = model.get_submodule(tower.first)
+                self.blocks.append(Arguments(first, [hosts.HIDDEN]))
+                attachment.hook(first, "pre", self.begin, len(self.stages))
                 self.stages.append(stage)
             for part in tower.parts:
                 self._put(model, stage, part)
@@ -397,7 +402,7 @@ class Meter:
         """Pre-hook on a tower's first block."""
         if torch.compiler.is_compiling() or replaying():
             return
-        x = args[0] if args else kwargs["hidden_states"]
+        x = self.blocks[place].get(hosts.HIDDEN, args, kwargs)
         self.attachment.ledger.begin(StageRun(self.stages[place], x.shape[0], x.shape[1]))
 
     def note(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -405,7 +410,7 @@ class Meter:
         if torch.compiler.is_compiling() or replaying():
             return
         stage, part = self.places[place]
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = hosts.first_tensor(module, args, kwargs)
         if part.token or part.pair:
             rows = x.shape[0]
         else:

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
+from .hosts import Host, Role, library_of
 
 if TYPE_CHECKING:
     from ..attachment import Attachment
-
-Host = Any
-"""A module of the model: what its attributes are is its library's business, so none of them is checked."""
 
 Projection = Callable[[Host, Tensor, str], Tensor]
 """q or k, `[B, H, L, d]`, from the attention, its input and ``"q"`` or ``"k"``."""
@@ -38,11 +36,11 @@ class BlockSpec:
             is none and q and k are computed again from the attention's input.
         k: the same for k.
         project: q or k from the attention's input, as the block would compute it.
-        bias: name of the attention's argument that takes a float bias on the keys, or None where there is none.
+        bias: the attention's argument that takes a float bias on the keys, or None where there is none.
         bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
         heads: attribute of the attention with the number of heads.
         scale: factor of the logits, from the attention.
-        rope: name of the block's argument with a rotary table, or None.
+        rope: the block's argument with a rotary table, or None.
         rotate: from the attention and a table, what rotates `[B, H, L, d]`.
         through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
     """
@@ -55,11 +53,11 @@ class BlockSpec:
     project: Projection
     scale: Callable[[Host], float]
     heads: str
-    bias: str | None
+    bias: Role | None
     bias_rank: int = 4
     q: str | None = None
     k: str | None = None
-    rope: str | None = None
+    rope: Role | None = None
     rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
     through: bool = False
 
@@ -107,7 +105,7 @@ class TextSpec:
         norm: the norm behind the last block; rows get their original length back before it.
         width: channels.
         heads: attention heads.
-        mask: name of the attention's argument with the causal mask.
+        mask: the attention's argument with the causal mask.
         end: column of the token that the head reads, int64 `[B]`, from ids `[B, L]`.
         causal: whether a token sees only what stands before it.
     """
@@ -118,7 +116,7 @@ class TextSpec:
     norm: nn.Module
     width: int
     heads: int
-    mask: str
+    mask: Role
     end: Callable[[Tensor], Tensor]
     causal: bool = True
 
@@ -155,8 +153,19 @@ class Adapter:
 
 
 def child(module: Host, path: str) -> Any:
-    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped."""
-    return module.get_submodule(path) if path else module
+    """The submodule at a dotted path; an empty path is the module itself. Any, since hosts' attributes are untyped.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    try:
+        return module.get_submodule(path) if path else module
+    except AttributeError:
+        there = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise UnsupportedModel(
+            f"{type(module).__name__} of {library_of(module)} has no module {path!r}; it has {there}. Use a version of "
+            "constraints.txt, or a newer vlmtok"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ class VLMSpec:
         block: bidirectional blocks, or None.
         positions: ``1d`` or ``mrope``.
         gather: arguments of the text model with one entry for each token, `[B, S, ...]`, that a cut must follow.
-        layer_args: positions of such entries among the arguments of a layer.
+        layer_args: arguments of a layer with such entries.
         deepstack: arguments of the text model with (mask of visual columns, features added behind the first layers).
         feature: config field with the index of the hidden state that the projector reads; None means the last.
         last_cut: from the text config, the last layer at whose start a cut is possible, or None for any.
@@ -211,6 +220,7 @@ class VLMSpec:
         told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
             along with pixels.
         shapes: argument of the tower that tells the same, where nothing else does, or None.
+        projects_late: whether `generate` hands over what the tower gave, and the projector runs in the inner model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
         packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector
@@ -223,12 +233,12 @@ class VLMSpec:
     projector: str = "multi_modal_projector"
     ids: tuple[str, ...] = ("image_token_id",)
     mask: str = "2d"
-    types: str | None = None
+    types: Role | None = None
     block: BlockRule | None = None
     positions: str = "1d"
-    gather: tuple[str, ...] = ()
-    layer_args: tuple[int, ...] = ()
-    deepstack: tuple[str, str] | None = None
+    gather: tuple[Role, ...] = ()
+    layer_args: tuple[Role, ...] = ()
+    deepstack: tuple[Role, Role] | None = None
     feature: str | None = "vision_feature_layer"
     last_cut: Callable[[Any], int] | None = None
     attention: bool = True
@@ -236,8 +246,9 @@ class VLMSpec:
     lengths: str = "picture"
     parts: str = "one"
     thumbnail: str | None = None
-    told: tuple[str, ...] = ()
-    shapes: str | None = None
+    told: tuple[Role, ...] = ()
+    shapes: Role | None = None
+    projects_late: bool = False
     boundary: str | None = None
     whole: str | None = None
     packs: tuple[str, str] | None = None

@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..attachment import Attachment, Entry, replaying, weak
-from ..errors import UnsupportedModel
+from ..errors import CacheError, UnsupportedModel
 from ..ledger import StageRun
 from ..method import Site, StageLayout, layer_of
 from ..rows import Picture, Rows
 from ..signals import DECODER_SIGNALS
 from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
+from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
 from .decoder_call import BLOCKS, Call, deepstack, flat, top
-from .decoder_checks import KNOWN, check_arguments, check_call, check_turn
+from .decoder_checks import check_arguments, check_call, check_hidden, check_layer, check_start, check_turn
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
 from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
 from .decoder_taps import LayerTaps
 from .handover import Projector
+from .hosts import Arguments, Role
 from .masks import RECURRENT, layer_kinds
 
 
@@ -41,6 +43,7 @@ class Decoder:
         sites: lets methods act on the rows.
         segments: makes masks and position embeddings of what is left.
         call: the forward that runs, or None.
+        held: columns that the cache of the running forward held before it.
         muted: while a layer's modules are called for signals, out of turn.
         last_rows: of the last prefill with pictures; kept only for traces, and
         steps: the sites that cut them and the owners of the original columns behind each.
@@ -66,6 +69,7 @@ class Decoder:
         self.probe = next((i for i, kind in enumerate(kinds) if kind not in RECURRENT), 0)
         self.owner = ticket()
         self.call: Call | None = None
+        self.held = 0
         self.muted = False
         self.last_rows: Rows | None = None
         self.steps: list[tuple[Site, Tensor]] = []
@@ -113,11 +117,14 @@ class Decoder:
                 f"cuts inside the language model are known with sdpa, eager and flash attention, not {implementation!r}"
             )
         self.flash = "flash" in implementation
+        first = 0 if self.flash else min(self.points, default=self.depth)
+        self._read_signatures(lm, first)
+        self.segments.check(first)
         self.projector.install(core)
         self.intake.install(core, model)
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
-        first = 0 if self.flash else min(self.points, default=self.depth)
+        put(lm.layers[self.probe], "pre", self.watch, self.probe)
         for layer in range(first, self.depth):
             put(lm.layers[layer], "pre", self.layer, layer)
         if self.spec.deepstack is not None:
@@ -131,38 +138,64 @@ class Decoder:
             form = attention_form(block)
             assert form is not None  # the layout offers no signals elsewhere
             if needs & (set(DECODER_SIGNALS) - {"transition"}):
+                self.attentions[cut - 1] = Arguments(form.attn, [hosts.ROTARY, hosts.MASK])
                 put(form.attn, "pre", self.tap_attention, cut - 1)
                 put(form.projection("q"), "post", self.tap_q, cut - 1)
                 put(form.projection("k"), "post", self.tap_k, cut - 1)
             if "transition" in needs:
-                put(form.attn, "post", self.tap_transition, cut - 1)
-                put(form.mlp, "post", self.tap_transition, cut - 1)
+                for branch in (form.attn, form.mlp):
+                    self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
+                    put(branch, "post", self.tap_transition, cut - 1)
+
+    def _read_signatures(self, lm: Any, first: int) -> None:
+        """Looks up what the text model, and its layers from `first` on, call their arguments."""
+        of_tokens = [*self.spec.gather, *(self.spec.deepstack or ())]
+        plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
+        self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS])
+        self.layers = {self.probe: Arguments(lm.layers[self.probe], [hosts.CACHE])}
+        for layer in range(first, self.depth):
+            required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *self.spec.layer_args]
+            self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.POSITIONS])
+        self.attentions: dict[int, Arguments] = {}
+        self.branches: dict[type, Arguments] = {}
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Text-model pre-hook: the boundary cut, positions, the mask of the first segment."""
-        incoming = self.intake.take(kwargs)
+
+        def given(role: Role) -> Any:
+            return self.text.get(role, args, kwargs)
+
+        own_mask, own_positions = given(hosts.MASK), given(hosts.POSITIONS)
+        incoming = self.intake.take(own_mask, own_positions)
         self.call = None
-        x, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        x, cache = given(hosts.EMBEDDINGS), host_objects.cache_in(module, self.text, args, kwargs)
+        self.held = held = host_objects.length_of(module, cache)
         if x is None:
+            if hasattr(cache, ATTRIBUTE):
+                raise CacheError(
+                    "the text model was called with token ids on a cache that a compression cut; call the whole model, "
+                    "which makes embeddings of them"
+                )
             return None
         batch, columns = x.shape[:2]
-        held = 0 if cache is None else int(cache.get_seq_length())
+        check_start(module, columns, held, incoming.mask, own_mask, own_positions, cache)
         stream = read_stream(cache, self.owner, batch, held, self.probe)
         pictures: list[Picture] = []
         valid: Tensor | None = None
         if incoming.codes is not None and incoming.codes.shape == (batch, columns):
             check_call(incoming.mask, cache)
             pictures, valid = self.intake.pictures(incoming, columns)
+        self.intake.check_features(self.core(), incoming, pictures, columns, held)
         if not pictures and stream is None:
             self._book(batch, columns, held, cache, None, [])
             return None
         mask = incoming.mask
         check_call(mask, cache)
         if self.spec.mask == "2d":
-            check_call(kwargs.get("attention_mask"), cache)
-        check_arguments(kwargs, self.spec, self.core(), batch, columns)
-        positions = kwargs.get("position_ids") if stream is None or incoming.placed else None
+            check_call(own_mask, cache)
+        check_arguments(self.text.called(args, kwargs), self.spec, self.core(), batch, columns, held)
+        positions = own_positions if stream is None or incoming.placed else None
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
         if stream is not None:
@@ -180,7 +213,7 @@ class Decoder:
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
-        kwargs = dict(kwargs)
+        changes: dict[Role, Any] = {}
         if pictures:
             below = None if stream is None else stream.segments[0].shift
             low = positions if below is None else positions - below[:, None]
@@ -189,7 +222,7 @@ class Decoder:
             if self.projector.packing is not None:
                 self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)
             call.top = top(call.rows)
-            self.intake.own(call.rows, kwargs)
+            changes = self.intake.own(call.rows, x, given)
             x = self.sites.boundary(call, x)
             self.last_rows = call.rows if self.attachment.trace else None
             call.width = x.shape[1]
@@ -201,10 +234,11 @@ class Decoder:
         call.shifts[0] = call.lowered
         if not call.moved and (stream is None or not hasattr(cache, ATTRIBUTE)):
             # So far nothing differs from what the host does by itself; deepstack may be ours already.
-            return (args, kwargs) if self.spec.deepstack is not None and call.rows is not None else None
+            return self.text.put(args, kwargs, changes) if changes else None
         if call.stream is None:
             call.stream = Stream(self.owner, batch, segments={0: Segment(0)})
-        return args, self.segments.enter(call, call.stream, x, kwargs)
+        changes.update(self.segments.enter(call, call.stream, x, own_mask))
+        return self.text.put(args, kwargs, changes)
 
     def _book(
         self, batch: int, columns: int, held: int, cache: Any, stream: Stream | None, pictures: list[Picture]
@@ -230,37 +264,57 @@ class Decoder:
         )
 
     # ------------------------------------------------------------------ layers
+    def watch(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
+        if self.muted or replaying() or torch.compiler.is_compiling():
+            return
+        cache = host_objects.cache_in(module, self.layers[layer], args, kwargs)
+        if cache is None:
+            return
+        call = self.call
+        if call is not None and call.cache is None:
+            call.cache = cache  # the text model made it
+        if getattr(cache, "is_compileable", False):
+            return  # of one fixed length, refused where something is cut; asking how full it is waits for a GPU
+        held = host_objects.length_of(module, cache, layer)
+        if held != self.held or (call is not None and call.cache is not cache):
+            raise hosts.changed(
+                self.lm(),
+                f"its layer {layer} works on a cache of {held} columns, and the one that was seen in the call of "
+                f"the text model holds {self.held}",
+            )
+
     def layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Layer pre-hook: cuts where a method stands, and gives later layers what fits their rows."""
         call = self.call
         if call is None or self.muted or replaying():
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        arguments = self.layers[layer]
+        hidden = arguments.get(hosts.HIDDEN, args, kwargs)
+        rotary = arguments.get(hosts.ROTARY, args, kwargs)
         if call.rows is not None and layer in self.points:
-            hidden = self._cut_layer(call, layer, module, hidden, kwargs)
+            check_hidden(module, call, hidden)
+            check_layer(module, arguments.called(args, kwargs), self.spec, hidden)
+            hidden = self._cut_layer(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
         segment = None if call.stream is None else call.stream.segment(layer)
         if segment is None or segment.first == 0:
             if self.flash and call.moved:
-                return args, {**kwargs, "position_ids": None}  # gaps would read as packed sequences
+                return arguments.put(args, kwargs, {hosts.POSITIONS: None})  # gaps would read as packed sequences
             return None
         if segment.first not in call.segments:
             begin_segment(call, segment, hidden)
-        given = kwargs.get("position_embeddings")
-        changed = {
-            **kwargs,
-            "position_embeddings": self.segments.rotary(call, segment, layer, given, hidden),
-            "attention_mask": self.segments.mask(call, segment, layer, hidden),
-            "position_ids": None,
+        changes = {
+            hosts.HIDDEN: hidden,
+            hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
+            hosts.MASK: self.segments.mask(call, segment, layer, hidden),
+            hosts.POSITIONS: None,
         }
-        if not args:
-            return args, {**changed, "hidden_states": hidden}
-        rest = list(args[1:])
-        for at in self.spec.layer_args:
-            value = args[at] if at < len(args) else None
+        for role in self.spec.layer_args:
+            value = arguments.get(role, args, kwargs)
             if call.since is not None and isinstance(value, Tensor) and value.shape[1] == call.width:
                 index = call.since.unsqueeze(-1).expand(-1, -1, value.shape[-1])
-                rest[at - 1] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
-        return (hidden, *rest), changed
+                changes[role] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
+        return arguments.put(args, kwargs, changes)
 
     def stack(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Layer hook: adds the tower's features of this depth, as the host would."""
@@ -270,11 +324,9 @@ class Decoder:
         feature = call.rows.states.get(deepstack(layer))
         if feature is None:
             return None
-        if isinstance(output, tuple):
-            return (output[0] + feature, *output[1:])
-        return output + feature
+        return host_objects.with_hidden(output, host_objects.hidden_of(module, output) + feature)
 
-    def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _cut_layer(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, rotary: Any, mask: Any) -> Tensor:
         """Methods at the end of the layer before and at the start of this one."""
         rows = call.rows
         assert rows is not None
@@ -284,7 +336,6 @@ class Decoder:
         if fresh and past.shift is not above.shift and past.shift is not None:
             old = past.shift if above.shift is None else past.shift - above.shift
             rows.positions = rows.positions - old[:, None]
-        rotary, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         if above.first in call.segments:
             rotary = self.segments.rotary(call, above, layer, rotary, hidden)
             mask = None if fresh else self.segments.mask(call, above, layer, hidden)
@@ -317,7 +368,9 @@ class Decoder:
         """Attention pre-hook: the rotary embeddings and the mask of the layer."""
         caught = self._catch(layer)
         if caught is not None:
-            caught["rotary"], caught["mask"] = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+            arguments = self.attentions[layer]
+            caught["rotary"] = arguments.get(hosts.ROTARY, args, kwargs)
+            caught["mask"] = arguments.get(hosts.MASK, args, kwargs)
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches what q is made from."""
@@ -336,8 +389,8 @@ class Decoder:
         caught = self._catch(layer)
         if caught is None:
             return
-        x = args[0] if args else kwargs["hidden_states"]
-        y = output[0] if isinstance(output, tuple) else output
+        x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
+        y = host_objects.hidden_of(module, output)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
 
@@ -353,22 +406,22 @@ class Decoder:
         call, self.call = self.call, None
         if call is None or replaying():
             return None
-        cache = call.cache
-        if cache is None and not isinstance(output, tuple):
-            cache = getattr(output, "past_key_values", None)
-        stream = call.stream
+        stream, rows = call.stream, call.rows
+        hidden = host_objects.hidden_of(module, output)
         if stream is not None:
-            end_call(call, stream, kwargs["inputs_embeds"].device)
-            if cache is not None:
-                file_stream(cache, stream)
-        rows, hidden = call.rows, output[0]
-        if rows is None or (rows.length == call.columns and not call.moved) or hidden.shape[1] != rows.length:
+            end_call(call, stream, hidden.device)
+            if call.cache is not None:
+                file_stream(call.cache, stream)
+        if rows is None or (rows.length == call.columns and not call.moved):
             return None
-        restored = rows.restore(hidden, call.columns)
-        if isinstance(output, tuple):
-            return (restored, *output[1:])
-        output.last_hidden_state = restored
-        return output
+        if hidden.shape[1] != rows.length:
+            wanted = self.text.get(hosts.LOGITS, args, kwargs)
+            if not isinstance(wanted, int) or hidden.shape[1] != wanted:
+                raise hosts.changed(
+                    module, f"it gave {hidden.shape[1]} columns back where {rows.length} went through its last layer"
+                )
+            return None  # the host looked at the last tokens only
+        return host_objects.with_hidden(output, rows.restore(hidden, call.columns))
 
 
-__all__ = ["BY_LENGTH", "BY_TEXT", "KNOWN", "Call", "Decoder"]
+__all__ = ["BY_LENGTH", "BY_TEXT", "Call", "Decoder"]

@@ -35,6 +35,7 @@ class Incoming:
         encoded: by code, how many pictures the encoder saw; beams show them again.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
         drafts: last columns that hold drafts of speculative decoding.
+        ids: int64 `[B, S]`, token ids of a call without features, or None.
     """
 
     codes: Tensor | None
@@ -44,6 +45,7 @@ class Incoming:
     placed: bool = False
     encoded: dict[int, int] = field(default_factory=dict)
     drafts: int = 0
+    ids: Tensor | None = None
 
 
 @dataclass

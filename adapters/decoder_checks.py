@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,64 @@ from torch import Tensor
 
 from ..errors import CacheError, UnsupportedModel
 from ..stream import Stream
+from . import host_objects, hosts
 from .base import VLMSpec
+from .decoder_call import Call
 
-KNOWN = frozenset({"inputs_embeds", "attention_mask", "position_ids", "input_ids"})
+KNOWN = (hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.IDS)
 """Arguments of any text model with one entry for each token."""
+ORIGIN = 1
+"""The first position of hosts that count from one."""
+
+
+def check_start(
+    module: Any, columns: int, held: int, outer: Any, own: Any, positions: Tensor | None, cache: Any
+) -> None:
+    """Checks that a call without a past begins something.
+
+    Args:
+        module: the text model.
+        columns: S.
+        held: columns that the cache holds, as far as one was seen.
+        outer: the mask that the inner model got, and
+        own: the text model's.
+        positions: int64 `[..., B, S]`, or None.
+        cache: that was seen, or None.
+
+    Raises:
+        HostChanged: it goes on with something, and no cache was seen.
+    """
+    if held:
+        return
+    seen = "no cache" if cache is None else "an empty cache"
+    for mask in (outer, own):
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > columns:
+            raise hosts.changed(
+                module,
+                f"a call brings {columns} new columns and a mask of {mask.shape[1]}, so it goes on with something, and "
+                f"{seen} was seen among its arguments",
+            )
+    alone = columns == 1 and isinstance(positions, Tensor) and not torch.compiler.is_compiling()
+    if alone and (at := int(positions.min())) > ORIGIN:  # type: ignore[union-attr]
+        raise hosts.changed(
+            module,
+            f"a call brings one column at position {at}, so it goes on with something, and {seen} was seen among its "
+            "arguments",
+        )
+
+
+def check_hidden(module: Any, call: Call, hidden: Tensor) -> None:
+    """Checks that a layer's hidden states are the rows that are known.
+
+    Raises:
+        HostChanged: another form.
+    """
+    assert call.rows is not None
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (call.rows.batch, call.rows.length):
+        what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise hosts.changed(
+            module, f"its hidden states are {what}, where [{call.rows.batch}, {call.rows.length}, C] are on their way"
+        )
 
 
 def check_call(mask: Any, cache: Any) -> None:
@@ -33,25 +87,71 @@ def check_call(mask: Any, cache: Any) -> None:
         raise CacheError(f"a cut needs the 2-D attention mask, and the model was called with a {what} one")
 
 
-def check_arguments(kwargs: Mapping[str, Any], spec: VLMSpec, core: Any, batch: int, columns: int) -> None:
+def check_arguments(
+    given: Mapping[str, Any], spec: VLMSpec, core: Any, batch: int, columns: int, held: int = 0
+) -> None:
     """Checks that a cut can follow every argument: an unknown one for each token would go out of step.
 
     Args:
-        kwargs: of the text model.
+        given: all arguments of the text model, by name.
         spec: the family.
         core: the inner model.
         batch: B.
         columns: S.
+        held: columns that the cache holds.
 
     Raises:
-        UnsupportedModel: a tensor `[B, S, ...]` that nobody told us about.
+        UnsupportedModel: a tensor `[B, S, ...]`, `[B, past + S]`, `[axes, B, S]` or `[S]` that nobody told us about.
     """
-    known = {*KNOWN, *spec.gather, *(spec.deepstack or ()), spec.types}
-    for name, value in kwargs.items():
-        if name not in known and isinstance(value, Tensor) and value.shape[:2] == (batch, columns):
+    roles = [*KNOWN, *spec.gather, *(spec.deepstack or ()), *([] if spec.types is None else [spec.types])]
+    known = {name for role in roles for name in role.names}
+    for name, value in given.items():
+        for part in _tensors(value) if name not in known else ():
+            shape = tuple(part.shape)
+            alike = shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns)
+            if alike or (shape == (columns,) and columns > 1):
+                family = f"family {core.config.model_type!r}, {hosts.library_of(core)}"
+                raise UnsupportedModel(
+                    f"the language model gets {name!r} {list(shape)}, one entry for each token, which this "
+                    f"compression does not know how to cut ({family})"
+                )
+
+
+def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """Tensors in an argument: itself, or what a container or an object holds."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, (str, torch.nn.Module, type)):
+        inside: Any = ()
+        if isinstance(value, Mapping):
+            inside = value.values()
+        elif isinstance(value, (list, tuple)):
+            inside = value
+        elif not isinstance(value, host_objects.cache_class()) and hasattr(value, "__dict__"):
+            inside = vars(value).values()
+        for part in inside:
+            yield from _tensors(part, depth - 1)
+
+
+def check_layer(module: Any, given: Mapping[str, Any], spec: VLMSpec, hidden: Tensor) -> None:
+    """The same for the arguments of a layer behind which, or at whose start, rows are cut.
+
+    Args:
+        module: the layer.
+        given: its arguments, by name.
+        spec: the family.
+        hidden: `[B, L, C]`, its input.
+
+    Raises:
+        UnsupportedModel: a tensor `[B, L, ...]` that nobody told us about.
+    """
+    roles = (hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, hosts.POSITIONS, *spec.layer_args)
+    known = {name for role in roles for name in role.names}
+    for name, value in given.items():
+        if name not in known and isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2]:
             raise UnsupportedModel(
-                f"the language model gets {name!r} {list(value.shape)}, one entry for each token, which this "
-                f"compression does not know how to cut (family {core.config.model_type!r})"
+                f"{type(module).__name__} of {hosts.library_of(module)} gets {name!r} {list(value.shape)}, one entry "
+                "for each token, which this compression does not know how to cut"
             )
 
 

@@ -6,19 +6,21 @@ ask for.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, replaying, weak
+from ..errors import UnsupportedModel
 from ..rows import HELD, PAD, TEXT, Picture, Rows
-from . import shapes
+from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
 from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
+from .hosts import Arguments, Role
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
 
 
@@ -37,9 +39,11 @@ class Intake:
         self.spec = spec
         self.core = weak(core)
         self.projector = projector
-        self.signature = inspect.signature(type(core).forward)
-        config: Any = core.config
-        self.ids = [getattr(config, name, None) for name in spec.ids]
+        told = [*spec.told, *([] if spec.types is None else [spec.types])]
+        required = [hosts.IDS, hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE, hosts.PIXELS, *told]
+        also = [hosts.CLIP_PIXELS, hosts.ENCODED, hosts.CLIP_FRAMES, hosts.IMAGE_SIZES, hosts.SHARED_PICTURES]
+        self.arguments = Arguments(core, required, also)
+        self.ids = placeholders(core, spec)
         self.told = dict(zip((IMAGE, VIDEO), spec.told))
         self.shapes: deque[Tensor] = deque(maxlen=2)  # of pictures and of clips, as the tower was told
         self.incoming: Incoming | None = None
@@ -48,11 +52,13 @@ class Intake:
     def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
         if model is not core:
+            self.asked = Arguments(model, [hosts.CACHE, hosts.LOGITS])
             self.attachment.hook(model, "pre", self.ask)
         self.attachment.hook(core, "pre", self.enter)
+        self.attachment.hook(core, "close", self.leave)
         if self.spec.shapes is not None:
             tower = child(core, self.spec.tower)
-            self.tower_signature = inspect.signature(type(tower).forward)
+            self.tower_arguments = Arguments(tower, [self.spec.shapes])
             self.attachment.hook(tower, "pre", self.measure)
 
     # ------------------------------------------------------------------ hooks
@@ -62,25 +68,28 @@ class Intake:
         It wants logits of the prompt's last token and of every draft, on a cache. What the drafts say must not decide
         what stays: their tokens may be thrown away again.
         """
-        wanted = kwargs.get("logits_to_keep")
-        cached = kwargs.get("past_key_values") is not None
+        wanted = self.asked.get(hosts.LOGITS, args, kwargs)
+        cached = host_objects.cache_in(module, self.asked, args, kwargs) is not None
         self.drafts = wanted - 1 if cached and isinstance(wanted, int) and wanted > 1 else 0
 
     def enter(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Core pre-hook: where the pictures are; placeholders count only where features come along."""
-        given = self.signature.bind(module, *args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        encoded = given.get("mm_encoder_outputs") or {}
+
+        def given(role: Role) -> Any:
+            return self.arguments.get(role, args, kwargs)
+
+        encoded = given(hosts.ENCODED) or {}
         features = {
-            code: getattr(encoded[name], "pooler_output", None)  # absent where the projector runs later
-            for code, name in ((IMAGE, "image"), (VIDEO, "video"))
+            code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
+            for code, name in ((IMAGE, hosts.IMAGE_KEY), (VIDEO, hosts.CLIP_KEY))
             if encoded.get(name) is not None
         }
-        pixels = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        types = given.get(self.spec.types) if self.spec.types else None
+        pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
+        types = None if self.spec.types is None else given(self.spec.types)
+        ids, mask = given(hosts.IDS), given(hosts.MASK)
         codes = None
         if features or pixels:
-            codes = self._codes(module, given.get("input_ids"), given.get("inputs_embeds"), types)
+            codes = self._codes(module, ids, given(hosts.EMBEDDINGS), types)
         lengths: dict[int, list[int]] | None
         if pixels:
             self.shapes.clear()  # the tower is about to be called
@@ -89,21 +98,27 @@ class Intake:
                 lengths = shapes.lengths(self.told, given, module.config)
             else:
                 packing.calls.clear()
-                lengths = packing.lengths(given)
+                lengths = packing.lengths(given, self.arguments.called(args, kwargs))
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}
-        placed = given.get("position_ids") is not None
+        placed = given(hosts.POSITIONS) is not None
         drafts, self.drafts = self.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
-        self.incoming = Incoming(codes, given.get("attention_mask"), types, lengths or None, placed, seen, drafts)
+        self.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
+        if codes is None:
+            self.incoming.ids = ids
+
+    def leave(self, layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Core hook, after an exception too: what a call came with is gone with it."""
+        self.incoming = None
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
-        name = self.spec.shapes
-        assert name is not None
-        value = self.tower_signature.bind(module, *args, **kwargs).arguments.get(name)
+        role = self.spec.shapes
+        assert role is not None
+        value = self.tower_arguments.get(role, args, kwargs)
         if value is not None and not replaying():
-            self.shapes.append(shapes.read(name, value, self.core().config))
+            self.shapes.append(shapes.read(role, value, self.core().config))
 
     def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
         """What each column is, int8 `[B, S]`."""
@@ -126,12 +141,42 @@ class Intake:
         return codes.to(torch.int8)
 
     # ------------------------------------------------------------------ for the text model
-    def take(self, kwargs: dict[str, Any]) -> Incoming:
+    def take(self, mask: Any, positions: Any) -> Incoming:
         """What this call came with; where the text model was called alone, its own arguments tell."""
         incoming, self.incoming = self.incoming, None
-        if incoming is None:
-            incoming = Incoming(None, kwargs.get("attention_mask"), None, None, kwargs.get("position_ids") is not None)
-        return incoming
+        return Incoming(None, mask, None, None, positions is not None) if incoming is None else incoming
+
+    def check_features(self, module: Any, incoming: Incoming, pictures: list[Picture], columns: int, held: int) -> None:
+        """Placeholders without features, or features without placeholders, are no call that is known.
+
+        Args:
+            module: the inner model.
+            incoming: what the call came with.
+            pictures: that were found.
+            columns: S.
+            held: columns that the cache holds.
+
+        Raises:
+            HostChanged: one came without the other; a compression would do nothing and say nothing.
+        """
+        if held:  # a placeholder that was generated is text
+            return
+        if incoming.codes is not None and not pictures:
+            raise hosts.changed(
+                module,
+                f"features of pictures came along, and none of the placeholders {self.ids} stands in the prompt",
+            )
+        ids = incoming.ids
+        if ids is None or columns == 1 or torch.compiler.is_compiling():
+            return
+        known = torch.tensor([number for number in self.ids if number is not None], device=ids.device)
+        count = int(torch.isin(ids, known).sum())
+        if count:
+            raise hosts.changed(
+                module,
+                f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
+                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)})",
+            )
 
     def pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
         """Finds the pictures of a call; the one read-back of a prefill.
@@ -209,26 +254,45 @@ class Intake:
             rows.owner, rows.first_part = place.clone(), part
         return rows
 
-    def own(self, rows: Rows, kwargs: dict[str, Any]) -> None:
+    def own(self, rows: Rows, x: Tensor, given: Callable[[Role], Any]) -> dict[Role, Any]:
         """Takes over what hosts keep for each token, so that it follows the cuts.
 
         Args:
             rows: get it as states.
-            kwargs: of the text model; features that we add ourselves are taken out.
+            x: `[B, S, C]`, embeddings.
+            given: arguments of the text model.
+
+        Returns:
+            Arguments of the text model that change: features that we add ourselves are taken out.
         """
-        for name in self.spec.gather:
-            if kwargs.get(name) is not None:
-                rows.states[HOST, name] = kwargs[name]
+        for role in self.spec.gather:
+            value = given(role)
+            if value is not None:
+                rows.states[HOST, role] = value
         if self.spec.deepstack is None:
-            return
+            return {}
         where, what = self.spec.deepstack
-        visual, features = kwargs.get(where), kwargs.get(what)
+        visual, features = given(where), given(what)
         if visual is None or features is None:
-            return
-        x = kwargs["inputs_embeds"]
+            return {}
         for layer, feature in enumerate(features):
             room = x.new_zeros(x.shape)
             rows.states[deepstack(layer)] = room.masked_scatter(
                 visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
             )
-        kwargs[where] = kwargs[what] = None
+        return {where: None, what: None}
+
+
+def placeholders(core: Any, spec: VLMSpec) -> list[int | None]:
+    """Ids of the placeholders of pictures and of clips, from a model's configuration.
+
+    Raises:
+        UnsupportedModel: the configuration has no id for pictures.
+    """
+    ids = [getattr(core.config, name, None) for name in spec.ids]
+    if not isinstance(ids[0], int):
+        raise UnsupportedModel(
+            f"the configuration of {type(core).__name__} ({hosts.library_of(core)}) has no {spec.ids[0]!r}, by which "
+            "pictures are found in a prompt"
+        )
+    return ids

@@ -6,18 +6,20 @@ position embeddings; those of a segment behind a cut are made here, once a call.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModel
 from ..stream import Segment, Stream
+from . import hosts
 from .base import VLMSpec
 from .decoder_call import BLOCKS, HOST, Call, Incoming, SegmentCall
 from .decoder_taps import gather_rotary, last_of
-from .masks import block_ids, build_mask
+from .hosts import Role
+from .masks import block_ids, build_mask, check_mask
 
 
 class Segments:
@@ -37,6 +39,28 @@ class Segments:
         if self.rule is not None and self.rule.when is not None:
             name, value = self.rule.when
             self.rule = self.rule if getattr(lm().config, name, None) == value else None
+        self.typed = False
+
+    def check(self, first: int) -> None:
+        """Looks, before a hook is placed, whether the host's own functions take what they will be handed.
+
+        Args:
+            first: layer behind which rows are cut, or the number of layers.
+
+        Raises:
+            UnsupportedModel: one of them takes something else.
+        """
+        outer = self.spec.mask != "2d"
+        for kind in dict.fromkeys(self.kinds if outer else self.kinds[first:]):
+            check_mask(kind, self.rule)
+        if first < len(self.kinds):
+            rotary = getattr(self.lm(), "rotary_emb", None)
+            if rotary is None:
+                raise UnsupportedModel(
+                    f"{type(self.lm()).__name__} of {hosts.library_of(self.lm())} has no module rotary_emb, by which "
+                    "positions behind a cut are turned"
+                )
+            self.typed = hosts.Arguments(rotary, [hosts.POSITIONS], [hosts.LAYER_TYPE]).has(hosts.LAYER_TYPE)
 
     def blocks(self, incoming: Incoming, columns: int, held: int, stream: Stream | None) -> Tensor | None:
         """Bidirectional blocks of a call's columns, int64 `[B, S]`, or None.
@@ -53,30 +77,30 @@ class Segments:
         return block_ids(incoming.types[:, -columns:], self.rule, first)
 
     # ------------------------------------------------------------------ the first segment
-    def enter(self, call: Call, stream: Stream, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def enter(self, call: Call, stream: Stream, x: Tensor, given: Any) -> dict[Role, Any]:
         """Embeddings, positions and the mask that the text model gets.
 
         Args:
             call: this call.
             stream: its past.
             x: `[B, L, C]`, the rows.
-            kwargs: of the text model.
+            given: the mask that it got.
 
         Returns:
-            The keyword arguments that fit the rows.
+            The arguments that fit the rows.
         """
         segment, rows = stream.segments[0], call.rows
-        positions = _positions(call, segment)
+        changes: dict[Role, Any] = {hosts.EMBEDDINGS: x, hosts.POSITIONS: _positions(call, segment)}
         if rows is not None:
-            for name in self.spec.gather:
-                if (HOST, name) in rows.states:
-                    kwargs[name] = rows.states[HOST, name]
+            for role in self.spec.gather:
+                if (HOST, role) in rows.states:
+                    changes[role] = rows.states[HOST, role]
         count, new, blocks = call.added[0]
         valid = segment.extended(count, new, x.shape[0], x.device)
         mask: Any
         if self.spec.mask != "2d":
             blocks = segment.extended_blocks(count, blocks, x.shape[0], x.device)
-            mask = self._outer_masks(call, x, valid, blocks, kwargs.get("attention_mask"))
+            mask = self._outer_masks(call, x, valid, blocks, given)
         elif valid is not None:
             mask = valid.to(torch.int64)
         elif call.cache is not None:
@@ -84,7 +108,7 @@ class Segments:
         else:
             # Without a cache, position gaps and no mask read as packed sequences: say that all columns are one.
             mask = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
-        return {**kwargs, "inputs_embeds": x, "position_ids": positions, "attention_mask": mask}
+        return {**changes, hosts.MASK: mask}
 
     def _outer_masks(self, call: Call, x: Tensor, valid: Tensor | None, blocks: Tensor | None, given: Any) -> Any:
         """Masks of hosts that build them outside the text model, in the container they came in."""
@@ -159,8 +183,7 @@ class Segments:
         """Position embeddings at positions that a cut renumbered."""
         positions = _positions(call, segment)
         rotary = self.lm().rotary_emb
-        typed = "layer_type" in inspect.signature(type(rotary).forward).parameters
-        return rotary(hidden, positions, kind) if typed else rotary(hidden, positions)
+        return rotary(hidden, positions, kind) if self.typed else rotary(hidden, positions)
 
 
 def _positions(call: Call, segment: Segment) -> Tensor:

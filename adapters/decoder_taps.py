@@ -11,6 +11,7 @@ from ..errors import PassError
 from ..rows import Group, Moved
 from ..signals import DecoderTaps
 from ..stream import Segment
+from . import host_objects
 from .decoder_attention import AttentionForm, attention_form
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class LayerTaps:
         segment = self._before(ahead)
         if not segment.length or self.call.cache is None:
             return None
-        keys: Tensor = self.call.cache.layers[layer].keys
+        keys = host_objects.keys_in(self.module, self.call.cache, layer)
         if not ahead:  # the layer ran: its new keys are in there too
             new = self.call.added.get(segment.first, self.call.added[0])[0]
             keys = keys[:, :, : keys.shape[2] - new]

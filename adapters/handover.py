@@ -22,7 +22,9 @@ from ..rows import Picture, Rows
 from ..sequence import Row, Sequence
 from ..signals import Need
 from ..view import Signal, TokenView
+from . import hosts
 from .base import VLMSpec, child
+from .hosts import Arguments
 from .packing import Packing
 from .spans import IMAGE
 from .vit_block import Tower
@@ -90,6 +92,7 @@ class Projector:
             return
         module = child(core, self.spec.projector)
         if self.tower is not None:
+            self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
         self.attachment.hook(module, "post", self.spread)
 
@@ -99,7 +102,7 @@ class Projector:
         self.pending = None
         if replaying():
             return None
-        x = args[0] if args else kwargs["image_features"]
+        x = self.arguments.get(hosts.FEATURES, args, kwargs)
         current = None if self.tower is None else self.tower.current
         if current is None or x.dim() != 3:
             return None
@@ -116,9 +119,7 @@ class Projector:
         self.pending = (sequence, valid)
         if x is before:
             return None
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, "image_features": x}
+        return self.arguments.put(args, kwargs, {hosts.FEATURES: x})
 
     def spread(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Projector hook: features take the picture's first placeholders, zeros fill the rest."""

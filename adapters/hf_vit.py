@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
-from . import account
+from . import account, hosts
 from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
@@ -29,7 +29,7 @@ def _project(attn: Host, x: Tensor, which: str) -> Tensor:
 
 _BLOCK: dict[str, Any] = {
     "project": _project,
-    "bias": "attention_mask",
+    "bias": hosts.BIAS,
     "q": "q_proj",
     "k": "k_proj",
     "mlp": "mlp",
@@ -227,7 +227,7 @@ def text_spec(model: nn.Module) -> TextSpec | None:
         norm=text.final_layer_norm,
         width=int(text.config.hidden_size),
         heads=int(text.config.num_attention_heads),
-        mask="attention_mask",
+        mask=hosts.BIAS,
         end=end,
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedModel
 from ..method import Layout, StageLayout
 from ..signals import PER_TOKEN
-from . import account
+from . import account, hosts
 from .base import Adapter, BlockRule, TowerSpec, VLMSpec, child
 from .decoder import Decoder
 from .hf_vit import check_bias, vision_spec
@@ -36,14 +36,14 @@ _QWEN = VLMSpec(
     tower="visual",
     projector="visual.merger",
     ids=_BOTH,
-    types="mm_token_type_ids",
+    types=hosts.MODAL_TYPES,
     positions="mrope",
     feature=None,
     parts="mrope",
-    told=("image_grid_thw", "video_grid_thw"),
+    told=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS),
     whole="all pictures share one row, whose patches are merged in squares",
 )
-_QWEN3 = replace(_QWEN, deepstack=("visual_pos_masks", "deepstack_visual_embeds"))
+_QWEN3 = replace(_QWEN, deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES))
 _SMOLVLM = VLMSpec(
     lm="text_model",
     tower="vision_model",
@@ -64,7 +64,7 @@ _BLIP = VLMSpec(
 )
 _PALIGEMMA = VLMSpec(
     mask="4d",
-    types="token_type_ids",
+    types=hosts.TOKEN_TYPES,
     block=BlockRule(types=(0,), runs=False, sliding="or", first_only=True),
     feature=None,
     tower_cut="slots",
@@ -88,32 +88,32 @@ ROWS: dict[str, VLMSpec] = {
     "qwen3_5_moe": _QWEN,
     "glm4v": _QWEN,
     "glm46v": _QWEN,
-    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",)),
+    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), told=(hosts.IMAGE_GRIDS,)),
     "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
         parts="rows",
-        told=("image_sizes",),
-        shapes="image_sizes",
+        told=(hosts.IMAGE_SIZES,),
+        shapes=hosts.IMAGE_SIZES,
         whole="all pictures share one row, whose patches are merged in squares",
     ),
     "gemma3": VLMSpec(
-        mask="dict", types="token_type_ids", block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
+        mask="dict", types=hosts.TOKEN_TYPES, block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
         ids=_BOTH,
         mask="dict",
-        types="mm_token_type_ids",
+        types=hosts.MODAL_TYPES,
         block=BlockRule(types=(1, 2), full=False, when=("use_bidirectional_attention", "vision")),
-        gather=("per_layer_inputs",),
-        layer_args=(1,),
+        gather=(hosts.PER_LAYER,),
+        layer_args=(hosts.PER_LAYER_SLICE,),
         last_cut=_first_storing_layer,
         feature=None,
         parts="runs",
-        told=("image_position_ids", "video_position_ids"),
-        shapes="pixel_position_ids",
+        told=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
+        shapes=hosts.PIXEL_PLACES,
         whole="patches are pooled by their places",
     ),
     "paligemma": _PALIGEMMA,
@@ -124,6 +124,7 @@ ROWS: dict[str, VLMSpec] = {
         ids=("image_token_index",),
         feature=None,
         attention=False,
+        projects_late=True,
         parts="runs",
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
@@ -136,8 +137,8 @@ ROWS: dict[str, VLMSpec] = {
         feature=None,
         parts="runs",
         thumbnail="last",
-        told=("spatial_shapes",),
-        shapes="spatial_shapes",
+        told=(hosts.PATCH_SHAPES,),
+        shapes=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
     ),
 }
@@ -221,7 +222,7 @@ def discover(model: Any) -> VLMSpec:
         lm=found[0],
         projector="",
         ids=tuple(ids[:2]),
-        types="mm_token_type_ids" if mrope else None,
+        types=hosts.MODAL_TYPES if mrope else None,
         positions="mrope" if mrope else "1d",
         parts="mrope" if mrope else "runs",
     )
@@ -230,7 +231,7 @@ def discover(model: Any) -> VLMSpec:
 def _holds_layers(inner: nn.Module, path: str) -> bool:
     try:
         return isinstance(getattr(child(inner, path), "layers", None), nn.ModuleList)
-    except AttributeError:
+    except UnsupportedModel:
         return False
 
 

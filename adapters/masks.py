@@ -6,12 +6,16 @@ cache holds says all. Every layer type gets its own mask, sized by the layer tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModel
+from . import host_objects, hosts
 from .base import BlockRule
+from .hosts import Role
 
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
 """Layer types without a key for each token."""
@@ -52,42 +56,82 @@ def build_mask(
     Returns:
         What the host's attention takes.
     """
-    from transformers import masking_utils as host
-
-    given: dict[str, Any] = {
-        "config": config,
-        "inputs_embeds": hidden,
-        "attention_mask": valid,
-        "past_key_values": cache,
-        "position_ids": None,  # gaps would read as packed sequences
-        "layer_idx": layer,
-    }
-    sliding = kind == "sliding_attention"
-    how = None
-    if blocks is not None and rule is not None:
-        how = rule.sliding if sliding else ("or" if rule.full else None)
-    if how == "and":
-        return host.create_causal_mask(
-            **given,
-            or_mask_function=host.blockwise_overlay(_reaching(blocks, cache, layer, hidden.shape[1])),
-            and_mask_function=host.sliding_window_overlay(config.sliding_window),
-        )
-    if how == "or":
-        given["block_sequence_ids"] = blocks
-    if kind in RECURRENT:
-        given.pop("layer_idx")
+    make, given = _recipe(kind, rule if blocks is not None else None)
+    if make is None:
         if cache is not None and hidden.shape[1] == 1:
             return None
         return None if valid is None else valid[:, -hidden.shape[1] :]
-    if explicit:
-        given["allow_is_causal_skip"] = False
-    return host.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](**given)
+    values: dict[Role, Any] = {
+        hosts.CONFIG: config,
+        hosts.EMBEDDINGS: hidden,
+        hosts.MASK: valid,
+        hosts.CACHE: cache,
+        hosts.POSITIONS: None,  # gaps would read as packed sequences
+        hosts.LAYER: layer,
+        hosts.BLOCKS: blocks,
+        hosts.MAY_SKIP: False,
+    }
+    if hosts.OR_MASK in given:
+        from transformers import masking_utils as host
+
+        values[hosts.OR_MASK] = host.blockwise_overlay(_reaching(blocks, cache, layer, hidden.shape[1]))
+        values[hosts.AND_MASK] = host.sliding_window_overlay(config.sliding_window)
+    if not explicit:
+        given = [role for role in given if role != hosts.MAY_SKIP]
+    return make(**hosts.named(make, {role: values[role] for role in given}))
+
+
+def _recipe(kind: str, rule: BlockRule | None) -> tuple[Callable[..., Any] | None, list[Role]]:
+    """The host's function for a layer type, and what it is handed; None where layers keep no keys.
+
+    Args:
+        kind: layer type.
+        rule: how bidirectional blocks enter, where there are any.
+
+    Raises:
+        UnsupportedModel: the host has no such function.
+    """
+    from transformers import masking_utils as host
+
+    if kind in RECURRENT:
+        return None, []
+    common = [hosts.CONFIG, hosts.EMBEDDINGS, hosts.MASK, hosts.CACHE, hosts.POSITIONS, hosts.LAYER]
+    sliding = kind == "sliding_attention"
+    how = None if rule is None else rule.sliding if sliding else ("or" if rule.full else None)
+    if how == "and":
+        for part in ("create_causal_mask", "blockwise_overlay", "sliding_window_overlay"):
+            if not hasattr(host, part):
+                raise UnsupportedModel(f"transformers {hosts.version_of('transformers')} has no {part}() for masks")
+        return host.create_causal_mask, [*common, hosts.OR_MASK, hosts.AND_MASK]
+    make = host.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind)
+    if make is None:
+        raise UnsupportedModel(
+            f"transformers {hosts.version_of('transformers')} has no mask function for {kind!r} layers, by which masks "
+            f"behind a cut are made; it has {', '.join(host.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)}"
+        )
+    return make, [*common, hosts.MAY_SKIP, *([hosts.BLOCKS] if how == "or" else [])]
+
+
+def check_mask(kind: str, rule: BlockRule | None) -> None:
+    """Checks that the host's function for a layer type takes what it will be handed.
+
+    Args:
+        kind: layer type.
+        rule: how bidirectional blocks enter, or None.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    for blocks in {None, rule}:
+        make, given = _recipe(kind, blocks)
+        if make is not None:
+            hosts.named(make, dict.fromkeys(given))
 
 
 def _reaching(blocks: Tensor | None, cache: Any, layer: int, count: int) -> Tensor:
     """Block ids for every key that the mask indexes, padded with -1."""
     assert blocks is not None
-    length, offset = (blocks.shape[1], 0) if cache is None else cache.get_mask_sizes(count, layer)
+    length, offset = (blocks.shape[1], 0) if cache is None else host_objects.span_of(cache, cache, count, layer)
     missing = length + offset - blocks.shape[1]
     return torch.nn.functional.pad(blocks, (0, missing), value=-1) if missing > 0 else blocks
 

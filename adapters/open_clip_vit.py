@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Layout
-from . import account
+from . import account, hosts
 from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
@@ -38,7 +38,7 @@ MHA_BLOCK = BlockSpec(
     project=_project,
     scale=lambda attn: float(attn.head_dim) ** -0.5,
     heads="num_heads",
-    bias="key_padding_mask",
+    bias=hosts.KEY_BIAS,
     bias_rank=2,
 )
 
@@ -134,13 +134,13 @@ def text_spec(model: Host) -> TextSpec | None:
         return ids.argmax(1) if pool == "argmax" else ids.eq(eos).to(torch.int64).argmax(1)
 
     return TextSpec(
-        block=replace(MHA_BLOCK, bias="attn_mask"),
+        block=replace(MHA_BLOCK, bias=hosts.BIAS),
         blocks=tuple(blocks),
         ids=tower.token_embedding,
         norm=tower.ln_final,
         width=int(tower.transformer.width),
         heads=int(blocks[0].attn.num_heads),
-        mask="attn_mask",
+        mask=hosts.BIAS,
         end=end,
         causal=getattr(tower, "attn_mask", None) is not None,
     )

@@ -13,7 +13,7 @@ import copy
 import inspect
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from ..attachment import weak
 from ..errors import CacheError
 from ..rows import Picture, Rows
+from . import hosts
 from .base import VLMSpec
+from .hosts import Role
 from .spans import IMAGE, VIDEO
 
 PROBE = 8
@@ -81,11 +83,12 @@ class Packing:
         self.calls.append(Encoded(output[..., :PROBE].detach().clone(), carried))
 
     # ------------------------------------------------------------------ what the arguments of the inner model tell
-    def lengths(self, given: Mapping[str, Any]) -> dict[int, list[int]] | None:
+    def lengths(self, given: Callable[[Role], Any], options: Mapping[str, Any]) -> dict[int, list[int]] | None:
         """Tokens of each picture and clip, before they are encoded.
 
         Args:
-            given: arguments of the inner model.
+            given: arguments of the inner model, and
+            options: the same under the host's names, for its own packing.
 
         Returns:
             By code, in the order of the placeholders; None where nothing is told.
@@ -93,16 +96,16 @@ class Packing:
         core = self.core()
         found: dict[int, list[int]] = {}
         patches = self._side()[1]
-        sizes, pixels, clips = (given.get(n) for n in ("image_sizes", "pixel_values", "pixel_values_videos"))
+        sizes, pixels, clips = (given(role) for role in (hosts.IMAGE_SIZES, hosts.PIXELS, hosts.CLIP_PIXELS))
         if pixels is not None and sizes is not None:
             sizes = torch.as_tensor(sizes).tolist()
             counts = [self._crops(size) for size in sizes]
-            several = given.get("batch_num_images")
+            several = given(hosts.SHARED_PICTURES)
             if several is not None:  # pictures that share a prompt are not cut into crops
                 alone = [n == 1 for n in torch.as_tensor(several).tolist() for _ in range(n)]
                 counts = [count if one else 1 for count, one in zip(counts, alone)]
             crops = [torch.empty(count, patches, 1, device="meta") for count in counts]
-            options = {name: value for name, value in given.items() if value is not None}
+            options = {name: value for name, value in options.items() if value is not None}
             packed = self._packed(core, crops, sizes, self._newline(crops[0]), options)
             found[IMAGE] = [len(one) for one in packed]
         if clips is not None and self.pool:
@@ -132,7 +135,7 @@ class Packing:
     ) -> list[Tensor]:
         """The host's packing of some crops, `[n, channels]` for each picture."""
         pack = getattr(type(self.core()), self.pack)
-        ours = {"image_features": crops, "image_sizes": sizes, "image_newline": newline}
+        ours = hosts.named(pack, {hosts.FEATURES: crops, hosts.IMAGE_SIZES: sizes, hosts.SEPARATOR: newline})
         names = [name for name in list(inspect.signature(pack).parameters)[1:] if name not in ours]
         rest = {name: given[name] if name in given else getattr(owner.config, name) for name in names}
         packed: list[Tensor] = pack(owner, **ours, **rest)[0]

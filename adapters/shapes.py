@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..rows import Picture
+from . import hosts
+from .hosts import Role
 
 
 def _of_pixels(value: Any, config: Any) -> Tensor:
@@ -36,50 +38,51 @@ def _of_places(value: Any, config: Any) -> Tensor:
     return ((value.flatten(0, -3).amax(1) + 1) // config.vision_config.pooling_kernel_size).flip(-1)
 
 
-_BY_ARGUMENT: dict[str, Callable[[Any, Any], Tensor]] = {
-    "image_sizes": _of_pixels,
-    "spatial_shapes": _of_patches,
-    "image_grid_thw": _of_grids,
-    "video_grid_thw": _of_grids,
-    "image_position_ids": _of_places,
-    "video_position_ids": _of_places,
-    "pixel_position_ids": _of_places,
+_BY_ARGUMENT: dict[Role, Callable[[Any, Any], Tensor]] = {
+    hosts.IMAGE_SIZES: _of_pixels,
+    hosts.PATCH_SHAPES: _of_patches,
+    hosts.IMAGE_GRIDS: _of_grids,
+    hosts.CLIP_GRIDS: _of_grids,
+    hosts.IMAGE_PLACES: _of_places,
+    hosts.CLIP_PLACES: _of_places,
+    hosts.PIXEL_PLACES: _of_places,
 }
 
 
-def read(name: str, value: Any, config: Any) -> Tensor:
+def read(role: Role, value: Any, config: Any) -> Tensor:
     """Shapes that an argument tells.
 
     Args:
-        name: of the argument.
+        role: of the argument.
         value: of it.
         config: of the whole model.
 
     Returns:
         int64 `[pictures, 3]`: frames, rows and columns of tokens.
     """
-    shapes = _BY_ARGUMENT[name](value, config)
+    shapes = _BY_ARGUMENT[role](value, config)
     return shapes if shapes.shape[-1] == 3 else torch.nn.functional.pad(shapes, (1, 0), value=1)
 
 
-def lengths(names: Mapping[int, str], given: Mapping[str, Any], config: Any) -> dict[int, list[int]] | None:
+def lengths(told: Mapping[int, Role], given: Callable[[Role], Any], config: Any) -> dict[int, list[int]] | None:
     """Tokens of each picture and clip, from the arguments of the inner model.
 
     Args:
-        names: the argument that tells, by code of the placeholders.
-        given: the arguments.
+        told: the argument that tells, by code of the placeholders.
+        given: its value in this call.
         config: of the whole model.
 
     Returns:
         By code, in the order of the placeholders; None where nothing is told.
     """
     found = {}
-    for code, name in names.items():
-        if given.get(name) is None:
+    for code, role in told.items():
+        value = given(role)
+        if value is None:
             continue
-        counts = read(name, given[name], config).prod(-1)
-        frames = given.get("num_frames_per_video")
-        if name == "video_position_ids" and frames is not None:  # each frame is encoded like a picture
+        counts = read(role, value, config).prod(-1)
+        frames = given(hosts.CLIP_FRAMES) if role == hosts.CLIP_PLACES else None
+        if frames is not None:  # each frame is encoded like a picture
             counts = torch.stack([clip.sum() for clip in counts.split(torch.as_tensor(frames).tolist())])
         found[code] = counts.tolist()
     return found or None

@@ -7,7 +7,6 @@ original length back, so that hosts find the end-of-text token at its place.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,9 @@ from ..rows import PAD, TEXT, Group, Picture, RowNotes, Rows, RowState
 from ..sequence import Row
 from ..signals import TOWER_SIGNALS, TowerTaps, tower_signals
 from ..view import Signal, TokenView
-from .base import TextSpec, TowerSpec, child
+from . import hosts
+from .base import TextSpec, TowerSpec
+from .hosts import Arguments
 from .vit_block import Tower
 from .vit_pass import LayerRecord, Pass
 
@@ -140,13 +141,12 @@ class TextTower(Tower):
     def __init__(self, attachment: Attachment, spec: TextSpec) -> None:
         self.text = spec.end
         self.causal = spec.causal
-        self.mask_name = spec.mask
-        self.mask_at = list(inspect.signature(child(spec.blocks[0], spec.block.attn).forward).parameters).index(
-            spec.mask
-        )
+        self.mask = spec.mask
+        self.ids = Arguments(spec.ids, [hosts.IDS], [hosts.MASK])
         self.given: tuple[Tensor, Tensor | None] | None = None
         super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, None, -1, "text"))
         if self.entries:
+            self.normed = Arguments(spec.norm, [hosts.HIDDEN])
             attachment.hook(spec.ids, "pre", self.read)
             attachment.hook(spec.norm, "pre", self.restore)
 
@@ -161,9 +161,9 @@ class TextTower(Tower):
     # ------------------------------------------------------------------ hooks
     def read(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook where the ids come by."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = self.ids.get(hosts.IDS, args, kwargs)
         if isinstance(ids, Tensor) and not replaying():
-            self.given = (ids.view(-1, ids.shape[-1]), kwargs.get("attention_mask"))
+            self.given = (ids.view(-1, ids.shape[-1]), self.ids.get(hosts.MASK, args, kwargs))
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: a mask that fits the rows, with log(size) where a method wants it."""
@@ -171,7 +171,7 @@ class TextTower(Tower):
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
-        x = args[0] if args else kwargs["hidden_states"]
+        x = self.attentions[layer].get(hosts.HIDDEN, args, kwargs)
         self._recognise(record, layer, x, again)
         if not again:
             record.taps["attn"] = module
@@ -188,16 +188,15 @@ class TextTower(Tower):
             mask = (
                 mask[0, 0] if mask.shape[0] == 1 else mask.repeat_interleave(getattr(module, self.block.heads), 0)[:, 0]
             )
-        if self.mask_at < len(args):
-            return (*args[: self.mask_at], mask, *args[self.mask_at + 1 :]), kwargs
-        return args, {**kwargs, self.mask_name: mask}
+        return self.attentions[layer].put(args, kwargs, {self.mask: mask})
 
     def restore(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the final norm: rows get their original length back."""
         if self.current is None or replaying() or not self.current.sequence.changed:
             return None
         state = self.current.sequence
-        return (state.rows.restore(args[0], state.entered), *args[1:]), kwargs
+        x = self.normed.get(hosts.HIDDEN, args, kwargs)
+        return self.normed.put(args, kwargs, {hosts.HIDDEN: state.rows.restore(x, state.entered)})
 
     # ------------------------------------------------------------------ passes
     def _begin(self, x: Tensor) -> None:

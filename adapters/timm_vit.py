@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Layout
-from . import account
+from . import account, hosts
 from .base import Adapter, BlockSpec, Host, TowerSpec
 from .vit_block import Tower
 
@@ -61,12 +61,12 @@ _BLOCK: dict[str, Any] = {
     "project": _project,
     "scale": _scale,
     "heads": "num_heads",
-    "bias": "attn_mask",
+    "bias": hosts.BIAS,
     "q": "q_norm",
     "k": "k_norm",
 }
 VIT_BLOCK = BlockSpec(**_BLOCK)
-EVA_BLOCK = BlockSpec(**_BLOCK, rope="rope", rotate=_rotate)
+EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
 
 
 class TimmViT(Adapter):

@@ -13,7 +13,6 @@ twice.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -27,7 +26,9 @@ from ..method import StageLayout
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
+from . import host_objects, hosts
 from .base import TowerSpec, child
+from .hosts import Arguments
 from .vit_pass import LayerRecord, Pass, autocast_dtype, probe, same_forward
 from .vit_taps import BlockTaps
 
@@ -56,7 +57,10 @@ class Tower:
         self.follow = bool(spec.block.rope)
         proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
         self.proportional_from = min(proportional, default=self.depth)
-        self._bias_at: int | None = None
+        self.width = spec.width
+        self.inputs: dict[int, Arguments] = {}
+        self.attentions: dict[int, Arguments] = {}
+        self.middles: dict[int, Arguments] = {}
         self.refuse_bias()
         self._install(spec)
 
@@ -90,19 +94,21 @@ class Tower:
             if not (layer == 0 or own or biased or moved or (self.spread and layer == self.last)):
                 continue
             attn = child(module, self.block.attn)
+            self.inputs[layer] = Arguments(module, [hosts.HIDDEN, *([self.block.rope] if self.block.rope else [])])
             put(module, "pre", self.start, layer)
             if biased or own:
+                wanted_of_attention = [role for role in (hosts.HIDDEN, self.block.bias, self.block.rope) if role]
+                self.attentions[layer] = Arguments(attn, wanted_of_attention)
                 put(attn, "pre", self.attend, layer)
-                if self._bias_at is None and self.block.bias is not None:
-                    names = list(inspect.signature(attn.forward).parameters)
-                    self._bias_at = names.index(self.block.bias)
             wanted = self._projections(here, layer)
             if "q" in wanted and self.block.q is not None:
                 put(child(attn, self.block.q), "post", self.tap_q, layer)
             if "k" in wanted and self.block.k is not None:
                 put(child(attn, self.block.k), "post", self.tap_k, layer)
             if here["mid"]:
-                put(child(module, self.block.mid), "pre", self.mid, layer)
+                reader = child(module, self.block.mid)
+                self.middles[layer] = Arguments(reader, [hosts.HIDDEN])
+                put(reader, "pre", self.mid, layer)
                 put(child(module, self.block.branch_end), "post", self.branch, layer)
             if own or (self.spread and layer == self.last):
                 put(module, "post", self.end, layer)
@@ -132,11 +138,14 @@ class Tower:
         if self.reader.muted:
             return None
         again = replaying()
-        x = args[0] if args else kwargs["hidden_states"]
+        arguments = self.inputs[layer]
+        x = arguments.get(hosts.HIDDEN, args, kwargs)
+        rope = None if self.block.rope is None else arguments.get(self.block.rope, args, kwargs)
         if again:
             record = self._replay(layer, x)
         else:
             if layer == 0:
+                self._check_input(module, x)
                 self._begin(x)
                 self._pass.autocast = autocast_dtype(x.device.type)
             record = self._enter(layer)
@@ -151,24 +160,29 @@ class Tower:
         else:
             record.start, record.inserted = [], 0
             for entry in self.attachment.at(self.stage, layer, "start"):
-                taps = self._ahead(layer, module, x, kwargs)
+                taps = self._ahead(layer, module, x, rope)
                 if entry.inserts:
                     longer = self._insert(entry, record, x, taps)
                     if longer is not x:
-                        x, taps = longer, self._ahead(layer, module, longer, kwargs)
+                        x, taps = longer, self._ahead(layer, module, longer, rope)
                 x = self._cut(entry, record.start, x, taps, layer)
-        changed = x is not before
-        if self.block.rope is not None and kwargs.get(self.block.rope) is not None:
+        changes: dict[hosts.Role, Any] = {} if x is before else {hosts.HIDDEN: x}
+        if self.block.rope is not None and rope is not None:
             if not again:
-                record.rope = self._pass.rotary(kwargs[self.block.rope], x.shape[0])
+                record.rope = self._pass.rotary(rope, x.shape[0])
             if record.rope is not None:
-                kwargs = {**kwargs, self.block.rope: record.rope}
-                changed = True
-        if not changed:
-            return None
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": x}
+                changes[self.block.rope] = record.rope
+        return arguments.put(args, kwargs, changes) if changes else None
+
+    def _check_input(self, module: nn.Module, x: Any) -> None:
+        """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
+
+        Raises:
+            HostChanged: it is not `[B, L, C]`.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
+            what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise hosts.changed(module, f"its hidden states are {what}, where [B, L, {self.width}] is expected")
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
@@ -176,29 +190,26 @@ class Tower:
             return None
         again = replaying()
         record = (self._trained if again else self._pass).record(layer)
-        self._recognise(record, layer, args[0] if args else kwargs["hidden_states"], again)
+        arguments = self.attentions[layer]
+        x = arguments.get(hosts.HIDDEN, args, kwargs)
+        self._recognise(record, layer, x, again)
         if not again:
             record.taps.update(attn=module, row=self._pass.sequence.row, cuts=())
             if self.block.q is None:
-                record.taps["x"] = args[0] if args else kwargs["hidden_states"]
+                record.taps["x"] = x
             if self.block.rope is not None:
-                record.taps["rope"] = kwargs.get(self.block.rope)
+                record.taps["rope"] = arguments.get(self.block.rope, args, kwargs)
             if layer >= self.proportional_from:
-                x = args[0] if args else kwargs["hidden_states"]
                 record.bias = self._pass.sequence.key_bias(x.dtype)
         if record.bias is None or self.block.bias is None:
             return None
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
-        at = self._bias_at if self._bias_at is not None else 0
-        given = args[at] if at < len(args) else kwargs.get(self.block.bias)
-        if given is not None:
+        if arguments.get(self.block.bias, args, kwargs) is not None:
             raise PassError(
                 f"the {self.stage} tower was called with an attention mask; proportional attention cannot be combined "
                 "with it (switch it off in the method, or call the model without a mask)"
             )
-        if at < len(args):
-            return (*args[:at], bias, *args[at + 1 :]), kwargs
-        return args, {**kwargs, self.block.bias: bias}
+        return arguments.put(args, kwargs, {self.block.bias: bias})
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Catches q."""
@@ -214,7 +225,7 @@ class Tower:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
         if self.reader.muted:
             return None
-        full = args[0]
+        full = self.middles[layer].get(hosts.HIDDEN, args, kwargs)
         if replaying():
             record = self._trained.record(layer)
             x = full
@@ -240,7 +251,7 @@ class Tower:
             full.set_(x)
             return None
         record.full, record.merged = full, x
-        return (x, *args[1:]), kwargs
+        return self.middles[layer].put(args, kwargs, {hosts.HIDDEN: x})
 
     def branch(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Hook on the end of the MLP branch: keeps its output aside, or puts it on the slots' places."""
@@ -265,7 +276,7 @@ class Tower:
         again = replaying()
         run = self._trained if again else self._pass
         record = run.record(layer)
-        out = output[0] if isinstance(output, tuple) else output
+        out = host_objects.hidden_of(module, output)
         before = out
         if record.mid and record.merged is not None and record.full is not None:
             if record.branch is not None:
@@ -295,7 +306,7 @@ class Tower:
         record.branch = record.merged = record.full = None
         if out is before:
             return None
-        return (out, *output[1:]) if isinstance(output, tuple) else out
+        return host_objects.with_hidden(output, out)
 
     def _let_go(self, layer: int, record: LayerRecord) -> None:
         """Drops what was caught of the attention where nobody asks for it any more: memory that the MLP can use."""
@@ -496,9 +507,9 @@ class Tower:
         """Taps of the block that runs now."""
         return self.reader.inside(self._pass, record, x, self._bias(x, layer, record))
 
-    def _ahead(self, layer: int, module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> TowerTaps:
-        """Taps of a block that has not run yet."""
-        return self.reader.ahead(self._pass, module, x, self._bias(x, layer), kwargs)
+    def _ahead(self, layer: int, module: nn.Module, x: Tensor, rope: Tensor | None) -> TowerTaps:
+        """Taps of a block that has not run yet; `rope` is the rotary table that the host gives it."""
+        return self.reader.ahead(self._pass, module, x, self._bias(x, layer), rope)
 
     def _bias(self, x: Tensor, layer: int, record: LayerRecord | None = None) -> Tensor | None:
         """What a block adds to its logits: the one that runs and has this record, or one that has not run yet."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class BlockTaps:
             cuts=caught.get("cuts", ()),
         )
 
-    def ahead(self, run: Pass, module: nn.Module, x: Tensor, bias: Tensor | None, kwargs: dict[str, Any]) -> TowerTaps:
+    def ahead(self, run: Pass, module: nn.Module, x: Tensor, bias: Tensor | None, table: Tensor | None) -> TowerTaps:
         """Taps of a block that has not run yet, from its own norm and projections.
 
         Args:
@@ -68,7 +67,7 @@ class BlockTaps:
             module: the block.
             x: `[B, L, C]`, its input.
             bias: what it will add to the logits.
-            kwargs: what it is called with; a rotary table in it is brought to the tokens that are left.
+            table: the rotary table that the host gives it, or None; it is brought to the tokens that are left.
         """
         attn = child(module, self.block.attn)
 
@@ -80,7 +79,6 @@ class BlockTaps:
             finally:
                 self.muted = False
 
-        table = kwargs.get(self.block.rope) if self.block.rope else None
         if table is not None:
             moved = run.rotary(table, x.shape[0])
             table = table if moved is None else moved

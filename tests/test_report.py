@@ -273,12 +273,23 @@ def test_a_total_adds_up_all_passes_and_their_steps():
     assert total.line("decode").after.low < total.line("decode").before
 
 
-def test_a_prompt_without_pictures_has_no_tower_pass_in_its_report():
+def test_a_report_is_of_the_last_prompt_with_pictures():
     model = _model("HF LLaVA")
     with torch.no_grad(), vlmtok.compress(model, FastV()) as run:
         _generate(model, 2, ("^3I4",))()
+        seen = run.report()
+        _generate(model, 2, ("6",))()
+        report, total = run.report(), run.report(total=True)
+    assert report.problem is None and report.lines == seen.lines and report.layers == seen.layers
+    assert total.line("prefill").before > seen.line("prefill").before, "all passes count the prompt without pictures"
+
+
+def test_a_prompt_without_pictures_has_no_tower_pass_in_its_report():
+    model = _model("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, FastV()) as run:
         _generate(model, 2, ("6",))()
         report = run.report()
+        _generate(model, 2, ("^3I4",))()
     assert [line.name for line in report.lines] == ["prefill", "signals", "method"]
     assert report.line("prefill").before == report.line("prefill").after.low
 
@@ -288,6 +299,10 @@ def test_a_compression_that_never_fired_says_so():
     run = vlmtok.compress(model, FastV())
     report = run.report()
     assert report.notes[0] == "never fired: no pass has run" and report.lines == [] and report.layers == []
+    assert report.problem == report.to_dict()["problem"] == "never fired: no pass has run"
+    for text in (str(report), report.to_markdown()):
+        assert "error: never fired" in text and text.count("no pass has run") == 1
+    assert "problem,never fired: no pass has run" in report.to_csv()
     assert "never fired" in str(report) and report.sites[0].after is None
     with torch.no_grad():
         model(**models.Batch.of("6").inputs())

@@ -199,7 +199,8 @@ class Attachment:
         Args:
             module: where.
             kind: ``pre`` (call(layer, module, args, kwargs)), or ``post`` (call(layer, module, args, kwargs, output)),
-                which runs before hooks that were there already, so that hosts record what we return.
+                which runs before hooks that were there already, so that hosts record what we return; ``close`` is
+                ``post`` and runs after an exception too.
             call: method of a driver.
             layer: passed on.
         """
@@ -207,7 +208,10 @@ class Attachment:
         if kind == "pre":
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            closing = kind == "close"
+            self._handles.append(
+                module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=closing)
+            )
 
     def suspend(self) -> None:
         """Goes quiet while another attachment tries to take its place."""

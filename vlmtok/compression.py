@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .attachment import Attachment, hooks_of, sweep
-from .errors import ParameterError, PassError, SiteError, VlmtokWarning
+from .errors import ParameterError, PassError, SiteError, UnsupportedModel, VlmtokError, VlmtokWarning
 from .method import Layout, Method, parse_methods
 from .view import TokenView
 
@@ -60,7 +60,8 @@ def compress(
     methods = _methods(method)
     if signals is not None and not (isinstance(signals, Mapping) and all(map(callable, signals.values()))):
         raise ParameterError(f"compress() takes signals as functions of the view by name, got signals={signals!r}")
-    carrier = adapter_for(model, adapter)
+    with _reading(model):
+        carrier = adapter_for(model, adapter)
     sweep(carrier.model)
     dispatcher = _dispatcher(carrier.model) or Dispatcher(carrier.model, adapter)
     part = dispatcher.model()
@@ -189,7 +190,8 @@ class Dispatcher:
 
         signals = {name: make for member in members for name, make in member.signals.items()}
         methods = [method for member in members for method in member.methods]
-        layout = adapter_for(self._model(), self.adapter).layout()
+        with _reading(self._model()):
+            layout = adapter_for(self._model(), self.adapter).layout()
         return Attachment(methods, layout, signals, any(member.trace for member in members), owner=self)
 
     def _check(self, attachment: Attachment, member: Member) -> None:
@@ -221,9 +223,10 @@ class Dispatcher:
         if before is not None:
             before.suspend()
         try:
-            carrier = adapter_for(self._model(), self.adapter)
-            carrier.install(attachment)
-            meter(carrier, attachment)
+            with _reading(self._model()):
+                carrier = adapter_for(self._model(), self.adapter)
+                carrier.install(attachment)
+                meter(carrier, attachment)
         except BaseException:
             attachment.remove()
             if before is not None:
@@ -249,6 +252,27 @@ class Dispatcher:
         if model is None:
             raise PassError("the compressed model no longer exists")
         return model
+
+
+@contextlib.contextmanager
+def _reading(model: nn.Module) -> Iterator[None]:
+    """Context of looking a model over: what it lacks makes it one that is not supported, whatever the slip is called.
+
+    Raises:
+        UnsupportedModel: in place of an AttributeError, KeyError, IndexError or TypeError that is none of ours.
+    """
+    from .adapters.hosts import library_of
+
+    try:
+        yield
+    except VlmtokError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError) as problem:
+        raise UnsupportedModel(
+            f"{type(model).__name__} of {library_of(model)} is not built as its adapter expects "
+            f"({type(problem).__name__}: {problem}); use a version of constraints.txt, or a newer vlmtok. "
+            "`vlmtok doctor` tells which families run here"
+        ) from problem
 
 
 def _methods(method: Method | str | Sequence[Method | str]) -> list[Method]:

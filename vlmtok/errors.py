@@ -45,6 +45,10 @@ class CacheError(VlmtokError, RuntimeError):
     """The key-value cache or the arguments of this call do not fit what was cut before."""
 
 
+class HostChanged(VlmtokError, RuntimeError):
+    """A call of the host library is not what the hooks take it for: another version, or a use that nobody foresaw."""
+
+
 class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
 

@@ -140,8 +140,9 @@ class Ledger:
     """Passes of a compression.
 
     Attributes:
-        last: the last pass of each stage; what adds text to a filled cache stands under ``continued``, so that the
-            prefill is not lost behind it.
+        last: the last pass of each stage. What adds text to a filled cache stands under ``continued``, and a prompt
+            without pictures under ``pictureless`` (what continues it under ``pictureless continued``), so that the last
+            prefill with pictures is not lost behind them.
         passes: how many passes each stage has seen.
         fired: visits per (stage, layer, point, method).
         steps: decode steps so far.
@@ -166,15 +167,25 @@ class Ledger:
         """Opens the books of a pass; those of the stage's pass before are closed."""
         if not torch.compiler.is_compiling() and torch.cuda.is_initialized():
             run.captured = torch.cuda.is_current_stream_capturing()
-        name = "continued" if run.continues else run.stage
-        for closed in (name, "continued") if run.stage == "decoder" else (name,):
+        name = self._name(run)
+        for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
             if closed in self.last:
                 self._close(self.last.pop(closed))
         self.last[name] = run
-        self.passes[name] = self.passes.get(name, 0) + 1
+        counted = "continued" if run.continues else run.stage
+        self.passes[counted] = self.passes.get(counted, 0) + 1
         if run.stage == "decoder":
             self._decoder = run
         return run
+
+    def _name(self, run: StageRun) -> str:
+        """Under which name a pass stands."""
+        if run.stage != "decoder" or run.pictures:
+            return run.stage
+        if not run.continues:
+            return "pictureless"
+        follows = [name for name in ("pictureless", "pictureless continued") if name in self.last]
+        return "pictureless continued" if any(self.last[name] is self._decoder for name in follows) else "continued"
 
     def visit(self, run: StageRun, event: Event) -> None:
         """Books one visit."""

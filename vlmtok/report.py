@@ -141,6 +141,7 @@ class Report:
         passes: how many passes each stage has seen.
         kernels: ``"op:path"`` to the number of eager calls in this process since the compression.
         notes: what to know before trusting a figure.
+        problem: why this is no report of a compression at all, or None: no method was asked, so nothing was saved.
         open: methods and sites whose counts depend on content, so that figures are ranges.
         figure: the total under the convention that was asked for, or None.
     """
@@ -156,6 +157,7 @@ class Report:
     passes: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problem: str | None = None
     open: list[str] = field(default_factory=list)
     figure: Line | None = None
     _shape: ModelShape | None = field(default=None, repr=False)
@@ -186,11 +188,14 @@ class Report:
         ledger = attachment.ledger
         runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger.last)]
         runs, notes = _seen(attachment, shape, runs)
+        problem = None
         if not ledger.fired and not attachment.compiled:
             blind = any(run.stage == "decoder" for run, _ in runs) and not any(run.pictures for run, _ in runs)
             why = "no pass has run" if not runs else "no prompt had a picture" if blind else "no method was asked"
-            notes.insert(0, f"never fired: {why}")
+            problem = f"never fired: {why}"
+            notes.insert(0, problem)
         report = cls._make(attachment, shape, [runs], "all passes" if total else "last pass", notes)
+        report.problem = problem
         report.passes = {**ledger.passes, **({"decode steps": ledger.steps} if ledger.steps else {})}
         report.kernels = kernels.ran(since=ledger.kernels)
         return report
@@ -350,6 +355,7 @@ class Report:
             ],
             "passes": self.passes,
             "kernels": self.kernels,
+            "problem": self.problem,
             "notes": self.notes,
         }
 
@@ -362,6 +368,8 @@ class Report:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["kind", "name", "layer", "unit", "before", "after_low", "after_high"])
+        if self.problem is not None:
+            writer.writerow(["problem", self.problem, "", "", "", "", ""])
         for _, item in self._counted():
             for line in (item, _flops(item)):
                 writer.writerow(["cost", line.name, "", line.unit, line.before, line.after.low, line.after.high])
@@ -376,7 +384,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """The tables in Markdown."""
-        parts = [f"**{self._title()}**"]
+        parts = [f"**{self._title()}**", *([f"**error: {self.problem}**"] if self.problem is not None else [])]
         for headers, rows in self._tables():
             text = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
             text += ["| " + " | ".join(row) + " |" for row in rows]
@@ -390,6 +398,8 @@ class Report:
         from rich.text import Text
 
         yield Text(self._title(), style="bold")
+        if self.problem is not None:
+            yield Text(f"error: {self.problem}", style="bold red")
         for headers, rows in self._tables():
             table = Table()
             for index, header in enumerate(headers):
@@ -415,7 +425,7 @@ class Report:
 
     def _footnotes(self) -> Iterator[str]:
         """Notes, then the paths that the kernels took."""
-        yield from self.notes
+        yield from (note for note in self.notes if note != self.problem)
         if self.kernels:
             calls = [f"{name.replace(':', ' on ')} ({count})" for name, count in sorted(self.kernels.items())]
             yield f"kernels: {', '.join(calls)}"
@@ -459,10 +469,11 @@ class Report:
 
 # ---------------------------------------------------------------------- from the books
 def _latest(last: dict[str, StageRun]) -> list[StageRun]:
-    """The passes that belong together: a prompt without pictures needs no tower."""
-    decoder = last.get("decoder")
-    blind = decoder is not None and not decoder.pictures
-    return [run for name, run in last.items() if not (blind and name == "vision")]
+    """The passes that belong together: those of the last prompt with pictures, or of the last one if none had any."""
+    seen = "decoder" in last or not any(run.stage == "decoder" for run in last.values())
+    if seen:
+        return [run for name, run in last.items() if not name.startswith("pictureless")]
+    return [run for name, run in last.items() if name != "vision"]
 
 
 def _seen(

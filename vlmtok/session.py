@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from . import bench, viz
 from .adapters import adapter_for
 from .bench import Case, Progress, Ratio
-from .compression import compress
-from .errors import ParameterError, VlmtokError
+from .compression import Compression, compress
+from .errors import ParameterError, PassError, VlmtokError
 from .loading import Loaded, LoadError, load, open_picture, quiet, samples, skeleton
 from .method import Method, layer_of, parse_methods
 from .trace import PictureTrace, Trace
@@ -319,7 +319,8 @@ def compare(
         with compressed(trace=True) as run:
             _tell(progress, "answering, compressed", 0, 2)
             short = runner.answer()
-            report, trace = run.report(), run.trace()
+            report = _checked(run, runner, short)
+            trace = run.trace()
             names = methods if isinstance(methods, str) else "+".join(map(str, run.methods))
             overlay, problem = _overlay(shown, trace, model.processor)
         _tell(progress, "answering, bare", 1, 2)
@@ -341,6 +342,23 @@ def compare(
         overlay_problem=problem,
         environment=bench.environment(model.device),
     )
+
+
+def _checked(run: Compression, runner: Runner, answer: Answer) -> Report:
+    """The report of the answer, held against what was asked: figures of a pass that was not understood are none.
+
+    Raises:
+        PassError: no method was asked, or the books do not show one prefill with all pictures and a step for each
+            further token.
+    """
+    report = run.report()
+    problem = report.problem or runner.doubt(report, answer)
+    if problem is not None:
+        raise PassError(
+            f"{' + '.join(map(str, run.methods))}: {problem}; no figures can be given. `vlmtok doctor` tells whether "
+            "this version of the host library is understood"
+        )
+    return report
 
 
 def _depth(model: nn.Module, adapter: str | None) -> int | None:
@@ -402,6 +420,10 @@ class Runner:
         """What to time, by name."""
         raise NotImplementedError
 
+    def doubt(self, report: Report, answer: Answer) -> str | None:
+        """Why the books of one answer cannot be of it, or None."""
+        return None
+
     def loyalty(self, bare: Answer, short: Answer) -> Loyalty:
         """How close two answers are."""
         raise NotImplementedError
@@ -451,6 +473,15 @@ class Speaker(Runner):
     def stages(self) -> dict[str, Callable[[], object]]:
         """The first token, and the whole answer."""
         return {"prefill": lambda: self.generate(1), "answer": lambda: self.generate(self.tokens)}
+
+    def doubt(self, report: Report, answer: Answer) -> str | None:
+        """One prefill with every placeholder, and a decode step for each further token of a cached answer."""
+        passes, steps = report.passes.get("decoder", 0), report.passes.get("decode steps", 0)
+        if not passes:
+            return None  # its language model is not cut
+        if passes + steps != len(answer.ids) or (passes != 1 and steps):
+            return f"an answer of {len(answer.ids)} tokens took {passes} prefills and {steps} decode steps"
+        return None
 
     def loyalty(self, bare: Answer, short: Answer) -> Loyalty:
         """By the text, the tokens and the first token's distribution."""
