@@ -20,6 +20,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts_of import cache_name
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from vlmtok.adapters import base, hf_vit, open_clip_vit, timm_vit
@@ -403,11 +404,8 @@ def _(at: Host) -> bool:
 
     handle = at.module(1, at.spec.mid).register_forward_pre_hook(shorten, with_kwargs=True)
     try:
-        block = at.module(1)
-        given = {key: value for key, value in at.call(1).kwargs.items() if key != at.spec.rope}
-        given |= {at.spec.rope: at.call(1).kwargs[at.spec.rope]} if at.spec.rope else {}
         with torch.no_grad():
-            out = block(*at.call(1).args, **given)
+            out = at.module(1)(*at.call(1).args, **at.call(1).kwargs)
     finally:
         handle.remove()
     return close(out, at.call(1).output[:, :5])
@@ -459,15 +457,17 @@ def _(at: Host) -> bool:
         return all(close(at.spec.project(attn, x, which), heads_of(at, which)) for which in "qk")
 
 
-@fact("attention is softmax(scale q k + bias) v, the bias given under the name of the row", SPECS)
+@fact("attention is softmax(scale q k + bias) v, the bias given under a name of the row", SPECS)
 def _(at: Host) -> bool:
     """Asked by an output: with all weight on one key, every row of the attention is that key's value."""
     attn, call = at.module(1, at.spec.attn), at.call(1, at.spec.attn)
     length = at.row(1).shape[1]
     bias = torch.zeros(2, length)
     bias[:, 3] = 1e4
-    given = dict(inspect.signature(attn.forward).bind(*call.args, **call.kwargs).arguments)
-    given[at.spec.bias] = bias if at.spec.bias_rank == 2 else bias[:, None, None]
+    signature = inspect.signature(attn.forward)
+    given = dict(signature.bind(*call.args, **call.kwargs).arguments)
+    name = next(name for name in at.spec.bias.names if name in signature.parameters)
+    given[name] = bias if at.spec.bias_rank == 2 else bias[:, None, None]
     with torch.no_grad():
         out = attn(**given)
     out = out[0] if isinstance(out, tuple) else out
@@ -846,8 +846,8 @@ def _() -> bool:
         config=llava().config.text_config,
         inputs_embeds=torch.ones(1, 2, models.LM_WIDTH),
         attention_mask=valid,
-        past_key_values=cache,
         layer_idx=1,
+        **{cache_name(create_causal_mask): cache},
     )
     return mask.shape[-2:] == (2, 5)
 

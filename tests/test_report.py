@@ -11,6 +11,7 @@ import models
 import pytest
 import referee
 import torch
+from hosts_of import with_cache
 from rich.console import Console
 
 import vlmtok
@@ -217,9 +218,9 @@ def test_a_later_turn_is_counted_exactly_and_leaves_the_prefill_in_sight():
 
     def turns():
         cache = DynamicCache(config=model.config.text_config)
-        model(**inputs, past_key_values=cache, logits_to_keep=1)
-        model(input_ids=later, past_key_values=cache, logits_to_keep=2)
-        model(input_ids=later[:, :1], past_key_values=cache)
+        model(**inputs, **with_cache(model, cache), logits_to_keep=1)
+        model(input_ids=later, **with_cache(model, cache), logits_to_keep=2)
+        model(input_ids=later[:, :1], **with_cache(model, cache))
 
     report = _exact(model, [Random(keep=0.5), FastV(keep=0.5)], turns)
     names = [line.name for line in report.lines]
