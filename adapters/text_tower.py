@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, replaying
+from ..attachment import Attachment, Entry, PerThread, replaying
 from ..errors import PassError
 from ..ledger import Event, StageRun
 from ..ledger import Group as Booked
@@ -133,6 +133,13 @@ class TextState:
         return None
 
 
+@dataclass
+class Given:
+    """Token ids and mask of the call that a thread is in, or None."""
+
+    ids: tuple[Tensor, Tensor | None] | None = None
+
+
 class TextTower(Tower):
     """Drives one text tower."""
 
@@ -143,7 +150,7 @@ class TextTower(Tower):
         self.causal = spec.causal
         self.mask = spec.mask
         self.ids = Arguments(spec.ids, [hosts.IDS], [hosts.MASK])
-        self.given: tuple[Tensor, Tensor | None] | None = None
+        self.given = PerThread(Given)
         super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, None, -1, "text"))
         if self.entries:
             self.normed = Arguments(spec.norm, [hosts.HIDDEN])
@@ -163,7 +170,7 @@ class TextTower(Tower):
         """Pre-hook where the ids come by."""
         ids = self.ids.get(hosts.IDS, args, kwargs)
         if isinstance(ids, Tensor) and not replaying():
-            self.given = (ids.view(-1, ids.shape[-1]), self.ids.get(hosts.MASK, args, kwargs))
+            self.given.mine().ids = (ids.view(-1, ids.shape[-1]), self.ids.get(hosts.MASK, args, kwargs))
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: a mask that fits the rows, with log(size) where a method wants it."""
@@ -192,18 +199,20 @@ class TextTower(Tower):
 
     def restore(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook of the final norm: rows get their original length back."""
-        if self.current is None or replaying() or not self.current.sequence.changed:
+        current = self.running.mine().current
+        if current is None or replaying() or not current.sequence.changed:
             return None
-        state = self.current.sequence
+        state = current.sequence
         x = self.normed.get(hosts.HIDDEN, args, kwargs)
         return self.normed.put(args, kwargs, {hosts.HIDDEN: state.rows.restore(x, state.entered)})
 
     # ------------------------------------------------------------------ passes
     def _begin(self, x: Tensor) -> None:
-        given, self.given = self.given, None
+        mine = self.given.mine()
+        given, mine.ids = mine.ids, None
         if given is None or given[0].shape != x.shape[:2]:
             raise PassError("the text tower ran without its token ids: call the model, not its blocks")
-        self.watch.begin()
+        self.running.mine().watch.begin()
         ids, mask = given
         batch, length = ids.shape
         end = self.text(ids)
@@ -223,9 +232,7 @@ class TextTower(Tower):
         place = torch.arange(length, device=ids.device).expand(batch, length)
         rows = Rows(batch, length, lengths, pictures, label, None, valid, place, torch.zeros_like(ids))
         run = self.attachment.ledger.begin(StageRun("text", batch, length))
-        self.current = Pass(TextState(rows, length, end), run, grad=torch.is_grad_enabled())
-        if self.current.grad:
-            self.trained = self.current
+        self._run(Pass(TextState(rows, length, end), run, grad=torch.is_grad_enabled()))
 
     def _mask(self, dtype: torch.dtype, size: Tensor | None) -> Tensor:
         """What is added to the logits, `[B or 1, 1, L, L]`."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, Watch, replaying
+from ..attachment import Attachment, Entry, PerThread, Watch, replaying
 from ..errors import PassError, UnsupportedModel
 from ..ledger import Event, Group, StageRun
 from ..method import StageLayout
@@ -29,7 +29,7 @@ from ..view import Signal, TokenView
 from . import host_objects, hosts
 from .base import TowerSpec, child
 from .hosts import Arguments
-from .vit_pass import LayerRecord, Pass, autocast_dtype, probe, same_forward
+from .vit_pass import LayerRecord, Pass, Running, autocast_dtype, probe, same_forward
 from .vit_taps import BlockTaps
 
 
@@ -46,17 +46,15 @@ class Tower:
         self.depth = len(spec.blocks)
         self.last = spec.last % self.depth
         self.grid = spec.grid
-        self.watch = Watch(spec.stage)
-        self.current: Pass | None = None
-        self.trained: Pass | None = None
+        self.running = PerThread(lambda: Running(Watch(spec.stage)))
         self.reader = BlockTaps(spec.block)
-        self.known = -1
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.spread = spec.spread
         self.follow = bool(spec.block.rope)
         proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
         self.proportional_from = min(proportional, default=self.depth)
+        self.last_trained: Pass | None = None
         self.width = spec.width
         self.inputs: dict[int, Arguments] = {}
         self.attentions: dict[int, Arguments] = {}
@@ -328,15 +326,25 @@ class Tower:
     # ------------------------------------------------------------------ passes
     @property
     def _pass(self) -> Pass:
-        if self.current is None:
-            raise PassError(f"{self.stage}: a block ran without block 0 before it; a pass starts at block 0")
-        return self.current
+        current = self.running.mine().current
+        if current is None:
+            raise PassError(
+                f"{self.stage}: a block ran without block 0 before it in this thread; a pass starts at block 0"
+            )
+        return current
+
+    @property
+    def current(self) -> Pass | None:
+        """The last pass: of this thread, or else of the one that ran last."""
+        return self.running.seen().current
 
     @property
     def _trained(self) -> Pass:
-        if self.trained is None:
+        # Autograd may run a block again in a thread of its own; `same_forward` tells whether it is this pass.
+        trained = self.running.mine().trained or self.last_trained
+        if trained is None:
             raise PassError(f"{self.stage}: autograd runs a block again that never ran with gradients before")
-        return self.trained
+        return trained
 
     def _begin(self, x: Tensor) -> None:
         """Starts the state of a forward."""
@@ -344,35 +352,41 @@ class Tower:
         if torch.compiler.is_compiling():
             self.attachment.compiled = True  # no books: each number in them would be a guard, and a call a new graph
         else:
-            self.watch.begin()
+            self.running.mine().watch.begin()
             self.attachment.ledger.begin(run)
         n = x.shape[1] - self.num_prefix
         source = None
         if self.attachment.trace or self.spread:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
         sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
-        self.current = Pass(sequence, run, grad=torch.is_grad_enabled())
-        if self.current.grad:
-            self.trained = self.current
+        self._run(Pass(sequence, run, grad=torch.is_grad_enabled()))
+
+    def _run(self, started: Pass) -> None:
+        """A pass runs in this thread from now on."""
+        running = self.running.mine()
+        running.current = started
+        if started.grad:
+            running.trained = self.last_trained = started
 
     def _enter(self, layer: int) -> LayerRecord:
         if not torch.compiler.is_compiling():
-            self.watch.enter(layer)
+            self.running.mine().watch.enter(layer)
         return self._pass.record(layer)
 
     def _replay(self, layer: int, x: Tensor) -> LayerRecord:
         """A block that autograd runs again: its record, after a look whether it is the same forward."""
         record = self._trained.record(layer)
         same_forward(record.probe, x)
-        self.known = layer
+        self.running.mine().known = layer
         return record
 
     def _recognise(self, record: LayerRecord, layer: int, x: Tensor, again: bool) -> None:
         """The same look for hosts that run only the inside of a block again."""
+        running = self.running.mine()
         if not again:
             record.inner = probe(x) if self._pass.grad else None
-        elif self.known == layer:
-            self.known = -1  # its start has been looked at
+        elif running.known == layer:
+            running.known = -1  # its start has been looked at
         else:
             same_forward(record.inner, x)
 

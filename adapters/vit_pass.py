@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attachment import Watch
 from ..errors import PassError
 from ..ledger import StageRun
 from ..method import Site
@@ -105,6 +106,23 @@ class Pass:
             rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
         self.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
         return rows
+
+
+@dataclass
+class Running:
+    """What a thread runs in a tower.
+
+    Attributes:
+        watch: how far it is.
+        current: its last pass.
+        trained: its last pass with gradients.
+        known: block whose start has just been recognised as one that autograd runs again, or -1.
+    """
+
+    watch: Watch
+    current: Pass | None = None
+    trained: Pass | None = None
+    known: int = -1
 
 
 def probe(x: Tensor) -> Tensor:

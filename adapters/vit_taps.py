@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..attachment import PerThread
 from ..signals import TowerTaps
 from .base import BlockSpec, child
 from .vit_pass import LayerRecord, Pass
+
+
+@dataclass
+class Mute:
+    """Whether a thread's hooks look away."""
+
+    on: bool = False
 
 
 class BlockTaps:
@@ -18,14 +27,20 @@ class BlockTaps:
 
     Args:
         block: where its blocks can be tapped.
-
-    Attributes:
-        muted: whether modules of a block run on our behalf, so that hooks on them look away.
     """
 
     def __init__(self, block: BlockSpec) -> None:
         self.block = block
-        self.muted = False
+        self._mute = PerThread(Mute)
+
+    @property
+    def muted(self) -> bool:
+        """Whether modules of a block run on behalf of this thread, so that hooks on them look away."""
+        return self._mute.mine().on
+
+    @muted.setter
+    def muted(self, on: bool) -> None:
+        self._mute.mine().on = on
 
     def inside(self, run: Pass, record: LayerRecord, x: Tensor, bias: Tensor | None) -> TowerTaps:
         """Taps of the block that runs now.

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .method import LAYERED, POINTS, STAGES, Layout, Method, Site
 from .reduction import Reduction
 from .signals import Need, check_stage, resolve_need
 from .view import Signal, TokenView
+
+S = TypeVar("S")
 
 UserSignal = Callable[[TokenView], Tensor]
 
@@ -263,36 +265,63 @@ class Attachment:
         return self.memory.get(index)
 
 
-class Watch:
-    """Which thread runs a pass and how far it is; a block out of turn raises."""
+class PerThread(Generic[S]):
+    """State of the pass that runs, one for each thread: several threads may call one compressed model.
 
-    __slots__ = ("at", "stage", "thread")
+    Args:
+        make: a fresh state.
+
+    Attributes:
+        latest: the state of the thread that ran last, for who asks from outside.
+    """
+
+    def __init__(self, make: Callable[[], S]) -> None:
+        self._make = make
+        self._local = threading.local()
+        self._traced = make()
+        self.latest = self._traced
+
+    def mine(self) -> S:
+        """The state of this thread."""
+        if torch.compiler.is_compiling():
+            return self._traced  # what is traced runs no hook again
+        found: S | None = getattr(self._local, "state", None)
+        if found is None:
+            found = self._local.state = self._make()
+        self.latest = found
+        return found
+
+    def seen(self) -> S:
+        """The state of this thread if it ran anything, else of the one that ran last."""
+        found: S | None = getattr(self._local, "state", None)
+        return self.latest if found is None else found
+
+
+class Watch:
+    """How far a pass is in the thread that runs it; a block out of turn raises."""
+
+    __slots__ = ("at", "begun", "stage")
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.thread = -1
+        self.begun = False
         self.at = -1
 
     def begin(self) -> None:
         """A pass starts at block 0."""
-        self.thread = threading.get_ident()
+        self.begun = True
         self.at = -1
 
     def enter(self, layer: int) -> None:
         """A block arrives.
 
         Raises:
-            PassError: from another thread than block 0, before block 0, or not behind the block before.
+            PassError: before block 0 ran in this thread, or not behind the block before.
         """
-        if self.thread == -1:
+        if not self.begun:
             raise PassError(
-                f"{self.stage} block {layer} ran without block 0 before it; a pass of a compressed model starts at "
-                "block 0"
-            )
-        if self.thread != threading.get_ident():
-            raise PassError(
-                f"{self.stage} block {layer} arrived from another thread than block 0 of its pass; a compressed model "
-                "serves one thread at a time: give each thread a copy (copy.deepcopy) and compress that"
+                f"{self.stage} block {layer} ran without block 0 before it in this thread; a pass of a compressed model "
+                "starts at block 0 and stays in its thread"
             )
         if layer <= self.at:
             raise PassError(
@@ -323,4 +352,4 @@ def weak(module: nn.Module) -> Callable[[], Any]:
     return get
 
 
-__all__ = ["LAYERED", "Attachment", "Entry", "Hook", "Watch", "hooks_of", "replaying", "sweep", "weak"]
+__all__ = ["LAYERED", "Attachment", "Entry", "Hook", "PerThread", "Watch", "hooks_of", "replaying", "sweep", "weak"]
