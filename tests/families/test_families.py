@@ -71,6 +71,7 @@ def test_layers_that_share_keys_end_the_cuts(bidirectional):
             vlmtok.compress(model, Top(Cut(0.5, layer)))
 
 
+@pytest.mark.runs("llama4")
 def test_temperature_by_the_tokens_left():
     """Llama 4 warms up attention by a token's place among those that are left; hosts count padding: rows are alone."""
     model, cuts = dataclasses.replace(FAMILIES["llama4"], make=lambda: llama4(4)).build(), MODES["both+half"]
