@@ -1,4 +1,4 @@
-"""What hosts call a cache, told from signatures and types: tests name it for no version."""
+"""What hosts call things, told from signatures and types: tests name them for no version."""
 
 from __future__ import annotations
 
@@ -72,5 +72,16 @@ def named_by_host(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The cache as an argument of a model or of its `generate`."""
-    return {cache_name(type(model).forward): cache}
+    """The cache as an argument of a model or of its `generate`.
+
+    A forward that names none hands it to that of the class below.
+    """
+    forwards = [kind.__dict__["forward"] for kind in type(model).__mro__ if "forward" in kind.__dict__]
+    named = next(forward for forward in forwards if set(CACHE_NAMES) & set(inspect.signature(forward).parameters))
+    return {cache_name(named): cache}
+
+
+def checkpoint(model: nn.Module, reentrant: bool = False) -> None:
+    """Turns on checkpointing of a model of transformers, whose method had another name before 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})

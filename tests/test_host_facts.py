@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import hosts_of
 import models
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts_of import cache_name
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from vlmtok.adapters import base, hf_vit, open_clip_vit, timm_vit
@@ -535,7 +535,7 @@ def _(at: Host) -> bool:
 def _(at: Host) -> bool:
     model = copy.deepcopy(at.model).train()
     if at.name.startswith("HF"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hosts_of.checkpoint(model)
     else:
         getattr(model, "visual", model).set_grad_checkpointing(True)
     seen: list[int] = []
@@ -721,7 +721,7 @@ def _(at: Host) -> bool:
 @fact("transformers: checkpointing leaves a layer's own hooks outside; inner modules are called again alone", HF)
 def _(at: Host) -> bool:
     model, seen = copy.deepcopy(at.model).train(), []
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hosts_of.checkpoint(model)
     child(model, at.blocks[1]).register_forward_pre_hook(lambda m, a, k: seen.append("layer"), with_kwargs=True)
     child(model, at.path(1, at.spec.mid)).register_forward_pre_hook(lambda m, a: seen.append("inside"))
     model(pixel_values=at.pictures).last_hidden_state.sum().backward()
@@ -847,7 +847,7 @@ def _() -> bool:
         inputs_embeds=torch.ones(1, 2, models.LM_WIDTH),
         attention_mask=valid,
         layer_idx=1,
-        **{cache_name(create_causal_mask): cache},
+        **{hosts_of.cache_name(create_causal_mask): cache},
     )
     return mask.shape[-2:] == (2, 5)
 

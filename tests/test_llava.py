@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import Subject, assert_differs, assert_equal, assert_same, gap, hooks
-from hosts_of import cache_of, with_cache
+from hosts_of import cache_of, checkpoint, with_cache
 from models import PLACEHOLDERS, Batch
 from player import Player
 
@@ -613,9 +613,9 @@ def test_gradient_checkpointing_of_the_language_model(cut):
     given = batch.inputs(side="right")
     labels = given["input_ids"].masked_fill(given["input_ids"] == models.IMAGE, -100)
     found = []
-    for checkpoint in (False, True):
-        if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for again in (False, True):
+        if again:
+            checkpoint(model)
         model.zero_grad()
         with vlmtok.compress(model, methods):
             model(**given, labels=labels, use_cache=False).loss.backward()
