@@ -61,8 +61,8 @@ def pytest_configure(config):
         "error::DeprecationWarning",
         "error::PendingDeprecationWarning",
         "error::FutureWarning",
-        # Processors of three families make an array of a tensor, whose __array__ has no `copy` in torch up to 2.14.
-        r"ignore:__array__ implementation doesn't accept a copy:DeprecationWarning:transformers\.models\..*\.processing_.*",
+        # Processors of PaliGemma and GLM make an array of a tensor, whose `__array__` takes no `copy`.
+        "ignore:__array__ implementation doesn't accept:DeprecationWarning:transformers[.]models[.].*[.]processing_.*",
         # Deterministic mode is on for the sake of fill_uninitialized_memory.
         "ignore:.*does not have a deterministic implementation.*:UserWarning",
         "ignore:Using a target size:UserWarning",
@@ -72,7 +72,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    if "transformers" in sys.modules:  # what is logged once is logged once in every test
+    if "transformers.utils.logging" in sys.modules:  # what is logged once is logged once in every test
         sys.modules["transformers.utils.logging"].warning_once.cache_clear()
     random.seed(0)
     np.random.seed(0)
