@@ -13,11 +13,11 @@ import matrix
 import models
 import oracle
 import pytest
+import referee
 import torch
 from checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks, idle, watched
 from matrix import spec_of
 from player import Player
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmtok
 from vlmtok import Counts, Reduction, TokenView
@@ -411,7 +411,7 @@ def test_the_report_counts_what_ran_and_the_estimate_agrees(method, model):
     """6: signals and the method's own cost included; `estimate` is told what stays where content decides."""
     subject = Subject(model)
     with countable(subject.model), vlmtok.compress(subject.model, made(method)) as run:
-        with FlopCounterMode(display=False) as counter:
+        with referee.counter() as counter:
             subject.out()
         whole = run.report()
         subject.out(row=0)

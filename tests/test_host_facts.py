@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import hosts_of
 import models
 import pytest
 import torch
@@ -403,11 +404,8 @@ def _(at: Host) -> bool:
 
     handle = at.module(1, at.spec.mid).register_forward_pre_hook(shorten, with_kwargs=True)
     try:
-        block = at.module(1)
-        given = {key: value for key, value in at.call(1).kwargs.items() if key != at.spec.rope}
-        given |= {at.spec.rope: at.call(1).kwargs[at.spec.rope]} if at.spec.rope else {}
         with torch.no_grad():
-            out = block(*at.call(1).args, **given)
+            out = at.module(1)(*at.call(1).args, **at.call(1).kwargs)
     finally:
         handle.remove()
     return close(out, at.call(1).output[:, :5])
@@ -459,15 +457,17 @@ def _(at: Host) -> bool:
         return all(close(at.spec.project(attn, x, which), heads_of(at, which)) for which in "qk")
 
 
-@fact("attention is softmax(scale q k + bias) v, the bias given under the name of the row", SPECS)
+@fact("attention is softmax(scale q k + bias) v, the bias given under a name of the row", SPECS)
 def _(at: Host) -> bool:
     """Asked by an output: with all weight on one key, every row of the attention is that key's value."""
     attn, call = at.module(1, at.spec.attn), at.call(1, at.spec.attn)
     length = at.row(1).shape[1]
     bias = torch.zeros(2, length)
     bias[:, 3] = 1e4
-    given = dict(inspect.signature(attn.forward).bind(*call.args, **call.kwargs).arguments)
-    given[at.spec.bias] = bias if at.spec.bias_rank == 2 else bias[:, None, None]
+    signature = inspect.signature(attn.forward)
+    given = dict(signature.bind(*call.args, **call.kwargs).arguments)
+    name = next(name for name in at.spec.bias.names if name in signature.parameters)
+    given[name] = bias if at.spec.bias_rank == 2 else bias[:, None, None]
     with torch.no_grad():
         out = attn(**given)
     out = out[0] if isinstance(out, tuple) else out
@@ -535,7 +535,7 @@ def _(at: Host) -> bool:
 def _(at: Host) -> bool:
     model = copy.deepcopy(at.model).train()
     if at.name.startswith("HF"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hosts_of.checkpoint(model)
     else:
         getattr(model, "visual", model).set_grad_checkpointing(True)
     seen: list[int] = []
@@ -721,7 +721,7 @@ def _(at: Host) -> bool:
 @fact("transformers: checkpointing leaves a layer's own hooks outside; inner modules are called again alone", HF)
 def _(at: Host) -> bool:
     model, seen = copy.deepcopy(at.model).train(), []
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hosts_of.checkpoint(model)
     child(model, at.blocks[1]).register_forward_pre_hook(lambda m, a, k: seen.append("layer"), with_kwargs=True)
     child(model, at.path(1, at.spec.mid)).register_forward_pre_hook(lambda m, a: seen.append("inside"))
     model(pixel_values=at.pictures).last_hidden_state.sum().backward()
@@ -846,8 +846,8 @@ def _() -> bool:
         config=llava().config.text_config,
         inputs_embeds=torch.ones(1, 2, models.LM_WIDTH),
         attention_mask=valid,
-        past_key_values=cache,
         layer_idx=1,
+        **{hosts_of.cache_name(create_causal_mask): cache},
     )
     return mask.shape[-2:] == (2, 5)
 

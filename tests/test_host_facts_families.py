@@ -19,13 +19,15 @@ import pytest
 import torch
 import transformers
 from families.build import FAMILIES, TOWER_ONLY, shared
+from hosts_of import CACHE_NAMES, cache_name, cache_of, caches_in, known
 from torch import Tensor, nn
 from transformers import masking_utils
-from vlmtok.adapters import shapes
+from vlmtok.adapters import hosts, shapes
 from vlmtok.adapters.base import VLMSpec, child
-from vlmtok.adapters.decoder import KNOWN
+from vlmtok.adapters.decoder_checks import KNOWN
 from vlmtok.adapters.hf_vit import vision_spec
 from vlmtok.adapters.hf_vlm import REFUSED, ROWS
+from vlmtok.adapters.hosts import Role
 from vlmtok.adapters.masks import RECURRENT, layer_kinds
 
 TINY = {**FAMILIES, **TOWER_ONLY}
@@ -77,6 +79,11 @@ def first(calls: list[Call], of: str) -> Call:
     return next(call for call in calls if call.of == of)
 
 
+def given(values: dict[str, Any], role: Role) -> Any:
+    """What a call has under one of a role's names, or None."""
+    return next((values[name] for name in role.names if name in values), None)
+
+
 def order(calls: list[Call], *names: str) -> bool:
     """Whether the first calls of some parts began in this order."""
     begun = [call.of for call in calls]
@@ -104,7 +111,7 @@ def host(name: str) -> Host:
     try:
         with torch.no_grad():
             out = model.generate(**rows.inputs(), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-            found.generated, found.cache = list(calls), out.past_key_values
+            found.generated, found.cache = list(calls), cache_of(out)
             calls.clear()
             found.output = model(**rows.inputs())
             found.forward = list(calls)
@@ -224,10 +231,14 @@ def _(at: Host) -> bool:
 
 
 # the inner model
-@fact("the inner model names its arguments input_ids, inputs_embeds, attention_mask, position_ids, past_key_values")
+@fact(
+    "the inner model names its arguments input_ids, inputs_embeds, attention_mask, position_ids, and a Cache under one "
+    "of its names"
+)
 def _(at: Host) -> bool:
     names = inspect.signature(type(at.core).forward).parameters
-    return {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"} <= set(names)
+    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", cache_name(type(at.core).forward)}
+    return known <= set(names)
 
 
 @fact("generate() encodes pictures before its loop, so that the tower runs before the inner model is called")
@@ -237,8 +248,8 @@ def _(at: Host) -> bool:
 
 @fact("generate() hands the inner model mm_encoder_outputs['image'] and no pixels")
 def _(at: Host) -> bool:
-    given = first(at.generated, "core").bound
-    return given["mm_encoder_outputs"].get("image") is not None and given.get("pixel_values") is None
+    got = first(at.generated, "core").bound
+    return got["mm_encoder_outputs"].get("image") is not None and got.get("pixel_values") is None
 
 
 @fact("what generate() hands over holds, as pooler_output, the features of each picture in the order of the prompts")
@@ -260,29 +271,29 @@ def _(at: Host) -> bool:
 
 @fact("a plain forward hands pixels to the inner model, which calls the tower, then the text model")
 def _(at: Host) -> bool:
-    given = first(at.forward, "core").bound
-    return given.get("pixel_values") is not None and order(at.forward, "core", "tower", "text")
+    got = first(at.forward, "core").bound
+    return got.get("pixel_values") is not None and order(at.forward, "core", "tower", "text")
 
 
-@fact("a plain forward tells the inner model rows and columns as '{spec.told[0]}'", lambda spec: bool(spec.told))
+@fact("a plain forward tells the inner model its {spec.told[0]}", lambda spec: bool(spec.told))
 def _(at: Host) -> bool:
-    value = first(at.forward, "core").bound[at.spec.told[0]]
+    value = given(first(at.forward, "core").bound, at.spec.told[0])
     return value is not None and shapes.read(at.spec.told[0], value, at.config).tolist() == _grids(at)
 
 
-@fact("the tower gets rows and columns of its pictures as '{spec.shapes}'", lambda spec: bool(spec.shapes))
+@fact("the tower gets the {spec.shapes} of its pictures", lambda spec: bool(spec.shapes))
 def _(at: Host) -> bool:
-    value = first(at.generated, "tower").bound[at.spec.shapes]
-    return shapes.read(at.spec.shapes, value, at.config).tolist() == _grids(at)
+    value = given(first(at.generated, "tower").bound, at.spec.shapes)
+    return value is not None and shapes.read(at.spec.shapes, value, at.config).tolist() == _grids(at)
 
 
 def _grids(at: Host) -> list[list[int]]:
     return [list(grid) for prompt in at.prompts for picture in prompt.pictures for grid in picture.shot.grids]
 
 
-@fact("type ids reach the inner model as '{spec.types}'", lambda spec: bool(spec.types))
+@fact("{spec.types} reach the inner model", lambda spec: bool(spec.types))
 def _(at: Host) -> bool:
-    return all(first(calls, "core").bound.get(at.spec.types) is not None for calls in (at.generated, at.forward))
+    return all(given(first(calls, "core").bound, at.spec.types) is not None for calls in (at.generated, at.forward))
 
 
 @fact("the projector maps one row for each picture or crop, [P, N, C]", lambda spec: spec.tower_cut == "slots")
@@ -291,9 +302,12 @@ def _(at: Host) -> bool:
 
 
 # the text model
-@fact("the inner model calls its text model by name: inputs_embeds, attention_mask, position_ids, past_key_values")
+@fact(
+    "the inner model calls its text model by name: inputs_embeds, attention_mask, position_ids, and a Cache under one "
+    "of its names"
+)
 def _(at: Host) -> bool:
-    names = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    names = {"inputs_embeds", "attention_mask", "position_ids", cache_name(type(at.lm).forward)}
     return all(
         not call.args and names <= set(call.kwargs) for call in (*at.generated, *at.forward) if call.of == "text"
     )
@@ -315,33 +329,35 @@ def _(at: Host) -> bool:
     return positions.dim() == 2 if at.spec.positions == "1d" else positions.dim() == 3 and len(positions) in (3, 4)
 
 
-@fact("the text model gets {spec.gather} with one entry for each token", lambda spec: bool(spec.gather))
+@fact("the text model gets {spec.gather[0]} with one entry for each token", lambda spec: bool(spec.gather))
 def _(at: Host) -> bool:
-    given = first(at.generated, "text").kwargs
-    return all(given[name].shape[:2] == given["inputs_embeds"].shape[:2] for name in at.spec.gather)
+    got = first(at.generated, "text").kwargs
+    return all(given(got, role).shape[:2] == got["inputs_embeds"].shape[:2] for role in at.spec.gather)
 
 
 @fact(
-    "deepstack comes as {spec.deepstack}: a mask of columns, and features for the first layers", lambda s: s.deepstack
+    "deepstack comes as {spec.deepstack[0]} and {spec.deepstack[1]}, one for each of the first layers",
+    lambda s: s.deepstack,
 )
 def _(at: Host) -> bool:
-    where, what = (first(at.generated, "text").kwargs[name] for name in at.spec.deepstack)
+    where, what = (given(first(at.generated, "text").kwargs, role) for role in at.spec.deepstack)
     return where.dtype == torch.bool and {len(feature) for feature in what} == {int(where.sum())}
 
 
 @fact("the text model gets nothing else with one entry for each token")
 def _(at: Host) -> bool:
-    given = first(at.generated, "text").kwargs
-    shape = given["inputs_embeds"].shape[:2]
-    each = {name for name, value in given.items() if isinstance(value, Tensor) and value.shape[:2] == shape}
-    return each <= {*KNOWN, *at.spec.gather, *(at.spec.deepstack or ()), at.spec.types}
+    got = first(at.generated, "text").kwargs
+    shape = got["inputs_embeds"].shape[:2]
+    each = {name for name, value in got.items() if isinstance(value, Tensor) and value.shape[:2] == shape}
+    roles = (*KNOWN, *at.spec.gather, *(at.spec.deepstack or ()), *([at.spec.types] if at.spec.types else []))
+    return each <= {name for role in roles for name in role.names}
 
 
 @fact("the text model gives back last_hidden_state, one row for each column, and the cache that it filled")
 def _(at: Host) -> bool:
     call = first(at.forward, "text")
     same = call.output[0].shape[:2] == call.kwargs["inputs_embeds"].shape[:2]
-    return same and call.output[0] is call.output.last_hidden_state and call.output.past_key_values is not None
+    return same and call.output[0] is call.output.last_hidden_state and len(caches_in(call.output)) == 1
 
 
 @fact("logits have the length of the input", everywhere)
@@ -358,17 +374,17 @@ def _(at: Host) -> bool:
     return named and calls[0].args[0].shape == size and all(call.args[0].shape[::2] == size[::2] for call in calls)
 
 
-@fact("a layer gets, as arguments {spec.layer_args}, what has one entry for each token", lambda s: bool(s.layer_args))
+@fact("a layer gets the {spec.layer_args[0]}, which has one entry for each token", lambda s: bool(s.layer_args))
 def _(at: Host) -> bool:
     call = first(at.generated, "layer 0")
-    return all(call.args[i].shape[:2] == call.args[0].shape[:2] for i in at.spec.layer_args)
+    return all(given(call.bound, role).shape[:2] == call.args[0].shape[:2] for role in at.spec.layer_args)
 
 
 @fact("position embeddings are a pair, or one tensor, of one row for each column")
 def _(at: Host) -> bool:
     call = first(at.generated, "layer 0")
-    given = call.kwargs["position_embeddings"]
-    parts = [given] if isinstance(given, Tensor) else list(given)
+    got = call.kwargs["position_embeddings"]
+    parts = [got] if isinstance(got, Tensor) else list(got)
     return len(parts) in (1, 2) and all(part.shape[1] == call.args[0].shape[1] for part in parts)
 
 
@@ -444,14 +460,16 @@ def test_every_row_is_looked_at() -> None:
 
 @pytest.mark.parametrize("kind", sorted({*ROWS, *REFUSED}))
 def test_transformers_knows_the_model_type(kind: str) -> None:
-    assert kind in transformers.CONFIG_MAPPING, f"transformers {transformers.__version__} knows no model type {kind!r}"
+    found = kind in transformers.CONFIG_MAPPING
+    assert found == known(kind), f"transformers {transformers.__version__}: model type {kind!r} found: {found}"
 
 
 def test_masks_take_what_we_hand_them() -> None:
     """Masks behind a cut are built by the host's own functions, for a layer of the asker's choice."""
     taken = {name: set(inspect.signature(make).parameters) for name, make in _mask_functions().items()}
-    common = {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
+    common = {"config", "inputs_embeds", "attention_mask", "position_ids"}
     for name, parameters in taken.items():
+        assert len(parameters & set(CACHE_NAMES)) == 1, f"the mask function of {name} layers takes no Cache any more"
         assert common <= parameters, f"the mask function of {name} layers no longer takes {common - parameters}"
         assert "layer_idx" in parameters, f"masks of {name} layers are sized by another layer than the asker"
         assert "allow_is_causal_skip" in parameters, f"masks of {name} layers may be left out"
@@ -473,14 +491,14 @@ WRONG: list[dict[str, Any]] = [
     {"ids": ("image_token",)},
     {"feature": "feature_layer"},
     {"mask": "dict"},
-    {"types": "token_type_ids"},
+    {"types": hosts.TOKEN_TYPES},
     {"positions": "mrope"},
-    {"gather": ("per_layer_inputs",)},
-    {"layer_args": (1,)},
-    {"deepstack": ("visual_pos_masks", "deepstack_visual_embeds")},
+    {"gather": (hosts.PER_LAYER,)},
+    {"layer_args": (hosts.PER_LAYER_SLICE,)},
+    {"deepstack": (hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES)},
     {"parts": "anyres"},
-    {"told": ("image_sizes",)},
-    {"shapes": "image_sizes"},
+    {"told": (hosts.IMAGE_SIZES,)},
+    {"shapes": hosts.IMAGE_SIZES},
     {"boundary": "embeddings come without ids"},
 ]
 

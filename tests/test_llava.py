@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import Subject, assert_differs, assert_equal, assert_same, gap, hooks
+from hosts_of import cache_of, checkpoint, with_cache
 from models import PLACEHOLDERS, Batch
 from player import Player
 
@@ -290,22 +291,31 @@ def test_todre_stage_two_never_drops_without_text():
 BOTH = [Top(0.5), Top(0.5, "decoder", 2, positions="renumber")]
 
 
-def test_sampling_follows_the_oracle_and_the_seed():
-    model, batch = llava(), Batch.of(*ROWS)
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_sampling_follows_the_oracle_and_the_seed(cached):
+    """Logits are the oracle's for the tokens that were drawn, and those are what the seed draws from these logits."""
+    model, batch, temperature = llava(), Batch.of(*ROWS), 1.5
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "suppress_tokens": SPECIAL}
     with vlmtok.compress(model, BOTH) as run:
-        found = []
-        for cached in (True, True, False):
-            torch.manual_seed(5)
-            sampled = {"do_sample": True, "temperature": 1.5, "top_k": 0, "suppress_tokens": SPECIAL}
-            found.append(generated(model, batch, use_cache=cached, **sampled))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][0], found[2][0]), "with a cache and without"
+        torch.manual_seed(5)
+        tokens, logits = generated(model, batch, use_cache=cached, **sampled)
+    torch.manual_seed(5)
+    for step in range(STEPS):
+        scores = logits[:, step].index_fill(1, torch.tensor(SPECIAL), float("-inf"))
+        drawn = torch.multinomial((scores / temperature).softmax(-1), 1)[:, 0]
+        assert torch.equal(tokens[:, step], drawn), f"step {step}: somebody else drew from the generator"
     reference = oracle.Llava(model)
     for row in range(len(batch)):
         _, wanted = reference.generate(
-            batch.rows[row], batch.pixels[row], decider(BOTH, run), STEPS, row=row, given=found[0][0][row]
+            batch.rows[row],
+            batch.pixels[row],
+            decider(BOTH, run),
+            STEPS,
+            again=not cached,
+            row=row,
+            given=tokens[row],
         )
-        assert_equal(found[0][1][row], wanted)
+        assert_equal(logits[row], wanted)
 
 
 @pytest.mark.parametrize("cut", ["boundary renumbered", "decoder kept", "everything"])
@@ -612,9 +622,9 @@ def test_gradient_checkpointing_of_the_language_model(cut):
     given = batch.inputs(side="right")
     labels = given["input_ids"].masked_fill(given["input_ids"] == models.IMAGE, -100)
     found = []
-    for checkpoint in (False, True):
-        if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for again in (False, True):
+        if again:
+            checkpoint(model)
         model.zero_grad()
         with vlmtok.compress(model, methods):
             model(**given, labels=labels, use_cache=False).loss.backward()
@@ -673,8 +683,8 @@ def loop(model, batch, positions, mask, cache):
     tokens, logits = [], []
     past = cache
     with torch.no_grad():
-        out = model(**given, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = model(**given, **with_cache(model, past), use_cache=True)
+        past = cache_of(out)
         following = real.sum(1, keepdim=True)
         for step in range(STEPS):
             logits.append(out.logits[:, -1])
@@ -685,7 +695,7 @@ def loop(model, batch, positions, mask, cache):
                 more["position_ids"] = following + step
             if mask:
                 more["attention_mask"] = real
-            out = model(input_ids=tokens[-1], past_key_values=past, use_cache=True, **more)
+            out = model(input_ids=tokens[-1], **with_cache(model, past), use_cache=True, **more)
     assert ids.shape[1] + STEPS == real.shape[1]
     return torch.cat(tokens, 1), torch.stack(logits, 1)
 
@@ -737,7 +747,7 @@ def test_a_follow_up_turn_with_new_ids_only(cut):
             input_ids=fresh,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1)[:, -6:],
-            past_key_values=one.past_key_values,
+            **with_cache(model, cache_of(one)),
             use_cache=True,
         )
     reference = oracle.Llava(model)
@@ -767,7 +777,7 @@ def test_a_second_turn_through_generate(cut):
             two = model.generate(
                 input_ids=fresh,
                 attention_mask=full,
-                past_key_values=one.past_key_values,
+                **with_cache(model, cache_of(one)),
                 max_new_tokens=3,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -790,10 +800,10 @@ def test_full_ids_on_a_returned_cache_are_refused(cut):
     with vlmtok.compress(model, CUTS[cut]):
         one = first_turn(model, batch)
         full = torch.cat([one.sequences, models.prompt("5", seed=9)[None]], 1)
-        given = {"past_key_values": one.past_key_values, "max_new_tokens": 2, "do_sample": False}
+        given = {**with_cache(model, cache_of(one)), "max_new_tokens": 2, "do_sample": False}
         if "decoder" in cut and cut != "decoder twice" and model.model.language_model.layers:
             pass
-        length = one.past_key_values.get_seq_length()
+        length = cache_of(one).get_seq_length()
         if length == full.shape[1] - 6:
             # The first layers are uncut: the host slices right, and the result must be right too.
             fresh = model.generate(input_ids=full, attention_mask=torch.ones_like(full), **given)
@@ -802,7 +812,7 @@ def test_full_ids_on_a_returned_cache_are_refused(cut):
         with pytest.raises(CacheError, match="new ids"):
             model.generate(input_ids=full, attention_mask=torch.ones_like(full), **given)
         one = first_turn(model, batch)
-        given["past_key_values"] = one.past_key_values
+        given.update(with_cache(model, cache_of(one)))
         with pytest.raises(CacheError, match="new ids"):
             model.generate(input_ids=full, **given)
 
@@ -823,7 +833,7 @@ def test_a_second_turn_with_a_new_picture(cut):
             attention_mask=full,
             pixel_values=more.pixels[0],
             position_ids=torch.arange(start, full.shape[1])[None],
-            past_key_values=one.past_key_values,
+            **with_cache(model, cache_of(one)),
             use_cache=True,
         )
         # And a token more, on the twice-cut cache.
@@ -832,7 +842,7 @@ def test_a_second_turn_with_a_new_picture(cut):
             input_ids=answer,
             attention_mask=torch.ones(1, full.shape[1] + 1, dtype=torch.int64),
             position_ids=torch.tensor([[full.shape[1]]]),
-            past_key_values=out.past_key_values,
+            **with_cache(model, cache_of(out)),
         )
     reference, plan = oracle.Llava(model), oracle.Plan()
     reference.generate(batch.rows[0], batch.pixels[0], decider(methods, run), STEPS, plan=plan)
@@ -857,7 +867,7 @@ def test_a_picture_after_a_text_only_turn():
             input_ids=two.rows[0][None],
             attention_mask=full,
             pixel_values=two.pixels[0],
-            past_key_values=out.past_key_values,
+            **with_cache(model, cache_of(out)),
         )
     with torch.no_grad():
         whole = torch.cat([one.rows[0], two.rows[0]])
@@ -872,13 +882,13 @@ def test_a_copied_cache_goes_on_by_itself(cut):
     questions = [models.prompt("4", seed=seed)[None] for seed in (11, 12)]
     length = len(batch.rows[0])
     with torch.no_grad(), vlmtok.compress(model, methods) as run:
-        cache = model(**batch.inputs(), use_cache=True).past_key_values
+        cache = cache_of(model(**batch.inputs(), use_cache=True))
         found = []
         for question in questions:
             out = model(
                 input_ids=question,
                 attention_mask=torch.ones(1, length + 4, dtype=torch.int64),
-                past_key_values=copy.deepcopy(cache),
+                **with_cache(model, copy.deepcopy(cache)),
             )
             found.append(out.logits)
     reference = oracle.Llava(model)
@@ -897,15 +907,15 @@ def test_a_cropped_cache_goes_on_where_it_was_cropped(cut):
     length = len(batch.rows[0])
     with torch.no_grad(), vlmtok.compress(model, methods):
         out = model(**batch.inputs(), use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         more = models.prompt("6", seed=4)[None]
         mask = torch.ones(1, length + 6, dtype=torch.int64)
-        wanted = model(input_ids=more, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        wanted = model(input_ids=more, attention_mask=mask, **with_cache(model, copy.deepcopy(cache))).logits
         wrong = models.prompt("6", seed=5)[None]
         first = torch.cat([more[:, :2], wrong[:, :4]], 1)
-        model(input_ids=first, attention_mask=mask, past_key_values=cache)
+        model(input_ids=first, attention_mask=mask, **with_cache(model, cache))
         cache.crop(-4)
-        found = model(input_ids=more[:, 2:], attention_mask=mask, past_key_values=cache).logits
+        found = model(input_ids=more[:, 2:], attention_mask=mask, **with_cache(model, cache)).logits
     assert_equal(found[0], wanted[0, 2:])
 
 
@@ -913,10 +923,10 @@ def test_a_cropped_cache_goes_on_where_it_was_cropped(cut):
 def test_a_cache_cropped_into_what_was_cut_is_refused(cut):
     model, batch = llava(), Batch.of("^3I5")
     with torch.no_grad(), vlmtok.compress(model, CUTS[cut]):
-        cache = model(**batch.inputs(), use_cache=True).past_key_values
+        cache = cache_of(model(**batch.inputs(), use_cache=True))
         cache.crop(-12)
         with pytest.raises((CacheError, PassError)):
-            model(input_ids=models.prompt("3")[None], past_key_values=cache)
+            model(input_ids=models.prompt("3")[None], **with_cache(model, cache))
 
 
 # ---------------------------------------------------------------------- caches that do not fit
@@ -925,24 +935,24 @@ def test_caches_of_others_are_refused():
     more = {"input_ids": models.prompt("3")[None]}
     with torch.no_grad():
         with vlmtok.compress(model, CUTS["boundary renumbered"]):
-            cache = model(**batch.inputs(), use_cache=True).past_key_values
+            cache = cache_of(model(**batch.inputs(), use_cache=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its hooks have nothing to do
             with (
                 vlmtok.compress(model, CUTS["boundary kept"]),
                 pytest.raises(CacheError, match="another compression"),
             ):
-                model(**more, past_key_values=cache)
+                model(**more, **with_cache(model, cache))
         with vlmtok.compress(model, CUTS["boundary renumbered"]) as run:
-            cache = model(**batch.inputs(), use_cache=True).past_key_values
+            cache = cache_of(model(**batch.inputs(), use_cache=True))
             with run.paused():
-                model(**more, past_key_values=cache)
+                model(**more, **with_cache(model, cache))
             with pytest.raises(CacheError, match="paused"):
-                model(**more, past_key_values=cache)
-            cache = model(**batch.inputs(), use_cache=True).past_key_values
+                model(**more, **with_cache(model, cache))
+            cache = cache_of(model(**batch.inputs(), use_cache=True))
             cache.batch_repeat_interleave(2)
             with pytest.raises(CacheError, match=r"1 rows.*2"):
-                model(input_ids=models.prompt("3").expand(2, -1), past_key_values=cache)
+                model(input_ids=models.prompt("3").expand(2, -1), **with_cache(model, cache))
 
 
 def test_a_cache_that_was_reset_starts_anew():
@@ -953,7 +963,7 @@ def test_a_cache_that_was_reset_starts_anew():
         wanted = model(**batch.inputs(), use_cache=True).logits
         cache = DynamicCache(config=model.config.text_config)
         for _ in range(2):
-            assert_same(model(**batch.inputs(), past_key_values=cache).logits, wanted)
+            assert_same(model(**batch.inputs(), **with_cache(model, cache)).logits, wanted)
             cache.reset()
 
 
@@ -968,7 +978,7 @@ def test_static_caches_and_dense_masks_are_refused():
             model.generate(**batch.inputs(), max_new_tokens=2, cache_implementation="static")
         static = StaticCache(config=model.config.text_config, max_cache_len=64)
         with torch.no_grad(), pytest.raises(CacheError, match="StaticCache"):
-            model(**batch.inputs(), past_key_values=static)
+            model(**batch.inputs(), **with_cache(model, static))
         dense = torch.zeros(1, 1, length, length)
         given = {**batch.inputs(), "attention_mask": dense}
         with torch.no_grad(), pytest.raises(CacheError, match="4-D"):
@@ -1136,7 +1146,7 @@ def test_placeholders_that_were_generated_are_text():
         out = model(**batch.inputs(), use_cache=True)
         ids = torch.tensor([[5, models.IMAGE, 7]])
         mask = torch.ones(1, len(batch.rows[0]) + 3, dtype=torch.int64)
-        found = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values).logits
+        found = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache_of(out))).logits
     assert found.shape[1] == 3
     assert bool(found.isfinite().all())
 

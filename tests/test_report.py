@@ -9,9 +9,10 @@ import json
 
 import models
 import pytest
+import referee
 import torch
+from hosts_of import with_cache
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmtok
 from vlmtok import (
@@ -55,7 +56,7 @@ def _model(name):
 
 
 def _flops(call):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), referee.counter() as counter:
         call()
     return counter.get_total_flops()
 
@@ -217,9 +218,9 @@ def test_a_later_turn_is_counted_exactly_and_leaves_the_prefill_in_sight():
 
     def turns():
         cache = DynamicCache(config=model.config.text_config)
-        model(**inputs, past_key_values=cache, logits_to_keep=1)
-        model(input_ids=later, past_key_values=cache, logits_to_keep=2)
-        model(input_ids=later[:, :1], past_key_values=cache)
+        model(**inputs, **with_cache(model, cache), logits_to_keep=1)
+        model(input_ids=later, **with_cache(model, cache), logits_to_keep=2)
+        model(input_ids=later[:, :1], **with_cache(model, cache))
 
     report = _exact(model, [Random(keep=0.5), FastV(keep=0.5)], turns)
     names = [line.name for line in report.lines]

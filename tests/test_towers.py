@@ -6,6 +6,7 @@ import contextlib
 import math
 from pathlib import Path
 
+import hosts_of
 import models
 import numpy as np
 import oracle
@@ -525,7 +526,7 @@ METHODS = ["tome:r=6", "pitome:ratio=0.8", "pitome:ratio=0.8:point=end:weighted=
 
 def checkpointed(model, name):
     if name.startswith("HF"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hosts_of.checkpoint(model)
     else:
         getattr(model, "visual", model).set_grad_checkpointing(True)
 
@@ -722,7 +723,7 @@ def test_reentrant_checkpointing_is_refused():
         model, tower = models.fresh(name), models.TOWERS[name]
         model.train()
         if name.startswith("HF"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            hosts_of.checkpoint(model, reentrant=True)
         else:
             model.set_grad_checkpointing(True)
         usual = timm.layers.use_reentrant_ckpt()

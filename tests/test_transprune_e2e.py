@@ -5,6 +5,7 @@ import pytest
 import torch
 from checks import watched
 from decoder_by_hand import PlainLlama, Run, golden, golden_names
+from hosts_of import cache_of
 from torch import nn
 
 import vlmtok
@@ -127,7 +128,7 @@ def run_golden(data, attention, **settings):
         )
         cuts = [found.reduction.keep[0] for found in seen if found.reduction is not None]
         assert run.report() is not None
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     logits = torch.cat(out.logits)[:, : data["vocab_size"]]
     return out.sequences[0, ids.shape[1] :].tolist(), logits, lengths, cuts
 

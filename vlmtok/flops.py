@@ -1,8 +1,9 @@
 """Counting without running: a model's shape as counts and widths, and the MACs of a pass from the ledger.
 
 One MAC is one multiplication with its addition; FLOPs are 2 x MACs, and the two are named apart always. What is counted
-are matrix products and convolutions, exactly as `torch.utils.flop_counter.FlopCounterMode` counts them on what runs:
-attention over all keys, masked ones and padding included. The conventions of papers are in `vlmtok.conventions`.
+are matrix products and convolutions, exactly as `torch.utils.flop_counter.FlopCounterMode` counts them on what runs
+under the math backend of attention: over all keys, masked ones and padding included. The conventions of papers are in
+`vlmtok.conventions`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What deciding costs: signals and selection, counted by running them on meta tensors under torch's FLOP counter.
+"""What deciding costs: signals and selection, counted by running them on meta tensors.
 
 A pass in the ledger says which method saw views of which shapes. Here the same views are built without data, with the
 same signal functions and the methods' own `reduce` and `insert`, so that no formula has to be kept beside the code.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attachment import Attachment, Entry
+from .counting import MacCounter
 from .flops import BlockShape, ModelShape, TowerShape, decoder_profiles
 from .kernels import dispatch, exact
 from .ledger import Event, Group, StageRun
@@ -62,19 +63,17 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
             again.decoder()
         else:
             again.tower()
-        own = counted() // 2 - again.signals - again.elsewhere
+        own = counted() - again.signals - again.elsewhere
     return Overhead(again.signals, own, tuple(dict.fromkeys(again.notes)))
 
 
 @contextmanager
 def rehearsal() -> Iterator[Callable[[], int]]:
-    """Context that counts FLOPs of torch definitions and leaves no trace in `vlmtok.kernels.ran`."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Context that counts MACs of torch definitions and leaves no trace in `vlmtok.kernels.ran`."""
     ran = dispatch._ran.copy()
     try:
-        with dispatch.use("torch"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            yield counter.get_total_flops
+        with dispatch.use("torch"), torch.no_grad(), MacCounter() as counter:
+            yield lambda: counter.macs
     finally:
         dispatch._ran.clear()
         dispatch._ran.update(ran)
@@ -266,7 +265,7 @@ class Rehearsal:
         def signal() -> Tensor | None:
             before = self.counted()
             made = TOWER_SIGNALS[need.name].make(taps)
-            self.elsewhere += (self.counted() - before) // 2
+            self.elsewhere += self.counted() - before
             return made
 
         return signal
@@ -341,7 +340,7 @@ class Rehearsal:
         try:
             return make()
         finally:
-            self.signals += (self.counted() - before) // 2
+            self.signals += self.counted() - before
 
     def _entry(self, event: Event) -> Entry:
         found = self.attachment.at(event.stage, event.layer, event.point)

@@ -125,9 +125,9 @@ class SiteLine:
 class Report:
     """What a compression saved and what it cost.
 
-    Print it, or take `to_dict`, `to_json`, `to_markdown`, `to_csv`. MACs are matrix products and convolutions, counted
-    as torch's FlopCounterMode does; FLOPs are 2 x MACs. Where a count depends on content, estimates give what lies
-    between everything dropped and nothing dropped.
+    Print it, or take `to_dict`, `to_json`, `to_markdown`, `to_csv`. MACs are matrix products and convolutions, as
+    torch's FlopCounterMode counts them where it sees all (docs/counting.md); FLOPs are 2 x MACs. Where a count depends
+    on content, estimates give what lies between everything dropped and nothing dropped.
 
     Attributes:
         model: its class, or the preset.

@@ -212,7 +212,6 @@ class Oracle:
             attention_mask=self.mask(kind, row),
             position_embeddings=self.rotary(kind, row),
             position_ids=None,
-            past_key_values=None,
         )
         return (hidden[0] if isinstance(hidden, tuple) else hidden)[0]
 

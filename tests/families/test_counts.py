@@ -1,8 +1,8 @@
 """MACs of the language model of every family: 2 x those of the report are what torch's counter counts there."""
 
 import pytest
+import referee
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vlmtok
 
@@ -19,7 +19,7 @@ def test_the_language_model_is_counted_exactly(name):
     if name.endswith("moe"):
         model.set_experts_implementation("eager")  # the fused one has no formula in the counter
     with torch.no_grad(), vlmtok.kernels.use("torch"), vlmtok.compress(model, "random:keep=0.5") as run:
-        with FlopCounterMode(display=False) as counter:
+        with referee.counter() as counter:
             model(**batch(name).inputs())
         report = run.report(total=True)
     if name in OTHER_FORM:

@@ -6,6 +6,7 @@ Wherever the host can do it alone, ``bare`` is the control.
 import pytest
 import torch
 import transformers as tf
+from hosts_of import cache_of, with_cache
 
 from vlmtok.errors import CacheError
 
@@ -39,10 +40,10 @@ def step_through(model, inputs, tokens, positions=None, cache=None):
     length, mask = inputs["input_ids"].shape[1], inputs.get("attention_mask")
     at = {} if positions is None else {"position_ids": positions[..., :length]}
     with torch.no_grad():
-        out = model(**inputs, **at, use_cache=True, **({} if cache is None else {"past_key_values": cache}))
+        out = model(**inputs, **at, use_cache=True, **({} if cache is None else with_cache(model, cache)))
         found = [out.logits[:, -1]]
         for step in range(tokens.shape[1] - 1):
-            given = {"input_ids": tokens[:, step : step + 1], "past_key_values": out.past_key_values}
+            given = {"input_ids": tokens[:, step : step + 1], **with_cache(model, cache_of(out))}
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 given["attention_mask"] = mask
@@ -50,7 +51,7 @@ def step_through(model, inputs, tokens, positions=None, cache=None):
                 given["position_ids"] = positions[..., length + step : length + step + 1]
             out = model(**given, use_cache=True)
             found.append(out.logits[:, -1])
-    return torch.stack(found, 1), out.past_key_values
+    return torch.stack(found, 1), cache_of(out)
 
 
 # ---------------------------------------------------------------------- loops
@@ -168,7 +169,7 @@ def test_a_second_turn_of_text(name, mode):
             input_ids=said[:, 3:],
             attention_mask=mask,
             position_ids=positions[..., length + 3 :],
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
         )
     torch.testing.assert_close(out.logits, wanted.logits[:, 4:], atol=1e-4, rtol=0)
@@ -217,7 +218,7 @@ def test_a_second_turn_with_a_picture(name, mode):
     with compressed(model, MODES[mode]), torch.no_grad():
         _, cache = step_through(model, inputs, turns.written, positions_of(name, turns.first.prompts, 3))
         end = start + second["input_ids"].shape[1]
-        out = model(**second, position_ids=positions[..., start:end], past_key_values=cache, use_cache=True)
+        out = model(**second, position_ids=positions[..., start:end], **with_cache(model, cache), use_cache=True)
         found, mask = [out.logits[:, -1]], second["attention_mask"]
         for step in range(STEPS - 1):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
@@ -225,7 +226,7 @@ def test_a_second_turn_with_a_picture(name, mode):
                 input_ids=turns.wanted.tokens[:, step : step + 1],
                 attention_mask=mask,
                 position_ids=positions[..., end + step : end + step + 1],
-                past_key_values=out.past_key_values,
+                **with_cache(model, cache_of(out)),
                 use_cache=True,
             )
             found.append(out.logits[:, -1])
@@ -243,7 +244,7 @@ def test_a_second_turn_of_text_by_generate(name, mode):
         out = model.generate(**rows.inputs(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         mask = torch.cat([rows.inputs()["attention_mask"], torch.ones_like(said)], 1)
         found = generate(
-            model, {"input_ids": said[:, 3:], "attention_mask": mask}, 3, past_key_values=out.past_key_values
+            model, {"input_ids": said[:, 3:], "attention_mask": mask}, 3, **with_cache(model, cache_of(out))
         )
     wanted = ask(name, rows.prompts, MODES[mode], said.shape[1] + 3, torch.cat([said, found[0]], 1))
     torch.testing.assert_close(found[1], wanted.logits[:, -3:], atol=1e-4, rtol=0)
@@ -263,7 +264,7 @@ def test_a_second_turn_by_generate(name, mode):
         if FAMILIES[name].positions == "mrope":
             counted = second["attention_mask"].cumsum(1) - 1
             second["position_ids"] = torch.cat([counted[None], positions_of(name, turns.whole, 0)])
-        found = generate(model, second, past_key_values=out.past_key_values)
+        found = generate(model, second, **with_cache(model, cache_of(out)))
     turns.wanted.check(*found)
 
 
@@ -277,5 +278,5 @@ def test_a_second_turn_with_all_ids_is_refused(name, mode):
         mask = torch.cat([rows.inputs()["attention_mask"], out.sequences.new_ones(2, 4)], 1)
         with pytest.raises(CacheError, match="new ids"):
             model.generate(
-                input_ids=out.sequences, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=2
+                input_ids=out.sequences, attention_mask=mask, **with_cache(model, cache_of(out)), max_new_tokens=2
             )

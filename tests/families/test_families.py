@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from hosts_of import cache_of
 
 import vlmtok
 from vlmtok.errors import VlmtokError, VlmtokWarning
@@ -70,6 +71,7 @@ def test_layers_that_share_keys_end_the_cuts(bidirectional):
             vlmtok.compress(model, Top(Cut(0.5, layer)))
 
 
+@pytest.mark.runs("llama4")
 def test_temperature_by_the_tokens_left():
     """Llama 4 warms up attention by a token's place among those that are left; hosts count padding: rows are alone."""
     model, cuts = dataclasses.replace(FAMILIES["llama4"], make=lambda: llama4(4)).build(), MODES["both+half"]
@@ -197,7 +199,7 @@ def test_caches_are_shorter(name):
         out = model.generate(**rows.inputs(), max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
     after = [_longest(rows.prompts, cuts[:1]), _longest(rows.prompts, cuts)]
     kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    for layer, held in enumerate(out.past_key_values.layers):
+    for layer, held in enumerate(cache_of(out).layers):
         kind = "full_attention" if kinds is None else kinds[layer]
         if kind == "full_attention" and hasattr(held, "get_seq_length"):  # others share keys, or see a window
             assert held.get_seq_length() == after[layer >= 2]

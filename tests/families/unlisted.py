@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from hosts_of import cache_name, cache_of, caches_in, named_by_host, with_cache
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -58,13 +59,14 @@ class NovelModel(NovelPreTrained):
         """Further arguments of the text model."""
         return {}
 
+    @named_by_host
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: tf.Cache | None = None,
+        cache: tf.Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **options: Any,
@@ -80,8 +82,8 @@ class NovelModel(NovelPreTrained):
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **with_cache(self.language_model, cache),
             **self.more(inputs_embeds),
             **options,
         )
@@ -99,13 +101,14 @@ class NovelForConditionalGeneration(NovelPreTrained, tf.GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @named_by_host
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: tf.Cache | None = None,
+        cache: tf.Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         logits_to_keep: int = 0,
@@ -116,13 +119,14 @@ class NovelForConditionalGeneration(NovelPreTrained, tf.GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **with_cache(self.model, cache),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **options,
         )
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+        held = cache_of(out) if caches_in(out) else None
+        return CausalLMOutputWithPast(logits=logits, **{cache_name(CausalLMOutputWithPast): held})
 
 
 class TaggedText(tf.LlamaModel):

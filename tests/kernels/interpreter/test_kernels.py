@@ -4,6 +4,7 @@ import importlib
 from types import SimpleNamespace
 
 import checks
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,27 @@ def test_heads_far_apart():
 
 def test_this_process_interprets():
     assert dispatch.INTERPRETS
+
+
+@pytest.mark.parametrize(("m", "k"), [(16, 16), (16, 32), (16, 64), (64, 64), (128, 64)])
+def test_a_dot_is_the_same_at_every_place_of_a_tile(m, k):
+    """What hardware gives and checks of ties and symmetry stand on; the interpreter's own product does not."""
+    from triton.language import core
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(a, b):
+        """Rows of a with rows of b, which are read along either axis."""
+        tiles = (TensorHandle(x, core.float32) for x in (a, b.T, np.ascontiguousarray(b.T), np.zeros((m, m), a.dtype)))
+        a, turned, copied, zeros = tiles
+        found = [InterpreterBuilder().create_dot(a, b, zeros, None, 0).data for b in (turned, copied)]
+        assert np.allclose(found[0], found[1], atol=1e-5)
+        return found[0]
+
+    x = checks.rows(1, m, k)[0].numpy()
+    assert np.allclose(dot(x, x), x.astype(np.float64) @ x.T.astype(np.float64), atol=1e-4)
+    assert (dot(x, x) == dot(x, x).T).all()
+    equal = dot(np.repeat(x[:1], m, 0), np.repeat(x[1:2], m, 0))
+    assert (equal == equal[0, 0]).all()
 
 
 def test_public_functions_take_the_kernels():
