@@ -24,7 +24,16 @@ from . import host_objects, hosts
 from .base import VLMSpec, child
 from .decoder_attention import attention_form
 from .decoder_call import BLOCKS, Call, DecoderRun, deepstack, flat, top
-from .decoder_checks import check_call, check_hidden, check_layer, check_start, check_turn, packed, unknown_argument
+from .decoder_checks import (
+    check_call,
+    check_checkpointing,
+    check_hidden,
+    check_layer,
+    check_start,
+    check_turn,
+    packed,
+    unknown_argument,
+)
 from .decoder_intake import Intake
 from .decoder_segments import Segments, begin_segment, end_call
 from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
@@ -209,6 +218,8 @@ class Decoder:
         call.refusal = unknown_argument(
             self.text.called(args, kwargs), self.text.names, self.spec, self.core(), batch, columns, held
         )
+        if self.points:
+            check_checkpointing(module)
         if call.refusal is None and incoming.placed and own_positions is not None:
             caching = given(hosts.CACHING)
             caching = getattr(module.config, "use_cache", True) if caching is None else caching

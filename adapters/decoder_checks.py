@@ -87,6 +87,22 @@ def check_call(mask: Any, cache: Any) -> None:
         raise CacheError(f"a cut needs the 2-D attention mask, and the model was called with a {what} one")
 
 
+def check_checkpointing(module: Any) -> None:
+    """Before a language model whose layers are cut runs.
+
+    Raises:
+        UnsupportedModel: gradient checkpointing runs hooks on layers again, on rows that were cut already.
+    """
+    if not module.training or not torch.is_grad_enabled():
+        return
+    if any(host_objects.checkpoints_whole_calls(layer) for layer in module.layers):
+        raise UnsupportedModel(
+            f"{hosts.library_of(module)} runs whole layers again with gradient checkpointing, hooks included, so cuts "
+            "inside the language model cannot be followed; use transformers 5.23 or later, cuts before the language "
+            "model, or no checkpointing of it"
+        )
+
+
 def unknown_argument(
     given: Mapping[str, Any], names: Collection[str], spec: VLMSpec, core: Any, batch: int, columns: int, held: int = 0
 ) -> str | None:

@@ -184,6 +184,15 @@ def set_recorded_states(output: Any, states: tuple[Tensor | None, ...]) -> None:
     output[name] = states
 
 
+def checkpoints_whole_calls(layer: Any) -> bool:
+    """Whether gradient checkpointing of a layer runs its whole call again, hooks included.
+
+    transformers before 5.23 wraps ``__call__``; hooks then see rows that were cut already. Later it wraps ``forward``.
+    """
+    own = [kind for kind in type(layer).__mro__ if kind.__module__.startswith("transformers.")]
+    return bool(getattr(layer, "gradient_checkpointing", False)) and any("__call__" in kind.__dict__ for kind in own)
+
+
 def features_in(module: Host, encoded: Any, late: bool) -> Any:
     """The features of each picture among what an encoder gave, or None where the projector runs later.
 

@@ -13,7 +13,6 @@ from packaging.version import Version
 SINCE = {
     # Older ones call checkpointed layers whole, hooks included, once more inside backward.
     "checkpointing leaves a layer's own hooks outside": ("transformers", "5.23"),
-    "test_gradient_checkpointing_of_the_language_model[everything]": ("transformers", "5.23"),
     # Older ones give every chunk all pictures, so that the bare host differs from itself without chunks.
     "test_prefill_in_chunks_is_right_or_refused": ("transformers", "5.23"),
     # Older ones have no such model; the row that refuses it waits for one.
