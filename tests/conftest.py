@@ -74,6 +74,8 @@ def pytest_configure(config):
         "error::FutureWarning",
         # Processors of PaliGemma and GLM make an array of a tensor, whose `__array__` takes no `copy`.
         "ignore:__array__ implementation doesn't accept:DeprecationWarning:transformers[.]models[.].*[.]processing_.*",
+        # timm up to 1.0.24 declares an interface of TorchScript when it is imported.
+        "ignore:`torch.jit.interface` is deprecated:FutureWarning",
         # Deterministic mode is on for the sake of fill_uninitialized_memory.
         "ignore:.*does not have a deterministic implementation.*:UserWarning",
         "ignore:Using a target size:UserWarning",

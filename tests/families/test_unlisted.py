@@ -8,8 +8,8 @@ import transformers as tf
 
 import vlmtok
 from vlmtok.errors import UnsupportedModel, VlmtokError
+from vlmtok.tiny.models_1d import llava
 
-from . import build
 from .build import FAMILIES, Family, shared
 from .harness import BY_SAMPLE, GAP, MODES, Expected, batch, expected, generate
 from .methods import Top
@@ -73,7 +73,7 @@ class CopiedForConditionalGeneration(tf.LlavaForConditionalGeneration):
 
 def copied():
     """LLaVA under other names."""
-    given = build.llava().config.to_dict()
+    given = llava().config.to_dict()
     return CopiedForConditionalGeneration(CopiedConfig(**{k: v for k, v in given.items() if k != "model_type"}))
 
 
