@@ -417,7 +417,7 @@ class Gemma4Oracle(Gemma3Oracle):
 
     def start(self, row: Row) -> Row:
         self.keys: dict[str, Any] = {}
-        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None], None)
+        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None], None)  # or embeddings, read back into ids
         by_layer = self.lm.project_per_layer_inputs(row.hidden[None], by_id)[0]
         return replace(row, tables=tuple(by_layer.unbind(1)))
 
@@ -436,6 +436,11 @@ class PaliGemmaOracle(Oracle):
     """PaliGemma: the prompt sees itself both ways, whatever the window; positions count from 1."""
 
     first_position = 1
+    capped = True
+    """Whether the host caps logits as PaliGemma 2's config says; it did not always."""
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return super().finish(logits) if self.capped else logits
 
     def blocks(self, prompt: Prompt, more: int) -> Tensor:
         return torch.cat([torch.zeros(len(prompt.ids), dtype=torch.int64), torch.full((more,), -1)])
