@@ -27,7 +27,7 @@ from ..rows import Picture, Rows
 from . import hosts
 from .base import VLMSpec
 from .hosts import Role
-from .spans import IMAGE, VIDEO
+from .spans import IMAGE, VIDEO, separators
 
 PROBE = 8
 """Channels of the projector's output that are kept to know it again."""
@@ -250,7 +250,7 @@ class Packing:
         if n == patches + 1:
             yield 1, [pixels, pixels], [side, side]
             return
-        breaks = (tokens == self.core().image_newline.to(tokens)).all(-1).to(torch.int8)
+        breaks = separators(tokens, self.core().image_newline).to(torch.int8)
         wide = int(breaks[patches:].argmax())
         high = (n - patches) // (wide + 1)
         found = []

@@ -285,7 +285,7 @@ def _last_attention(taps: DecoderTaps) -> Tensor:
 def _attention_to_text(taps: DecoderTaps) -> Tensor:
     batch, n = taps.visual.shape
     if taps.text.shape[1] == 0 or not taps.mixed:
-        return torch.zeros(batch, n, device=taps.visual.device)
+        return torch.zeros(batch, n, dtype=torch.float32, device=taps.visual.device)
     chunks = [taps.attend(rows, taps.text).sum(-1).mean(1) for rows in taps.visual.split(256, 1)]
     return torch.cat(chunks, 1)
 

@@ -243,7 +243,7 @@ class Oracle:
                 stays[columns[kept]] = True
                 self.gap = min(self.gap, gap)
         left = row.take(stays.nonzero()[:, 0])
-        if cut.positions == "renumber":
+        if cut.positions == "renumber" and len(left) < len(row):
             left = replace(left, positions=row.positions.min() + torch.arange(len(left))[None])
         return left
 
