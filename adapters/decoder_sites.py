@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..attachment import Attachment, Entry
-from ..errors import PassError
 from ..ledger import Event
 from ..ledger import Group as Booked
 from ..method import layer_of
@@ -115,9 +114,6 @@ class Sites:
 
         Returns:
             The rows and how their columns moved, or None where they stay.
-
-        Raises:
-            PassError: the site asks for renumbered positions where these have three dimensions.
         """
         rows = call.rows
         assert rows is not None and call.run is not None
@@ -138,11 +134,6 @@ class Sites:
         if pieces:
             wanted = entry.site.positions
             renumber = renumber_by_default if wanted is None else wanted == "renumber"
-            if renumber and self.spec.positions != "1d":
-                raise PassError(
-                    f"{type(entry.method).__name__}: positions='renumber' is not defined for rotary positions in three "
-                    "dimensions; use positions='keep'"
-                )
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
                 layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)

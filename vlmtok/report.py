@@ -238,7 +238,7 @@ class Report:
             accounts.append(account)
             notes += said
         report = cls(shape.name, [str(method) for method in attachment.methods], source)
-        report.notes = list(dict.fromkeys([*notes, *shape.notes]))
+        report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
         report._shape, report._accounts = shape, tuple(accounts)
         report._runs = tuple(run for run, _ in plans[-1])
         low, high = accounts[0], accounts[-1]

@@ -322,6 +322,11 @@ def check_stage(site: Site, layout: Layout, by: str) -> None:
         SiteError: it has not; the message says what is possible.
     """
     stage = layout.stage(site.stage, by)
+    if site.positions == "renumber" and not stage.renumbers:
+        raise SiteError(
+            f"{by}: positions='renumber' at {site} is not possible; position ids of {layout.family} are places in a "
+            "picture, in three dimensions (M-RoPE), and no row of numbers: leave positions at None, or 'keep' them"
+        )
     if site.stage not in LAYERED:
         return
     layer = site.layer if site.layer is not None else -1
