@@ -19,7 +19,7 @@ from player import Player
 from test_llava import Top, assert_generates_as_the_oracle
 
 import vlmtok
-from vlmtok import Reduction
+from vlmtok import Reduction, Site, TokenView
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.rows import Picture, Rows
 
@@ -101,7 +101,7 @@ RENUMBERED_ALONE = {"spec": "fastv:K=1:keep=4+pyramiddrop:layers=(3;):ratios=(0.
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @example(**RENUMBERED_ALONE, seed=0)
-@settings(max_examples=40, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=30, phases=(Phase.explicit, Phase.generate))
 @given(spec=stacks(SETTINGS), patterns=batches(), seed=st.integers(0, 5))
 def test_a_batch_of_a_stack_is_its_rows(side, spec, patterns, seed):
     """3, with padding on either side: logits of every column, and of what is generated behind the left-padded."""
@@ -209,7 +209,9 @@ COMBINED = {
     "ragged, then signals of the tower": "prumerge:keep=none+todre:keep=0.6:tau=none+cdpruner:keep=0.8",
     "merged in the tower, ragged in the decoder": "tome:r=3+todre:keep=none:tau=0.9:check_layer=1+fastv:K=4:keep=0.5",
     "two renumbering cuts": "pyramiddrop:layers=(2;4):ratios=(0.5;0.2)+fastv:K=3:keep=0.6:positions=renumber",
-    "kept, renumbered, kept": "random:keep=0.7:positions=keep+pyramiddrop:layers=(2;):ratios=(0.6;)+fastv:K=4:keep=0.5",
+    "kept, renumbered, kept": (
+        "divprune:keep=0.7:positions=keep+pyramiddrop:layers=(2;):ratios=(0.6;)+fastv:K=4:keep=0.5"
+    ),
     "carried state and two other cuts": (
         "transprune:layers=(3;4;5):accumulate=none+fastv:K=2:keep=0.8+random:keep=0.8:stage=decoder:layer=4"
     ),
@@ -229,6 +231,20 @@ def test_a_ragged_method_is_the_last_at_features():
         vlmtok.compress(llava(), "prumerge:keep=none+scope:keep=0.6")
     batch = Batch.of("^3I5", "2I1I2", "^4I")
     assert_generates_as_the_oracle(llava(), batch, vlmtok.parse_methods("scope:keep=0.8+prumerge:keep=none"))
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_protection_changes_behind_the_larger_half(depth):
+    """One half of the released layers is l < ceil(L / 2); odd depths tell it from floor."""
+    x = torch.randn(1, 12, 8)
+    for protect, first in (("first_half", True), ("second_half", False)):
+        for layer in range(depth):
+            view = TokenView(x, Site("vision", layer, "mid"), depth=depth, signals={"keys": x})
+            like = "all" if (layer < (depth + 1) // 2) == first else "none"
+            found, wanted = (vlmtok.PiToMe(ratio=0.8, protect=how).reduce(view) for how in (protect, like))
+            assert torch.equal(found.keep, wanted.keep)
+        other = vlmtok.PiToMe(ratio=0.8, protect="none" if like == "all" else "all").reduce(view)
+        assert not torch.equal(found.keep, other.keep)
 
 
 # ---------------------------------------------------------------------- towers
