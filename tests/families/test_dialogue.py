@@ -196,13 +196,13 @@ class Turns:
         whole: both turns as one prompt a row.
     """
 
-    def __init__(self, name, mode):
+    def __init__(self, name, cuts):
         family, self.first = FAMILIES[name], batch(name)
-        self.name, self.mode = name, mode
-        self.written = expected(name, MODES[mode]).tokens[:, :4]
+        self.name = name
+        self.written = expected(name, cuts).tokens[:, :4]
         self.new = tuple(family.prompt("2I3", 50 + row) for row in range(2))
         self.whole = tuple(p.then(q, w) for p, q, w in zip(self.first.prompts, self.new, self.written))
-        self.wanted = ask(name, self.whole, MODES[mode])
+        self.wanted = ask(name, self.whole, cuts)
 
     def second(self):
         """Arguments of the second turn: new ids, a mask of the full length, new pictures."""
@@ -220,7 +220,7 @@ class Turns:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PREFIXED])
 def test_a_second_turn_with_a_picture(name, mode):
     """By hand, with positions."""
-    turns, model = Turns(name, mode), model_of(name)
+    turns, model = Turns(name, MODES[mode]), model_of(name)
     inputs, second = turns.first.inputs(), turns.second()
     start = inputs["input_ids"].shape[1] + 3
     positions = positions_of(name, turns.whole, STEPS)
@@ -265,7 +265,7 @@ def test_a_second_turn_of_text_by_generate(name, mode):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PREFIXED])
 def test_a_second_turn_by_generate(name, mode):
     """With the new ids only and a mask of the full length; positions in three dimensions must come along."""
-    turns, model = Turns(name, mode), model_of(name)
+    turns, model = Turns(name, MODES[mode]), model_of(name)
     with compressed(model, MODES[mode]):
         out = model.generate(
             **turns.first.inputs(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, use_cache=True
