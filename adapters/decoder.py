@@ -467,8 +467,9 @@ class Decoder:
             shot = [shot for first, shot in call.places if first <= max(index - 1, 0)][-1]
             if index == len(recorded) - 1:  # the last one stands behind the final norm
                 shot = call.places[-1][1]
-            fits = states is not None and states.shape[1] == shot.length
-            made.append(shot.restore(states, call.columns) if fits else states)
+            if states is not None and states.shape[1] == shot.length:
+                states = shot.restore(states, call.columns)
+            made.append(states)
         host_objects.set_recorded_states(output, tuple(made))
 
 

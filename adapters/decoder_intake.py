@@ -316,7 +316,7 @@ class Intake:
         for role in self.spec.gather:
             value = given(role)
             if value is not None:
-                rows.states[HOST, role] = value
+                rows.states[HOST, role.what] = value
         if self.spec.deepstack is None:
             return {}
         where, what = self.spec.deepstack

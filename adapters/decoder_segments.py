@@ -93,8 +93,8 @@ class Segments:
         changes: dict[Role, Any] = {hosts.EMBEDDINGS: x, hosts.POSITIONS: _positions(call, segment)}
         if rows is not None:
             for role in self.spec.gather:
-                if (HOST, role) in rows.states:
-                    changes[role] = rows.states[HOST, role]
+                if (HOST, role.what) in rows.states:
+                    changes[role] = rows.states[HOST, role.what]
         count, new, blocks = call.added[0]
         valid = segment.extended(count, new, x.shape[0], x.device)
         mask: Any
