@@ -97,7 +97,7 @@ class Decoder:
             if kind in RECURRENT or not spec.attention or attention_form(lm.layers[i]) is None
         )
         return {
-            "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"})),
+            "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"}), renumbers=spec.positions == "1d"),
             "decoder": StageLayout(
                 depth,
                 width,
@@ -107,6 +107,7 @@ class Decoder:
                 frozenset(DECODER_SIGNALS),
                 blind=blind,
                 last_cut=None if spec.last_cut is None else spec.last_cut(config),
+                renumbers=spec.positions == "1d",
             ),
         }
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..attachment import Attachment, Entry
-from ..errors import PassError
 from ..ledger import Event
 from ..ledger import Group as Booked
 from ..method import layer_of
@@ -85,9 +84,9 @@ class Sites:
             call.check_cut()
             before, held = rows.length, sum(rows.lengths)
             renumber = self.spec.positions == "1d"
-            x, _ = rows.cut(x, pieces, renumber)
+            x, cut = rows.cut(x, pieces, renumber)
             if renumber:
-                _lower(call, 0)
+                _lower(call, 0, cut)
             groups = tuple(Booked(len(g.units), g.n, r.slots, g.n) for g, r in pieces)
             ragged = handover.valid is not None
             gone = held - sum(rows.lengths) if ragged else None
@@ -116,9 +115,6 @@ class Sites:
 
         Returns:
             The rows and how their columns moved, or None where they stay.
-
-        Raises:
-            PassError: the site asks for renumbered positions where these have three dimensions.
         """
         rows = call.rows
         assert rows is not None and call.run is not None
@@ -140,14 +136,10 @@ class Sites:
             call.check_cut()
             wanted = entry.site.positions
             renumber = renumber_by_default if wanted is None else wanted == "renumber"
-            if renumber and self.spec.positions != "1d":
-                raise PassError(
-                    f"{type(entry.method).__name__}: positions='renumber' is not defined for rotary positions in three "
-                    "dimensions; use positions='keep'"
-                )
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
-                _lower(call, 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point))
+                layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)
+                _lower(call, layer, moved)
             if rows.owner is not None:
                 call.steps.append((entry.site, rows.owner))
         kind = "cut" if pieces else "observe"
@@ -233,12 +225,16 @@ def _signal(need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[]
     return None
 
 
-def _lower(call: Call, layer: int) -> None:
-    """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too."""
+def _lower(call: Call, layer: int, moved: Moved) -> None:
+    """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too.
+
+    Rows that lost nothing in it keep their count.
+    """
     rows, stream = call.rows, call.stream
     assert rows is not None and call.top is not None
     highest = call.top
     if stream is not None and layer:
         first, here = stream.segments[0].shift, stream.segment(layer).shift
         highest = highest + (0 if first is None else first) - (0 if here is None else here)
-    call.lowered = highest - top(rows)
+    before = torch.zeros_like(highest) if call.lowered is None else call.lowered
+    call.lowered = torch.where(moved.dropped > 0, highest - top(rows), before)

@@ -319,7 +319,7 @@ class Projector:
             if handover.size is not None:
                 size = _rows_of(handover.size, index, slots, 1)
                 if rows.size is None:
-                    rows.size = torch.ones(rows.batch, rows.length, device=size.device)
+                    rows.size = size.new_ones(rows.batch, rows.length)
                 rows.size = rows.size.index_put((group.index[:, None], group.columns), size)
             for name, (value, axis) in handover.carried.items():
                 if axis is None:  # one for each picture, not for each token

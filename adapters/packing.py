@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +28,16 @@ from ..rows import Picture, Rows
 from . import hosts
 from .base import VLMSpec
 from .hosts import Role
-from .spans import IMAGE, VIDEO
+from .spans import IMAGE, VIDEO, separators
 
 PROBE = 8
 """Channels of the projector's output that are kept to know it again."""
 CLOSE = 1e-2
 """How far the features of a shrunk canvas may lie apart, as a share of the largest."""
+
+
+STRIP = 1 << 20
+"""Rows or columns of a strip so thin that the host's un-padding leaves nothing of its canvas."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +219,11 @@ class Packing:
             return None
         found: dict[tuple[int, int], Tensor] = {}
         channels, at = call.channels(), 0
-        for picture in pictures:
-            if picture.row % repeat:
-                continue
+        own = [picture for picture in pictures if picture.row % repeat == 0]
+        for picture, follow in zip_longest(own, own[1:]):
             best, least = None, CLOSE
             for crops, pinpoint, size in self._canvases(x[picture.row, picture.columns]):
-                if at + crops > len(channels):
+                if not self._ends(call, at + crops, follow, x):
                     continue
                 owner = self._owner(pinpoint)
                 probe, both = call.probe[at : at + crops], channels[at : at + crops]
@@ -237,6 +241,13 @@ class Packing:
             at += crops
         return _repeated(pictures, found, repeat) if at == len(channels) else None
 
+    def _ends(self, call: Encoded, end: int, follow: Picture | None, x: Tensor) -> bool:
+        """Whether a picture's crops can end there: the next one begins with its thumbnail, the last one takes all."""
+        if follow is None or end >= len(call.probe):
+            return follow is None and end == len(call.probe)
+        first = call.probe[end]
+        return _apart(first, x[follow.row, follow.columns[: len(first)], :PROBE]) <= CLOSE
+
     def _owner(self, pinpoint: list[int]) -> Any:
         """What the host's packing reads: its configuration, with one canvas to choose from."""
         config = copy.copy(self.core().config)
@@ -248,24 +259,29 @@ class Packing:
 
         Returns:
             Crops, the canvas in pixels, and rows and columns of patches behind the host's un-padding, which takes equal
-            parts of two opposite sides.
+            parts of two opposite sides; of a strip it may leave none.
         """
         config = self.core().config
         pixels, (side, patches), n = config.vision_config.image_size, self._side(), len(tokens)
         if n == patches + 1:
             yield 1, [pixels, pixels], [side, side]
             return
-        breaks = (tokens == self.core().image_newline.to(tokens)).all(-1).to(torch.int8)
-        wide = int(breaks[patches:].argmax())
-        high = (n - patches) // (wide + 1)
+        breaks = separators(tokens, self.core().image_newline).to(torch.int8)
+        wide = int(breaks[patches:].argmax()) if n > patches else -1
+        high = (n - patches) // (wide + 1) if n > patches else 0
         found = []
         for height, width in config.image_grid_pinpoints:
             rows, columns = height // pixels * side, width // pixels * side
+            crops = height // pixels * (width // pixels) + 1
+            if high == 0 and rows % 2 == 0:
+                found.append((0, crops, [height, width], [1, STRIP]))
+            if wide == 0 and columns % 2 == 0 and high == rows:
+                found.append((0, crops, [height, width], [STRIP, 1]))
             sizes = {(r, columns) for r in range(rows, 0, -2)} | {(rows, c) for c in range(columns, 0, -2)}
-            for r, c in sizes:
+            for r, c in sizes if wide > 0 else ():
                 # Shrinking keeps the proportions and rounds down.
                 if r >= high and c >= wide and r * (wide + 1) > high * c and r * wide < (high + 1) * c:
-                    found.append((r * c, height // pixels * (width // pixels) + 1, [height, width], [r, c]))
+                    found.append((r * c, crops, [height, width], [r, c]))
         for _, crops, pinpoint, size in sorted(found):
             yield crops, pinpoint, size
 

@@ -171,7 +171,7 @@ def _anyres(look: Look) -> Tensor | None:
     newline = getattr(look.core, "image_newline", None)
     if newline is None:
         return _one(look)
-    separator = (look.x == newline.detach().to(look.x.dtype)).all(-1)
+    separator = separators(look.x, newline)
     config = look.core.config.vision_config
     side = config.image_size // config.patch_size
     apart = separator.tolist()
@@ -191,6 +191,25 @@ def _anyres(look: Look) -> Tensor | None:
         part[picture.row, picture.columns] = torch.tensor(numbers)
         picture.grid = (side, side)
     return torch.where(separator, -1, part.to(look.x.device))
+
+
+def separators(x: Tensor, newline: Tensor) -> Tensor:
+    """Which tokens are the host's separator.
+
+    The host writes it in the dtype of the features, which under autocast is a narrower one than the embeddings'.
+
+    Args:
+        x: `[..., C]`, embeddings.
+        newline: `[C]`, the separator's parameter.
+
+    Returns:
+        bool `[...]`.
+    """
+    found = (x == newline.detach().to(x.dtype)).all(-1)
+    if x.dtype == torch.float32:
+        for narrow in (torch.bfloat16, torch.float16):
+            found |= (x == newline.detach().to(narrow).to(x.dtype)).all(-1)
+    return found
 
 
 def _canvas(n: int, wide: int, side: int) -> list[int]:

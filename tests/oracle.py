@@ -714,8 +714,9 @@ class Llava:
                             plan.cuts[key] = cut
                     if cut is not None:
                         ready.append((columns, cut))
+                before = len(run.h)
                 now = now[run.take(ready)]
-                if ready and decider.renumbers(visit):
+                if len(run.h) < before and decider.renumbers(visit):
                     run.renumber()
 
         run.enter()

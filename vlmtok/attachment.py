@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from .errors import ParameterError, PassError, SiteError
 from .kernels.exact import exact
 from .ledger import Ledger
-from .method import LAYERED, POINTS, STAGES, Layout, Method, Site
+from .method import LAYERED, POINTS, STAGES, Counts, Layout, Method, Site
 from .reduction import Reduction
 from .signals import Need, check_stage, resolve_need
 from .view import Signal, TokenView
 
 S = TypeVar("S")
+_PATCHES = 576
+"""A number of patches; whether a method's count depends on content shows with any."""
 
 UserSignal = Callable[[TokenView], Tensor]
 
@@ -125,6 +128,7 @@ class Attachment:
         active: until removal.
         compiled: whether a pass ran inside torch.compile, which keeps no books.
         drivers: what the adapter put behind the hooks, by stage.
+        said: what a reader of its reports must know about how methods act on this model.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class Attachment:
         self.active = True
         self.pauses = 0
         self.compiled = False
+        self.said: list[str] = []
         self.entries = self._resolve()
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
@@ -165,7 +170,28 @@ class Attachment:
                     continue  # nobody reads that layer's output
                 needs = tuple(resolve_need(need, site, self.layout, known, by) for need in site.needs)
                 entries.append(Entry(index, method, site, needs))
-        return sorted(entries, key=Entry.order)
+            self._say_positions(method, sites)
+        entries.sort(key=Entry.order)
+        features = [entry for entry in entries if entry.site.stage == "features"]
+        for first, second in pairwise(features):
+            if first.method.count(Counts(first.site, _PATCHES, _PATCHES)) is None:
+                raise SiteError(
+                    f"{type(second.method).__name__} cannot act at features behind {first.method}, which leaves "
+                    "pictures of different lengths there; turn the two round, or set how many tokens it keeps"
+                )
+        return entries
+
+    def _say_positions(self, method: Method, sites: list[Site]) -> None:
+        """Notes that a method keeps position ids which it renumbers on other models."""
+        if all(stage.renumbers for stage in self.layout.stages.values()):
+            return
+        stages = {name: replace(stage, renumbers=True) for name, stage in self.layout.stages.items()}
+        elsewhere = method.sites(replace(self.layout, stages=stages))
+        if [site.positions for site in elsewhere] != [site.positions for site in sites]:
+            self.said.append(
+                f"{method.spec_name()} keeps position ids, which it renumbers elsewhere: those of {self.layout.family} "
+                "are places in a picture (M-RoPE)"
+            )
 
     def at(self, stage: str, layer: int | None = None, point: str | None = None) -> list[Entry]:
         """Entries of a stage, a layer of it, or a point of that layer."""

@@ -242,7 +242,7 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
     """
     rows = []
     for visit in Attachment([method], layout).entries:
-        late = visit.site.stage in ("features", "projected")
+        late = visit.site.stage in ("features", "projected") and layout.stages[visit.site.stage].renumbers
         rows.append(
             {
                 "site": str(visit.site),

@@ -114,6 +114,7 @@ class StageLayout:
         blind: layers whose attention gives no signal.
         last_cut: the last layer at whose start tokens may leave; None means any.
         carries: whether signals of this stage reach later ones, or which do.
+        renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
     """
 
     depth: int
@@ -126,6 +127,7 @@ class StageLayout:
     blind: frozenset[int] = frozenset()
     last_cut: int | None = None
     carries: bool | frozenset[str] = True
+    renumbers: bool = True
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,21 @@ class Layout:
         if later and not (signal in reach if isinstance(reach, frozenset) else reach):
             return False
         return signal in self.stages[stage].provides
+
+    def positions(self, stage: str, asked: str | None, released: str = "renumber") -> str:
+        """What becomes of position ids at a stage, for a method that leaves it to the model unless asked.
+
+        Args:
+            stage: a stage of the model.
+            asked: ``keep``, ``renumber``, or None for what was released, where the model can.
+            released: ``keep`` or ``renumber``.
+
+        Returns:
+            ``keep`` or ``renumber``.
+        """
+        if asked is not None:
+            return asked
+        return released if self.stages[stage].renumbers else "keep"
 
     def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
         """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.

@@ -237,8 +237,9 @@ class Report:
             account, said = _account(attachment, shape, runs, total, deciding)
             accounts.append(account)
             notes += said
+        notes += _uncut(attachment, [run for runs in plans for run, _ in runs])
         report = cls(shape.name, [str(method) for method in attachment.methods], source)
-        report.notes = list(dict.fromkeys([*notes, *shape.notes]))
+        report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
         report._shape, report._accounts = shape, tuple(accounts)
         report._runs = tuple(run for run, _ in plans[-1])
         low, high = accounts[0], accounts[-1]
@@ -565,6 +566,23 @@ def _sites(attachment: Attachment, plans: Sequence[Sequence[StageRun]], source: 
         visits = attachment.ledger.fired.get(key, 0) if source != "estimate" else len(ends[:1])
         after = Span(min(end[1] for end in ends), max(end[1] for end in ends)) if ends else None
         yield SiteLine(site, str(entry.method), visits, ends[-1][0] if ends else None, after)
+
+
+def _uncut(attachment: Attachment, runs: Sequence[StageRun]) -> Iterator[str]:
+    """Says which methods keep so many tokens that none of their views had more."""
+    for index, method in enumerate(attachment.methods):
+        keep = method.settings().get("keep")
+        events = [event for run in runs for event in run.events if event.method == index]
+        seen = [group for event in events for group in event.groups]
+        if not isinstance(keep, int) or not seen or any(event.ragged for event in events):
+            continue
+        if any(group.slots < group.n for group in seen):
+            continue
+        scope = next(entry.scope for entry in attachment.entries if entry.index == index)
+        yield (
+            f"{method.spec_name()} cut nothing: keep={keep} is a count for each {scope}, and the largest one had "
+            f"{max(group.n for group in seen)} tokens; a float is a share"
+        )
 
 
 # ---------------------------------------------------------------------- text

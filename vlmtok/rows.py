@@ -76,7 +76,7 @@ class Group:
         length: L, valid columns of the row.
         mixed: whether some of that text stands before some of the view's tokens.
         entered: tokens of a view row when it entered the stage.
-        grid: rows and columns of patches, where all view rows agree.
+        grid: rows and columns of patches of each view row, or None.
     """
 
     units: list[tuple[int, int, int]]
@@ -239,6 +239,7 @@ class Rows:
                 text if by_text else None,
                 self.lengths[unit[0]] if by_length else None,
                 sum(p.entered for p in members) if scope != "part" else 0,
+                _grid(members, n),
             )
             found.setdefault(key, []).append((unit, members, n))
         return [self._group(rows, scope) for rows in found.values()]
@@ -273,10 +274,6 @@ class Rows:
                 mask &= self.part[index] == torch.tensor([unit[2] for unit in units], device=device)[:, None]
         column = torch.arange(self.length, device=device)
         columns = torch.where(mask, column, self.length).sort(1).values[:, :n]
-        grids = {members[0].grid if len(members) == 1 else None for _, members, _ in rows}
-        grid = grids.pop() if len(grids) == 1 else None
-        if grid is not None and grid[0] * grid[1] != n:
-            grid = None  # some of its tokens are gone
         return Group(
             units,
             index,
@@ -286,7 +283,7 @@ class Rows:
             self.lengths[units[0][0]],
             any(members[0].text_after != members[-1].text_after_last for _, members, _ in rows),
             sum(p.entered for p in rows[0][1]) if scope != "part" else n,
-            grid,
+            _grid(rows[0][1], n),
         )
 
     def of_pictures(self, group: Group) -> Tensor:
@@ -330,7 +327,8 @@ class Rows:
         Args:
             x: `[B, L, C]`.
             pieces: reductions of disjoint groups.
-            renumber: position ids become contiguous; else each slot keeps that of the token that represents it.
+            renumber: position ids of every row that loses tokens here become contiguous; else, and in the other rows,
+                each slot keeps that of the token that represents it.
 
         Returns:
             The shorter rows, right-aligned, and where their columns came from.
@@ -354,7 +352,7 @@ class Rows:
                 merged, sizes = reduction.apply(tokens, before)
                 x = x.index_put((at, kept), merged)
                 if size is None:
-                    size = torch.ones(batch, length, device=device)
+                    size = torch.ones(batch, length, dtype=torch.float32, device=device)
                 size = size.index_put((at, kept), sizes)
             if reduction.valid is not None:
                 ragged = True
@@ -401,15 +399,16 @@ class Rows:
     def _move(self, moved: Moved, joined: Tensor | None, size: Tensor | None, renumber: bool) -> None:
         place, source, valid = moved.place, moved.source, moved.valid
         length = self.length
+        kept = self.positions.gather(-1, source.expand(*self.positions.shape[:-1], -1))
         if renumber:
             first = self.positions if self.valid is None else torch.where(self.valid, self.positions, 1 << 40)
             base = first.min(-1, keepdim=True).values
             rank = torch.arange(place.shape[1], device=place.device).expand_as(place)
             if valid is not None:
                 rank = (valid.to(torch.int64).cumsum(1) - 1).clamp(min=0)
-            self.positions = base + rank
-        else:
-            self.positions = self.positions.gather(-1, source.expand(*self.positions.shape[:-1], -1))
+            # What other rows of the batch lose closes no gap here.
+            kept = torch.where(moved.dropped[:, None] > 0, base + rank, kept)
+        self.positions = kept
         self.label = self.label.gather(1, source)
         if valid is not None:
             self.label = torch.where(valid, self.label, PAD)
@@ -436,14 +435,14 @@ class Rows:
 
     def append(self, count: int) -> None:
         """Books tokens put at the end of every row; they are read, never cut."""
-        batch, device = self.batch, self.label.device
+        batch = self.batch
         self.label = torch.cat([self.label, self.label.new_full((batch, count), HELD)], 1)
         self.place = torch.cat([self.place, self.place.new_full((batch, count), 1 << 40)], 1)
         self.positions = torch.cat([self.positions, self.positions.new_zeros(batch, count)], 1)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, self.valid.new_ones(batch, count)], 1)
         if self.size is not None:
-            self.size = torch.cat([self.size, torch.ones(batch, count, device=device)], 1)
+            self.size = torch.cat([self.size, self.size.new_ones(batch, count)], 1)
         for key, table in self.states.items():
             self.states[key] = torch.cat([table, table.new_zeros(batch, count, *table.shape[2:])], 1)
         self.lengths = [n + count for n in self.lengths]
@@ -466,6 +465,12 @@ class Rows:
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
         """`Snapshot.restore` of the rows as they are."""
         return self.snapshot().restore(hidden, columns)
+
+
+def _grid(members: list[Picture], n: int) -> tuple[int, int] | None:
+    """Rows and columns of a view row's n tokens; None for several pictures, and once some of its tokens are gone."""
+    grid = members[0].grid if len(members) == 1 else None
+    return grid if grid is not None and grid[0] * grid[1] == n else None
 
 
 def _real_first(valid: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def _last_attention(taps: DecoderTaps) -> Tensor:
 def _attention_to_text(taps: DecoderTaps) -> Tensor:
     batch, n = taps.visual.shape
     if taps.text.shape[1] == 0 or not taps.mixed:
-        return torch.zeros(batch, n, device=taps.visual.device)
+        return torch.zeros(batch, n, dtype=torch.float32, device=taps.visual.device)
     chunks = [taps.attend(rows, taps.text).sum(-1).mean(1) for rows in taps.visual.split(256, 1)]
     return torch.cat(chunks, 1)
 
@@ -322,6 +322,11 @@ def check_stage(site: Site, layout: Layout, by: str) -> None:
         SiteError: it has not; the message says what is possible.
     """
     stage = layout.stage(site.stage, by)
+    if site.positions == "renumber" and not stage.renumbers:
+        raise SiteError(
+            f"{by}: positions='renumber' at {site} is not possible; position ids of {layout.family} are places in a "
+            "picture, in three dimensions (M-RoPE), and no row of numbers: leave positions at None, or 'keep' them"
+        )
     if site.stage not in LAYERED:
         return
     layer = site.layer if site.layer is not None else -1

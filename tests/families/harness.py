@@ -6,11 +6,15 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from hosts_of import since
 from torch import Tensor, nn
 
+from . import oracle as oracles
 from .build import FAMILIES, shared
 from .oracle import Cut, oracle
 from .prompts import Batch, Prompt
+
+oracles.PaliGemmaOracle.capped = since("5.23")
 
 STEPS = 6
 NOISE = 1e-4

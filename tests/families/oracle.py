@@ -24,7 +24,7 @@ class Cut:
     Attributes:
         keep: share, 0 for none; rounds half up. None merges instead: every second token joins the one before it.
         layer: the decoder layer in front of which it happens; None for the language model's input.
-        scope: what one unit is: ``picture`` or ``sample``.
+        scope: what one unit is: ``picture``, ``part`` (each crop or frame; separators stay) or ``sample``.
         positions: ``keep`` or ``renumber``.
     """
 
@@ -61,6 +61,7 @@ class Row:
         block: int64 `[L]`, tokens of equal block see each other both ways; -1 for none.
         ids: int64 `[L]`.
         size: `[L]`, tokens that each one stands for.
+        part: int64 `[L]`, crop or frame of each token of a picture, -1 for separators.
         tables: what layers take besides, one `[L, ...]` for each of the first layers.
     """
 
@@ -70,6 +71,7 @@ class Row:
     block: Tensor
     ids: Tensor
     size: Tensor
+    part: Tensor
     tables: tuple[Tensor, ...] = ()
 
     def take(self, index: Tensor) -> Row:
@@ -81,6 +83,7 @@ class Row:
             self.block[index],
             self.ids[index],
             self.size[index],
+            self.part[index],
             tuple(table[index] for table in self.tables),
         )
 
@@ -177,7 +180,11 @@ class Oracle:
         hidden = self.embed(ids).clone()
         for kind, made in encoded.items():
             hidden[kinds == kind] = self.features(made)
-        return Row(hidden, self.positions(prompt, more), owner, self.blocks(prompt, more), ids, torch.ones(len(ids)))
+        part = torch.zeros_like(ids)
+        for picture in prompt.pictures:
+            part[picture.columns] = torch.tensor(picture.shot.parts or picture.shot.crops or (0,) * len(picture.shot))
+        positions, blocks = self.positions(prompt, more), self.blocks(prompt, more)
+        return Row(hidden, positions, owner, blocks, ids, torch.ones(len(ids)), part)
 
     # -------------------------------------------------------------- the layers
     def visible(self, kind: str, row: Row) -> Tensor:
@@ -228,7 +235,11 @@ class Oracle:
     # -------------------------------------------------------------- cuts
     def cut(self, row: Row, cut: Cut) -> Row:
         """A row after a cut."""
-        owner = row.owner if cut.scope == "picture" else torch.where(row.owner < 0, -1, 0)
+        owner = row.owner
+        if cut.scope == "sample":
+            owner = torch.where(owner < 0, -1, 0)
+        if cut.scope == "part":
+            owner = torch.where((owner < 0) | (row.part < 0), -1, owner * 1000 + row.part)
         stays = owner < 0
         for unit in owner.unique().tolist():
             if unit < 0:
@@ -242,7 +253,7 @@ class Oracle:
                 stays[columns[kept]] = True
                 self.gap = min(self.gap, gap)
         left = row.take(stays.nonzero()[:, 0])
-        if cut.positions == "renumber":
+        if cut.positions == "renumber" and len(left) < len(row):
             left = replace(left, positions=row.positions.min() + torch.arange(len(left))[None])
         return left
 
@@ -417,7 +428,7 @@ class Gemma4Oracle(Gemma3Oracle):
 
     def start(self, row: Row) -> Row:
         self.keys: dict[str, Any] = {}
-        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None], None)
+        by_id = self.lm.get_per_layer_inputs(self._plain(row.ids)[None], None)  # or embeddings, read back into ids
         by_layer = self.lm.project_per_layer_inputs(row.hidden[None], by_id)[0]
         return replace(row, tables=tuple(by_layer.unbind(1)))
 
@@ -436,6 +447,11 @@ class PaliGemmaOracle(Oracle):
     """PaliGemma: the prompt sees itself both ways, whatever the window; positions count from 1."""
 
     first_position = 1
+    capped = True
+    """Whether the host caps logits as PaliGemma 2's config says; it did not always."""
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return super().finish(logits) if self.capped else logits
 
     def blocks(self, prompt: Prompt, more: int) -> Tensor:
         return torch.cat([torch.zeros(len(prompt.ids), dtype=torch.int64), torch.full((more,), -1)])

@@ -10,7 +10,7 @@ import torch
 from hosts_of import cache_of
 
 import vlmtok
-from vlmtok.errors import VlmtokError, VlmtokWarning
+from vlmtok.errors import SiteError, VlmtokError, VlmtokWarning
 
 from .build import FAMILIES, gemma4, llama4, shared
 from .harness import BY_SAMPLE, GAP, LAYER, MERGED, MODES, PAIRS, RENUMBERED, Expected, batch, expected, generate
@@ -99,10 +99,53 @@ def test_positions_can_become_contiguous(name, mode, cached):
 @pytest.mark.parametrize("layer", [None, 2])
 @pytest.mark.parametrize("name", TURNED)
 def test_positions_of_a_grid_are_kept(name, layer):
-    """Where a position is a place in a picture there is nothing to renumber; that is said."""
+    """Where a position is a place in a picture there is nothing to renumber; that is said before a hook is placed."""
     model = shared(name)
-    with pytest.raises(VlmtokError, match="renumber"), compressed(model, (Cut(0.5, layer, positions="renumber"),)):
-        generate(model, batch(name).inputs(), 1)
+    with pytest.raises(SiteError, match="Top: positions='renumber' at .* places in a picture"):
+        vlmtok.compress(model, Top(Cut(0.5, layer, positions="renumber")))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+RENUMBERING = {
+    "pyramiddrop": "pyramiddrop:layers=(1;3):ratios=(0.6;0.3)",
+    "transprune": "transprune:layers=(2;3):ratios=(0.6;0.3)",
+    "sparsevlm": "sparsevlm:layers=(1;2):budgets=(0.5;0.3)",
+}
+"""Methods that renumber as released."""
+
+
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+"""Families of which only every fourth layer gives attention rows: the last one here."""
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in TURNED for method in RENUMBERING if name not in HYBRID or method == "pyramiddrop"],
+)
+def test_methods_that_renumber_keep_positions_of_a_grid_and_say_so(name, method):
+    model, inputs = shared(name), batch(name).inputs()
+    spec = "pyramiddrop:layers=(3;):ratios=(0.5;)" if name in HYBRID else RENUMBERING[method]
+    found = []
+    for asked in (spec, f"{spec}:positions=keep"):
+        with vlmtok.compress(model, asked) as run:
+            found.append(generate(model, inputs, 3))
+            notes = [note for note in run.report().notes if "keeps position ids" in note]
+        assert len(notes) == (asked == spec), notes
+    assert all(torch.equal(one, two) for one, two in zip(*found))
+    assert not torch.equal(found[0][1], generate(model, inputs, 3)[1])
+    with pytest.raises(SiteError, match="places in a picture"):
+        vlmtok.compress(model, f"{spec}:positions=renumber")
+
+
+@pytest.mark.parametrize("spec", RENUMBERING.values(), ids=RENUMBERING)
+def test_methods_that_renumber_do_so_where_positions_are_numbers(spec):
+    name = COUNTED[0]
+    with vlmtok.compress(shared(name), spec) as run:
+        default = generate(shared(name), batch(name).inputs(), 3)[1]
+        assert not any("keeps position ids" in note for note in run.report().notes)
+    for positions, same in (("renumber", True), ("keep", False)):
+        with vlmtok.compress(shared(name), f"{spec}:positions={positions}"):
+            assert torch.equal(generate(shared(name), batch(name).inputs(), 3)[1], default) == same
 
 
 @CACHED

@@ -32,7 +32,11 @@ PICTURES = {
     "square canvas": AnyRes(40, 60, (64, 64)),
     "whole crops of padding": AnyRes(64, 33, (64, 64)),
     "small": AnyRes(10, 10, (32, 64)),
+    "one pixel": AnyRes(1, 1, (32, 64)),
+    "strip": AnyRes(1, 400, (32, 64)),
+    "standing strip": AnyRes(60, 1, (64, 32)),
 }
+"""Of the strips, un-padding leaves no row of patches, or rows of a separator alone."""
 
 
 @dataclass(eq=False)
@@ -342,7 +346,46 @@ def test_sizes_of_released_models(name):
                 [signal[..., None]], [size], image_newline=torch.zeros(1), **options
             )
             told = {"image_sizes": torch.tensor([size]), "pixel_values": features}
-            assert packing.lengths(told) == {IMAGES: [len(packed)]}
+            assert packing.lengths(lambda role, told=told: told.get(role.names[0]), told) == {IMAGES: [len(packed)]}
             picture = Picture(0, 0, list(range(len(packed))))
             (found,) = packing._pictures(Encoded(features, {"signal": (signal, 1)}), [picture], packed[None], 1)
             assert torch.allclose(found, wanted, atol=1e-6)
+
+
+STRIPS = [(1, 100), (2, 1000), (1000, 2), (336, 336), (10, 3000), (20, 336), (3395, 7), (1, 1), (750, 2531), (17, 2394)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strips_among_other_pictures_of_released_models(name):
+    """A strip shows nothing but its thumbnail, so that what follows it tells how many crops it had."""
+    core, generator = full_size(name), torch.Generator().manual_seed(0)
+    packing = Packing(ROWS[name], core)
+    patches = packing._side()[1]
+    counts = [packing._crops(size) for size in STRIPS]
+    features = [torch.randn(count, patches, 8, generator=generator) for count in counts]
+    signals = [torch.rand(count, patches, generator=generator) for count in counts]
+    options = {"vision_feature_select_strategy": "default"} if name == "llava_next" else {}
+    with torch.no_grad():
+        packed, _ = core.pack_image_features(features, STRIPS, image_newline=core.image_newline, **options)
+        seen = [signal[..., None] for signal in signals]
+        wanted, _ = core.pack_image_features(seen, STRIPS, image_newline=torch.zeros(1), **options)
+        x = torch.nn.utils.rnn.pad_sequence(list(packed), batch_first=True)
+        call = Encoded(torch.cat(features), {"signal": (torch.cat(signals), 1)})
+        pictures = [Picture(row, 0, list(range(len(one)))) for row, one in enumerate(packed)]
+        found = packing._pictures(call, pictures, x, len(pictures))
+        assert min(map(len, packed)) == patches or name != "llava_next"
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("keep", "said"), [(16, True), (15, False), (1.0, False)])
+def test_a_count_that_cuts_nothing_is_said_once(keep, said):
+    """Crops have 16 patches each."""
+    prompt = write("2I3", {"I": PICTURES["square canvas"]}, 5)
+    with vlmtok.compress(shared("llava_next"), vlmtok.SCOPE(keep=keep)) as run:
+        for _ in range(2):
+            generate(shared("llava_next"), FAMILIES["llava_next"].collect(prompt).inputs(), 1)
+        notes = [note for note in run.report().notes if "cut nothing" in note]
+    wanted = (
+        "scope cut nothing: keep=16 is a count for each part, and the largest one had 16 tokens; a float is a share"
+    )
+    assert notes == [wanted] * said

@@ -88,13 +88,13 @@ def _tower(batch: int, scale: int = 1) -> list[Case]:
     many = batch * n >= 132 * 64
 
     def merge(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        order = torch.rand(batch, n, device=device).argsort(dim=1)
+        order = torch.rand(batch, n, device=device, dtype=torch.float32).argsort(dim=1)
         x = torch.randn(batch, n + 1, c, device=device, dtype=dtype)
         dst = torch.randint(0, n - r, (batch, r), device=device)
-        return x, torch.ones(batch, n + 1, device=device), order[:, r:], order[:, :r], dst
+        return x, torch.ones(batch, n + 1, device=device, dtype=torch.float32), order[:, r:], order[:, :r], dst
 
     def scores(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return *_keys(batch, n, d)(device, dtype), torch.rand(batch, n, device=device)
+        return *_keys(batch, n, d)(device, dtype), torch.rand(batch, n, device=device, dtype=torch.float32)
 
     def asked(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return *_keys(batch, n, c)(device, dtype), torch.randn(batch, c, device=device, dtype=dtype)

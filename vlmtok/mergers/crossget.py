@@ -67,7 +67,9 @@ class CrossTokens(nn.Module):
         """Makes the towers' tokens from (layers, width), or none."""
         super().__init__()
         for name, shape in (("cross_image", image), ("cross_text", text)):
-            self.register_parameter(name, None if shape is None else nn.Parameter(torch.zeros(1, *shape)))
+            self.register_parameter(
+                name, None if shape is None else nn.Parameter(torch.zeros(1, *shape, dtype=torch.float32))
+            )
 
 
 def cross_tokens(row: Mapping[str, Any]) -> Tensor:

@@ -168,7 +168,8 @@ class SparseVLM(Method):
         layers: 0-based layers at whose end it cuts; None means 2, 6, 15 of 32 layers and the same fractions of other
             depths. In a decoder too short for that, cuts that fall on one layer are one, with the last one's budget.
         positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them (a cluster takes
-            that of its centre).
+            that of its centre). None renumbers where the model can, and keeps them where they are places in a picture
+            (M-RoPE).
     """
 
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (ICML 2025)"
@@ -196,7 +197,7 @@ class SparseVLM(Method):
     tokens: int = 192
     budgets: tuple[int | float, ...] | None = None
     layers: tuple[int, ...] | None = None
-    positions: str = "renumber"
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.tokens, "SparseVLM", "tokens", tuple(_BUDGETS))
@@ -212,14 +213,20 @@ class SparseVLM(Method):
             raise ParameterError(
                 f"SparseVLM: budgets={self.budgets!r} needs layers, one for each; the default layers are {len(_LAYERS)}"
             )
-        check_choice(self.positions, "SparseVLM", "positions", POSITIONS)
+        check_choice(self.positions, "SparseVLM", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """The language model's input, where it only looks, and the ends of its layers."""
         layout.stage("projected", "SparseVLM")
         plan = self._plan(layout.stage("decoder", "SparseVLM").depth)
         return [Site("projected", needs=("text",))] + [
-            Site("decoder", layer, "end", ("text_attention", "last_attention"), positions=self.positions)
+            Site(
+                "decoder",
+                layer,
+                "end",
+                ("text_attention", "last_attention"),
+                positions=layout.positions("decoder", self.positions),
+            )
             for layer in layout.layers("decoder", list(plan), "SparseVLM")
         ]
 

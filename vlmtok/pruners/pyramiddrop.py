@@ -87,7 +87,8 @@ class PyramidDrop(Method):
             that fall on one layer are one, with the last one's share.
         ratios: share of the visual tokens that entered the decoder, for each stage but the first, rounded down.
             (The paper's lambda = 0.5 to the power of the stage.)
-        positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them.
+        positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them. None renumbers where
+            the model can, and keeps them where they are places in a picture (M-RoPE).
     """
 
     paper = (
@@ -108,17 +109,17 @@ class PyramidDrop(Method):
 
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
-    positions: str = "renumber"
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         check_stages(self.layers, self.ratios, "PyramidDrop")
-        check_choice(self.positions, "PyramidDrop", "positions", POSITIONS)
+        check_choice(self.positions, "PyramidDrop", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """The start of every stage but the first."""
         plan = self._plan(layout.stage("decoder", "PyramidDrop").depth)
         return [
-            Site("decoder", layer, "start", ("last_attention",), positions=self.positions)
+            Site("decoder", layer, "start", ("last_attention",), positions=layout.positions("decoder", self.positions))
             for layer in layout.layers("decoder", list(plan), "PyramidDrop")
         ]
 

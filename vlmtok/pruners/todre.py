@@ -84,9 +84,9 @@ def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None 
     batch, n, _ = x.shape
     if isinstance(how, int) and how >= n:
         raise ParameterError(f"ToDRE: pivot={how} does not exist among {n} tokens")
-    finite = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).isfinite()
+    finite = torch.linalg.vector_norm(x.float(), dim=-1).isfinite()
     if isinstance(how, int):
-        score = torch.zeros(batch, n, device=x.device)
+        score = torch.zeros(batch, n, dtype=torch.float32, device=x.device)
         score[:, how] = 1.0
         valid = valid | (score > 0)
     elif how == "random":

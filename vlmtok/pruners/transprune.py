@@ -88,7 +88,8 @@ class TransPrune(Method):
         accumulate: 0-based layers whose transitions are summed up; None means every layer from the one before the
             first cut to the one before the last (6 to 11, the paper's 7 to 12).
         direction: ``"released"`` weighs a turn by softmax(1 - cos), ``"paper"`` by softmax(1 - abs(cos)).
-        positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them.
+        positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them. None renumbers where
+            the model can, and keeps them where they are places in a picture (M-RoPE).
     """
 
     paper = "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model (CVPR 2026)"
@@ -113,7 +114,7 @@ class TransPrune(Method):
     layers: tuple[int, ...] = (7, 9, 12)
     accumulate: tuple[int, ...] | None = None
     direction: str = "released"
-    positions: str = "renumber"
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         check_range(self.alpha, "TransPrune", "alpha", 0, 1)
@@ -128,7 +129,7 @@ class TransPrune(Method):
                     f"{min(self.layers)}; name one, or set alpha=0"
                 )
         check_choice(self.direction, "TransPrune", "direction", DIRECTIONS)
-        check_choice(self.positions, "TransPrune", "positions", POSITIONS)
+        check_choice(self.positions, "TransPrune", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """Ends of the accumulated layers (they only look) and starts of the layers of `layers`."""
@@ -136,7 +137,7 @@ class TransPrune(Method):
         if self.alpha == 0:
             needs += ("last_attention",)
         cuts = [
-            Site("decoder", layer, "start", needs, positions=self.positions)
+            Site("decoder", layer, "start", needs, positions=layout.positions("decoder", self.positions))
             for layer in layout.layers("decoder", self.layers, "TransPrune")
         ]
         looks = [

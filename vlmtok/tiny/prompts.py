@@ -34,6 +34,7 @@ class Shot:
         parts: for every placeholder 0 (thumbnail or only picture), 1.. (crops or frames) or -1 (separators).
         video: whether it is a clip.
         placeholder: id of its placeholders.
+        crops: the same as `parts`, of a canvas that the host itself puts together.
     """
 
     ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Shot:
     parts: tuple[int, ...] = ()
     video: bool = False
     placeholder: int = IMAGE
+    crops: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.ids.count(self.placeholder)

@@ -100,6 +100,16 @@ class AnyRes:
         padding = (columns - int(round(self.width * rows / self.height, 7))) // 2
         return rows, columns - 2 * padding
 
+    def crops(self) -> tuple[int, ...]:
+        """Crop that each token of the canvas comes from, 1.. row by row; -1 for newlines."""
+        (down, across), (rows, columns) = (side // SIDE for side in self.canvas), self.unpadded()
+        top, left = (down * self.edge - rows) // 2, (across * self.edge - columns) // 2
+        found = []
+        for row in range(rows):
+            first = (top + row) // self.edge * across + 1
+            found += [first + (left + column) // self.edge for column in range(columns)] + [-1]
+        return tuple(found)
+
     def __call__(self, generator: torch.Generator) -> Shot:
         """The picture, with pixels from a generator."""
         rows, columns = self.unpadded()
@@ -110,7 +120,7 @@ class AnyRes:
             "pixel_values": torch.cat([shown, room])[None],
             "image_sizes": torch.tensor([[self.height, self.width]]),
         }
-        return Shot((IMAGE,) * (self.edge**2 + rows * (columns + 1)), arrays)
+        return Shot((IMAGE,) * (self.edge**2 + rows * (columns + 1)), arrays, crops=(0,) * self.edge**2 + self.crops())
 
 
 def one_crop(generator: torch.Generator) -> Shot:
