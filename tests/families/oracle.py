@@ -182,7 +182,8 @@ class Oracle:
             hidden[kinds == kind] = self.features(made)
         part = torch.zeros_like(ids)
         for picture in prompt.pictures:
-            part[picture.columns] = torch.tensor(picture.shot.parts or picture.shot.crops or (0,) * len(picture.shot))
+            parts = torch.tensor(picture.shot.parts or picture.shot.crops or (0,) * len(picture.shot))
+            part[picture.columns] = parts[: part[picture.columns].numel()]  # a cut tower fills the first places alone
         positions, blocks = self.positions(prompt, more), self.blocks(prompt, more)
         return Row(hidden, positions, owner, blocks, ids, torch.ones(len(ids)), part)
 
