@@ -8,28 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names that an argument for the cache has or had in transformers."""
-
-
-FAMILIES_SINCE = {"molmo2": "5.20"}
-"""Families that came to transformers after the oldest version that is carried."""
-BEAMS_SINCE = {"qwen3_5": "5.20", "qwen3_5_moe": "5.20", "paddleocr_vl": "5.22"}
-"""Families whose beams were wrong before, in the bare host."""
-
-
-def since(version: str) -> bool:
-    """Whether the installed transformers is a version or a later one."""
-    return Version(transformers.__version__) >= Version(version)
-
-
-def known(family: str) -> bool:
-    """Whether the installed transformers has a family."""
-    return since(FAMILIES_SINCE.get(family, "0"))
 
 
 def cache_of(output: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import since
 import torch
-from hosts_of import since
 from torch import Tensor, nn
 
 from . import oracle as oracles
@@ -14,7 +14,7 @@ from .build import FAMILIES, shared
 from .oracle import Cut, oracle
 from .prompts import Batch, Prompt
 
-oracles.PaliGemmaOracle.capped = since("5.23")
+oracles.PaliGemmaOracle.capped = since.reached("5.23")
 
 STEPS = 6
 NOISE = 1e-4

@@ -6,7 +6,7 @@ Wherever the host can do it alone, ``bare`` is the control.
 import pytest
 import torch
 import transformers as tf
-from hosts_of import BEAMS_SINCE, cache_of, since, with_cache
+from hosts_of import cache_of, with_cache
 
 from vlmtok.errors import CacheError
 
@@ -20,7 +20,6 @@ COUNTED = [name for name, family in FAMILIES.items() if family.positions == "1d"
 TURNED = [name for name, family in FAMILIES.items() if family.positions == "mrope"]
 PREFIXED = [name for name, family in FAMILIES.items() if family.prefix]
 """PaliGemma has one prefix: a later turn cannot bring a picture."""
-BEAMS = [name for name, family in FAMILIES.items() if family.beams and since(BEAMS_SINCE.get(name, "0"))]
 LOOPS = ("bare", "boundary", "both")
 
 
@@ -135,7 +134,9 @@ def beams(model, inputs, **options):
     return out.sequences[:, -4:], out.sequences_scores
 
 
-def beams_agree(name, mode):
+@pytest.mark.parametrize("mode", ["bare", "boundary", "both+half"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.beams])
+def test_beams(name, mode):
     """With a cache, without one, and row by row: the same."""
     model, rows = model_of(name), batch(name)
     with compressed(model, MODES[mode]):
@@ -143,21 +144,9 @@ def beams_agree(name, mode):
         found = [beams(model, rows.inputs(), use_cache=False)]
         alone = [beams(model, rows.alone(row).inputs(mask=False)) for row in range(len(rows))]
     found.append(tuple(torch.cat(parts) for parts in zip(*alone)))
-    return all(
-        torch.equal(other, tokens) and torch.allclose(score, scores, atol=1e-4, rtol=0) for other, score in found
-    )
-
-
-@pytest.mark.parametrize("mode", ["bare", "boundary", "both+half"])
-@pytest.mark.parametrize("name", BEAMS)
-def test_beams(name, mode):
-    assert beams_agree(name, mode)
-
-
-def test_beams_that_are_wrong_without_us():
-    """Where they are left out above, the bare host is at fault."""
-    for name in set(BEAMS_SINCE) - set(BEAMS):
-        assert not beams_agree(name, "bare"), f"beams of {name} are right with this transformers"
+    for other, score in found:
+        torch.testing.assert_close(score, scores, atol=1e-4, rtol=0)
+        assert torch.equal(other, tokens)
 
 
 # ---------------------------------------------------------------------- second turns
