@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: Host, x: Tensor, which: str) -> Tensor:
+def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
     """q or k of an attention with q_proj and k_proj."""
     made: Tensor = (attn.q_proj if which == "q" else attn.k_proj)(x)
     return made.unflatten(-1, (made.shape[-1] // attn.head_dim, -1)).transpose(1, 2)
@@ -63,23 +62,27 @@ DINOV2_BLOCK = BlockSpec(
 )
 
 
-def _fused(attn: Host, x: Tensor, which: str) -> Tensor:
+def _split(attn: Host, made: Tensor, which: str) -> Tensor:
+    """q or k out of one projection for q, k and v."""
+    part = made.chunk(3, -1)["qk".index(which)]
+    return part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _fused(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
     """q or k of an attention with one projection for q, k and v."""
-    width = attn.qkv.weight.shape[0] // 3
-    at = 0 if which == "q" else width
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[at : at + width]
-    made = F.linear(x, attn.qkv.weight[at : at + width], bias)
-    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    if "fused" not in shared:
+        shared["fused"] = attn.qkv(x)
+    return _split(attn, shared["fused"], which)
 
 
-def _normed(attn: Host, x: Tensor, which: str) -> Tensor:
+def _normed(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
     """q or k of an attention that norms them over all heads together."""
     made = (attn.q_proj if which == "q" else attn.k_proj)(x)
     made = (attn.q_norm if which == "q" else attn.k_norm)(made)
     return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
-BLIP2_BLOCK = replace(CLIP_BLOCK, project=_fused, q=None, k=None, bias=None)
+BLIP2_BLOCK = replace(CLIP_BLOCK, project=_fused, q="qkv", k="qkv", split=_split, bias=None)
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,
     project=_normed,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: Host, x: Tensor, which: str) -> Tensor:
-    """q or k of nn.MultiheadAttention, which has no module to read them from."""
+def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
+    """q or k of nn.MultiheadAttention, whose projection is a parameter of its own and no module to call."""
     width, heads = attn.embed_dim, attn.num_heads
     at = 0 if which == "q" else width
     bias = None if attn.in_proj_bias is None else attn.in_proj_bias[at : at + width]

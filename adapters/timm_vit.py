@@ -20,19 +20,30 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: Host, x: Tensor, which: str) -> Tensor:
+def _fused(attn: Host, x: Tensor) -> Tensor:
+    """q, k and v together, `[B, L, 3 H d]`."""
+    made: Tensor
+    if getattr(attn, "q_bias", None) is None:
+        made = attn.qkv(x)
+        return made
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:
+        made = attn.qkv(x) + bias
+        return made
+    # EvaAttention multiplies by the weight itself here, so that what wraps the module counts for nothing in the host.
+    return F.linear(x, attn.qkv.weight, bias)
+
+
+def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
     """q or k of timm's attention classes, normed, before rope."""
     heads = attn.num_heads
     norm = attn.q_norm if which == "q" else attn.k_norm
     if attn.qkv is None:
         made = (attn.q_proj if which == "q" else attn.k_proj)(x)
     else:
-        width = attn.qkv.weight.shape[0] // 3
-        at = 0 if which == "q" else width
-        bias = attn.qkv.bias
-        if bias is None and getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        made = F.linear(x, attn.qkv.weight[at : at + width], None if bias is None else bias[at : at + width])
+        if "fused" not in shared:
+            shared["fused"] = _fused(attn, x)
+        made = shared["fused"].chunk(3, -1)["qk".index(which)]
     projected: Tensor = norm(made.unflatten(-1, (heads, -1)).transpose(1, 2))
     return projected
 

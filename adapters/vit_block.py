@@ -162,9 +162,8 @@ class Tower:
             for entry in self.attachment.at(self.stage, layer, "start"):
                 taps = self._ahead(layer, module, x, rope)
                 if entry.inserts:
-                    longer = self._insert(entry, record, x, taps)
-                    if longer is not x:
-                        x, taps = longer, self._ahead(layer, module, longer, rope)
+                    x = self._insert(entry, record, x, taps)
+                    taps = self._ahead(layer, module, x, rope)
                 x = self._cut(entry, record.start, x, taps, layer)
         changes: dict[hosts.Role, Any] = {} if x is before else {hosts.HIDDEN: x}
         if self.block.rope is not None and rope is not None:
