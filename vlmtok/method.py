@@ -114,6 +114,7 @@ class StageLayout:
         blind: layers whose attention gives no signal.
         last_cut: the last layer at whose start tokens may leave; None means any.
         carries: whether signals of this stage reach later ones, or which do.
+        why: why signals are missing that others of its kind give; empty where none are.
     """
 
     depth: int
@@ -126,6 +127,7 @@ class StageLayout:
     blind: frozenset[int] = frozenset()
     last_cut: int | None = None
     carries: bool | frozenset[str] = True
+    why: str = ""
 
 
 @dataclass(frozen=True)
