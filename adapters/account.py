@@ -18,7 +18,7 @@ from ..attachment import replaying
 from ..errors import UnsupportedModel
 from ..flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from ..ledger import StageRun
-from . import hosts
+from . import forms, hosts
 from .base import Adapter, BlockSpec, TextSpec, TowerSpec, child
 from .hosts import Arguments
 from .masks import layer_kinds
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # ---------------------------------------------------------------------- weights
-def linear_maps(module: nn.Module, skip: Iterable[nn.Module] = ()) -> Iterator[tuple[str, nn.Module, int]]:
+def linear_maps(module: nn.Module, skip: Iterable[nn.Module] = ()) -> Iterator[tuple[str, Any, int]]:
     """Linear maps below a module: (path, module, MACs of one input row).
 
     Quantised and low-rank layers count by their features, not by how their weights are stored.
@@ -43,8 +43,13 @@ def linear_maps(module: nn.Module, skip: Iterable[nn.Module] = ()) -> Iterator[t
             continue
         if isinstance(found, nn.MultiheadAttention):  # its output projection is a linear map of its own
             yield path, found, sum(w.numel() for w in _packed(found))
-        elif hasattr(found, "in_features") and hasattr(found, "out_features") and not any(found.children()):
+        elif _linear(found) and not any(_linear(below) for below in found.modules() if below is not found):
             yield path, found, int(found.in_features) * int(found.out_features)
+
+
+def _linear(module: Any) -> bool:
+    """Whether it is a linear map; quantised ones keep their weights in a module below."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _packed(attn: nn.MultiheadAttention) -> list[Tensor]:
@@ -97,6 +102,7 @@ def tower_shape(model: nn.Module, spec: TowerSpec, stem: nn.Module | None, parts
         stem=0 if weight is None else weight.numel(),
         parts=tuple(parts),
         recomputed=spec.block.q is None,
+        fused=getattr(child(spec.blocks[0], spec.block.attn), "qkv", None) is not None,
         grid=spec.grid,
         first=path_of(model, spec.blocks[0]),
         spread=spec.spread,
@@ -214,7 +220,7 @@ def of_open_clip(adapter: Any) -> ModelShape:
         tower = getattr(model, "text", model)
         projection = getattr(tower, "text_projection", None)
         parts = []
-        if isinstance(projection, nn.Linear):
+        if projection is not None and _linear(projection):
             parts = [Part("text projection", weights(projection), path=path_of(model, projection))]
         elif projection is not None:
             parts = [Part("text projection", projection.numel())]
@@ -247,11 +253,11 @@ def _hf_text(model: Any, parts: list[nn.Module]) -> TowerShape | None:
     if not parts:
         return None
     text: Any = parts[0]
-    specs = {row.layer: row.block for row in ROWS.values()}
-    blocks = [module for module in text.modules() if type(module).__name__ in specs]
+    rows = [row for row in ROWS.values() if forms.blocks_of(text, row.layer)]
+    blocks = forms.blocks_of(text, rows[0].layer)
     others = [module for module in model.children() if module not in parts]
     return TowerShape(
-        blocks=_blocks(specs[type(blocks[0]).__name__], blocks, int(text.config.hidden_size)),
+        blocks=_blocks(rows[0].block, blocks, int(text.config.hidden_size)),
         tokens=int(text.config.max_position_embeddings),
         protected=0 if text_spec(model) is None else 2,  # start and end of text
         parts=tuple(heads(model, [*others, *blocks])),

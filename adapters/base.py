@@ -15,8 +15,10 @@ from .hosts import Host, Role, library_of
 if TYPE_CHECKING:
     from ..attachment import Attachment
 
-Projection = Callable[[Host, Tensor, str], Tensor]
-"""q or k, `[B, H, L, d]`, from the attention, its input and ``"q"`` or ``"k"``."""
+Projection = Callable[[Host, Tensor, str, dict[str, Tensor]], Tensor]
+"""q or k, `[B, H, L, d]`, from the attention, its input, ``"q"`` or ``"k"``, and what was made of that input before: a
+projection that gives both is called once. Modules are called, never their weights read, so that adapters and quantised
+weights count."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class BlockSpec:
         mid: path of the module that reads the residual after attention.
         branch_end: path of the last module of the MLP branch.
         mlp: path of the MLP.
+        forms: attention classes that the row was written for, ``module:name`` (see `forms`).
         q: path, in the attention, of a module whose output is q, `[B, H, L, d]` or `[B, L, H d]`; None where there
             is none and q and k are computed again from the attention's input.
         k: the same for k.
+        split: q or k, `[B, H, L, d]`, out of what the module at `q` or `k` gave, where it gives q, k and v together.
         project: q or k from the attention's input, as the block would compute it.
         bias: the attention's argument that takes a float bias on the keys, or None where there is none.
         bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
@@ -54,9 +58,11 @@ class BlockSpec:
     scale: Callable[[Host], float]
     heads: str
     bias: Role | None
+    forms: tuple[str, ...] = ()
     bias_rank: int = 4
     q: str | None = None
     k: str | None = None
+    split: Callable[[Host, Tensor, str], Tensor] | None = None
     rope: Role | None = None
     rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
     through: bool = False

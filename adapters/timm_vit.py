@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Layout
-from . import account, hosts
+from . import account, forms, hosts
 from .base import Adapter, BlockSpec, Host, TowerSpec
 from .vit_block import Tower
 
@@ -20,26 +19,37 @@ if TYPE_CHECKING:
     from ..flops import ModelShape
 
 
-def _project(attn: Host, x: Tensor, which: str) -> Tensor:
+def _fused(attn: Host, x: Tensor) -> Tensor:
+    """q, k and v together, `[B, L, 3 H d]`."""
+    made: Tensor
+    if getattr(attn, "q_bias", None) is None:
+        made = attn.qkv(x)
+        return made
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:
+        made = attn.qkv(x) + bias
+        return made
+    # EvaAttention multiplies by the weight itself here, so that what wraps the module counts for nothing in the host.
+    return F.linear(x, attn.qkv.weight, bias)
+
+
+def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
     """q or k of timm's attention classes, normed, before rope."""
     heads = attn.num_heads
     norm = attn.q_norm if which == "q" else attn.k_norm
     if attn.qkv is None:
         made = (attn.q_proj if which == "q" else attn.k_proj)(x)
     else:
-        width = attn.qkv.weight.shape[0] // 3
-        at = 0 if which == "q" else width
-        bias = attn.qkv.bias
-        if bias is None and getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        made = F.linear(x, attn.qkv.weight[at : at + width], None if bias is None else bias[at : at + width])
+        if "fused" not in shared:
+            shared["fused"] = _fused(attn, x)
+        made = shared["fused"].chunk(3, -1)["qk".index(which)]
     projected: Tensor = norm(made.unflatten(-1, (heads, -1)).transpose(1, 2))
     return projected
 
 
 def _rotate(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
     """Applies Eva's rope behind the prefix, with the function that the attention itself uses."""
-    rotation = sys.modules[type(attn).__module__].apply_rot_embed_cat
+    rotation = forms.beside(attn, "apply_rot_embed_cat")
     prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
 
     def rotate(x: Tensor) -> Tensor:
@@ -64,6 +74,12 @@ _BLOCK: dict[str, Any] = {
     "bias": hosts.BIAS,
     "q": "q_norm",
     "k": "k_norm",
+    "forms": (
+        "timm.layers.attention:Attention",
+        "timm.models.vision_transformer:Attention",
+        "timm.layers.attention:AttentionRope",
+        "timm.models.eva:EvaAttention",
+    ),
 }
 VIT_BLOCK = BlockSpec(**_BLOCK)
 EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
@@ -75,15 +91,16 @@ class TimmViT(Adapter):
     name = "timm-vit"
     targets = (("timm.models.vision_transformer", "VisionTransformer"),)
     block = VIT_BLOCK
-    blocks = ("Block",)
+    blocks = ("timm.models.vision_transformer:Block",)
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
-        for block in model.blocks:
-            if type(block).__name__ not in self.blocks:
+        for block in map(forms.inner, model.blocks):
+            if not forms.known(block, self.blocks):
+                names = " and ".join(name.rpartition(":")[2] for name in self.blocks)
                 raise self.refuse(
-                    f"its blocks are {type(block).__name__}; only {' and '.join(self.blocks)} have a place between "
-                    "attention and MLP that hooks can reach"
+                    f"its blocks are {forms.described(block)}; only {names} have a place between attention and MLP "
+                    "that hooks can reach"
                 )
             if not hasattr(block.attn, "k_norm"):
                 raise self.refuse(f"its attention {type(block.attn).__name__} has no k_norm to read keys from")
@@ -101,10 +118,10 @@ class TimmViT(Adapter):
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         return TowerSpec(
             block=self.block,
-            blocks=tuple(model.blocks),
+            blocks=tuple(map(forms.inner, model.blocks)),
             num_prefix=int(model.num_prefix_tokens),
             width=int(model.embed_dim),
-            heads=int(model.blocks[0].attn.num_heads),
+            heads=int(forms.inner(model.blocks[0]).attn.num_heads),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
             classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
         )
@@ -128,4 +145,4 @@ class TimmEva(TimmViT):
     name = "timm-eva"
     targets = (("timm.models.eva", "Eva"),)
     block = EVA_BLOCK
-    blocks = ("EvaBlock",)
+    blocks = ("timm.models.eva:EvaBlock",)

@@ -58,7 +58,9 @@ class BlockTaps:
         def made(which: str) -> Tensor:
             if which not in caught:
                 with _as_called(run, x):
-                    return self.block.project(attn, caught["x"], which)
+                    return self.block.project(attn, caught["x"], which, {})
+            if self.block.split is not None and caught[which].dim() == 3:
+                caught[which] = self.block.split(attn, caught[which], which)
             caught[which] = _by_head(caught[which], heads)
             return caught[which]
 
@@ -85,12 +87,15 @@ class BlockTaps:
             table: the rotary table that the host gives it, or None; it is brought to the tokens that are left.
         """
         attn = child(module, self.block.attn)
+        shared: dict[str, Tensor] = {}
 
         def made(which: str) -> Tensor:
             self.muted = True
             try:
                 with _as_called(run, x):
-                    return self.block.project(attn, child(module, self.block.norm)(x), which)
+                    if "normed" not in shared:
+                        shared["normed"] = child(module, self.block.norm)(x)
+                    return self.block.project(attn, shared["normed"], which, shared)
             finally:
                 self.muted = False
 

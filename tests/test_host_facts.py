@@ -445,7 +445,7 @@ def heads_of(at: Host, which: str) -> Tensor:
     """q or k of block 1, [B, H, L, d], caught where the row says, or else computed again."""
     attn, name = at.module(1, at.spec.attn), getattr(at.spec, which)
     if name is None:
-        return at.spec.project(attn, at.call(1, at.spec.norm).output, which)
+        return at.spec.project(attn, at.call(1, at.spec.norm).output, which, {})
     out = at.call(1, at.spec.attn, name).output
     return out if out.dim() == 4 else out.unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
 
@@ -454,7 +454,7 @@ def heads_of(at: Host, which: str) -> Tensor:
 def _(at: Host) -> bool:
     attn, x = at.module(1, at.spec.attn), at.call(1, at.spec.norm).output
     with torch.no_grad():
-        return all(close(at.spec.project(attn, x, which), heads_of(at, which)) for which in "qk")
+        return all(close(at.spec.project(attn, x, which, {}), heads_of(at, which)) for which in "qk")
 
 
 @fact("attention is softmax(scale q k + bias) v, the bias given under a name of the row", SPECS)

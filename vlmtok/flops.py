@@ -140,6 +140,7 @@ class TowerShape:
         stem: MACs of one patch in the patch embedding.
         parts: what stands behind the blocks.
         recomputed: whether q and k have no module to be read from, so that signals compute them again.
+        fused: whether one map gives q, k and v, which signals of a block that has not run call whole, once.
         grid: rows and columns of patches at the configured size, or None.
         first: dotted path of the first block in the model; empty where there is no model.
         spread: whether rows get their full length back behind the last block that is used.
@@ -151,6 +152,7 @@ class TowerShape:
     stem: int = 0
     parts: tuple[Part, ...] = ()
     recomputed: bool = False
+    fused: bool = False
     grid: tuple[int, int] | None = None
     first: str = ""
     spread: bool = False

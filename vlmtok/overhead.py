@@ -215,14 +215,19 @@ class Rehearsal:
     ) -> TowerTaps:
         """Taps of a block for `rows` view rows; the batch has `length` tokens a row.
 
-        q and k that the block does not show are computed for the whole batch each time they are asked for.
+        q and k that the block does not show are computed for the whole batch each time they are asked for; one map for
+        q, k and v is called once.
         """
         block = tower.blocks[layer]
+        shared = False
 
         def made(heads: int) -> Tensor:
-            if not captured:
+            nonlocal shared
+            if not captured and not shared:
                 x = empty(self.run.rows, length, block.width)
-                torch.matmul(x, empty(block.width, heads * block.head_width))
+                shared = tower.fused
+                outputs = block.heads + 2 * block.kv_heads if shared else heads
+                torch.matmul(x, empty(block.width, outputs * block.head_width))
             return empty(rows, heads, row.length, block.head_width)
 
         outputs = self.outputs.get(method)
