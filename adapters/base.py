@@ -224,7 +224,8 @@ class VLMSpec:
         told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
             along with pixels.
         shapes: argument of the tower that tells the same, where nothing else does, or None.
-        projects_late: whether `generate` hands over what the tower gave, and the projector runs in the inner model.
+        projects_late: whether `generate` may hand over what the tower gave, so that the projector runs in the inner
+            model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
         packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector

@@ -127,7 +127,8 @@ def unknown_argument(
         for part in _tensors(value) if name not in known else ():
             shape = tuple(part.shape)
             alike = shape[:2] == (batch, columns) or shape == (batch, held + columns) or shape[1:] == (batch, columns)
-            if alike or (shape == (columns,) and columns > 1):
+            square = len(shape) == 4 and shape[-2:] == (columns, held + columns)  # a mask, or attention logits
+            if alike or square or (shape == (columns,) and columns > 1):
                 return (
                     f"the language model gets {name!r} {list(shape)}, one entry for each token, which this compression "
                     f"does not know how to cut (family {core.config.model_type!r}, {hosts.library_of(core)})"

@@ -225,6 +225,7 @@ def discover(model: Any) -> VLMSpec:
         types=hosts.MODAL_TYPES if mrope else None,
         positions="mrope" if mrope else "1d",
         parts="mrope" if mrope else "runs",
+        projects_late=True,
     )
 
 

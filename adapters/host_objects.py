@@ -199,13 +199,13 @@ def features_in(module: Host, encoded: Any, late: bool) -> Any:
     Args:
         module: the inner model.
         encoded: an output object of `get_image_features`, or what stands for it.
-        late: whether the family's projector runs later.
+        late: whether the family's projector may run later, so that there need be none.
 
     Raises:
         HostChanged: they are not where they are expected.
     """
     if late:
-        return None
+        return encoded.get(POOLED.names[0]) if isinstance(encoded, Mapping) else None
     if isinstance(encoded, (list, tuple, Tensor)):
         return encoded
     if not isinstance(encoded, Mapping):

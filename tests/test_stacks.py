@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from checks import assert_differs, assert_equal
+from hosts_of import cache_of, with_cache
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from models import Batch
@@ -22,6 +23,7 @@ import vlmtok
 from vlmtok import Reduction, Site, TokenView
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.rows import Picture, Rows
+from vlmtok.tiny import towers
 
 STEPS = 3
 SETTINGS = {
@@ -135,7 +137,7 @@ def two_turns(model, batch, new):
         input_ids=ids,
         attention_mask=torch.cat([first["attention_mask"], seen], 1),
         pixel_values=new.inputs()["pixel_values"],
-        past_key_values=one.past_key_values,
+        **with_cache(model, cache_of(one)),
         max_new_tokens=STEPS,
         **options,
     )
@@ -264,7 +266,7 @@ IN_TOWERS = {
 
 def odd(name, depth, size, patch=8):
     """A tower of its own depth, patches in a grid of odd sides."""
-    model = models._timm(name, depth=depth, img_size=size, patch_size=patch)
+    model = towers._timm(name, depth=depth, img_size=size, patch_size=patch)
     return models.Tower(f"{name}, {depth} blocks", lambda: model, models._logits, models._features, 0, size)
 
 

@@ -296,7 +296,7 @@ def test_signals_of_towers_below_language_models(name: str, wrap: Any) -> None:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA", "timm EVA-02", "open_clip CLIP", "HF ViT"])
 def test_signals_cost_what_the_report_says(name: str, point: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
+    import referee
 
     tower, model = models.TOWERS[name], models.shared(name)
     look, x = Look(), tower.pictures(2)
@@ -305,10 +305,10 @@ def test_signals_cost_what_the_report_says(name: str, point: str) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), vlmtok.compress(model, look) as run:
-            with FlopCounterMode(display=False) as counter:
+            with referee.counter() as counter:
                 tower.run(model, x)
             signals = run.report().line("signals").after
-            with run.paused(), FlopCounterMode(display=False) as bare:
+            with run.paused(), referee.counter() as bare:
                 tower.run(model, x)
         assert signals.fixed and signals.low > 0
         assert 2 * signals.low == counter.get_total_flops() - bare.get_total_flops()

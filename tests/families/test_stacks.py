@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hosts_of import cache_of, with_cache
 
 from .build import FAMILIES
 from .harness import LAYER, ask, batch, generate
@@ -59,4 +60,4 @@ def test_a_second_turn_with_a_picture_behind_renumbering_cuts(name, stack):
             **turns.first.inputs(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, use_cache=True
         )
         assert torch.equal(out.sequences[:, -4:], turns.written)
-        turns.wanted.check(*generate(model, turns.second(), past_key_values=out.past_key_values))
+        turns.wanted.check(*generate(model, turns.second(), **with_cache(model, cache_of(out))))
