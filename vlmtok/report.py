@@ -571,7 +571,7 @@ def _sites(attachment: Attachment, plans: Sequence[Sequence[StageRun]], source: 
 def _uncut(attachment: Attachment, runs: Sequence[StageRun]) -> Iterator[str]:
     """Says which methods keep so many tokens that none of their views had more."""
     for index, method in enumerate(attachment.methods):
-        keep = method.settings().get("keep")
+        keep = getattr(method, "keep", None)
         events = [event for run in runs for event in run.events if event.method == index]
         seen = [group for event in events for group in event.groups]
         if not isinstance(keep, int) or not seen or any(event.ragged for event in events):
