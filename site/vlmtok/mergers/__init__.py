@@ -1,1 +1,0 @@
-"""Methods that can merge tokens, one file each."""

@@ -1,1 +1,0 @@
-"""Methods that can only drop tokens, one file each."""
