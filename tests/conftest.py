@@ -76,6 +76,8 @@ def pytest_configure(config):
         "ignore:__array__ implementation doesn't accept:DeprecationWarning:transformers[.]models[.].*[.]processing_.*",
         # timm up to 1.0.24 declares an interface of TorchScript when it is imported.
         "ignore:`torch.jit.interface` is deprecated:FutureWarning",
+        # torch's own compiler is one of the last users of `torch.jit` in torch 2.11.
+        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
         # Deterministic mode is on for the sake of fill_uninitialized_memory.
         "ignore:.*does not have a deterministic implementation.*:UserWarning",
         "ignore:Using a target size:UserWarning",

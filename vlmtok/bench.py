@@ -173,6 +173,27 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """A call as the replay of a CUDA graph: its launches without what the host does between them.
+
+    Args:
+        call: makes no decision on the host from a tensor; its inputs stay where they are.
+
+    Returns:
+        The replay. Hooks that were on the model while it was captured need not stay.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_bytes(case: Case, device: torch.device | str) -> int | None:
     """Bytes that a call takes on a GPU at most, on top of what was there before; None on a CPU."""
     if torch.device(device).type != "cuda":

@@ -178,6 +178,45 @@ def measure(
     return rows
 
 
+def measure_graphs(
+    subject: Subject,
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int = 9,
+    limit: float = math.inf,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Times the last call of a subject on a GPU as CUDA graphs, bare and with each method: what the host costs is gone.
+
+    Args:
+        subject: the model and its calls.
+        contestants: methods whose counts follow from shapes alone.
+        rounds: how often each is timed.
+        limit: seconds after which no further round begins.
+        progress: told after each call.
+
+    Returns:
+        A row for each contestant; the stage says that it is a graph.
+    """
+    stage, call = [*subject.calls.items()][-1]
+    cases, reports = [Case("bare", bench.captured(call))], []
+    for number, one in enumerate(contestants):
+        with one.on(subject.model) as run:
+            call()
+            reports.append(run.report())
+            cases.append(Case(str(number), bench.captured(call)))
+    found = bench.interleave(cases, rounds=rounds, limit=limit, device=subject.device, progress=progress)
+    return [
+        {
+            **_row(subject, one, report, stage, found["bare"], found[str(number)]),
+            "stage": f"{stage}, CUDA graph",
+            "peak_bytes_bare": None,
+            "peak_bytes": None,
+        }
+        for number, (one, report) in enumerate(zip(contestants, reports))
+    ]
+
+
 def _difference(whole: Timing, first: Timing, steps: int) -> Timing | None:
     """One step, from the whole and its beginning; None where noise is greater than a step."""
     seconds = tuple((a - b) / steps for a, b in zip(whole.seconds, first.seconds))
@@ -318,7 +357,7 @@ FULL = Sizes(
     text=(4096, 32, 32, 11008, 32064),
     visual={"LLaVA-1.5-7B shape": 576, "LLaVA-NeXT-7B shape": 2880},
     crops={"LLaVA-1.5-7B shape": 1, "LLaVA-NeXT-7B shape": 5},
-    tower_batches=(1, 32, 256),
+    tower_batches=(1, 8, 32, 256),
     batches=(1, 8),
     steps=32,
     sweep=SWEEP,
@@ -491,6 +530,8 @@ def _towers(
         calls: dict[str, Callable[[], object]] = {"tower": lambda pixels=pixels: model(pixels)}  # type: ignore[misc]
         subject = Subject(name, model, calls, (side // patch) ** 2, batch)
         rows += measure(subject, contestants, rounds=rounds, limit=limit, progress=_named(progress, name))
+        if device.type == "cuda":
+            rows += measure_graphs(subject, contestants, rounds=rounds, limit=limit, progress=_named(progress, name))
     return rows
 
 

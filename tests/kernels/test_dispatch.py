@@ -1,9 +1,11 @@
 """Which path runs, who is told, and what import costs."""
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 from vlmtok import kernels
 from vlmtok.errors import ParameterError, VlmtokError
 from vlmtok.kernels import dispatch, table
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def python(code, **environment):
@@ -156,22 +160,23 @@ def test_auto_tells_once_why_it_takes_torch(caplog):
     ]
 
 
-def test_modelled_rows_wait_for_large_batches_or_large_tables():
-    device = torch.device("cuda", 0)
+def test_rows_say_where_they_come_from():
     for row in table.POLICIES:
-        assert row.basis in ("measured", "modelled")
-        if row.basis == "modelled":
-            assert row.min_batch >= 32 and not row.device
+        if row.basis == "measured":
+            assert row.device and row.versions
+            rows = json.loads((RESULTS / row.source).read_text())
+            mine = [r for r in rows if (r["op"], r["path"], r["way"]) == (row.op, "triton", "warm")]
+            assert {r["device"] for r in mine} == {row.device}
+            assert mine and all(r["times_eager"] >= 1 for r in mine if r["batch"] >= row.min_batch)
         else:
-            assert row.device and row.versions and row.source
-    if not any(row.device for row in table.POLICIES):
-        assert not table.prefers_triton("match_max", 31, 0, device)
-        assert table.prefers_triton("match_max", 32, 0, device)
-        assert table.prefers_triton("match_max", 1, 1 << 30, device)
+            assert row.basis == "modelled" and not row.device and not row.source
 
 
 def test_measured_rows_hold_on_their_device_only(monkeypatch):
-    rows = (*table.POLICIES, table.Policy("energy", 1, 0, "measured", "GPU X", "torch 2", "kernels_x.json"))
+    rows = (
+        table.Policy("*", 32, 1 << 30, "modelled"),
+        table.Policy("energy", 1, 0, "measured", "GPU X", "torch 2", "kernels_x.json"),
+    )
     monkeypatch.setattr(table, "POLICIES", rows)
     monkeypatch.setattr(table, "_facts", {0: ("GPU X", True), 1: ("GPU Y", True)})
     assert table.prefers_triton("energy", 1, 0, torch.device("cuda", 0))
@@ -191,7 +196,10 @@ def test_old_devices_take_torch(monkeypatch):
     with kernels.use("triton"), pytest.raises(kernels.KernelError, match=r"8\.0"):
         dispatch.choose("energy", x, batch=64)
     monkeypatch.setattr(table, "_facts", {0: ("GPU A", True)})
+    assert dispatch.choose("energy", x, batch=1)
+    monkeypatch.setattr(table, "POLICIES", (table.Policy("*", 32, 1 << 30, "modelled"),))
     assert dispatch.choose("energy", x, batch=64) and not dispatch.choose("energy", x, batch=1)
+    assert dispatch.choose("energy", x, batch=1, pair_bytes=1 << 30)
 
 
 def test_device_facts_are_constants_under_compile(monkeypatch):

@@ -86,6 +86,8 @@ def test_kernels_equal_their_definitions(name, batch, n, dtype):
             if not name.startswith("greedy"):  # one near tie changes every later state
                 torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=1e-3, equal_nan=True)
         else:
+            if not found.numel():  # r = 0: a plan without pairs
+                continue
             share = 0.9 if name.startswith(("greedy", "energy", "complete", "guided")) else 0.99
             assert (found == expected).float().mean() >= share
 
@@ -223,6 +225,16 @@ def test_compiles_to_one_graph():
     assert "merge_rows:triton" in kernels.ran()  # 64 pictures: auto takes the kernel
 
 
+@pytest.fixture
+def _as_users_run(monkeypatch):
+    """Without the tests' NaN in every new tensor, which costs a launch each."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.mark.usefixtures("_as_users_run")
 def test_launches_are_what_the_counter_says():
     """The counter of `test_count.py` against the profiler."""
     keys, x = rows(16, 577, 64, torch.bfloat16).unsqueeze(0), rows(1, 577, 1024, torch.bfloat16)
@@ -238,18 +250,25 @@ def test_launches_are_what_the_counter_says():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             layer(keys, x, size)
             torch.cuda.synchronize()
+        shapes = [t.to("meta") for t in (keys, x, size)]
         with CountOps() as count:
-            layer(*(t.to("meta") for t in (keys, x, size)))
+            layer(*shapes)
     launched = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
-    assert launched == count.total <= 6, profile.key_averages()
+    assert launched == count.total <= 6, (
+        count,
+        sorted((event.key, event.count) for event in profile.key_averages() if event.device_type.name == "CUDA"),
+    )
 
 
+@pytest.mark.usefixtures("_as_users_run")
 @pytest.mark.parametrize("method, most", [("tome:r=3", 4), ("pitome:ratio=0.9", 5), ("crossget:rv=3", 6)])
 def test_launches_of_a_layer_in_a_tower(method, most):
     """What one more layer of a compressed ViT launches beyond one of the bare ViT, as the profiler saw it."""
     import timm
 
     import vlmtok
+
+    seen = []
 
     def launched(depth, method=None):
         model = timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=96, num_classes=10)
@@ -265,11 +284,13 @@ def test_launches_of_a_layer_in_a_tower(method, most):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 model(pixels)
                 torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+        kernels_of = [(e.key, e.count) for e in profile.key_averages() if e.device_type.name == "CUDA"]
+        seen.append(sorted(kernels_of))
+        return sum(count for _, count in kernels_of)
 
     # Without proportional attention: its bias costs no launch of ours, but attention may take another kernel for it.
     added = [launched(depth, f"{method}:prop_attn=false") - launched(depth) for depth in (4, 5)]
-    assert 0 < added[1] - added[0] <= most
+    assert 0 < added[1] - added[0] <= most, seen
 
 
 def test_cuda_graphs_capture_a_tower():

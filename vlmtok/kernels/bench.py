@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..bench import environment
+from ..bench import captured, environment
 from . import floors, table
 from .dispatch import use
 from .floors import H200, Case, Rates
@@ -87,19 +87,6 @@ class Clock:
         torch.cuda.synchronize(self.device)
         return Time.of([1e-3 * start.elapsed_time(end) for start, end in marks])
 
-    def graph(self, call: Call) -> Call:
-        """The call as the replay of a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
-        return captured.replay
-
     def peak(self, call: Call) -> int | None:
         """Bytes that a call allocates at its peak, results included; None on a processor."""
         if not self.gpu:
@@ -122,13 +109,15 @@ def measure_rates(clock: Clock) -> Rates:
     product = 2 * side**3 / (1e-6 * clock.time(lambda: x @ x).median)
     tiny = torch.zeros(1, device=clock.device)
     launches = 100
-    many = clock.graph(lambda: [tiny.add_(1) for _ in range(launches)])
+    many = captured(lambda: [tiny.add_(1) for _ in range(launches)])
     return Rates("measured", copy, product, 1e-6 * clock.time(many).median / launches)
 
 
 # ---------------------------------------------------------------------- rows
 def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled: bool = True) -> list[dict[str, Any]]:
-    """Every path of one case: torch as it is, torch compiled, ours; cold and warm; alone and as a CUDA graph.
+    """Every path of one case: torch as it is, torch compiled, ours, and the rivals that are installed.
+
+    Each is timed with a cold and with a warm cache, alone and as a CUDA graph.
 
     Args:
         case: the op and its size.
@@ -140,8 +129,9 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
     Returns:
         One row a path and way.
     """
-    ours, definition = case.calls(clock.device, dtype)
-    paths: dict[str, Call] = {"eager": definition}
+    calls = case.calls(clock.device, dtype)
+    ours, definition = calls.pop("ours"), calls["eager"]
+    paths: dict[str, Call] = calls
     if compiled and not case.unrolls:
         torch._dynamo.reset()
         paths["compile"] = torch.compile(definition, dynamic=False)
@@ -155,7 +145,7 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
             peak = clock.peak(call)
             ways = {"cold": (call, True), "warm": (call, False)}
             if clock.gpu and not case.unrolls:
-                ways["warm, CUDA graph"] = (clock.graph(call), False)
+                ways["warm, CUDA graph"] = (captured(call), False)
             for way, (run, cold) in ways.items() if clock.gpu else [("warm", (call, False))]:
                 spent = clock.time(run, cold)
                 rows.append(
@@ -249,7 +239,7 @@ def sweep(case: Case, clock: Clock, dtype: torch.dtype) -> list[tuple[float, tab
     Returns:
         (microseconds, row), the fastest first; rows that do not compile or launch are left out.
     """
-    ours, _ = case.calls(clock.device, dtype)
+    ours = case.calls(clock.device, dtype)["ours"]
     used: list[table.Tile] = []
     plain, original = table.tile, table.TILES
 
@@ -356,9 +346,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n--sweep has nothing to time without a GPU.")
     else:
         rows = _measure_all(chosen, asked, dtype)
-    if asked.json:
-        asked.json.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    _write(rows, asked.json)
     return 0
+
+
+def _write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
+    if path is not None:
+        path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -377,6 +371,7 @@ def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch
             found = [{**row, **{f"rate_{name}": value for name, value in asdict(rates).items()}} for row in found]
         print(show(found, MEASURED), "\n", flush=True)
         rows += found
+        _write(rows, asked.json)  # what is measured is kept if the rest is stopped
         if asked.sweep and clock.gpu:
             for spent, row in sweep(case, clock, dtype)[:5]:
                 print(f"  {spent:8.2f} us  {row}")

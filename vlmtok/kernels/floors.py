@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,23 @@ H200 = Rates("modelled", 4.3e12, 790e12, 4e-6)
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A published kernel for the same thing, timed beside ours where its package is installed.
+
+    Attributes:
+        module: that is imported.
+        run: calls it with the module and the inputs of the case; gives what the op gives.
+    """
+
+    module: str
+    run: Callable[..., Any]
+
+    def installed(self) -> bool:
+        """Whether it can be imported here."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+@dataclass(frozen=True)
 class Case:
     """One op at one size.
 
@@ -52,6 +71,7 @@ class Case:
         launches: of the Triton path.
         chain: (dependent steps, bytes that each reads), for an op whose steps wait for each other.
         unrolls: whether torch.compile would unroll a long loop (it is not asked to).
+        rivals: published kernels for it; they run on a GPU.
     """
 
     op: str
@@ -64,6 +84,7 @@ class Case:
     launches: int
     chain: tuple[int, int] = (0, 0)
     unrolls: bool = False
+    rivals: tuple[Rival, ...] = ()
 
     def floor(self, rates: Rates) -> float:
         """Seconds that no implementation undercuts."""
@@ -71,10 +92,23 @@ class Case:
         waiting = steps * (rates.step + size / rates.stream)
         return max(self.bytes / rates.copy, self.flops / rates.product, self.launches * rates.launch, waiting)
 
-    def calls(self, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The public op and its definition on the same inputs."""
+    def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+        """What is timed, on the same inputs.
+
+        Returns:
+            ``"ours"``, the public op; ``"eager"``, its definition; on a GPU the installed rivals, by module.
+        """
         inputs = self.make(device, dtype)
-        return (lambda: self.run(ops, *inputs)), (lambda: self.run(reference, *inputs))
+        found = {"ours": lambda: self.run(ops, *inputs), "eager": lambda: self.run(reference, *inputs)}
+        for rival in self.rivals if device.type == "cuda" else ():
+            if rival.installed():
+                module = importlib.import_module(rival.module)
+                found[rival.module] = lambda rival=rival, module=module: rival.run(module, *inputs)  # type: ignore[misc]
+        return found
+
+
+COLREDUCE = Rival("flash_colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1))
+"""Column means of each head (flash-colreduce, MIT, the kernel of SparseVILA); the mean over heads is torch's."""
 
 
 def _keys(batch: int, n: int, d: int) -> Callable[[torch.device, torch.dtype], tuple[Tensor]]:
@@ -135,9 +169,23 @@ def _tower(batch: int, scale: int = 1) -> list[Case]:
         ),
         Case(
             "received_attention", what, batch, heads_of, lambda m, q, k: m.received_attention(q, k, scale=0.125),
-            4 * batch * heads * n * d + 4 * batch * n, 4 * batch * heads * n * n * d, 3,
+            4 * batch * heads * n * d + 4 * batch * n, 4 * batch * heads * n * n * d, 3, rivals=(COLREDUCE,),
         ),
     ]  # fmt: skip
+
+
+def _received(n: int, heads: int, d: int, batch: int) -> Case:
+    """Column means of one attention of a language model's width: sizes that flash-colreduce is reported at."""
+
+    def pair(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        q, k = (torch.randn(batch, heads, n, d, device=device, dtype=dtype) for _ in range(2))
+        return q, k
+
+    return Case(
+        "received_attention", f"N={n}, {heads} heads of {d}", batch, pair,
+        lambda m, q, k: m.received_attention(q, k, scale=d**-0.5),
+        4 * batch * heads * n * d + 4 * batch * n, 4 * batch * heads * n * n * d, 3, rivals=(COLREDUCE,),
+    )  # fmt: skip
 
 
 def _prefill(n: int, k: int, width: int, batch: int = 1) -> list[Case]:
@@ -177,10 +225,11 @@ def cases(small: bool = False) -> list[Case]:
         The cases, op by op.
     """
     if small:
-        found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64)]
+        found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
         found += [*_prefill(16384, 1638, 3584), _transition(640, 4096), _transition(640, 4096, 8)]
         found += [_transition(2944, 4096), _transition(16384, 3584)]
+        found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]
     return sorted(found, key=lambda case: case.op)
