@@ -18,7 +18,7 @@ from ..attachment import replaying
 from ..errors import UnsupportedModel
 from ..flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
 from ..ledger import StageRun
-from . import hosts
+from . import forms, hosts
 from .base import Adapter, BlockSpec, TextSpec, TowerSpec, child
 from .hosts import Arguments
 from .masks import layer_kinds
@@ -253,11 +253,11 @@ def _hf_text(model: Any, parts: list[nn.Module]) -> TowerShape | None:
     if not parts:
         return None
     text: Any = parts[0]
-    specs = {row.layer: row.block for row in ROWS.values()}
-    blocks = [module for module in text.modules() if type(module).__name__ in specs]
+    rows = [row for row in ROWS.values() if forms.blocks_of(text, row.layer)]
+    blocks = forms.blocks_of(text, rows[0].layer)
     others = [module for module in model.children() if module not in parts]
     return TowerShape(
-        blocks=_blocks(specs[type(blocks[0]).__name__], blocks, int(text.config.hidden_size)),
+        blocks=_blocks(rows[0].block, blocks, int(text.config.hidden_size)),
         tokens=int(text.config.max_position_embeddings),
         protected=0 if text_spec(model) is None else 2,  # start and end of text
         parts=tuple(heads(model, [*others, *blocks])),

@@ -34,6 +34,7 @@ class BlockSpec:
         mid: path of the module that reads the residual after attention.
         branch_end: path of the last module of the MLP branch.
         mlp: path of the MLP.
+        forms: attention classes that the row was written for, ``module:name`` (see `forms`).
         q: path, in the attention, of a module whose output is q, `[B, H, L, d]` or `[B, L, H d]`; None where there
             is none and q and k are computed again from the attention's input.
         k: the same for k.
@@ -57,6 +58,7 @@ class BlockSpec:
     scale: Callable[[Host], float]
     heads: str
     bias: Role | None
+    forms: tuple[str, ...] = ()
     bias_rank: int = 4
     q: str | None = None
     k: str | None = None

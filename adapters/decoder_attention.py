@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from . import forms
 
 _BEFORE = ("input_layernorm", "operator_norm")
 _AFTER = ("mlp", "feed_forward")
@@ -58,7 +58,7 @@ class AttentionForm:
         """Applies the family's own rotary function to `[G, H, R, d]`; layers without rope leave it."""
         if not self.turned or rotary is None:
             return x
-        apply = getattr(sys.modules[type(self.attn).__module__], "apply_rotary_pos_emb", None)
+        apply = forms.beside(self.attn, "apply_rotary_pos_emb")
         if apply is None:
             raise UnsupportedModel(
                 f"{type(self.attn).__name__} has no rotary function that attention rows can be derived with"

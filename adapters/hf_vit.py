@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..method import Layout
-from . import account, hosts
-from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
+from . import account, forms, hosts
+from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec, child
 from .text_tower import TextTower
 from .vit_block import Tower
 from .wholes import wholes
@@ -36,6 +36,12 @@ _BLOCK: dict[str, Any] = {
 }
 CLIP_BLOCK = BlockSpec(
     **_BLOCK,
+    forms=(
+        "transformers.models:CLIPAttention",
+        "transformers.models:SiglipAttention",
+        "transformers.models:Idefics3VisionAttention",
+        "transformers.models:SmolVLMVisionAttention",
+    ),
     norm="layer_norm1",
     attn="self_attn",
     mid="layer_norm2",
@@ -45,6 +51,7 @@ CLIP_BLOCK = BlockSpec(
 )
 VIT_BLOCK = BlockSpec(
     **_BLOCK,
+    forms=("transformers.models:ViTAttention",),
     norm="layernorm_before",
     attn="attention",
     mid="layernorm_after",
@@ -54,6 +61,7 @@ VIT_BLOCK = BlockSpec(
 )
 DINOV2_BLOCK = BlockSpec(
     **_BLOCK,
+    forms=("transformers.models:Dinov2Attention",),
     norm="norm1",
     attn="attention",
     mid="norm2",
@@ -83,9 +91,18 @@ def _normed(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Ten
     return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
-BLIP2_BLOCK = replace(CLIP_BLOCK, project=_fused, q="qkv", k="qkv", split=_split, bias=None)
+BLIP2_BLOCK = replace(
+    CLIP_BLOCK,
+    project=_fused,
+    q="qkv",
+    k="qkv",
+    split=_split,
+    bias=None,
+    forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
+)
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,
+    forms=("transformers.models:InternVLVisionAttention",),
     project=_normed,
     q="q_norm",
     k="k_norm",
@@ -145,9 +162,7 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
     row = ROWS.get(config.model_type)
     if row is None:
         raise UnsupportedModel(f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}")
-    blocks = tuple(m for m in tower.modules() if type(m).__name__ == row.layer)
-    if not blocks:
-        raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
+    blocks = _layers(tower, row.layer)
     side = None
     size, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
     if size and patch:
@@ -163,16 +178,33 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
     )
 
 
+def _layers(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The blocks of a tower.
+
+    Raises:
+        UnsupportedModel: there are none, or they run another forward than the class of that name.
+    """
+    blocks = forms.blocks_of(tower, name)
+    if not blocks:
+        raise UnsupportedModel(f"{type(tower).__name__} has no {name}: this version of transformers is not known")
+    for block in blocks:
+        if not forms.known(block, (f"transformers.models:{name}",)):
+            raise UnsupportedModel(
+                f"{type(tower).__name__} has blocks that are {forms.described(block)} and not {name}"
+            )
+    return blocks
+
+
 def check_bias(tower: nn.Module, attachment: Attachment) -> None:
     """Refuses proportional attention where the attention takes no bias on the keys.
 
     Raises:
-        UnsupportedModel: flash attention with a proportional method.
+        UnsupportedModel: flash or flex attention, or one of the user's own, with a proportional method.
     """
-    config = getattr(tower.config, "vision_config", tower.config)
-    kind = str(getattr(config, "_attn_implementation", ""))
+    spec = vision_spec(tower)
+    kind = forms.unbiased(child(spec.blocks[0], spec.block.attn))
     asking = [type(e.method).__name__ for e in attachment.at("vision") if e.method.proportional]
-    if asking and "flash" in kind:
+    if asking and kind:
         raise UnsupportedModel(
             f"{asking[0]} wants proportional attention, but {kind} takes no bias on the keys; load the model with "
             "attn_implementation='sdpa', or switch proportional attention off in the method"
@@ -237,7 +269,7 @@ def text_spec(model: nn.Module) -> TextSpec | None:
     text = getattr(model, "text_model", None)
     if text is None or text.config.model_type != "clip_text_model":
         return None
-    blocks = tuple(m for m in text.modules() if type(m).__name__ == "CLIPEncoderLayer")
+    blocks = _layers(text, "CLIPEncoderLayer")
     eos = text.config.eos_token_id
 
     def end(ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Layout
-from . import account, hosts
+from . import account, forms, hosts
 from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from .text_tower import TextTower
 from .vit_block import Tower
@@ -40,7 +40,9 @@ MHA_BLOCK = BlockSpec(
     heads="num_heads",
     bias=hosts.KEY_BIAS,
     bias_rank=2,
+    forms=("torch.nn.modules.activation:MultiheadAttention",),
 )
+BLOCKS = ("open_clip.transformer:ResidualAttentionBlock",)
 
 
 class OpenClipVision(Adapter):
@@ -52,12 +54,14 @@ class OpenClipVision(Adapter):
     def __init__(self, model: Host) -> None:
         super().__init__(model)
         transformer: Any = getattr(model, "transformer", None)
-        blocks = getattr(transformer, "resblocks", ())
-        if not len(blocks):
+        blocks = tuple(map(forms.inner, getattr(transformer, "resblocks", ())))
+        if not blocks:
             raise self.refuse("it has no residual blocks")
         for block in blocks:
             if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
                 raise self.refuse(f"its blocks are {type(block).__name__} without nn.MultiheadAttention")
+            if not forms.known(block, BLOCKS):
+                raise self.refuse(f"its blocks are {forms.described(block)} and not ResidualAttentionBlock")
             if block.attn.in_proj_weight is None:
                 raise self.refuse("its attention keeps q, k and v in separate weights")
         if not transformer.batch_first:
@@ -68,10 +72,10 @@ class OpenClipVision(Adapter):
         model = self.model
         return TowerSpec(
             block=MHA_BLOCK,
-            blocks=tuple(model.transformer.resblocks),
+            blocks=tuple(map(forms.inner, model.transformer.resblocks)),
             num_prefix=1,
             width=int(model.transformer.width),
-            heads=int(model.transformer.resblocks[0].attn.num_heads),
+            heads=int(forms.inner(model.transformer.resblocks[0]).attn.num_heads),
             grid=(int(model.grid_size[0]), int(model.grid_size[1])),
         )
 
@@ -119,10 +123,13 @@ def text_spec(model: Host) -> TextSpec | None:
     CLIP keeps the parts of its text tower on itself, CustomTextCLIP below `text`.
     """
     tower: Host = getattr(model, "text", model)
-    blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
-    plain = all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks)
+    blocks = tuple(map(forms.inner, getattr(getattr(tower, "transformer", None), "resblocks", ())))
+    plain = all(
+        isinstance(getattr(block, "attn", None), nn.MultiheadAttention) and forms.known(block, BLOCKS)
+        for block in blocks
+    )
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    if not len(blocks) or not plain or not tower.transformer.batch_first or pool not in ("argmax", "eos", "last"):
+    if not blocks or not plain or not tower.transformer.batch_first or pool not in ("argmax", "eos", "last"):
         return None  # a transformers encoder, custom attention, or pooling over all tokens
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         return None  # masks differ from row to row
@@ -135,7 +142,7 @@ def text_spec(model: Host) -> TextSpec | None:
 
     return TextSpec(
         block=replace(MHA_BLOCK, bias=hosts.BIAS),
-        blocks=tuple(blocks),
+        blocks=blocks,
         ids=tower.token_embedding,
         norm=tower.ln_final,
         width=int(tower.transformer.width),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from ..attachment import PerThread, weak
 from ..errors import CacheError
 from ..rows import Picture, Rows
-from . import hosts
+from . import forms, hosts
 from .base import VLMSpec
 from .hosts import Role
 from .spans import IMAGE, VIDEO, separators
@@ -131,7 +130,7 @@ class Packing:
     def _crops(self, size: Any) -> int:
         """Crops of a picture, thumbnail included, as the host counts them."""
         config = self.core().config
-        count = sys.modules[type(self.core()).__module__].image_size_to_num_patches
+        count = forms.beside(self.core(), "image_size_to_num_patches")
         crops: int = count(size, config.image_grid_pinpoints, config.vision_config.image_size)
         return crops
 

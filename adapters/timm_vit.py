@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Layout
-from . import account, hosts
+from . import account, forms, hosts
 from .base import Adapter, BlockSpec, Host, TowerSpec
 from .vit_block import Tower
 
@@ -50,7 +49,7 @@ def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Te
 
 def _rotate(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
     """Applies Eva's rope behind the prefix, with the function that the attention itself uses."""
-    rotation = sys.modules[type(attn).__module__].apply_rot_embed_cat
+    rotation = forms.beside(attn, "apply_rot_embed_cat")
     prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
 
     def rotate(x: Tensor) -> Tensor:
@@ -75,6 +74,12 @@ _BLOCK: dict[str, Any] = {
     "bias": hosts.BIAS,
     "q": "q_norm",
     "k": "k_norm",
+    "forms": (
+        "timm.layers.attention:Attention",
+        "timm.models.vision_transformer:Attention",
+        "timm.layers.attention:AttentionRope",
+        "timm.models.eva:EvaAttention",
+    ),
 }
 VIT_BLOCK = BlockSpec(**_BLOCK)
 EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
@@ -86,15 +91,16 @@ class TimmViT(Adapter):
     name = "timm-vit"
     targets = (("timm.models.vision_transformer", "VisionTransformer"),)
     block = VIT_BLOCK
-    blocks = ("Block",)
+    blocks = ("timm.models.vision_transformer:Block",)
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
-        for block in model.blocks:
-            if type(block).__name__ not in self.blocks:
+        for block in map(forms.inner, model.blocks):
+            if not forms.known(block, self.blocks):
+                names = " and ".join(name.rpartition(":")[2] for name in self.blocks)
                 raise self.refuse(
-                    f"its blocks are {type(block).__name__}; only {' and '.join(self.blocks)} have a place between "
-                    "attention and MLP that hooks can reach"
+                    f"its blocks are {forms.described(block)}; only {names} have a place between attention and MLP "
+                    "that hooks can reach"
                 )
             if not hasattr(block.attn, "k_norm"):
                 raise self.refuse(f"its attention {type(block.attn).__name__} has no k_norm to read keys from")
@@ -112,10 +118,10 @@ class TimmViT(Adapter):
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         return TowerSpec(
             block=self.block,
-            blocks=tuple(model.blocks),
+            blocks=tuple(map(forms.inner, model.blocks)),
             num_prefix=int(model.num_prefix_tokens),
             width=int(model.embed_dim),
-            heads=int(model.blocks[0].attn.num_heads),
+            heads=int(forms.inner(model.blocks[0]).attn.num_heads),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
             classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
         )
@@ -139,4 +145,4 @@ class TimmEva(TimmViT):
     name = "timm-eva"
     targets = (("timm.models.eva", "Eva"),)
     block = EVA_BLOCK
-    blocks = ("EvaBlock",)
+    blocks = ("timm.models.eva:EvaBlock",)

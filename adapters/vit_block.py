@@ -26,7 +26,7 @@ from ..method import StageLayout
 from ..sequence import Row, Sequence
 from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
 from ..view import Signal, TokenView
-from . import host_objects, hosts
+from . import forms, host_objects, hosts
 from .base import TowerSpec, child
 from .hosts import Arguments
 from .vit_pass import LayerRecord, Pass, Running, autocast_dtype, probe, same_forward
@@ -59,22 +59,24 @@ class Tower:
         self.inputs: dict[int, Arguments] = {}
         self.attentions: dict[int, Arguments] = {}
         self.middles: dict[int, Arguments] = {}
-        self.refuse_bias()
+        self.refuse_bias(spec)
         self._install(spec)
 
     # ------------------------------------------------------------------ layout and hooks
     @staticmethod
     def layout(spec: TowerSpec) -> StageLayout:
         """What a tower offers to methods."""
+        why = forms.strange(spec)
         return StageLayout(
             depth=len(spec.blocks),
             width=spec.width,
             heads=spec.heads,
             last=spec.last % len(spec.blocks),
             points=frozenset({"start", "mid", "end"}),
-            provides=tower_signals(spec.num_prefix if spec.classed else 0),
+            provides=tower_signals(spec.num_prefix if spec.classed else 0, attention=not why),
             num_prefix=spec.num_prefix,
             carries=spec.carries,
+            why=why,
         )
 
     def _install(self, spec: TowerSpec) -> None:
@@ -117,17 +119,18 @@ class Tower:
         needs += self.tapped.get(layer, [])
         return {which for n in needs if n.name in TOWER_SIGNALS for which in TOWER_SIGNALS[n.name].projections}
 
-    def refuse_bias(self) -> None:
+    def refuse_bias(self, spec: TowerSpec) -> None:
         """Refuses proportional attention where the attention takes no bias on the keys.
 
         Raises:
-            UnsupportedModel: the block has no such argument.
+            UnsupportedModel: the block has no such argument, or its attention is of a form that is not known.
         """
         asking = [type(entry.method).__name__ for entry in self.entries if entry.method.proportional]
-        if asking and self.block.bias is None:
+        why = "it takes no bias on the keys" if self.block.bias is None else forms.strange(spec)
+        if asking and why:
             raise UnsupportedModel(
-                f"{asking[0]} wants proportional attention, but the attention of this tower takes no bias on the keys; "
-                "switch it off in the method (prop_attn=False)"
+                f"{asking[0]} wants proportional attention, but with the attention of this tower that is not possible: "
+                f"{why}; switch it off in the method (prop_attn=False)"
             )
 
     # ------------------------------------------------------------------ hooks, in the order in which they run

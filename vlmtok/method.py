@@ -115,6 +115,7 @@ class StageLayout:
         last_cut: the last layer at whose start tokens may leave; None means any.
         carries: whether signals of this stage reach later ones, or which do.
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
+        why: why signals are missing that others of its kind give; empty where none are.
     """
 
     depth: int
@@ -128,6 +129,7 @@ class StageLayout:
     last_cut: int | None = None
     carries: bool | frozenset[str] = True
     renumbers: bool = True
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
         if not layout.gives(site.stage, name):
             offered = layout.stages[site.stage].provides | user
             raise MissingSignal(
-                f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give; "
-                f"it gives there: {', '.join(sorted(offered)) or 'none'}"
+                f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give"
+                f"{_why(layout, site.stage)}; it gives there: {', '.join(sorted(offered)) or 'none'}"
             )
         if site.layer in layout.stages[site.stage].blind and name != "transition":
             raise MissingSignal(
@@ -104,7 +104,7 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
         offered = layout.stages[stage].provides if layout.has(stage) else frozenset()
         known = sorted(signal for signal in offered if layout.gives(stage, signal, later=stage != site.stage))
         raise MissingSignal(
-            f"{by} needs {text!r}, which {layout.family} cannot give; "
+            f"{by} needs {text!r}, which {layout.family} cannot give{_why(layout, stage)}; "
             f"{f'{stage} gives: ' + ', '.join(known) if known else f'nothing of {stage!r} reaches {site.stage}'}"
         )
     depth, last = layout.stages[stage].depth, layout.stages[stage].last
@@ -116,6 +116,12 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     if STAGES.index(stage) > STAGES.index(site.stage) or (same and (layer > (site.layer or 0))):
         raise MissingSignal(f"{by} needs {text!r} at {site}, where that layer has not run yet")
     return Need(text, name, stage, layer)
+
+
+def _why(layout: Layout, stage: str) -> str:
+    """The reason that a stage gives for what it lacks, in brackets."""
+    why = layout.stages[stage].why if layout.has(stage) else ""
+    return f" ({why})" if why else ""
 
 
 # ---------------------------------------------------------------------- towers
@@ -225,9 +231,15 @@ def tower_signal(name: str, taps: TowerTaps) -> Tensor | None:
     return value
 
 
-def tower_signals(num_prefix: int) -> frozenset[str]:
-    """Signals that a tower with so many protected tokens gives."""
-    return frozenset(name for name, signal in TOWER_SIGNALS.items() if num_prefix or not signal.guarded)
+def tower_signals(num_prefix: int, attention: bool = True) -> frozenset[str]:
+    """Signals that a tower gives.
+
+    Args:
+        num_prefix: its protected tokens.
+        attention: whether q and k of its blocks are known.
+    """
+    given = {name: signal for name, signal in TOWER_SIGNALS.items() if attention or not signal.projections}
+    return frozenset(name for name, signal in given.items() if num_prefix or not signal.guarded)
 
 
 # ---------------------------------------------------------------------- decoders

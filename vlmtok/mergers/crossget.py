@@ -229,7 +229,8 @@ class CrossGET(Method):
             if r is None:
                 continue
             layout.stage(stage, "CrossGET")
-            if stage == "vision" and self.guidance is not None and not layout.gives(stage, "cls_attention"):
+            classed = layout.gives(stage, "cls_attention") or layout.stages[stage].why  # then the signals say so
+            if stage == "vision" and self.guidance is not None and not classed:
                 raise MissingSignal(
                     f"CrossGET with guidance={self.guidance!r} needs a class token, and the tower of {layout.family} "
                     "has none; guidance=None works there"

@@ -163,7 +163,7 @@ class PruMerge(Method):
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets, with projections of the tower's last layer."""
         layout.stage("features", "PruMerge")
-        if not layout.gives("vision", "cls_attention"):
+        if not layout.gives("vision", "cls_attention") and not layout.stages["vision"].why:
             raise MissingSignal(f"PruMerge scores tokens with the class token, and {layout.family} has none")
         names = ("protected_queries", "protected_keys", "keys_full")
         return [Site("features", needs=tuple(f"{name}@vision:-1" for name in names))]

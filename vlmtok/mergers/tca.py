@@ -332,7 +332,7 @@ class TCA(Method):
         depth = layout.stage("vision", "TCA").depth
         condensing = layout.layers("vision", self._layers(depth), "TCA")
         classed = layout.gives("vision", "cls_attention")
-        if not classed and self.reservoir_size:
+        if not classed and self.reservoir_size and not layout.stages["vision"].why:
             raise MissingSignal(
                 f"TCA keeps class tokens, and the tower of {layout.family} has none; reservoir_size=0 condenses there"
             )

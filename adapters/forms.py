@@ -1,0 +1,120 @@
+"""Which computation a module of the host runs, by the class whose forward it is: rows are written for known forms.
+
+Wrapping makes subclasses that run their parent's forward (FSDP2, parametrizations, a mixin of one's own): these count
+as the parent. A subclass with a forward of its own is another form, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .base import TowerSpec, child
+from .hosts import Host, library_of
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Attributes under which wrappers that are modules of their own keep the module."""
+_IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flex_attention"})
+"""Attention functions of transformers that are softmax(scale q k + bias) v; flash attention is told by its name."""
+_BIASED = frozenset({"eager", "sdpa"})
+"""Of these, the ones that take a bias `[B, 1, 1, L]`; flex attention reads one for every pair."""
+
+
+def inner(module: Host) -> Any:
+    """The module below wrappers."""
+    while True:
+        name = next((name for name in _WRAPPERS if name in getattr(module, "_modules", ())), None)
+        if name is None:
+            return module
+        module = getattr(module, name)
+
+
+def called(module: Host, name: str) -> bool:
+    """Whether a module is of a class of that name, or of one made of it by wrapping."""
+    return any(kind.__name__ == name for kind in type(module).__mro__)
+
+
+def form(module: Host) -> str:
+    """The class whose forward a module runs, as ``module:name``; empty where its forward is no class's."""
+    module = inner(module)
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate only moves tensors around it
+        return ""
+    # Asked of the function, since hosts put a wrapped copy into every subclass, and others put theirs into a class.
+    made = inspect.unwrap(type(module).forward)
+    name, _, last = str(getattr(made, "__qualname__", "")).rpartition(".")
+    return f"{made.__module__}:{name}" if name and last == "forward" else ""
+
+
+def known(module: Host, forms: Iterable[str]) -> bool:
+    """Whether a module runs one of these forms.
+
+    Args:
+        module: of the host.
+        forms: ``module:name``, where the module may be the beginning of its path.
+    """
+    where, _, name = form(module).partition(":")
+    pairs = (other.partition(":")[::2] for other in forms)
+    return any(name == other and (where == path or where.startswith(f"{path}.")) for path, other in pairs)
+
+
+def described(module: Host) -> str:
+    """What a module runs, for messages."""
+    module = inner(module)
+    name = type(module).__name__
+    if not form(module):
+        return f"{name} of {library_of(module)} with a forward that was put in its place"
+    made = form(module).rpartition(":")[2].rpartition(".")[2]
+    return f"{name} of {library_of(module)}" + (f" (which runs {made})" if made != name else "")
+
+
+def strange(spec: TowerSpec) -> str:
+    """Why signals of a tower's attention cannot be derived; empty where they can.
+
+    Args:
+        spec: the tower as data.
+    """
+    for block in spec.blocks:
+        attn = child(block, spec.block.attn)
+        if not known(attn, spec.block.forms):
+            return (
+                f"its attention is {described(attn)}, which is not known to be softmax(q k) v; known: "
+                f"{', '.join(other.rpartition(':')[2] for other in spec.block.forms)}"
+            )
+        name = implementation(attn)
+        if name and name not in _IMPLEMENTATIONS and "flash" not in name:
+            return f"its attention implementation {name!r} is not known to be softmax(q k) v"
+    return ""
+
+
+def implementation(attn: Host) -> str:
+    """Name of the attention function that a module of transformers calls; empty where it calls its own."""
+    return str(getattr(getattr(attn, "config", None), "_attn_implementation", None) or "")
+
+
+def unbiased(attn: Host) -> str:
+    """The attention function that takes no bias on the keys; empty where it takes one."""
+    name = implementation(attn)
+    return "" if not name or name in _BIASED else name
+
+
+def beside(module: Host, name: str) -> Any:
+    """What a host defines under a name beside the class of a module, or None.
+
+    Args:
+        module: of the host; its class may have been made of the host's by wrapping.
+        name: of a function.
+    """
+    for kind in type(inner(module)).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def blocks_of(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """Blocks of a tower by the name of their class, in order."""
+    return tuple(module for module in tower.modules() if called(module, name))
