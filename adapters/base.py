@@ -79,6 +79,8 @@ class TowerSpec:
         width: channels.
         heads: attention heads.
         grid: rows and columns of patches for an input of the configured size, or None.
+        stem: the patch embedding's module that gives a map `[B, C, rows, columns]`, from which the grid of a picture is
+            read; None where there is none, and the grid is the configured one where the count of tokens agrees.
         last: the last block whose output is used.
         stage: ``vision`` or ``text``.
         spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
@@ -93,6 +95,7 @@ class TowerSpec:
     width: int
     heads: int
     grid: tuple[int, int] | None = None
+    stem: nn.Module | None = None
     last: int = -1
     stage: str = "vision"
     spread: bool = False

@@ -144,7 +144,7 @@ class TextTower(Tower):
         self.mask = spec.mask
         self.ids = Arguments(spec.ids, [hosts.IDS], [hosts.MASK])
         self.given: tuple[Tensor, Tensor | None] | None = None
-        super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, None, -1, "text"))
+        super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, stage="text"))
         if self.entries:
             self.normed = Arguments(spec.norm, [hosts.HIDDEN])
             attachment.hook(spec.ids, "pre", self.read)

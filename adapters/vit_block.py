@@ -45,7 +45,9 @@ class Tower:
         self.num_prefix = spec.num_prefix
         self.depth = len(spec.blocks)
         self.last = spec.last % self.depth
-        self.grid = spec.grid
+        self.configured = spec.grid
+        self.stem = spec.stem is not None
+        self.map: tuple[int, int] | None = None
         self.watch = Watch(spec.stage)
         self.current: Pass | None = None
         self.trained: Pass | None = None
@@ -86,6 +88,8 @@ class Tower:
         if not self.entries and not self.tapped and not self.attachment.at("features"):
             return
         put = self.attachment.hook
+        if spec.stem is not None:
+            put(spec.stem, "post", self.embed)
         first_cut = min((e.site.layer or 0 for e in self.entries), default=self.depth)
         for layer, module in enumerate(spec.blocks):
             here = {point: self.attachment.at(self.stage, layer, point) for point in ("start", "mid", "end")}
@@ -136,6 +140,12 @@ class Tower:
             )
 
     # ------------------------------------------------------------------ hooks, in the order in which they run
+    def embed(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Hook on the patch embedding: notes rows and columns of the pictures that come in."""
+        if not replaying():
+            shape = output.shape if isinstance(output, Tensor) and output.dim() == 4 else ()
+            self.map = (shape[-2], shape[-1]) if shape else None
+
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Block pre-hook: begins the pass, inserts, reduces at ``start``, hands over the rotary table."""
         if self.reader.muted:
@@ -353,9 +363,14 @@ class Tower:
         if self.attachment.trace or self.spread:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
         sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
-        self.current = Pass(sequence, run, grad=torch.is_grad_enabled())
+        self.current = Pass(sequence, run, grid=self._grid(n), grad=torch.is_grad_enabled())
         if self.current.grad:
             self.trained = self.current
+
+    def _grid(self, n: int) -> tuple[int, int] | None:
+        """Rows and columns of the `n` patches of this pass, from the map of its pixels; None where they do not fit."""
+        grid, self.map = self.map if self.stem else self.configured, None
+        return grid if grid is not None and grid[0] * grid[1] == n else None
 
     def _enter(self, layer: int) -> LayerRecord:
         if not torch.compiler.is_compiling():
@@ -423,7 +438,7 @@ class Tower:
             size=sequence.view_size(),
             num_prefix=self.num_prefix,
             depth=self.depth,
-            grid=self.grid if self.grid and self.grid[0] * self.grid[1] == sequence.entered else None,
+            grid=self._pass.grid,
             entered=sequence.entered,
             signals=signals,
             state=sequence.state(entry.index),

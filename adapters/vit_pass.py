@@ -56,6 +56,7 @@ class Pass:
         records: what was decided, by layer.
         steps: sources after each cut, for traces.
         tables: rotary tables of the rows as they are, with the table each was made from.
+        grid: rows and columns of the patches that entered, or None where they form none.
         grad: whether gradients were on.
         autocast: dtype of the caller's autocast, or None.
     """
@@ -65,6 +66,7 @@ class Pass:
     records: dict[int, LayerRecord] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
     grad: bool = False
     autocast: torch.dtype | None = None
 

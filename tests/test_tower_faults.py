@@ -257,3 +257,101 @@ def test_forms_see_what_a_module_runs() -> None:
         forms.form(twin) == "" and forms.known(attn, ("timm:Attention",)) and not forms.known(twin, ("timm:Attention",))
     )
     assert not forms.known(attn, ("tim:Attention",)) and not forms.known(attn, ("timm.layers:Attn",))
+
+
+# ---------------------------------------------------------------------- rows and columns of patches
+OBLONG = (32, 72)
+"""4 x 9 patches: as many as the 6 x 6 of the configured size."""
+
+
+def _dynamic(name: str, **changes: object) -> Callable[[], nn.Module]:
+    return lambda: models._timm(name, dynamic_img_size=True, **changes)
+
+
+def _interpolated(model: nn.Module, x: Tensor) -> Any:
+    return model(pixel_values=x, interpolate_pos_encoding=True)
+
+
+def _encoded(model: nn.Module, x: Tensor) -> Any:
+    return model.encode_image(x) if hasattr(model, "encode_image") else model(x)
+
+
+OTHER_SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Any]]] = {
+    "timm ViT": (_dynamic("vit_tiny_patch16_224"), _encoded),
+    "timm DINOv2 registers": (_dynamic("vit_small_patch14_reg4_dinov2"), _encoded),
+    "timm SigLIP": (_dynamic("vit_base_patch16_siglip_224"), _encoded),
+    "timm padded": (_dynamic("vit_tiny_patch16_224", dynamic_img_pad=True), lambda m, x: m(x[:, :, :-3, :-1])),
+    "timm EVA-02": (_dynamic("eva02_base_patch14_224"), _encoded),
+    "timm DINOv3": (_dynamic("vit_small_patch16_dinov3"), _encoded),
+    "timm size set": (lambda: _resized(models._timm("vit_tiny_patch16_224")), _encoded),
+    "open_clip VisionTransformer": (lambda: models.fresh("open_clip VisionTransformer"), _encoded),
+    "open_clip CLIP": (lambda: models.fresh("open_clip CLIP"), _encoded),
+    "HF CLIP vision": (lambda: models.fresh("HF CLIP vision"), _interpolated),
+    "HF SigLIP vision": (lambda: models.fresh("HF SigLIP vision"), _interpolated),
+    "HF ViT": (lambda: models.fresh("HF ViT"), _interpolated),
+    "HF DINOv2": (lambda: models.fresh("HF DINOv2"), lambda m, x: m(pixel_values=x)),
+    "HF CLIPModel": (
+        lambda: models.fresh("HF CLIPModel"),
+        lambda m, x: m.get_image_features(pixel_values=x, interpolate_pos_encoding=True),
+    ),
+}
+
+
+def _resized(model: Any) -> nn.Module:
+    model.set_input_size(OBLONG)
+    return model
+
+
+class Grids(vlmtok.Method):
+    """Notes the grids that views tell, and halves them."""
+
+    proportional = False
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def sites(self, layout: Any) -> list[vlmtok.Site]:
+        return [vlmtok.Site("vision", layer, point) for layer, point in ((0, "start"), (1, "mid"), (2, "end"))]
+
+    def reduce(self, view: Any) -> vlmtok.Reduction:
+        self.seen.append(view.grid)
+        return vlmtok.Reduction(torch.arange(0, view.tokens.shape[1] - 1).expand(view.tokens.shape[0], -1))
+
+    def count(self, counts: Any) -> int:
+        return counts.n - 1
+
+    def __str__(self) -> str:
+        return "grids"
+
+
+@pytest.mark.parametrize("size", [OBLONG, (72, 32), (48, 48), (56, 40)])
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_the_grid_is_that_of_the_pixels(name: str, size: tuple[int, int]) -> None:
+    make, run = OTHER_SIZES[name]
+    model, x = make(), models.pictures(2, size=(80, 80))[:, :, : size[0], : size[1]]
+    if (name.startswith("open_clip") and size == (56, 40)) or (name == "timm size set" and size != OBLONG):
+        with pytest.raises((RuntimeError, AssertionError)):  # the host takes no other count or size
+            run(model, x)
+        return
+    look = Grids()
+    with torch.no_grad(), vlmtok.compress(model, look, trace=True) as handle:
+        run(model, x)
+        grids = {picture.grid for picture in handle.trace().pictures}
+    grid = (size[0] // models.PATCH, size[1] // models.PATCH)
+    assert look.seen == [grid] * 3 and grids == {grid}
+
+
+@pytest.mark.parametrize("name", models.TOWERS)
+def test_every_tower_knows_its_grid(name: str) -> None:
+    tower, look = models.TOWERS[name], Grids()
+    model = models.shared(name)
+    with torch.no_grad(), vlmtok.compress(model, look, trace=True) as handle:
+        tower.run(model, tower.pictures(2))
+        assert handle.trace()[1].grid == look.seen[0] == tuple(n // models.PATCH for n in tower.size)
+
+
+def test_patches_that_form_no_grid_have_none() -> None:
+    model, look = models._timm("vit_tiny_patch16_224", patch_drop_rate=0.25).train(), Grids()
+    with vlmtok.compress(model, look, trace=True) as handle:
+        model(models.pictures(2))
+        assert look.seen == [None] * 3 and handle.trace()[0].grid is None

@@ -187,7 +187,7 @@ def _first_patch(owner: Tensor) -> Tensor:
 def _tower(tower: Any) -> list[PictureTrace]:
     run = tower.current
     source = run.sequence.source.cpu()
-    grid = tower.grid if tower.grid and tower.grid[0] * tower.grid[1] == source.shape[1] else None
+    grid = run.grid
     steps = [(site, owner.cpu()) for site, owner in run.steps]
     return [
         PictureTrace(_first_patch(source[i]), tuple((site, _first_patch(owner[i])) for site, owner in steps), grid)
@@ -219,6 +219,8 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         steps += [(site, at(owner)) for site, owner in decoder.steps]
         parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
+        if before is not None and before[picture.tower].patches == len(slot):
+            grid = before[picture.tower].grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
         found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))
