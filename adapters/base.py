@@ -87,6 +87,8 @@ class TowerSpec:
             for readers that want the whole grid.
         carries: whether its signals reach the language model's boundary, or which do.
         classed: whether the first protected token is a class token; registers alone say nothing of the picture.
+        masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
+        maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
     """
 
     block: BlockSpec
@@ -101,6 +103,8 @@ class TowerSpec:
     spread: bool = False
     carries: bool | frozenset[str] = True
     classed: bool = True
+    masked: bool = False
+    maps: tuple[Callable[..., Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
         grid=side,
         stem=next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None),
         last=last,
+        masked=True,
     )
 
 

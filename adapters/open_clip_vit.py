@@ -78,6 +78,7 @@ class OpenClipVision(Adapter):
             heads=int(forms.inner(model.transformer.resblocks[0]).attn.num_heads),
             grid=(int(model.grid_size[0]), int(model.grid_size[1])),
             stem=model.conv1,
+            maps=(type(model).forward_intermediates,),
         )
 
     def layout(self) -> Layout:

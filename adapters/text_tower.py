@@ -198,6 +198,9 @@ class TextTower(Tower):
         x = self.normed.get(hosts.HIDDEN, args, kwargs)
         return self.normed.put(args, kwargs, {hosts.HIDDEN: state.rows.restore(x, state.entered)})
 
+    def _check_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Text towers get a causal mask, which `attend` makes anew."""
+
     # ------------------------------------------------------------------ passes
     def _begin(self, x: Tensor) -> None:
         given, self.given = self.given, None

@@ -13,6 +13,7 @@ twice.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -56,6 +57,8 @@ class Tower:
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.spread = spec.spread
+        self.masked = spec.masked
+        self.maps = tuple(inspect.unwrap(method).__code__ for method in spec.maps)
         self.follow = bool(spec.block.rope)
         proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
         self.proportional_from = min(proportional, default=self.depth)
@@ -97,14 +100,16 @@ class Tower:
             biased = layer > self.proportional_from or (layer == self.proportional_from and bool(here["start"]))
             biased = (biased and self.block.bias is not None) or (self.masks and layer >= first_cut)
             moved = self.follow and layer > first_cut
-            if not (layer == 0 or own or biased or moved or (self.spread and layer == self.last)):
+            masked = spec.masked and layer >= first_cut
+            if not (layer == 0 or own or biased or moved or masked or (self.spread and layer == self.last)):
                 continue
             attn = child(module, self.block.attn)
-            self.inputs[layer] = Arguments(module, [hosts.HIDDEN, *([self.block.rope] if self.block.rope else [])])
+            wanted_of_block = [hosts.HIDDEN, *([self.block.rope] if self.block.rope else [])]
+            self.inputs[layer] = Arguments(module, wanted_of_block, [hosts.BIAS, hosts.CAUSAL])
             put(module, "pre", self.start, layer)
-            if biased or own:
+            if biased or own or masked:
                 wanted_of_attention = [role for role in (hosts.HIDDEN, self.block.bias, self.block.rope) if role]
-                self.attentions[layer] = Arguments(attn, wanted_of_attention)
+                self.attentions[layer] = Arguments(attn, wanted_of_attention, [hosts.BIAS])
                 put(attn, "pre", self.attend, layer)
             wanted = self._projections(here, layer)
             if "q" in wanted and self.block.q is not None:
@@ -159,6 +164,7 @@ class Tower:
         else:
             if layer == 0:
                 self._check_input(module, x)
+                self._check_masks(module, args, kwargs)
                 self._begin(x)
                 self._pass.autocast = autocast_dtype(x.device.type)
             record = self._enter(layer)
@@ -190,11 +196,32 @@ class Tower:
         """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
 
         Raises:
+            PassError: it is a symbol, or a picture out of a batch that nobody sees whole.
             HostChanged: it is not `[B, L, C]`.
         """
+        if not torch.compiler.is_compiling():
+            refuse_symbols(x)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise hosts.changed(module, f"its hidden states are {what}, where [B, L, {self.width}] is expected")
+
+    def _check_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses masks: a tower's rows are whole pictures, and a method would take what a mask hides for patches.
+
+        Raises:
+            PassError: the blocks get a mask that hides something, or the causal switch.
+        """
+        mask = self.inputs[0].get(hosts.BIAS, args, kwargs)
+        if self.inputs[0].get(hosts.CAUSAL, args, kwargs):
+            raise PassError(
+                f"the {self.stage} tower was called as a causal one; call the compressed model without that"
+            )
+        if mask is None or (self.masked and isinstance(mask, Tensor) and hides_nothing(mask)):
+            return
+        raise PassError(
+            f"the {self.stage} tower was called with an attention mask that hides tokens (patches of padding, or your "
+            "own); a compression cannot be combined with it: call the model without a mask, with pictures of one size"
+        )
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
@@ -207,6 +234,7 @@ class Tower:
         self._recognise(record, layer, x, again)
         if not again:
             record.taps.update(attn=module, row=self._pass.sequence.row, cuts=())
+            record.moved = self._pass.sequence.cuts > 0 or self._pass.sequence.row.inserted > 0
             if self.block.q is None:
                 record.taps["x"] = x
             if self.block.rope is not None:
@@ -214,13 +242,11 @@ class Tower:
             if layer >= self.proportional_from:
                 record.bias = self._pass.sequence.key_bias(x.dtype)
         if record.bias is None or self.block.bias is None:
+            # The host's own mask hides nothing (see `_check_masks`), but has the length of the whole row.
+            if record.moved and arguments.get(hosts.BIAS, args, kwargs) is not None:
+                return arguments.put(args, kwargs, {hosts.BIAS: None})
             return None
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
-        if arguments.get(self.block.bias, args, kwargs) is not None:
-            raise PassError(
-                f"the {self.stage} tower was called with an attention mask; proportional attention cannot be combined "
-                "with it (switch it off in the method, or call the model without a mask)"
-            )
         return arguments.put(args, kwargs, {self.block.bias: bias})
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -331,6 +357,7 @@ class Tower:
         """Whether `x` is the block's own, a plain tensor without history, so that it can be given other contents."""
         return (
             not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and type(x) is Tensor
             and id(x) != record.taps.get("block")
             and not (x.requires_grad or x._is_view())
@@ -395,7 +422,9 @@ class Tower:
 
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
-        return self.block.through or module.training or (torch.is_grad_enabled() and x.requires_grad)
+        # torch.jit.trace compares what it saw with and without gradients, so that both must go the same way.
+        always = self.block.through or module.training or torch.jit.is_tracing()
+        return always or (torch.is_grad_enabled() and x.requires_grad)
 
     def notes(self, method: int, scope: str) -> MutableMapping[str, Any]:
         """What a method noted during the last forward."""
@@ -411,6 +440,7 @@ class Tower:
         reduction = self.attachment.decide(entry, view)
         row = sequence.row
         if reduction is not None:
+            self._check_maps()
             asks = layer + (entry.site.point != "start")  # the first layer that attends to what is left
             x, step = sequence.take(reduction, x, biased=self.proportional_from <= asks < self.depth)
             record.append(step)
@@ -426,6 +456,30 @@ class Tower:
             )
             self.attachment.ledger.visit(self._pass.run, event)
         return x
+
+    def _check_maps(self) -> None:
+        """Refuses the first cut of a call that lays the rows of its blocks out as maps.
+
+        No hook stands where that is done, and shortened rows fill a map of another size without an error where the
+        numbers divide: so the callers are asked. Compiled code has none.
+
+        Raises:
+            PassError: one of them collects maps.
+        """
+        if not self.maps or self._pass.sequence.cuts or torch.compiler.is_compiling():
+            return
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code in self.maps:
+                asked = next((frame.f_locals[name] for name in hosts.MAPS.names if name in frame.f_locals), None)
+                if asked != "NLC":
+                    raise PassError(
+                        f"{frame.f_code.co_name} was asked for maps ({asked}), and the rows of a compressed model are "
+                        f"no grid any more; ask for rows ({hosts.MAPS.names[0]}='NLC'), and bring them back with "
+                        "Compression.trace()[i].restore(rows, layer)"
+                    )
+                return
+            frame = frame.f_back
 
     def _view(self, entry: Entry, taps: TowerTaps) -> TokenView:
         sequence = self._pass.sequence
@@ -542,6 +596,36 @@ class Tower:
         for step in steps[1:]:
             kept = kept.gather(1, step.kept)
         return kept
+
+
+def refuse_symbols(x: Any) -> None:
+    """Refuses what stands for tokens in transforms that hooks cannot follow.
+
+    Raises:
+        PassError: symbols of torch.fx, or pictures of a batch that torch.func.vmap hides.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise PassError(
+            "torch.fx.symbolic_trace gives symbols, and what a method keeps depends on the tokens; trace the model "
+            "without the compression, or take torch.export, which follows it"
+        )
+    functorch = torch._C._functorch
+    while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise PassError(
+                "torch.func.vmap hides the batch from the hooks, so that what is kept cannot be chosen picture by "
+                "picture; call the compressed model with the whole batch"
+            )
+        x = functorch.get_unwrapped(x)
+
+
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
+    seen = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(seen, "an attention mask hides tokens of a compressed tower")
+        return True
+    return bool(seen)
 
 
 def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
