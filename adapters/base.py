@@ -79,12 +79,16 @@ class TowerSpec:
         width: channels.
         heads: attention heads.
         grid: rows and columns of patches for an input of the configured size, or None.
+        stem: the patch embedding's module that gives a map `[B, C, rows, columns]`, from which the grid of a picture is
+            read; None where there is none, and the grid is the configured one where the count of tokens agrees.
         last: the last block whose output is used.
         stage: ``vision`` or ``text``.
         spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
             for readers that want the whole grid.
         carries: whether its signals reach the language model's boundary, or which do.
         classed: whether the first protected token is a class token; registers alone say nothing of the picture.
+        masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
+        maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
     """
 
     block: BlockSpec
@@ -93,11 +97,14 @@ class TowerSpec:
     width: int
     heads: int
     grid: tuple[int, int] | None = None
+    stem: nn.Module | None = None
     last: int = -1
     stage: str = "vision"
     spread: bool = False
     carries: bool | frozenset[str] = True
     classed: bool = True
+    masked: bool = False
+    maps: tuple[Callable[..., Any], ...] = ()
 
 
 @dataclass(frozen=True)

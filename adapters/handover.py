@@ -219,7 +219,7 @@ class Projector:
             entry.site,
             size=sequence.view_size(),
             entered=sequence.entered,
-            grid=None if self.tower is None else self.tower.grid,
+            grid=None if self.tower is None or self.tower.current is None else self.tower.current.grid,
             signals=signals,
             state=sequence.state(entry.index),
             row=sequence.note(entry.index, entry.scope),

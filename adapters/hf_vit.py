@@ -174,7 +174,9 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
         width=int(config.hidden_size),
         heads=int(config.num_attention_heads),
         grid=side,
+        stem=next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None),
         last=last,
+        masked=True,
     )
 
 

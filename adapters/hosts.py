@@ -80,6 +80,8 @@ SEPARATOR = Role("embedding behind a row of crops", ("image_newline",))
 KEY_BIAS = Role("bias on the keys", ("key_padding_mask",))
 BIAS = Role("bias on the logits", ("attn_mask", "attention_mask"))
 ROPE = Role("rotary table", ("rope",))
+CAUSAL = Role("causal switch", ("is_causal",))
+MAPS = Role("format of what is collected", ("output_fmt",))
 
 # Arguments of the host's own mask functions.
 CONFIG = Role("configuration", ("config",))

@@ -77,6 +77,8 @@ class OpenClipVision(Adapter):
             width=int(model.transformer.width),
             heads=int(forms.inner(model.transformer.resblocks[0]).attn.num_heads),
             grid=(int(model.grid_size[0]), int(model.grid_size[1])),
+            stem=model.conv1,
+            maps=(type(model).forward_intermediates,),
         )
 
     def layout(self) -> Layout:

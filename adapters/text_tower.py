@@ -151,7 +151,7 @@ class TextTower(Tower):
         self.mask = spec.mask
         self.ids = Arguments(spec.ids, [hosts.IDS], [hosts.MASK])
         self.given = PerThread(Given)
-        super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, None, -1, "text"))
+        super().__init__(attachment, TowerSpec(spec.block, spec.blocks, 0, spec.width, spec.heads, stage="text"))
         if self.entries:
             self.normed = Arguments(spec.norm, [hosts.HIDDEN])
             attachment.hook(spec.ids, "pre", self.read)
@@ -205,6 +205,9 @@ class TextTower(Tower):
         state = current.sequence
         x = self.normed.get(hosts.HIDDEN, args, kwargs)
         return self.normed.put(args, kwargs, {hosts.HIDDEN: state.rows.restore(x, state.entered)})
+
+    def _check_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Text towers get a causal mask, which `attend` makes anew."""
 
     # ------------------------------------------------------------------ passes
     def _begin(self, x: Tensor) -> None:

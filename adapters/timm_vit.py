@@ -123,6 +123,8 @@ class TimmViT(Adapter):
             width=int(model.embed_dim),
             heads=int(forms.inner(model.blocks[0]).attn.num_heads),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            stem=getattr(getattr(model, "patch_embed", None), "proj", None),
+            maps=(type(model).forward_intermediates,),
             classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
         )
 

@@ -13,6 +13,7 @@ twice.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -45,12 +46,15 @@ class Tower:
         self.num_prefix = spec.num_prefix
         self.depth = len(spec.blocks)
         self.last = spec.last % self.depth
-        self.grid = spec.grid
+        self.configured = spec.grid
+        self.stem = spec.stem is not None
         self.running = PerThread(lambda: Running(Watch(spec.stage)))
         self.reader = BlockTaps(spec.block)
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.spread = spec.spread
+        self.masked = spec.masked
+        self.maps = tuple(inspect.unwrap(method).__code__ for method in spec.maps)
         self.follow = bool(spec.block.rope)
         proportional = [e.site.layer or 0 for e in self.entries if e.method.proportional]
         self.proportional_from = min(proportional, default=self.depth)
@@ -84,6 +88,8 @@ class Tower:
         if not self.entries and not self.tapped and not self.attachment.at("features"):
             return
         put = self.attachment.hook
+        if spec.stem is not None:
+            put(spec.stem, "post", self.embed)
         first_cut = min((e.site.layer or 0 for e in self.entries), default=self.depth)
         for layer, module in enumerate(spec.blocks):
             here = {point: self.attachment.at(self.stage, layer, point) for point in ("start", "mid", "end")}
@@ -91,14 +97,16 @@ class Tower:
             biased = layer > self.proportional_from or (layer == self.proportional_from and bool(here["start"]))
             biased = (biased and self.block.bias is not None) or (self.masks and layer >= first_cut)
             moved = self.follow and layer > first_cut
-            if not (layer == 0 or own or biased or moved or (self.spread and layer == self.last)):
+            masked = spec.masked and layer >= first_cut
+            if not (layer == 0 or own or biased or moved or masked or (self.spread and layer == self.last)):
                 continue
             attn = child(module, self.block.attn)
-            self.inputs[layer] = Arguments(module, [hosts.HIDDEN, *([self.block.rope] if self.block.rope else [])])
+            wanted_of_block = [hosts.HIDDEN, *([self.block.rope] if self.block.rope else [])]
+            self.inputs[layer] = Arguments(module, wanted_of_block, [hosts.BIAS, hosts.CAUSAL])
             put(module, "pre", self.start, layer)
-            if biased or own:
+            if biased or own or masked:
                 wanted_of_attention = [role for role in (hosts.HIDDEN, self.block.bias, self.block.rope) if role]
-                self.attentions[layer] = Arguments(attn, wanted_of_attention)
+                self.attentions[layer] = Arguments(attn, wanted_of_attention, [hosts.BIAS])
                 put(attn, "pre", self.attend, layer)
             wanted = self._projections(here, layer)
             if "q" in wanted and self.block.q is not None:
@@ -134,6 +142,12 @@ class Tower:
             )
 
     # ------------------------------------------------------------------ hooks, in the order in which they run
+    def embed(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Hook on the patch embedding: notes rows and columns of the pictures that come in."""
+        if not replaying():
+            shape = output.shape if isinstance(output, Tensor) and output.dim() == 4 else ()
+            self.running.mine().map = (shape[-2], shape[-1]) if shape else None
+
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Block pre-hook: begins the pass, inserts, reduces at ``start``, hands over the rotary table."""
         if self.reader.muted:
@@ -147,6 +161,7 @@ class Tower:
         else:
             if layer == 0:
                 self._check_input(module, x)
+                self._check_masks(module, args, kwargs)
                 self._begin(x)
                 self._pass.autocast = autocast_dtype(x.device.type)
             record = self._enter(layer)
@@ -178,11 +193,32 @@ class Tower:
         """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
 
         Raises:
+            PassError: it is a symbol, or a picture out of a batch that nobody sees whole.
             HostChanged: it is not `[B, L, C]`.
         """
+        if not torch.compiler.is_compiling():
+            refuse_symbols(x)
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise hosts.changed(module, f"its hidden states are {what}, where [B, L, {self.width}] is expected")
+
+    def _check_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses masks: a tower's rows are whole pictures, and a method would take what a mask hides for patches.
+
+        Raises:
+            PassError: the blocks get a mask that hides something, or the causal switch.
+        """
+        mask = self.inputs[0].get(hosts.BIAS, args, kwargs)
+        if self.inputs[0].get(hosts.CAUSAL, args, kwargs):
+            raise PassError(
+                f"the {self.stage} tower was called as a causal one; call the compressed model without that"
+            )
+        if mask is None or (self.masked and isinstance(mask, Tensor) and hides_nothing(mask)):
+            return
+        raise PassError(
+            f"the {self.stage} tower was called with an attention mask that hides tokens (patches of padding, or your "
+            "own); a compression cannot be combined with it: call the model without a mask, with pictures of one size"
+        )
 
     def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
@@ -195,6 +231,7 @@ class Tower:
         self._recognise(record, layer, x, again)
         if not again:
             record.taps.update(attn=module, row=self._pass.sequence.row, cuts=())
+            record.moved = self._pass.sequence.cuts > 0 or self._pass.sequence.row.inserted > 0
             if self.block.q is None:
                 record.taps["x"] = x
             if self.block.rope is not None:
@@ -202,13 +239,11 @@ class Tower:
             if layer >= self.proportional_from:
                 record.bias = self._pass.sequence.key_bias(x.dtype)
         if record.bias is None or self.block.bias is None:
+            # The host's own mask hides nothing (see `_check_masks`), but has the length of the whole row.
+            if record.moved and arguments.get(hosts.BIAS, args, kwargs) is not None:
+                return arguments.put(args, kwargs, {hosts.BIAS: None})
             return None
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
-        if arguments.get(self.block.bias, args, kwargs) is not None:
-            raise PassError(
-                f"the {self.stage} tower was called with an attention mask; proportional attention cannot be combined "
-                "with it (switch it off in the method, or call the model without a mask)"
-            )
         return arguments.put(args, kwargs, {self.block.bias: bias})
 
     def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -319,6 +354,7 @@ class Tower:
         """Whether `x` is the block's own, a plain tensor without history, so that it can be given other contents."""
         return (
             not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
             and type(x) is Tensor
             and id(x) != record.taps.get("block")
             and not (x.requires_grad or x._is_view())
@@ -361,7 +397,7 @@ class Tower:
         if self.attachment.trace or self.spread:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
         sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
-        self._run(Pass(sequence, run, grad=torch.is_grad_enabled()))
+        self._run(Pass(sequence, run, grid=self._grid(n), grad=torch.is_grad_enabled()))
 
     def _run(self, started: Pass) -> None:
         """A pass runs in this thread from now on."""
@@ -369,6 +405,12 @@ class Tower:
         running.current = started
         if started.grad:
             running.trained = self.last_trained = started
+
+    def _grid(self, n: int) -> tuple[int, int] | None:
+        """Rows and columns of the `n` patches of this pass, from the map of its pixels; None where they do not fit."""
+        running = self.running.mine()
+        grid, running.map = running.map if self.stem else self.configured, None
+        return grid if grid is not None and grid[0] * grid[1] == n else None
 
     def _enter(self, layer: int) -> LayerRecord:
         if not torch.compiler.is_compiling():
@@ -394,7 +436,9 @@ class Tower:
 
     def _whole(self, x: Tensor, module: nn.Module) -> bool:
         """Whether the merge must pass through the block's own output."""
-        return self.block.through or module.training or (torch.is_grad_enabled() and x.requires_grad)
+        # torch.jit.trace compares what it saw with and without gradients, so that both must go the same way.
+        always = self.block.through or module.training or torch.jit.is_tracing()
+        return always or (torch.is_grad_enabled() and x.requires_grad)
 
     def notes(self, method: int, scope: str) -> MutableMapping[str, Any]:
         """What a method noted during the last forward."""
@@ -410,6 +454,7 @@ class Tower:
         reduction = self.attachment.decide(entry, view)
         row = sequence.row
         if reduction is not None:
+            self._check_maps()
             asks = layer + (entry.site.point != "start")  # the first layer that attends to what is left
             x, step = sequence.take(reduction, x, biased=self.proportional_from <= asks < self.depth)
             record.append(step)
@@ -426,6 +471,30 @@ class Tower:
             self.attachment.ledger.visit(self._pass.run, event)
         return x
 
+    def _check_maps(self) -> None:
+        """Refuses the first cut of a call that lays the rows of its blocks out as maps.
+
+        No hook stands where that is done, and shortened rows fill a map of another size without an error where the
+        numbers divide: so the callers are asked. Compiled code has none.
+
+        Raises:
+            PassError: one of them collects maps.
+        """
+        if not self.maps or self._pass.sequence.cuts or torch.compiler.is_compiling():
+            return
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code in self.maps:
+                asked = next((frame.f_locals[name] for name in hosts.MAPS.names if name in frame.f_locals), None)
+                if asked != "NLC":
+                    raise PassError(
+                        f"{frame.f_code.co_name} was asked for maps ({asked}), and the rows of a compressed model are "
+                        f"no grid any more; ask for rows ({hosts.MAPS.names[0]}='NLC'), and bring them back with "
+                        "Compression.trace()[i].restore(rows, layer)"
+                    )
+                return
+            frame = frame.f_back
+
     def _view(self, entry: Entry, taps: TowerTaps) -> TokenView:
         sequence = self._pass.sequence
         signals: dict[str, Signal] = {}
@@ -437,7 +506,7 @@ class Tower:
             size=sequence.view_size(),
             num_prefix=self.num_prefix,
             depth=self.depth,
-            grid=self.grid if self.grid and self.grid[0] * self.grid[1] == sequence.entered else None,
+            grid=self._pass.grid,
             entered=sequence.entered,
             signals=signals,
             state=sequence.state(entry.index),
@@ -541,6 +610,36 @@ class Tower:
         for step in steps[1:]:
             kept = kept.gather(1, step.kept)
         return kept
+
+
+def refuse_symbols(x: Any) -> None:
+    """Refuses what stands for tokens in transforms that hooks cannot follow.
+
+    Raises:
+        PassError: symbols of torch.fx, or pictures of a batch that torch.func.vmap hides.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise PassError(
+            "torch.fx.symbolic_trace gives symbols, and what a method keeps depends on the tokens; trace the model "
+            "without the compression, or take torch.export, which follows it"
+        )
+    functorch = torch._C._functorch
+    while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise PassError(
+                "torch.func.vmap hides the batch from the hooks, so that what is kept cannot be chosen picture by "
+                "picture; call the compressed model with the whole batch"
+            )
+        x = functorch.get_unwrapped(x)
+
+
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
+    seen = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(seen, "an attention mask hides tokens of a compressed tower")
+        return True
+    return bool(seen)
 
 
 def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:

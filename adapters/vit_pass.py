@@ -20,6 +20,7 @@ class LayerRecord:
 
     Attributes:
         bias: what was added to the attention logits, or None.
+        moved: whether the row is no longer the host's, so that its mask does not fit.
         rope: the rotary table that the block got, or None.
         inserted: how many tokens were put at the end of the row.
         start: tokens put in and steps taken before the block, in order.
@@ -34,6 +35,7 @@ class LayerRecord:
     """
 
     bias: Tensor | None = None
+    moved: bool = False
     rope: Tensor | None = None
     inserted: int = 0
     start: list[Any] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Pass:
         records: what was decided, by layer.
         steps: sources after each cut, for traces.
         tables: rotary tables of the rows as they are, with the table each was made from.
+        grid: rows and columns of the patches that entered, or None where they form none.
         grad: whether gradients were on.
         autocast: dtype of the caller's autocast, or None.
         handed: whether a projector has taken what it left.
@@ -67,6 +70,7 @@ class Pass:
     records: dict[int, LayerRecord] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
     grad: bool = False
     autocast: torch.dtype | None = None
     handed: bool = False
@@ -119,16 +123,20 @@ class Running:
         current: its last pass.
         trained: its last pass with gradients.
         known: block whose start has just been recognised as one that autograd runs again, or -1.
+        map: rows and columns of the patches of the pixels that came last, until its pass takes them.
     """
 
     watch: Watch
     current: Pass | None = None
     trained: Pass | None = None
     known: int = -1
+    map: tuple[int, int] | None = None
 
 
-def probe(x: Tensor) -> Tensor:
-    """A few numbers of every row."""
+def probe(x: Tensor) -> Tensor | None:
+    """A few numbers of every row; None in traced code, which no autograd runs again."""
+    if torch.jit.is_tracing():
+        return None
     return x.detach()[:, -1, :8].clone()
 
 
@@ -141,6 +149,8 @@ def same_forward(known: Tensor | None, x: Tensor) -> None:
     if known is None:
         return
     now = probe(x)
+    if now is None:
+        return
     if now.shape != known.shape or not torch.allclose(now.float(), known.float(), 1e-3, 1e-4):
         raise PassError(
             "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import ParameterError, PassError, SiteError
+from .errors import ParameterError, PassError, SiteError, UnsupportedModel
 from .kernels.exact import exact
 from .ledger import Ledger
 from .method import LAYERED, POINTS, STAGES, Counts, Layout, Method, Site
@@ -63,17 +63,26 @@ class Entry:
         return (STAGES.index(self.site.stage), layer, POINTS.index(self.site.point), self.index)
 
 
+class NotScriptable(UnsupportedModel, AttributeError):
+    """TorchScript compiles hooks from their source; ours have none. Who asks a hook for its name gets no name."""
+
+
 class Hook:
     """A module hook that goes quiet when its attachment ends; a copy of it is inert from the start."""
 
-    __slots__ = ("attachment", "call", "layer")
+    __slots__ = ("attachment", "call", "layer", "where")
 
     def __init__(
-        self, attachment: Attachment | None = None, call: Callable[..., Any] | None = None, layer: int = -1
+        self,
+        attachment: Attachment | None = None,
+        call: Callable[..., Any] | None = None,
+        layer: int = -1,
+        where: nn.Module | None = None,
     ) -> None:
         self.attachment = attachment
         self.call = call
         self.layer = layer
+        self.where = None if where is None else weakref.ref(where)
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         """Passes on to the driver, unless paused or ended."""
@@ -81,7 +90,24 @@ class Hook:
             return None
         return self.call(self.layer, module, *given)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+    @property
+    def __name__(self) -> str:
+        """Asked by ``torch.jit.script`` alone.
+
+        Raises:
+            NotScriptable: always.
+        """
+        raise NotScriptable(
+            "torch.jit.script takes no Python hooks, and this model carries those of a compression, paused or not; end "
+            "it first (run.remove() or vlmtok.remove(model)), or use torch.jit.trace, torch.export or torch.compile, "
+            "which follow it"
+        )
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Hook:
+        module = None if self.where is None else self.where()
+        twin = memo.get(id(module)) if module is not None else None
+        if twin is not None:
+            memo.setdefault(_Bare, _Bare()).modules.append(twin)
         return Hook()
 
     def __copy__(self) -> Hook:
@@ -91,26 +117,49 @@ class Hook:
         return (Hook, ())
 
 
+class _Bare:
+    """Takes inert hooks out of modules that were copied, when the copying is over and its memo goes."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def __del__(self) -> None:
+        for module in self.modules:
+            _clear(module)
+
+
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, int, Hook]]:
+    """Hooks of ours on one module: (table, key, hook)."""
+    for table in _TABLES:
+        for key, hook in list(getattr(module, table, {}).items()):
+            if isinstance(hook, Hook):
+                yield table, key, hook
+
+
+def _clear(module: nn.Module) -> None:
+    """Takes inert hooks off one module."""
+    for table, key, hook in _own(module):
+        if hook.attachment is None or not hook.attachment.active:
+            getattr(module, table).pop(key, None)
+            for flags in _FLAGS:
+                getattr(module, flags, {}).pop(key, None)
 
 
 def hooks_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, Hook]]:
     """Every hook of ours in a model, inert ones included: (module, table, key, hook)."""
     for module in model.modules():
-        for table in _TABLES:
-            for key, hook in list(getattr(module, table).items()):
-                if isinstance(hook, Hook):
-                    yield module, table, key, hook
+        for table, key, hook in _own(module):
+            yield module, table, key, hook
 
 
 def sweep(model: nn.Module) -> None:
-    """Takes out inert hooks, which deep copies carry."""
-    for module, table, key, hook in hooks_of(model):
-        if hook.attachment is None or not hook.attachment.active:
-            getattr(module, table).pop(key, None)
-            for flags in _FLAGS:
-                getattr(module, flags, {}).pop(key, None)
+    """Takes out inert hooks, which a model that was pickled carries."""
+    for module in model.modules():
+        _clear(module)
 
 
 class Attachment:
@@ -232,7 +281,7 @@ class Attachment:
             call: method of a driver.
             layer: passed on.
         """
-        hook = Hook(self, call, layer)
+        hook = Hook(self, call, layer, module)
         if kind == "pre":
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:

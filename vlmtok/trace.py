@@ -30,6 +30,9 @@ class PictureTrace:
         parts: int64 `[patches]`, 0 thumbnail or only picture, 1.. crops or frames, -1 separators; None for all 0.
         video: whether it is a clip, whose parts are frames.
         shapes: rows and columns of single parts, where they differ.
+        slots: of a tower alone, with each step, int64 `[patches]`: the token behind the protected ones that holds each
+            patch, -1 where it was dropped.
+        prefix: protected tokens in front of them.
     """
 
     owner: Tensor
@@ -38,6 +41,8 @@ class PictureTrace:
     parts: Tensor | None = None
     video: bool = False
     shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    slots: tuple[Tensor, ...] = ()
+    prefix: int = 0
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
@@ -138,6 +143,36 @@ class PictureTrace:
         spread = slots[at.clamp(min=0).to(slots.device)]
         return spread * (at >= 0).to(spread).reshape(-1, *[1] * (spread.dim() - 1))
 
+    def restore(self, rows: Tensor, layer: int | None = None) -> Tensor:
+        """Brings a row that a tower alone recorded back to the grid it came from.
+
+        A compressed tower's outputs are rows as its cuts left them: hidden state i + 1 as block i gave it, the last
+        one and everything behind it as the last block did.
+
+        Args:
+            rows: `[L, C]`, what a block gave for this picture, protected tokens in front.
+            layer: the block, 0-based; None for the last.
+
+        Returns:
+            `[patches, C]`: every patch has its slot's row, zeros where it was dropped.
+
+        Raises:
+            ParameterError: the picture is one of a language model, or the row is none of that layer.
+        """
+        if len(self.slots) != len(self.steps):
+            raise ParameterError("restore() takes rows of a tower that was compressed alone, not of a language model")
+        at = [i for i, (site, _) in enumerate(self.steps) if layer is None or (site.layer or 0) <= layer]
+        slots = self.slots[at[-1]] if at else torch.arange(self.patches)
+        count = int(slots.max()) + 1
+        if rows.dim() != 2 or not count <= rows.shape[0] <= count + self.prefix:
+            raise ParameterError(
+                f"behind {'the last block' if layer is None else f'block {layer}'} a row has {count} tokens and "
+                f"{self.prefix} protected ones; got {list(rows.shape)}"
+            )
+        tokens = rows[rows.shape[0] - count :]
+        found = tokens[slots.clamp(min=0).to(rows.device)]
+        return found * (slots >= 0).to(found)[:, None]
+
 
 class Trace:
     """The pictures of the last pass.
@@ -187,10 +222,16 @@ def _first_patch(owner: Tensor) -> Tensor:
 def _tower(tower: Any) -> list[PictureTrace]:
     run = tower.current
     source = run.sequence.source.cpu()
-    grid = tower.grid if tower.grid and tower.grid[0] * tower.grid[1] == source.shape[1] else None
+    grid = run.grid
     steps = [(site, owner.cpu()) for site, owner in run.steps]
     return [
-        PictureTrace(_first_patch(source[i]), tuple((site, _first_patch(owner[i])) for site, owner in steps), grid)
+        PictureTrace(
+            _first_patch(source[i]),
+            tuple((site, _first_patch(owner[i])) for site, owner in steps),
+            grid,
+            slots=tuple(owner[i] for _, owner in steps),
+            prefix=tower.num_prefix,
+        )
         for i in range(source.shape[0])
     ]
 
@@ -220,6 +261,8 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         steps += [(site, at(owner)) for site, owner in running.steps]
         parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
+        if before is not None and before[picture.tower].patches == len(slot):
+            grid = before[picture.tower].grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
         found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))

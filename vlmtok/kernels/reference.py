@@ -461,7 +461,7 @@ def _owned(src: Tensor, dst: Tensor, keep: Tensor, n: int) -> Tensor:
     token = torch.where(dst < 0, n, src)
     entry = torch.arange(entries, device=src.device).expand_as(src)
     first = src.new_full((batch, n + 1), entries).scatter_reduce(1, token, entry, "amin")
-    first = first.scatter(1, keep, entries)
+    first = first.scatter(1, keep, src.new_full(keep.shape, entries))
     return (first.gather(1, token) == entry) & (dst >= 0)
 
 

@@ -151,7 +151,7 @@ def condense(x: Tensor, score: Tensor, weight: Tensor, plan: Condensation, first
     edge = plan.kept + plan.middle
     kept, middle, low = order[:, : plan.kept], order[:, plan.kept : edge], order[:, edge : edge + plan.fused]
     centers, joins, share = coreset(kernels.take_rows(x, middle), plan.centers, first)
-    own = torch.zeros_like(joins, dtype=torch.bool).scatter(1, centers, True)
+    own = torch.zeros_like(joins, dtype=torch.bool).scatter(1, centers, 1)  # TorchScript has no scatter of a bool
     slot = torch.where(own, -1, joins + plan.kept)
     mass = weight.float().gather(1, low)
     keep = torch.cat([kept, middle.gather(1, centers), low[:, :1]], 1)

@@ -109,7 +109,7 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | 
             step = torch.where(found.unsqueeze(1), step, 0.0)
             factors[:, t] = step
             left = left - step * step
-            free = free.scatter(1, pick.unsqueeze(1), False)
+            free = free.scatter(1, pick.unsqueeze(1), 0)
             last = last.scatter(1, pick.unsqueeze(1), float("-inf"))
         return torch.stack(order, 1)
 

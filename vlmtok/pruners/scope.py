@@ -44,7 +44,7 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
             pick = torch.where(chosen, float("-inf"), score).argmax(1)
             order.append(pick)
             cover = torch.maximum(cover, gram[lanes, pick])
-            chosen = chosen.scatter(1, pick.unsqueeze(1), True)
+            chosen = chosen.scatter(1, pick.unsqueeze(1), 1)
         return torch.stack(order, 1)
 
 
