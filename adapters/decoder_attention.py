@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModel
 from . import forms
 
 _BEFORE = ("input_layernorm", "operator_norm")
@@ -59,10 +58,6 @@ class AttentionForm:
         if not self.turned or rotary is None:
             return x
         apply = forms.beside(self.attn, "apply_rotary_pos_emb")
-        if apply is None:
-            raise UnsupportedModel(
-                f"{type(self.attn).__name__} has no rotary function that attention rows can be derived with"
-            )
         cos, sin = rotary
         parameters = apply.__code__.co_varnames[: apply.__code__.co_argcount]
         turned: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)

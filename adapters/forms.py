@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedModel
 from .base import TowerSpec, child
 from .hosts import Host, library_of
 
@@ -67,7 +68,7 @@ def described(module: Host) -> str:
     name = type(module).__name__
     if not form(module):
         return f"{name} of {library_of(module)} with a forward that was put in its place"
-    made = form(module).rpartition(":")[2].rpartition(".")[2]
+    made = form(module).rpartition(":")[2].rpartition(".")[2].replace("<locals>", "a function of its own")
     return f"{name} of {library_of(module)}" + (f" (which runs {made})" if made != name else "")
 
 
@@ -102,17 +103,20 @@ def unbiased(attn: Host) -> str:
 
 
 def beside(module: Host, name: str) -> Any:
-    """What a host defines under a name beside the class of a module, or None.
+    """What a host defines under a name beside the class of a module.
 
     Args:
         module: of the host; its class may have been made of the host's by wrapping.
         name: of a function.
+
+    Raises:
+        UnsupportedModel: this version of the host defines none.
     """
     for kind in type(inner(module)).__mro__:
         found = getattr(sys.modules.get(kind.__module__), name, None)
         if found is not None:
             return found
-    return None
+    raise UnsupportedModel(f"{library_of(module)} has no {name} beside {type(inner(module)).__name__}")
 
 
 def blocks_of(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:

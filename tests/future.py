@@ -77,6 +77,7 @@ def play(
         return result if give is None else give(result)
 
     forward.__signature__ = signature_of_future
+    forward.__wrapped__ = kind.forward  # it computes what its class computes, as a decorator of the host would
     module.__class__ = type(
         kind.__name__, (kind,), {"__call__": outer, "forward": forward, "__module__": kind.__module__}
     )

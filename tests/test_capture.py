@@ -13,12 +13,14 @@ import pytest
 import timm
 import torch
 from checks import assert_differs, assert_equal, assert_same, hooks
+from sweep import some
 from torch import Tensor, nn
 
 import vlmtok
 from vlmtok.errors import PassError, UnsupportedModel, VlmtokError
 
-SPECS = ("tome:r=4", "tome:r=4:prop_attn=false", "pitome:ratio=0.8", "crossget:rv=6", "random:keep=0.5")
+PLAIN = "random:keep=0.5"
+SPECS = ("tome:r=4", "tome:r=4:prop_attn=false", "pitome:ratio=0.8", "crossget:rv=6", PLAIN)
 FEW = ("timm ViT", "timm EVA-02", "timm SigLIP", "open_clip CLIP", "HF CLIP vision", "HF ViT", "HF DINOv2")
 
 
@@ -148,9 +150,9 @@ def one_path() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("spec", [*SPECS, "tca:ratio=0.6:update=false"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("name", "spec", "grad"), some(FEW, (*SPECS, "tca:ratio=0.6:update=false"), (False, True), every=5)
+)
 @pytest.mark.filterwarnings("ignore")
 def test_traces_give_what_the_model_gives(one_path: None, name: str, spec: str, grad: bool) -> None:
     try:
@@ -176,9 +178,7 @@ def test_traces_give_what_the_model_gives(one_path: None, name: str, spec: str, 
     assert_differs(model_output, tower.run(model, other))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "spec", "strict"), some(FEW, SPECS, (False, True), every=5))
 @pytest.mark.filterwarnings("ignore")
 def test_exports_give_what_the_model_gives(name: str, spec: str, strict: bool) -> None:
     try:
@@ -210,9 +210,7 @@ def _by_sample(model: nn.Module, run: Callable[..., Tensor], x: Tensor) -> Any:
     return torch.func.vmap(torch.func.grad(lambda p: run(model, p[None]).sum()))(x)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("transform", [_vmap, _by_sample])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "spec", "transform"), some(FEW, SPECS, (_vmap, _by_sample), every=3))
 def test_vmap_is_refused_in_one_line(name: str, transform: Callable[..., Any], spec: str) -> None:
     tower, model = models.TOWERS[name], models.shared(name)
     x = tower.pictures(2)
@@ -270,8 +268,10 @@ def test_a_mask_that_hides_nothing_counts_as_none(spec: str) -> None:
         assert_same(tower.run(model, x), wanted)
 
 
-@pytest.mark.parametrize("spec", ["tome:r=4", "tome:r=4:prop_attn=false", "random:keep=0.5"])
-@pytest.mark.parametrize("name", ["timm ViT", "timm SigLIP", "timm EVA-02"])
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    some(("timm ViT", "timm SigLIP", "timm EVA-02"), ("tome:r=4", "tome:r=4:prop_attn=false", PLAIN), every=2),
+)
 def test_masks_and_causal_calls_of_timm_are_refused(name: str, spec: str) -> None:
     tower, model = models.TOWERS[name], models.shared(name)
     x, length = tower.pictures(2), models.PATCHES + tower.prefix

@@ -13,6 +13,7 @@ import torch
 from checks import gap, watched
 from families.build import FAMILIES
 from families.build import shared as family_model
+from sweep import some
 
 import vlmtok
 from vlmtok.errors import VlmtokError
@@ -123,11 +124,13 @@ def _assert_same(found, plain):
 
 CELLS = [(method, target) for method in vlmtok.list_methods() for target in TARGETS]
 NAMES = [" on ".join(cell) for cell in CELLS]
+DTYPES = (torch.bfloat16, torch.float64)
+AUTOCAST = (False, True)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("method", "target"), CELLS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("method", "target", "dtype", "autocast"), some(vlmtok.list_methods(), TARGETS, DTYPES, AUTOCAST, every=4), ids=str
+)
 def test_the_default_dtype_changes_nothing(method, target, dtype, autocast):
     """The model is fp32; every index and every bit of the output is that of the plain default."""
     plain = _plain(method, target, autocast)
@@ -152,8 +155,7 @@ def test_autocast_runs_what_runs_without(method, target):
     assert ragged or counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("method", "target"), CELLS, ids=NAMES)
+@pytest.mark.parametrize(("method", "target", "dtype"), some(vlmtok.list_methods(), TARGETS, DTYPES, every=3), ids=str)
 def test_models_of_any_dtype_under_that_default_as_under_another(method, target, dtype):
     """Serving scripts set the default to the checkpoint's dtype."""
     model = _in(target, dtype)

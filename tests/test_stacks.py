@@ -266,7 +266,7 @@ IN_TOWERS = {
 
 def odd(name, depth, size, patch=8):
     """A tower of its own depth, patches in a grid of odd sides."""
-    model = towers._timm(name, depth=depth, img_size=size, patch_size=patch)
+    model = towers.timm_vit(name, depth=depth, img_size=size, patch_size=patch)
     return models.Tower(f"{name}, {depth} blocks", lambda: model, towers._logits, towers._features, 0, size)
 
 

@@ -20,6 +20,7 @@ from vlmtok.adapters.base import TowerSpec, child
 
 import vlmtok
 from vlmtok.errors import MissingSignal, PassError, UnsupportedModel, VlmtokError
+from vlmtok.tiny.towers import timm_vit
 
 SIGNALLED = ("tome:r=4:prop_attn=false", "crossget:rv=6", "tca:ratio=0.6:update=false")
 PLAIN = "random:keep=0.5"
@@ -77,7 +78,7 @@ def test_attention_of_another_form_is_refused_where_it_must_be_known(name: str, 
 
 
 def test_differential_attention_of_timm_is_refused_by_name() -> None:
-    model = models._timm("vit_tiny_patch16_224", attn_layer="diff")
+    model = timm_vit("vit_tiny_patch16_224", attn_layer="diff")
     for method in (*SIGNALLED, "pitome:ratio=0.9"):
         with pytest.raises(MissingSignal, match="DiffAttention"):
             vlmtok.compress(model, method)
@@ -265,7 +266,7 @@ OBLONG = (32, 72)
 
 
 def _dynamic(name: str, **changes: object) -> Callable[[], nn.Module]:
-    return lambda: models._timm(name, dynamic_img_size=True, **changes)
+    return lambda: timm_vit(name, dynamic_img_size=True, **changes)
 
 
 def _interpolated(model: nn.Module, x: Tensor) -> Any:
@@ -283,7 +284,7 @@ OTHER_SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tenso
     "timm padded": (_dynamic("vit_tiny_patch16_224", dynamic_img_pad=True), lambda m, x: m(x[:, :, :-3, :-1])),
     "timm EVA-02": (_dynamic("eva02_base_patch14_224"), _encoded),
     "timm DINOv3": (_dynamic("vit_small_patch16_dinov3"), _encoded),
-    "timm size set": (lambda: _resized(models._timm("vit_tiny_patch16_224")), _encoded),
+    "timm size set": (lambda: _resized(timm_vit("vit_tiny_patch16_224")), _encoded),
     "open_clip VisionTransformer": (lambda: models.fresh("open_clip VisionTransformer"), _encoded),
     "open_clip CLIP": (lambda: models.fresh("open_clip CLIP"), _encoded),
     "HF CLIP vision": (lambda: models.fresh("HF CLIP vision"), _interpolated),
@@ -351,7 +352,7 @@ def test_every_tower_knows_its_grid(name: str) -> None:
 
 
 def test_patches_that_form_no_grid_have_none() -> None:
-    model, look = models._timm("vit_tiny_patch16_224", patch_drop_rate=0.25).train(), Grids()
+    model, look = timm_vit("vit_tiny_patch16_224", patch_drop_rate=0.25).train(), Grids()
     with vlmtok.compress(model, look, trace=True) as handle:
         model(models.pictures(2))
         assert look.seen == [None] * 3 and handle.trace()[0].grid is None

@@ -154,16 +154,9 @@ def file_reads(modules: Iterable[ModuleType], *roots: str) -> tuple[Read, ...]:
 
 
 def module_reads(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names that a function takes from the module of a host's class, as ``sys.modules[...].name``."""
-    found = []
-    for node in ast.walk(_node(function)):
-        owner: ast.AST | None = None
-        if isinstance(node, ast.Attribute):
-            owner, name = node.value, node.attr
-        elif isinstance(node, ast.Call) and dotted(node.func) == "getattr" and isinstance(node.args[1], ast.Constant):
-            owner, name = node.args[0], str(node.args[1].value)
-        if isinstance(owner, ast.Subscript) and dotted(owner.value) == "sys.modules":
-            found.append(name)
+    """Names that a function takes from the module of a host's class, as ``forms.beside(part, "name")``."""
+    calls = (node for node in ast.walk(_node(function)) if isinstance(node, ast.Call))
+    found = [ast.literal_eval(call.args[1]) for call in calls if dotted(call.func) == "forms.beside"]
     return tuple(dict.fromkeys(found))
 
 

@@ -69,9 +69,10 @@ def timm_facts(findings: Findings, chooser: Chooser) -> None:
                 assert cls is not None
                 wanted = (*reads(TimmViT.tower, "model"), *reads(account.of_timm, "trunk"))
                 has_attributes(ask, cls, "the model", [*wanted, Read("cls_token"), Read("attn_pool")])
-            for block_name in adapter.blocks:
-                block = chooser.find(module, block_name)
-                if ask.check(block is not None, f"{module} has no {block_name}"):
+            for form in adapter.blocks:
+                place, _, block_name = form.partition(":")
+                block = chooser.find(place, block_name)
+                if ask.check(block is not None, f"{place} has no {block_name}"):
                     assert block is not None
                     known = [kind for kind in block.made_of("attn") if isinstance(kind, HostClass)]
                     ask.check(known, "its blocks have no `attn` of a class that is known", block)

@@ -79,7 +79,13 @@ def pictures(count: int, seed: int = 1, size: tuple[int, int] = (SIDE, SIDE)) ->
 
 
 # ---------------------------------------------------------------------- timm
-def _timm(name: str, **changes: Any) -> nn.Module:
+def timm_vit(name: str, **changes: Any) -> nn.Module:
+    """A small ViT of timm with random weights.
+
+    Args:
+        name: of timm's model.
+        **changes: to its arguments.
+    """
     import timm
 
     torch.manual_seed(0)
@@ -97,7 +103,7 @@ def _timm(name: str, **changes: Any) -> nn.Module:
 
 def short_vit() -> nn.Module:
     """Two blocks, for what is slow."""
-    return _timm("vit_tiny_patch16_224", depth=2)
+    return timm_vit("vit_tiny_patch16_224", depth=2)
 
 
 def _logits(model: Any, x: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def _features(model: Any, x: Tensor) -> Tensor:
 
 
 def _timm_tower(row: str, name: str, prefix: int, size: tuple[int, int] = (SIDE, SIDE), **changes: Any) -> Tower:
-    return Tower(row, functools.partial(_timm, name, **changes), _logits, _features, prefix, size)
+    return Tower(row, functools.partial(timm_vit, name, **changes), _logits, _features, prefix, size)
 
 
 TIMM = (
