@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from hosts_of import cache_of, with_cache
+from sweep import some
 
 from vlmtok.errors import CacheError
 
@@ -20,6 +21,7 @@ COUNTED = [name for name, family in FAMILIES.items() if family.positions == "1d"
 TURNED = [name for name, family in FAMILIES.items() if family.positions == "mrope"]
 PREFIXED = [name for name, family in FAMILIES.items() if family.prefix]
 """PaliGemma has one prefix: a later turn cannot bring a picture."""
+LATER = [name for name in FAMILIES if name not in PREFIXED]
 LOOPS = ("bare", "boundary", "both")
 
 
@@ -55,9 +57,7 @@ def step_through(model, inputs, tokens, positions=None, cache=None):
 
 
 # ---------------------------------------------------------------------- loops
-@pytest.mark.parametrize("own", [False, True], ids=["host's cache", "own cache"])
-@pytest.mark.parametrize("mode", LOOPS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode", "own"), some([*FAMILIES], [*LOOPS], [False, True], every=2))
 def test_a_loop_with_positions(name, mode, own):
     wanted, model = expected(name, MODES[mode]), model_of(name)
     positions = positions_of(name, batch(name).prompts, STEPS)
@@ -82,8 +82,7 @@ def test_a_loop_without_positions(name, mode):
     wanted.check(wanted.tokens, logits)
 
 
-@pytest.mark.parametrize("mode", LOOPS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), some([*FAMILIES], [*LOOPS], every=2))
 def test_a_loop_without_positions_or_mask(name, mode):
     model = model_of(name)
     for row, prompt in enumerate(batch(name).prompts):
@@ -108,8 +107,7 @@ def test_a_loop_behind_a_clip_goes_on_from_the_largest_position(mode):
 
 
 # ---------------------------------------------------------------------- ids of placeholders
-@pytest.mark.parametrize("mode", LOOPS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), some([*FAMILIES], [*LOOPS], every=2))
 def test_a_placeholder_that_was_written_is_text(name, mode):
     """Nothing brings features with it, so it is a token like any other, cut or not."""
     tokens = expected(name, MODES[mode]).tokens.clone()
@@ -150,8 +148,7 @@ def test_beams(name, mode):
 
 
 # ---------------------------------------------------------------------- second turns
-@pytest.mark.parametrize("mode", ["bare", "boundary", "both+half"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), some([*FAMILIES], ["bare", "boundary", "both+half"], every=2))
 def test_a_second_turn_of_text(name, mode):
     """Several new tokens at once on a filled cache."""
     first = expected(name, MODES[mode])
@@ -205,8 +202,10 @@ class Turns:
         return new
 
 
-@pytest.mark.parametrize("mode", ["bare", "boundary", "half", "both+half"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PREFIXED])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    some(LATER, ["bare", "boundary", "half", "both+half"], every=2),
+)
 def test_a_second_turn_with_a_picture(name, mode):
     """By hand, with positions."""
     turns, model = Turns(name, MODES[mode]), model_of(name)
@@ -233,8 +232,7 @@ def test_a_second_turn_with_a_picture(name, mode):
     turns.wanted.check(turns.wanted.tokens, torch.stack(found, 1))
 
 
-@pytest.mark.parametrize("mode", ["bare", "boundary", "both+half"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), some([*FAMILIES], ["bare", "boundary", "both+half"], every=2))
 def test_a_second_turn_of_text_by_generate(name, mode):
     """With the new ids only and a mask of the full length."""
     first, rows, model = expected(name, MODES[mode]), batch(name), model_of(name)
@@ -250,8 +248,10 @@ def test_a_second_turn_of_text_by_generate(name, mode):
     torch.testing.assert_close(found[1], wanted.logits[:, -3:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["bare", "boundary", "half", "both+half"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PREFIXED])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    some(LATER, ["bare", "boundary", "half", "both+half"], every=2),
+)
 def test_a_second_turn_by_generate(name, mode):
     """With the new ids only and a mask of the full length; positions in three dimensions must come along."""
     turns, model = Turns(name, MODES[mode]), model_of(name)

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from hosts_of import cache_of
+from sweep import some
 
 import vlmtok
 from vlmtok.errors import SiteError, VlmtokError, VlmtokWarning
@@ -17,15 +18,16 @@ from .harness import BY_SAMPLE, GAP, LAYER, MERGED, MODES, PAIRS, RENUMBERED, Ex
 from .methods import Look, Top, compressed
 from .oracle import Cut, oracle
 
-CACHED = pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+CACHED = (True, False)
 COUNTED = [name for name, family in FAMILIES.items() if family.positions == "1d"]
 TURNED = [name for name, family in FAMILIES.items() if family.positions == "mrope"]
 WITH_CLIPS = [name for name, family in FAMILIES.items() if family.clips]
 
 
-@CACHED
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "bare"])
-@pytest.mark.parametrize(("name", "attention"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "attention", "mode", "cached"),
+    [(*pair, mode, cached) for pair, mode, cached in some(PAIRS, [m for m in MODES if m != "bare"], CACHED, every=2)],
+)
 def test_cuts_equal_the_oracle(name, attention, mode, cached):
     wanted, model = expected(name, MODES[mode]), shared(name, attention)
     with compressed(model, MODES[mode]):
@@ -33,9 +35,7 @@ def test_cuts_equal_the_oracle(name, attention, mode, cached):
     wanted.check(*found)
 
 
-@CACHED
-@pytest.mark.parametrize("mode", MERGED)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode", "cached"), some([*FAMILIES], [*MERGED], CACHED, every=2))
 def test_merges_equal_the_oracle(name, mode, cached):
     """Values are means by size; all else that a token has is that of the one it joins."""
     wanted, model = expected(name, MERGED[mode]), shared(name, FAMILIES[name].attentions[0])
@@ -85,9 +85,7 @@ def test_temperature_by_the_tokens_left():
         Expected(tokens[None], logits[None]).check(*found)
 
 
-@CACHED
-@pytest.mark.parametrize("mode", RENUMBERED)
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(("name", "mode", "cached"), some([*COUNTED], [*RENUMBERED], CACHED, every=2))
 def test_positions_can_become_contiguous(name, mode, cached):
     cuts = RENUMBERED[mode]
     wanted, model = expected(name, cuts), shared(name, FAMILIES[name].attentions[0])
@@ -148,9 +146,9 @@ def test_methods_that_renumber_do_so_where_positions_are_numbers(spec):
             assert torch.equal(generate(shared(name), batch(name).inputs(), 3)[1], default) == same
 
 
-@CACHED
-@pytest.mark.parametrize("mode", [mode for mode in BY_SAMPLE if mode != "bare"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode", "cached"), some([*FAMILIES], [mode for mode in BY_SAMPLE if mode != "bare"], CACHED, every=2)
+)
 def test_several_pictures_and_a_text_row(name, mode, cached):
     """Rows with two pictures, some of them cut into crops, one picture, and none."""
     cuts = BY_SAMPLE[mode]
@@ -160,9 +158,9 @@ def test_several_pictures_and_a_text_row(name, mode, cached):
     wanted.check(*found)
 
 
-@CACHED
-@pytest.mark.parametrize("mode", [mode for mode in BY_SAMPLE if mode != "bare"])
-@pytest.mark.parametrize("name", WITH_CLIPS)
+@pytest.mark.parametrize(
+    ("name", "mode", "cached"), some([*WITH_CLIPS], [mode for mode in BY_SAMPLE if mode != "bare"], CACHED, every=2)
+)
 def test_clips(name, mode, cached):
     cuts = BY_SAMPLE[mode]
     wanted, model = expected(name, cuts, "clips"), shared(name)
@@ -171,8 +169,10 @@ def test_clips(name, mode, cached):
     wanted.check(*found)
 
 
-@pytest.mark.parametrize("mode", ["boundary", "half", "both+half"])
-@pytest.mark.parametrize(("name", "attention"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "attention", "mode"),
+    [(*pair, mode) for pair, mode in some(PAIRS, ["boundary", "half", "both+half"], every=2)],
+)
 def test_a_row_alone(name, attention, mode):
     """Without padding there is no mask; hosts take other paths then."""
     cuts, model = MODES[mode], shared(name, attention)
@@ -183,9 +183,9 @@ def test_a_row_alone(name, attention, mode):
         Expected(wanted.tokens[row : row + 1], wanted.logits[row : row + 1]).check(tokens, logits)
 
 
-@pytest.mark.parametrize("cached", [None, True, False])
-@pytest.mark.parametrize("mode", ["boundary", "half", "both"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode", "cached"), some([*FAMILIES], ["boundary", "half", "both"], [None, True, False], every=3)
+)
 def test_a_plain_forward(name, mode, cached):
     """Pixels arrive at the inner model itself; outputs have the length of the input."""
     cuts, model = MODES[mode], shared(name, FAMILIES[name].attentions[0])
