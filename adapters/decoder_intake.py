@@ -6,6 +6,7 @@ ask for.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, PerThread, replaying, weak
-from ..errors import CacheError, UnsupportedModel
+from ..errors import CacheError, UnsupportedModel, VlmtokWarning
 from ..rows import HELD, PAD, TEXT, Picture, Rows
 from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
@@ -177,6 +178,8 @@ class Intake:
         Raises:
             HostChanged: one came without the other; a compression would do nothing and say nothing.
         """
+        if incoming.codes is None and incoming.ids is None and columns > 1 and not torch.compiler.is_compiling():
+            self._say_unseen()
         if held:  # a placeholder that was generated is text
             return
         if incoming.codes is not None and not pictures:
@@ -195,6 +198,30 @@ class Intake:
                 f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
                 f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)})",
             )
+
+    def _say_unseen(self) -> None:
+        """Warns, once, of methods that let a prompt of embeddings alone pass: its pictures may be merged in already."""
+        ledger = self.attachment.ledger
+        if ledger.unseen:
+            return
+        fired = {key[3] for key in ledger.fired}
+        idle = {
+            entry.index
+            for entry in self.attachment.entries
+            if entry.site.stage in ("projected", "decoder") or entry.index not in fired
+        }
+        if not idle:
+            return
+        ledger.unseen = True
+        ids, pixels, encoded, given = (r.names[0] for r in (hosts.IDS, hosts.PIXELS, hosts.ENCODED, hosts.EMBEDDINGS))
+        warnings.warn(
+            f"{' + '.join(str(self.attachment.methods[index]) for index in sorted(idle))} cut nothing in this prompt: "
+            f"it came as embeddings alone ({given}), in which pictures that are merged in "
+            f"already cannot be told from text; give the pictures along ({pixels}, or {encoded}) and the prompt as "
+            f"{ids}, or as embeddings that still hold the placeholders, and let the model merge them",
+            VlmtokWarning,
+            stacklevel=2,
+        )
 
     def pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
         """Finds the pictures of a call; the one read-back of a prefill.

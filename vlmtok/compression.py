@@ -170,7 +170,7 @@ class Dispatcher:
         if not fired and not quiet:
             names = " + ".join(map(str, member.methods))
             warnings.warn(
-                f"{names} had nothing to do: no prompt had a picture"
+                f"{names} had nothing to do: {books.blindness}"
                 if books is not None and books.blind
                 else f"the hooks of {names} never ran; was the compressed model called?",
                 VlmtokWarning,
