@@ -196,7 +196,8 @@ class Intake:
             raise hosts.changed(
                 module,
                 f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
-                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)})",
+                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)}). In assisted generation "
+                "an assistant gets the prompt without its pictures; compress the model that it drafts for, not itself",
             )
 
     def _say_unseen(self) -> None:
