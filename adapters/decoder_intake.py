@@ -23,6 +23,7 @@ from .base import VLMSpec, child
 from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
 from .hosts import Arguments, Role
+from .intake_checks import check_encoded, check_tokens
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
 
 
@@ -94,7 +95,7 @@ class Intake:
             return self.arguments.get(role, args, kwargs)
 
         running = self.running.mine()
-        encoded = given(hosts.ENCODED) or {}
+        encoded = check_encoded(hosts.ENCODED, given(hosts.ENCODED))
         features = {
             code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
             for code, name in ((IMAGE, hosts.IMAGE_KEY), (VIDEO, hosts.CLIP_KEY))
@@ -102,7 +103,10 @@ class Intake:
         }
         pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
         ids, mask, x = given(hosts.IDS), given(hosts.MASK), given(hosts.EMBEDDINGS)
-        types = None if self.spec.types is None else _aligned(given(self.spec.types), x if ids is None else ids, mask)
+        types = None if self.spec.types is None else given(self.spec.types)
+        of_types = None if self.spec.types is None else (self.spec.types, types)
+        check_tokens((hosts.IDS, ids), (hosts.EMBEDDINGS, x), of_types, (hosts.MASK, mask))
+        types = _aligned(types, x if ids is None else ids, mask)
         codes = None
         if features or pixels:
             codes = self._codes(module, ids, x, types)
@@ -365,6 +369,7 @@ def _aligned(types: Tensor | None, columns: Tensor | None, mask: Any) -> Tensor 
         return types
     count = columns.shape[1]
     whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else count
+    types = types.long() if types.dtype == torch.bool else types
     missing = max(whole, count) - types.shape[1]
     if types.shape[1] != count and missing > 0:
         types = torch.nn.functional.pad(types, (0, missing))
