@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.utils.checkpoint
 from checks import assert_same
 from families.build import FAMILIES
 from families.build import shared as family_model
@@ -70,10 +71,14 @@ def test_what_starts_in_a_host_or_in_a_users_code_is_theirs(stranger: str) -> No
     ), "a user who misuses our helpers"
 
 
+STOP = torch.utils.checkpoint._StopRecomputationError()
+"""By which checkpointing ends a forward that runs again, from inside what is run."""
+
+
 @pytest.mark.internal_error
 @pytest.mark.parametrize(
     "problem",
-    [PassError("meant"), VlmtokWarning("meant"), MemoryError(), torch.OutOfMemoryError("full"), RecursionError()],
+    [STOP, PassError("meant"), VlmtokWarning("meant"), MemoryError(), torch.OutOfMemoryError("full"), RecursionError()],
     ids=lambda problem: type(problem).__name__,
 )
 def test_what_is_meant_and_what_the_machine_says_passes(problem: Exception) -> None:

@@ -36,7 +36,7 @@ def told(problem: Exception) -> InternalError | None:
     Returns:
         The error of ours, or None where the exception is somebody else's, or is meant.
     """
-    if isinstance(problem, (VlmtokError, Warning, *_MACHINE)) or _of_a_tracer(problem):
+    if isinstance(problem, (VlmtokError, Warning, *_MACHINE)) or _of_torchs_own(problem):
         return None
     place = None
     for frame, line in _behind(problem.__traceback__):
@@ -76,9 +76,7 @@ def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _of_a_tracer(problem: Exception) -> bool:
-    """Whether a tracer of torch says that it cannot follow: vmap, fx, export and fake tensors raise their own kinds."""
-    return any(
-        kind.__module__.startswith(("torch.fx", "torch._subclasses", "torch._dynamo", "torch._functorch"))
-        for kind in type(problem).__mro__
-    )
+def _of_torchs_own(problem: Exception) -> bool:
+    """Whether it is of a kind that torch's Python code makes: a tracer that cannot follow, a checkpoint that stops."""
+    kinds = (kind.__module__ for kind in type(problem).__mro__)
+    return any(name.startswith("torch.") and not name.startswith("torch._C") for name in kinds)
