@@ -40,6 +40,7 @@ from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
 from .decoder_taps import LayerTaps
 from .handover import Projector
 from .hosts import Arguments, Role
+from .intake_checks import check_positions
 from .masks import RECURRENT, layer_kinds
 
 
@@ -201,6 +202,7 @@ class Decoder:
         check_call(mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
+        check_positions(hosts.POSITIONS, own_positions, columns)
         positions = own_positions if stream is None or incoming.placed else None
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)

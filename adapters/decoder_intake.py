@@ -6,6 +6,7 @@ ask for.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, PerThread, replaying, weak
-from ..errors import CacheError, UnsupportedModel
+from ..errors import CacheError, UnsupportedModel, VlmtokWarning
 from ..rows import HELD, PAD, TEXT, Picture, Rows
 from . import host_objects, hosts, shapes
 from .base import VLMSpec, child
 from .decoder_call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
 from .hosts import Arguments, Role
+from .intake_checks import check_encoded, check_tokens
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
 
 
@@ -93,7 +95,7 @@ class Intake:
             return self.arguments.get(role, args, kwargs)
 
         running = self.running.mine()
-        encoded = given(hosts.ENCODED) or {}
+        encoded = check_encoded(hosts.ENCODED, given(hosts.ENCODED))
         features = {
             code: host_objects.features_in(module, encoded[name], self.spec.projects_late)
             for code, name in ((IMAGE, hosts.IMAGE_KEY), (VIDEO, hosts.CLIP_KEY))
@@ -101,7 +103,10 @@ class Intake:
         }
         pixels = given(hosts.PIXELS) is not None or given(hosts.CLIP_PIXELS) is not None
         ids, mask, x = given(hosts.IDS), given(hosts.MASK), given(hosts.EMBEDDINGS)
-        types = None if self.spec.types is None else _aligned(given(self.spec.types), x if ids is None else ids, mask)
+        types = None if self.spec.types is None else given(self.spec.types)
+        of_types = None if self.spec.types is None else (self.spec.types, types)
+        check_tokens((hosts.IDS, ids), (hosts.EMBEDDINGS, x), of_types, (hosts.MASK, mask))
+        types = _aligned(types, x if ids is None else ids, mask)
         codes = None
         if features or pixels:
             codes = self._codes(module, ids, x, types)
@@ -177,6 +182,8 @@ class Intake:
         Raises:
             HostChanged: one came without the other; a compression would do nothing and say nothing.
         """
+        if incoming.codes is None and incoming.ids is None and columns > 1 and not torch.compiler.is_compiling():
+            self._say_unseen()
         if held:  # a placeholder that was generated is text
             return
         if incoming.codes is not None and not pictures:
@@ -193,8 +200,33 @@ class Intake:
             raise hosts.changed(
                 module,
                 f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
-                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)})",
+                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)}). In assisted generation "
+                "an assistant gets the prompt without its pictures; compress the model that it drafts for, not itself",
             )
+
+    def _say_unseen(self) -> None:
+        """Warns, once, of methods that let a prompt of embeddings alone pass: its pictures may be merged in already."""
+        ledger = self.attachment.ledger
+        if ledger.unseen:
+            return
+        fired = {key[3] for key in ledger.fired}
+        idle = {
+            entry.index
+            for entry in self.attachment.entries
+            if entry.site.stage in ("projected", "decoder") or entry.index not in fired
+        }
+        if not idle:
+            return
+        ledger.unseen = True
+        ids, pixels, encoded, given = (r.names[0] for r in (hosts.IDS, hosts.PIXELS, hosts.ENCODED, hosts.EMBEDDINGS))
+        warnings.warn(
+            f"{' + '.join(str(self.attachment.methods[index]) for index in sorted(idle))} cut nothing in this prompt: "
+            f"it came as embeddings alone ({given}), in which pictures that are merged in "
+            f"already cannot be told from text; give the pictures along ({pixels}, or {encoded}) and the prompt as "
+            f"{ids}, or as embeddings that still hold the placeholders, and let the model merge them",
+            VlmtokWarning,
+            stacklevel=2,
+        )
 
     def pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
         """Finds the pictures of a call; the one read-back of a prefill.
@@ -337,6 +369,7 @@ def _aligned(types: Tensor | None, columns: Tensor | None, mask: Any) -> Tensor 
         return types
     count = columns.shape[1]
     whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else count
+    types = types.long() if types.dtype == torch.bool else types
     missing = max(whole, count) - types.shape[1]
     if types.shape[1] != count and missing > 0:
         types = torch.nn.functional.pad(types, (0, missing))

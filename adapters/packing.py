@@ -27,6 +27,7 @@ from ..rows import Picture, Rows
 from . import forms, hosts
 from .base import VLMSpec
 from .hosts import Role
+from .intake_checks import check_counts, check_shapes
 from .spans import IMAGE, VIDEO, separators
 
 PROBE = 8
@@ -107,11 +108,11 @@ class Packing:
         patches = self._side()[1]
         sizes, pixels, clips = (given(role) for role in (hosts.IMAGE_SIZES, hosts.PIXELS, hosts.CLIP_PIXELS))
         if pixels is not None and sizes is not None:
-            sizes = torch.as_tensor(sizes).tolist()
+            sizes = check_shapes(hosts.IMAGE_SIZES, sizes, 2).tolist()
             counts = [self._crops(size) for size in sizes]
             several = given(hosts.SHARED_PICTURES)
             if several is not None:  # pictures that share a prompt are not cut into crops
-                alone = [n == 1 for n in torch.as_tensor(several).tolist() for _ in range(n)]
+                alone = [n == 1 for n in check_counts(hosts.SHARED_PICTURES, several, len(sizes)) for _ in range(n)]
                 counts = [count if one else 1 for count, one in zip(counts, alone)]
             crops = [torch.empty(count, patches, 1, device="meta") for count in counts]
             options = {name: value for name, value in options.items() if value is not None}

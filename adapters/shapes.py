@@ -15,30 +15,31 @@ from torch import Tensor
 from ..rows import Picture
 from . import hosts
 from .hosts import Role
+from .intake_checks import check_shapes
 
 
-def _of_pixels(value: Any, config: Any) -> Tensor:
+def _of_pixels(value: Tensor, config: Any) -> Tensor:
     """Heights and widths in pixels."""
-    return torch.as_tensor(value) // (config.vision_config.patch_size * config.spatial_merge_size)
+    return value // (config.vision_config.patch_size * config.spatial_merge_size)
 
 
-def _of_patches(value: Any, config: Any) -> Tensor:
+def _of_patches(value: Tensor, config: Any) -> Tensor:
     """Rows and columns of patches."""
-    return torch.as_tensor(value) // config.downsample_factor
+    return value // config.downsample_factor
 
 
-def _of_grids(value: Any, config: Any) -> Tensor:
+def _of_grids(value: Tensor, config: Any) -> Tensor:
     """Frames, rows and columns of patches."""
     merge = config.vision_config.spatial_merge_size
-    return torch.as_tensor(value) // torch.as_tensor(value).new_tensor([1, merge, merge])
+    return value // value.new_tensor([1, merge, merge])
 
 
-def _of_places(value: Any, config: Any) -> Tensor:
+def _of_places(value: Tensor, config: Any) -> Tensor:
     """Column and row of each patch, `[..., patches, 2]`, -1 where a picture is padded."""
     return ((value.flatten(0, -3).amax(1) + 1) // config.vision_config.pooling_kernel_size).flip(-1)
 
 
-_BY_ARGUMENT: dict[Role, Callable[[Any, Any], Tensor]] = {
+_BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {
     hosts.IMAGE_SIZES: _of_pixels,
     hosts.PATCH_SHAPES: _of_patches,
     hosts.IMAGE_GRIDS: _of_grids,
@@ -59,8 +60,12 @@ def read(role: Role, value: Any, config: Any) -> Tensor:
 
     Returns:
         int64 `[pictures, 3]`: frames, rows and columns of tokens.
+
+    Raises:
+        ParameterError: it tells none.
     """
-    shapes = _BY_ARGUMENT[role](value, config)
+    make = _BY_ARGUMENT[role]
+    shapes = make(check_shapes(role, value, 3 if make is _of_grids else 2, 3 if make is _of_places else 2), config)
     return shapes if shapes.shape[-1] == 3 else torch.nn.functional.pad(shapes, (1, 0), value=1)
 
 

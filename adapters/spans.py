@@ -187,7 +187,7 @@ def _anyres(look: Look) -> Tensor | None:
         numbers = [0] * n
         breaks = [i for i, column in enumerate(picture.columns) if apart[picture.row][column]]
         if n > base and breaks and breaks[0] > base:
-            numbers[base:] = _canvas(n - base, breaks[0] - base, side)
+            numbers[base:], picture.fields = _canvas(n - base, breaks[0] - base, side)
         part[picture.row, picture.columns] = torch.tensor(numbers)
         picture.grid = (side, side)
     return torch.where(separator, -1, part.to(look.x.device))
@@ -212,8 +212,8 @@ def separators(x: Tensor, newline: Tensor) -> Tensor:
     return found
 
 
-def _canvas(n: int, wide: int, side: int) -> list[int]:
-    """Crops of a canvas's tokens, 1.. row by row.
+def _canvas(n: int, wide: int, side: int) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    """Crops of a canvas's tokens, 1.. row by row, and rows and columns of each crop.
 
     What was padded is cut off on two opposite sides alike, so the canvas ends within its outer crops. A canvas that the
     host shrank has tokens of several crops in one; it falls into fields of the size of a crop all the same.
@@ -226,8 +226,10 @@ def _canvas(n: int, wide: int, side: int) -> list[int]:
     high = n // (wide + 1)
     across, down = -(-wide // side), -(-high // side)
     left, top = (across * side - wide) // 2, (down * side - high) // 2
-    rows = ((row + top) // side * across + 1 for row in range(high))
-    return [first + (column + left) // side for first in rows for column in range(wide + 1)]
+    rows = [(row + top) // side * across + 1 for row in range(high)]
+    columns = [(column + left) // side for column in range(wide)]
+    fields = {first + column: (rows.count(first), columns.count(column)) for first in rows for column in columns}
+    return [first + (column + left) // side for first in rows for column in range(wide + 1)], fields
 
 
 def _by_time(look: Look) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from vlmtok.adapters.host_faults import fault_of
 
-from vlmtok.errors import UnsupportedModel
+from vlmtok.errors import InternalError, UnsupportedModel
 
 # Files of a seed are the same on every machine and nothing is stored between runs.
 settings.register_profile(
@@ -83,6 +83,28 @@ def pytest_configure(config):
         "ignore:Using a target size:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+FAULTS = []
+"""Faults of vlmtok that came up in the test that runs, whoever caught them."""
+
+
+def _noted(self, kind, said, place):
+    _made(self, kind, said, place)
+    FAULTS.append(self)
+
+
+_made = InternalError.__init__
+InternalError.__init__ = _noted
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """The error budget is nought: a test in which vlmtok fails by a fault of its own fails, unless it asks for that."""
+    FAULTS.clear()
+    outcome = yield
+    if FAULTS and outcome.excinfo is None and item.get_closest_marker("internal_error") is None:
+        outcome.force_exception(AssertionError(f"{len(FAULTS)} faults of vlmtok came up, the first: {FAULTS[0]}"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ParameterError, PassError, SiteError, UnsupportedModel
+from .guard import told
 from .kernels.exact import exact
 from .ledger import Ledger
 from .method import LAYERED, POINTS, STAGES, Counts, Layout, Method, Site
@@ -88,7 +89,15 @@ class Hook:
         """Passes on to the driver, unless paused or ended."""
         if self.attachment is None or self.call is None or not self.attachment.live:
             return None
-        return self.call(self.layer, module, *given)
+        if torch.compiler.is_compiling():  # a tracer says by exceptions of its own what it cannot follow
+            return self.call(self.layer, module, *given)
+        try:
+            return self.call(self.layer, module, *given)
+        except Exception as problem:
+            fault = told(problem)
+            if fault is None:
+                raise
+            raise fault from problem
 
     @property
     def __name__(self) -> str:

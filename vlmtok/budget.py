@@ -11,6 +11,7 @@ from .conventions import convention as named
 from .errors import ParameterError, SiteError, TargetError
 from .estimate import estimate, shape_of
 from .flops import ModelShape
+from .guard import guarded
 from .method import Method
 from .report import Report
 
@@ -52,6 +53,7 @@ class Budget:
         return "; ".join((reached, tokens, *self.notes))
 
 
+@guarded
 def budget(
     method: Method | str,
     model: Any,

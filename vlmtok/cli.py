@@ -31,6 +31,11 @@ class OneLine(typer.core.TyperGroup):
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except Exception as problem:
+            from .guard import told
+
+            fault = told(problem)
+            if fault is not None:
+                raise fault from problem
             line = _line_of(problem)
             if line is None:
                 raise
@@ -44,8 +49,10 @@ class OneLine(typer.core.TyperGroup):
 
 def _line_of(problem: Exception) -> str | None:
     """An error that the user can mend, on one line; None for ours."""
-    from .errors import VlmtokError
+    from .errors import InternalError, VlmtokError
 
+    if isinstance(problem, InternalError):
+        return None
     if isinstance(problem, VlmtokError):
         text = str(problem)
     elif hasattr(problem, "format_message"):  # of the command line itself: no such option, no such command

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .attachment import Attachment, hooks_of, sweep
 from .errors import ParameterError, PassError, SiteError, UnsupportedModel, VlmtokError, VlmtokWarning
+from .guard import guarded
 from .method import Layout, Method, parse_methods
 from .view import TokenView
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 
+@guarded
 def compress(
     model: nn.Module,
     method: Method | str | Sequence[Method | str],
@@ -73,6 +75,7 @@ def compress(
     return dispatcher.add(methods, dict(signals or {}), trace)
 
 
+@guarded
 def remove(model: nn.Module) -> int:
     """Ends every compression of a model, also where the handle is gone.
 
@@ -170,7 +173,7 @@ class Dispatcher:
         if not fired and not quiet:
             names = " + ".join(map(str, member.methods))
             warnings.warn(
-                f"{names} had nothing to do: no prompt had a picture"
+                f"{names} had nothing to do: {books.blindness}"
                 if books is not None and books.blind
                 else f"the hooks of {names} never ran; was the compressed model called?",
                 VlmtokWarning,
@@ -359,6 +362,7 @@ class Compression:
         """Whether the hooks are still in place."""
         return self._member in self._dispatcher.members
 
+    @guarded
     def remove(self) -> None:
         """Ends the compression; calling it again does nothing. Warns where the hooks never ran."""
         self._end()
@@ -406,6 +410,7 @@ class Compression:
         """What the model offers to methods."""
         return self._attachment.layout
 
+    @guarded
     def report(self, total: bool = False) -> Report:
         """Tokens, MACs, FLOPs and cache bytes of the last pass, before and after.
 
@@ -419,6 +424,7 @@ class Compression:
 
         return Report.of(self._attachment, self._model(), total)
 
+    @guarded
     def trace(self) -> Trace:
         """Which patch went where in the last pass.
 
@@ -455,6 +461,7 @@ class Compression:
         """The module that method `index` built, or None."""
         return self._attachment.remember(self._member.first + index)
 
+    @guarded
     def row(self, index: int = 0, stage: str = "vision") -> MutableMapping[str, Any]:
         """What a method noted in `TokenView.row` during the last forward of a tower.
 

@@ -1,4 +1,4 @@
-"""Every error that vlmtok raises on purpose.
+"""Every error that vlmtok raises on purpose, and the one that takes the place of all others.
 
 A message names what was asked, what was found and what is possible; it is raised before anything is changed.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class VlmtokError(Exception):
-    """Base class of every error raised on purpose."""
+    """Base class of every error of this package."""
 
 
 class ParameterError(VlmtokError, ValueError):
@@ -51,6 +51,28 @@ class HostChanged(VlmtokError, RuntimeError):
 
 class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
+
+
+class InternalError(VlmtokError, RuntimeError):
+    """A fault of vlmtok itself: the one error that nobody raises on purpose.
+
+    Args:
+        kind: what was raised.
+        said: its message.
+        place: module and line of this package.
+    """
+
+    def __init__(self, kind: str, said: str, place: str) -> None:
+        super().__init__(kind, said, place)
+        self.kind, self.said, self.place = kind, said, place
+
+    def __str__(self) -> str:
+        return (
+            f"this is a fault of vlmtok: {self.kind} at {self.place}{': ' if self.said else ''}{self.said}. Please "
+            "report it with the call and the output of `vlmtok doctor`. The bare model is at hand meanwhile "
+            "(run.paused(), or run.remove()); where it refuses the call too, its own error says what is wrong with the "
+            "input"
+        )
 
 
 class VlmtokWarning(UserWarning):

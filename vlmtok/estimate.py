@@ -13,6 +13,7 @@ from .attachment import Attachment
 from .compression import Compression, _methods
 from .errors import ParameterError, SiteError
 from .flops import ModelShape
+from .guard import guarded
 from .loading import EMBEDDED, configured, skeleton
 from .method import Method, check_choice, check_range
 from .plan import Past, Prompt, check_counts, plan
@@ -27,6 +28,7 @@ TEXT = 64
 """Text tokens of a prompt unless given."""
 
 
+@guarded
 def estimate(
     model: Any,
     method: Method | str | Sequence[Method | str],

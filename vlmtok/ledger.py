@@ -167,12 +167,14 @@ class Ledger:
         fired: visits per (stage, layer, point, method).
         steps: decode steps so far.
         kernels: calls of `vlmtok.kernels` in this process before the compression.
+        unseen: whether a prompt came as embeddings alone, in which pictures cannot be found.
     """
 
     passes: dict[str, int] = field(default_factory=dict)
     fired: dict[tuple[str, int | None, str, int], int] = field(default_factory=dict)
     steps: int = 0
     kernels: dict[str, int] = field(default_factory=ran)
+    unseen: bool = False
     _books: dict[int, Books] = field(default_factory=dict)
     _latest: Books | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
@@ -203,6 +205,13 @@ class Ledger:
         """Whether a language model ran, and never with a picture."""
         runs = [run for run, _ in self.totals() if run.stage == "decoder"]
         return bool(runs) and not any(run.pictures for run in runs)
+
+    @property
+    def blindness(self) -> str:
+        """Why no picture was seen, for a reader."""
+        if self.unseen:
+            return "the prompt came as embeddings alone, in which pictures that are merged in cannot be found"
+        return "no prompt had a picture"
 
     def begin(self, run: StageRun) -> StageRun:
         """Opens the books of a pass; those of the stage's pass before are closed."""

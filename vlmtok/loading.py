@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ParameterError, VlmtokError
+from .guard import guarded
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +200,7 @@ class Loaded:
         return sum(p.numel() for p in self.model.parameters())
 
 
+@guarded
 def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", random: bool = False) -> Loaded:
     """Loads a model and what prepares its pictures.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import ParameterError, SiteError, SpecError, UnknownMethod, VlmtokWarning, hint
+from .guard import guarded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -557,6 +558,7 @@ def method_class(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+@guarded
 def create_method(name: str, **settings: Any) -> Method:
     """Makes a method by name.
 
@@ -591,6 +593,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 _WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
 
 
+@guarded
 def parse_methods(spec: str) -> list[Method]:
     """Makes the methods that a spec string names: ``name[:key=value]*[+name...]``.
 

@@ -191,7 +191,7 @@ class Report:
         problem = None
         if not ledger.fired and not attachment.compiled:
             blind = any(run.stage == "decoder" for run, _ in runs) and not any(run.pictures for run, _ in runs)
-            why = "no pass has run" if not runs else "no prompt had a picture" if blind else "no method was asked"
+            why = "no pass has run" if not runs else ledger.blindness if blind else "no method was asked"
             problem = f"never fired: {why}"
             notes.insert(0, problem)
         report = cls._make(attachment, shape, [runs], "all passes" if total else "last pass", notes)

@@ -32,6 +32,7 @@ class Picture:
         runs: where, among these, each of its runs begins.
         video: whether it is a clip.
         grid: rows and columns of patches (of each crop or frame, where these are equally large), or None.
+        fields: rows and columns of the parts that differ from `grid`.
         tower: which picture of the tower it is.
         text_after: text columns of the row behind its first token.
         text_after_last: text columns behind its last token.
@@ -46,6 +47,7 @@ class Picture:
     runs: list[int] = field(default_factory=lambda: [0])
     video: bool = False
     grid: tuple[int, int] | None = None
+    fields: dict[int, tuple[int, int]] = field(default_factory=dict)
     tower: int = 0
     text_after: int = 0
     text_after_last: int = 0
@@ -60,7 +62,7 @@ class Picture:
         before = [sum(not gone for gone in self.hidden[:start]) for start in self.runs]
         self.columns = [column for column, gone in zip(self.columns, self.hidden) if not gone]
         self.runs = sorted({start for start in before if start < len(self.columns)})
-        self.grid, self.hidden = None, []
+        self.grid, self.fields, self.hidden = None, {}, []
 
 
 @dataclass(eq=False)
@@ -239,7 +241,7 @@ class Rows:
                 text if by_text else None,
                 self.lengths[unit[0]] if by_length else None,
                 sum(p.entered for p in members) if scope != "part" else 0,
-                _grid(members, n),
+                _grid(members, n, unit[2]),
             )
             found.setdefault(key, []).append((unit, members, n))
         return [self._group(rows, scope) for rows in found.values()]
@@ -283,7 +285,7 @@ class Rows:
             self.lengths[units[0][0]],
             any(members[0].text_after != members[-1].text_after_last for _, members, _ in rows),
             sum(p.entered for p in rows[0][1]) if scope != "part" else n,
-            _grid(rows[0][1], n),
+            _grid(rows[0][1], n, units[0][2]),
         )
 
     def of_pictures(self, group: Group) -> Tensor:
@@ -467,9 +469,9 @@ class Rows:
         return self.snapshot().restore(hidden, columns)
 
 
-def _grid(members: list[Picture], n: int) -> tuple[int, int] | None:
+def _grid(members: list[Picture], n: int, part: int) -> tuple[int, int] | None:
     """Rows and columns of a view row's n tokens; None for several pictures, and once some of its tokens are gone."""
-    grid = members[0].grid if len(members) == 1 else None
+    grid = members[0].fields.get(part, members[0].grid) if len(members) == 1 else None
     return grid if grid is not None and grid[0] * grid[1] == n else None
 
 

@@ -26,6 +26,7 @@ from .adapters import adapter_for
 from .bench import Case, Progress, Ratio
 from .compression import Compression, compress
 from .errors import ParameterError, PassError, VlmtokError
+from .guard import guarded
 from .loading import Loaded, LoadError, load, open_picture, quiet, samples, skeleton
 from .method import Method, layer_of, parse_methods
 from .trace import PictureTrace, Trace
@@ -274,6 +275,7 @@ def _faster(ratio: Ratio) -> str:
 
 
 # ---------------------------------------------------------------------- the work
+@guarded
 def compare(
     model: Loaded,
     image: Image.Image | str | os.PathLike[str],
@@ -367,6 +369,7 @@ def _depth(model: nn.Module, adapter: str | None) -> int | None:
     return None if decoder is None else decoder.depth
 
 
+@guarded
 def default_method(model: nn.Module, adapter: str | None = None) -> str:
     """A method that fits a model: `DEFAULT_METHOD` where a language model can be cut, else `DEFAULT_TOWER_METHOD`.
 
@@ -538,6 +541,7 @@ def _divergence(bare: Tensor, short: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------- prompts
+@guarded
 def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1) -> dict[str, Any]:
     """What `generate` takes for a picture and a prompt.
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .errors import ParameterError
+from .guard import guarded
 from .trace import PictureTrace, Trace
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _together(patches: Tensor, rows: int, columns: int) -> Tensor:
     return grid.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
+@guarded
 def overlay(
     image: Image.Image,
     run: Compression | Trace | PictureTrace,

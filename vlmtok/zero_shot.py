@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ParameterError, UnsupportedModel
+from .guard import guarded
 from .method import Method
 
 if TYPE_CHECKING:
     from .compression import Compression
 
 
+@guarded
 def zero_shot(
     model: nn.Module, run: Compression | None, text_features: Tensor, *, logit_scale: float | None = None
 ) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 from ..bench import Progress
 from ..errors import ParameterError
+from ..guard import guarded
 from ..loading import load, pick_device
 from . import environment
 from .facts import BROKEN, OK, REFUSED, Fact, Row
@@ -25,6 +26,7 @@ from .report import Report
 from .rows import QUICK, cases, chosen, hushed, one_thread
 
 
+@guarded
 def examine(
     names: Iterable[str] = (),
     everything: bool = False,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import VlmtokError
+from ..errors import InternalError, VlmtokError
 
 OK, REFUSED, BROKEN = "ok", "refused", "broken"
 NAMES = ("bare", "neutral", "tower", "input", "layer", "text", "generate")
@@ -142,6 +142,12 @@ def place_of(problem: BaseException) -> str:
     return f" ({'/'.join(parts[-3:])}:{trace.tb_lineno})"
 
 
+def unforeseen(problem: BaseException) -> BaseException:
+    """What stands behind a fault of ours, which says more here than that it is one; other exceptions as they are."""
+    cause = problem.__cause__ if isinstance(problem, InternalError) else None
+    return problem if cause is None else cause
+
+
 @contextmanager
 def told(where: str) -> Iterator[None]:
     """Context in which an exception that nobody foresaw says where it was; errors of ours say enough.
@@ -151,10 +157,13 @@ def told(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Refused, Broken, VlmtokError):
+    except (Refused, Broken):
         raise
     except Exception as problem:
-        raise Broken(f"{where}: {first_line(problem)}{place_of(problem)}") from problem
+        if isinstance(problem, VlmtokError) and not isinstance(problem, InternalError):
+            raise
+        cause = unforeseen(problem)
+        raise Broken(f"{where}: {first_line(cause)}{place_of(cause)}") from problem
 
 
 def settle(name: str, check: Callable[[], float | None]) -> Fact:
@@ -170,10 +179,11 @@ def settle(name: str, check: Callable[[], float | None]) -> Fact:
         return Fact(name, REFUSED, str(reason))
     except Broken as found:
         return Fact(name, BROKEN, str(found), found.difference)
-    except VlmtokError as problem:  # the row is one that an adapter says it carries
-        return Fact(name, BROKEN, f"vlmtok refuses what it should carry: {first_line(problem)}")
     except Exception as problem:  # of host, library or ours: that is what is looked for
-        return Fact(name, BROKEN, first_line(problem) + place_of(problem))
+        cause = unforeseen(problem)
+        if isinstance(cause, VlmtokError):  # the row is one that an adapter says it carries
+            return Fact(name, BROKEN, f"vlmtok refuses what it should carry: {first_line(cause)}")
+        return Fact(name, BROKEN, first_line(cause) + place_of(cause))
 
 
 # ---------------------------------------------------------------------- comparing

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ParameterError
+from ..guard import guarded
 from .facts import Row
 from .language import Language
 from .rows import Case, Subject, hushed, one_thread
@@ -74,6 +75,7 @@ def _by_token(value: Any, shape: torch.Size, place: Tensor) -> Any:
     return value[:, place] if isinstance(value, Tensor) and value.shape == shape else value
 
 
+@guarded
 def examine_model(
     model: nn.Module, inputs: Mapping[str, Any] | Tensor, *, adapter: str | None = None, name: str | None = None
 ) -> Row:
@@ -108,6 +110,7 @@ def _examine(model: nn.Module, inputs: Mapping[str, Any] | Tensor, adapter: str 
     return _case(name, subject).run(next(model.parameters()).device)
 
 
+@guarded
 def examine_loaded(loaded: Loaded, adapter: str | None = None) -> Row:
     """Runs the self-test on a checkpoint, with the first sample picture of the package.
 

@@ -35,7 +35,8 @@ class AveragePool(Method):
     Args:
         output_size: rows and columns of the pooled grid, or one number for both; None halves each side.
         overlap: let windows overlap where the grid cannot be divided, as ``torch.nn.AdaptiveAvgPool2d`` does; without
-            it such a grid is refused.
+            it such a grid is refused, in the pass where grids depend on the picture (crops of LLaVA-NeXT and
+            LLaVA-OneVision, each pooled by itself; pictures of Qwen-VL and Mistral 3).
         positions: ``"renumber"`` or ``"keep"`` the position ids; None is the model's default.
     """
 
