@@ -826,8 +826,36 @@ def test_full_ids_on_a_returned_cache_are_refused(cut):
     "cut", ["boundary renumbered", "boundary kept", "decoder kept", "decoder renumbered", "decoder twice"]
 )
 def test_a_second_turn_with_a_new_picture(cut):
-    model, batch, methods = llava(), Batch.of("^3I5"), CUTS[cut]
-    more = Batch.of("2I4", seed=7)
+    assert_two_turns_equal_the_oracle(CUTS[cut], Batch.of("^3I5"), Batch.of("2I4", seed=7))
+
+
+CUT_LATER = {
+    "kept": [Top(4), Top(6, "decoder", 2, scope="sample")],
+    "renumbered": [Top(4), Top(6, "decoder", 2, positions="renumber", scope="sample")],
+    "kept, renumbered": [Top(4, positions="keep"), Top(6, "decoder", 2, positions="renumber", scope="sample")],
+    "twice": [
+        Top(4),
+        Top(6, "decoder", 1, positions="renumber", scope="sample"),
+        Top(5, "decoder", 4, scope="sample"),
+    ],
+    "twice renumbered": [
+        Top(5, positions="keep"),
+        Top(7, "decoder", 1, positions="renumber", scope="sample"),
+        Top(6, "decoder", 4, positions="renumber", scope="sample"),
+    ],
+}
+"""Four of a picture stay, and the language model cuts only where a call shows several."""
+
+
+@pytest.mark.parametrize("cut", CUT_LATER)
+def test_a_second_turn_is_the_first_that_cuts_inside(cut):
+    """Layers that part from the others in the second turn go on from the positions of the first."""
+    assert_two_turns_equal_the_oracle(CUT_LATER[cut], Batch.of("^3I5"), Batch.of("2I1I4", seed=7))
+
+
+def assert_two_turns_equal_the_oracle(methods, batch, more):
+    """A prompt, its answer, a second prompt with pictures of its own that ends in four words, and one token more."""
+    model = llava()
     with torch.no_grad(), vlmtok.compress(model, methods) as run:
         one = first_turn(model, batch)
         fresh = torch.cat([one.sequences[:, -1:], more.rows[0][None]], 1)
@@ -958,6 +986,11 @@ def test_caches_of_others_are_refused():
             cache.batch_repeat_interleave(2)
             with pytest.raises(CacheError, match=r"1 rows.*2"):
                 model(input_ids=models.prompt("3").expand(2, -1), **with_cache(model, cache))
+            two = Batch.of("^3I5", "^3I5", seed=2)
+            cache = cache_of(model(**two.inputs(), use_cache=True))
+            cache.batch_select_indices(torch.tensor([1]))
+            with pytest.raises(CacheError, match=r"2 rows.*1"):
+                model(**more, **with_cache(model, cache))
 
 
 def test_a_cache_that_was_reset_starts_anew():

@@ -1,4 +1,4 @@
-"""`Rows`, `Stream` and books as data: what every cut does to every table, against plain loops over one row at a time."""
+"""`Rows`: what a cut does to every table, against plain loops over one row at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from player import written_out
 
 from vlmtok import Reduction
-from vlmtok.errors import CacheError
-from vlmtok.ledger import Event, Ledger, StageRun
 from vlmtok.rows import HELD, PAD, TEXT, Picture, RowNotes, Rows, RowState
-from vlmtok.stream import Segment, Stream
 
 WIDTH = 3
+FIELDS = ("keep", "src", "dst", "keep_weight", "src_weight", "valid")
 KINDS = ("prune", "merge", "mean", "weighted", "weights alone", "ragged", "ragged merge", "nothing")
 
 
@@ -181,10 +179,8 @@ def test_rows_follow_every_cut(seed, cuts, scopes, padded, parts, renumber):
             pieces.append((group, reduction))
             places = rows.relative(group, group.columns)
             for i, (row, _, _) in enumerate(group.units):
-                picked = {
-                    name: getattr(reduction, name) if getattr(reduction, name) is None else getattr(reduction, name)[i : i + 1]
-                    for name in ("keep", "src", "dst", "keep_weight", "src_weight", "valid")
-                }
+                fields = {name: getattr(reduction, name) for name in FIELDS}
+                picked = {name: None if table is None else table[i : i + 1] for name, table in fields.items()}
                 views[row].append((places[i].tolist(), Reduction(**picked)))
         if not pieces:
             continue
@@ -339,56 +335,3 @@ def test_hidden_tokens_leave_their_picture():
     behind = Picture(0, 0, [2, 3, 7], runs=[0, 2], grid=None, hidden=[False, False, True])
     behind.show()
     assert (behind.columns, behind.runs) == ([2, 3], [0])
-
-
-# ---------------------------------------------------------------------- caches
-def filled() -> Stream:
-    """Two segments of unlike lengths with padding and blocks; nine columns behind the picture."""
-    segments = {}
-    for first, length in ((0, 14), (2, 11)):
-        valid = torch.arange(length).expand(2, length) >= torch.tensor([[0], [3]])
-        blocks = torch.arange(length).expand(2, length) // 4
-        segments[first] = Segment(first, length, valid, blocks)
-    return Stream(1, 2, seen=16, next=torch.tensor([16, 13]), follows=torch.tensor([15, 12]), tail=9, segments=segments)
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-def test_crops_one_after_the_other_are_one(counts):
-    """A second crop goes no further than what stands behind the picture, and takes from every table."""
-    stream, total = filled(), sum(counts)
-    if total > 9:
-        with pytest.raises(CacheError, match="stand behind a picture"):
-            for count in counts:
-                stream.crop(count)
-        return
-    for count in counts:
-        stream.crop(count)
-    assert (stream.seen, stream.tail) == (16 - total, 9 - total)
-    assert stream.next.tolist() == [16 - total, 13 - total] and stream.follows.tolist() == [15 - total, 12 - total]
-    for first, old in filled().segments.items():
-        now = stream.segments[first]
-        assert now.length == old.length - total
-        assert torch.equal(now.valid, old.valid[:, : now.length])
-        assert torch.equal(now.blocks, old.blocks[:, : now.length])
-
-
-# ---------------------------------------------------------------------- books
-def test_books_of_several_cuts_in_front_of_a_language_model():
-    run = StageRun("decoder", 1, 20, pictures=1)
-    assert run.columns == 20
-    run.events += [
-        Event("features", None, "end", -1, "cut", 20, 15),
-        Event("projected", None, "end", 0, "cut", 15, 9),
-        Event("decoder", 2, "start", 1, "cut", 9, 4),
-    ]
-    assert run.columns == 9
-
-
-def test_a_ledger_is_blind_only_if_a_language_model_ran():
-    ledger = Ledger()
-    ledger.begin(StageRun("vision", 1, 17))
-    assert not ledger.blind
-    ledger.begin(StageRun("decoder", 1, 8))
-    assert ledger.blind
-    ledger.begin(StageRun("decoder", 1, 8, pictures=1))
-    assert not ledger.blind
