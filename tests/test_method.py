@@ -512,6 +512,7 @@ def test_a_view_in_one_line():
     assert (view.site, view.layer, view.num_prefix, view.entered, view.size) == (Site("vision", 0), 0, 0, 6, None)
     assert view.counts == Counts(Site("vision", 0), 6, 6)
     assert view.part.tolist() == [[0] * 6] * 2
+    assert TokenView(x, entered=9).counts.entered == 9, "a view behind a cut"
     assert TokenView(x, num_prefix=1).columns.tolist() == [[1, 2, 3, 4, 5, 6]] * 2
     assert vlmtok.ToMe(r=2).reduce(TokenView(x, size=torch.ones(2, 6), num_prefix=1, signals={"keys": x})).slots == 4
     pitome = vlmtok.PiToMe(ratio=0.5, margin=0.75)
