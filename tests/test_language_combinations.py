@@ -108,6 +108,26 @@ def test_the_shortest_tail_bounds_a_crop(rows):
                 model(input_ids=more, attention_mask=mask, **with_cache(model, cache))
 
 
+def test_an_answer_may_be_taken_off_again():
+    """More columns than the prompt had behind its picture, by two crops; what comes next is as without them."""
+    model, batch = llava(), Batch.of("^3I1")
+    length, more, other = len(batch.rows[0]), models.prompt("6", seed=4)[None], models.prompt("6", seed=5)[None]
+
+    def ask(cache, ids, seen):
+        mask = torch.ones(1, seen + ids.shape[1], dtype=torch.int64)
+        return model(input_ids=ids, attention_mask=mask, **with_cache(model, cache), use_cache=True).logits
+
+    with torch.no_grad(), vlmtok.compress(model, [Top(0.5), Top(0.5, "decoder", 2, positions="renumber")]):
+        wanted = ask(cache_of(model(**batch.inputs(), use_cache=True)), more, length)
+        cache = cache_of(model(**batch.inputs(), use_cache=True))
+        ask(cache, torch.cat([more[:, :3], other[:, :3]], 1), length)
+        cache.crop(-2)
+        ask(cache, other[:, :1], length + 4)
+        cache.crop(-2)
+        found = ask(cache, more[:, 3:], length + 3)
+    assert_equal(found[0], wanted[0, 3:])
+
+
 # ---------------------------------------------------------------------- what the tower hands on
 @dataclass(eq=False)
 class Scattered(Method):

@@ -1,6 +1,6 @@
 """Seeded one-line faults ("mutants") of the package, each of which some test must find: ``tools/mutants/*.txt``.
 
-    python tools/mutants.py                          # all of them, about an hour on one core; exit code 1 if one lives
+    python tools/mutants.py                          # all of them; exit code 1 if one lives
     python tools/mutants.py --list                   # names, files and the tests that are asked
     python tools/mutants.py --file vlmtok/rows.py    # those of one file; --only NAME for one
     python tools/mutants.py --log mutants.jsonl      # writes what is found, and goes on from there the next time
@@ -35,7 +35,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,8 @@ LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-i
 TIMEOUT = 120.0
 """Seconds after which the tests of one mutant are stopped; a mutant that makes them hang is killed."""
 BAD = ("survived", "stale")
+IMPORTED = ("pytest", "hypothesis", "torch", "torchvision", "transformers", "timm", "open_clip")
+"""What is imported once for all tests."""
 
 
 @dataclass
@@ -147,10 +150,18 @@ def tables(folder: Path = TABLES) -> list[Mutant]:
 class Copy:
     """A copy of the tree in which mutants are tried one after the other."""
 
-    def __init__(self, root: Path, into: Path) -> None:
+    def __init__(self, root: Path, into: Path, imported: Sequence[str] = IMPORTED) -> None:
         self.path = into
         self.clock = int(time.time())
         shutil.copytree(root, into, ignore=LEFT_OUT, dirs_exist_ok=True)
+        command = [sys.executable, str(TABLES / "nursery.py"), *imported]
+        self.nursery = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            text=True,
+        )
 
     def write(self, file: str, text: str) -> None:
         """Writes a file; no two versions have one time, by which Python tells whether its bytecode is old."""
@@ -161,18 +172,20 @@ class Copy:
 
     def ask(self, tests: list[str], timeout: float) -> tuple[int | None, str]:
         """Runs pytest until the first failure: its exit code (None where it was stopped), and its last line."""
-        paths = [str(self.path), os.environ.get("PYTHONPATH", "")]
-        own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-        try:
-            done = subprocess.run(
-                command, cwd=self.path, env={**os.environ, **own}, capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
+        assert self.nursery.stdin is not None and self.nursery.stdout is not None
+        request = {"tests": tests, "folder": str(self.path), "timeout": timeout}
+        self.nursery.stdin.write(json.dumps(request) + "\n")
+        self.nursery.stdin.flush()
+        found = json.loads(self.nursery.stdout.readline())
+        if found["code"] is None:
             return None, f"stopped after {timeout:g} s"
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = found["lines"]
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        return done.returncode, (failed or lines or [""])[-1][:200]
+        return found["code"], (failed or lines or [""])[-1][:200]
+
+    def close(self) -> None:
+        """Ends the process in which tests run."""
+        self.nursery.communicate()
 
     def try_out(self, mutant: Mutant, timeout: float) -> Outcome:
         """Applies a mutant, asks its tests, and takes it back."""
@@ -219,7 +232,12 @@ def known(log: Path | None) -> dict[str, Outcome]:
 
 
 def run(
-    mutants: Iterable[Mutant], root: Path = ROOT, jobs: int = 1, timeout: float = TIMEOUT, log: Path | None = None
+    mutants: Iterable[Mutant],
+    root: Path = ROOT,
+    jobs: int = 1,
+    timeout: float = TIMEOUT,
+    log: Path | None = None,
+    imported: Sequence[str] = IMPORTED,
 ) -> Iterator[Outcome]:
     """Tries mutants.
 
@@ -229,6 +247,7 @@ def run(
         jobs: how many at once, each in a copy of its own.
         timeout: seconds for each of a mutant's tests.
         log: where outcomes are added, and taken from where nothing has changed since.
+        imported: what is imported once for all tests.
 
     Yields:
         Outcomes as they come.
@@ -247,9 +266,9 @@ def run(
 
     def work(place: Path) -> None:
         try:
-            copy = Copy(root, place)
-            while True:
-                done.put(copy.try_out(todo.get_nowait(), timeout))
+            with closing(Copy(root, place, imported)) as copy:
+                while True:
+                    done.put(copy.try_out(todo.get_nowait(), timeout))
         except queue.Empty:
             return
         except BaseException as problem:
@@ -268,11 +287,15 @@ def run(
             yield outcome
 
 
-def controls(mutants: Iterable[Mutant], root: Path = ROOT, timeout: float = TIMEOUT) -> Iterator[Outcome]:
+def controls(
+    mutants: Iterable[Mutant], root: Path = ROOT, timeout: float = TIMEOUT, imported: Sequence[str] = IMPORTED
+) -> Iterator[Outcome]:
     """Asks every test that some mutant names without one."""
     asked = {shlex.join(tests): tests for mutant in mutants for tests in mutant.tests}
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Copy(root, Path(folder) / "tree")
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        closing(Copy(root, Path(folder) / "tree", imported)) as copy,
+    ):
         for tests in asked.values():
             yield copy.control(tests, timeout)
 
@@ -300,7 +323,10 @@ def main(given: list[str] | None = None) -> int:
             asked = "; ".join(map(shlex.join, row.tests)) or f"equivalent: {row.equivalent}"
             print(f"{row.name:48} {row.file:32} {asked}")
         return 0
-    tried = controls(rows, ROOT, args.timeout) if args.control else run(rows, ROOT, args.jobs, args.timeout, args.log)
+    if args.control:
+        tried = controls(rows, ROOT, args.timeout, IMPORTED)
+    else:
+        tried = run(rows, ROOT, args.jobs, args.timeout, args.log, IMPORTED)
     found: list[Outcome] = []
     for outcome in tried:
         print(outcome, flush=True)
