@@ -146,18 +146,18 @@ class Scattered(Method):
 
 @dataclass(eq=False)
 class Watch(Method):
-    """Cuts nothing; notes sizes and keys."""
+    """Cuts nothing; notes sizes, keys, and the class token's key, which a picture has once."""
 
     stage: str = "projected"
     seen: list = field(default_factory=list, repr=False)
 
     def sites(self, layout):
-        return [Site(self.stage, needs=("keys@vision:-1",), scope="picture")]
+        return [Site(self.stage, needs=("keys@vision:-1", "protected_keys@vision:-1"), scope="picture")]
 
     def reduce(self, view):
-        keys = view.signal("keys@vision:-1")
+        keys, guard = view.signal("keys@vision:-1"), view.signal("protected_keys@vision:-1")
         size = torch.ones(keys.shape[:2]) if view.size is None else view.size
-        self.seen += [(view.tokens[i], size[i], keys[i]) for i in range(len(keys))]
+        self.seen += [(view.tokens[i], size[i], keys[i], guard[i]) for i in range(len(keys))]
 
 
 @pytest.mark.parametrize("merge", ["", "tome:r=2+"])
@@ -168,13 +168,13 @@ def test_views_know_the_slots_that_are_real(merge):
     batch = Batch.of("^3I5", "2I1I2", "^4I1")
     with torch.no_grad(), vlmtok.compress(llava(), methods):
         llava()(**batch.inputs())
-    features = torch.stack([tokens for tokens, _, _ in before.seen])
+    features = torch.stack([tokens for tokens, _, _, _ in before.seen])
     real = features[..., 0] > features[..., 0].median()
     assert len(behind.seen) == len(before.seen) == 4 and len(set(real.sum(1).tolist())) > 1
-    found = sorted((len(size), size.tolist(), keys.flatten().tolist()) for _, size, keys in behind.seen)
+    found = sorted((g.flatten().tolist(), size.tolist(), keys.flatten().tolist()) for _, size, keys, g in behind.seen)
     wanted = sorted(
-        (int(mine.sum()), size[mine].tolist(), keys[mine].flatten().tolist())
-        for mine, (_, size, keys) in zip(real, before.seen)
+        (g.flatten().tolist(), size[mine].tolist(), keys[mine].flatten().tolist())
+        for mine, (_, size, keys, g) in zip(real, before.seen)
     )
     assert found == wanted
     assert not merge or any(max(size) > 1 for _, size, _ in wanted)
