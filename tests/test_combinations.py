@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import models
 import pytest
@@ -113,6 +114,53 @@ def test_two_methods_insert_into_one_block(name, spec):
     assert_tower_equals_the_oracle(name, spec, 2)
 
 
+class Puts(vlmtok.Random):
+    """Puts in a patch of its own, then what became of it in the block before; cuts by what attention that one gives."""
+
+    def __init__(self, keep, place):
+        super().__init__(keep=keep)
+        self.place = place
+
+    def sites(self, layout):
+        return [
+            site
+            for layer in (0, 1, 2)
+            for site in (
+                Site("vision", layer, "start", ("inserted",)),
+                Site("vision", layer, "mid", ("protected_attention",)),
+            )
+        ]
+
+    def insert(self, view):
+        before = view.maybe("inserted")
+        return view.tokens[:, self.place : self.place + 1] * 2 if before is None else before
+
+    def reduce(self, view):
+        if view.site.point == "start":
+            return None
+        score = view.signal("protected_attention")[:, -1 - self.place].mean(1)
+        return Reduction(score.argsort(dim=1, descending=True, stable=True)[:, : self.count(view.counts)])
+
+
+@pytest.mark.parametrize("name", ["ViT 7 x 3", "EVA-02 5 x 3", "registers 3 x 7"])
+def test_two_methods_insert_tokens_that_differ(name):
+    """Each gets back what became of its own, block after block."""
+    assert_tower_equals_the_oracle(name, [Puts(0.9, 0), Puts(0.9, 1)], 4)
+
+
+class Late(vlmtok.ToMe):
+    """Merges from block 1 on."""
+
+    def sites(self, layout):
+        return [site for site in super().sites(layout) if site.layer >= 1]
+
+
+@pytest.mark.parametrize("name", ["ViT 7 x 3", "EVA-02 5 x 3"])
+def test_attention_is_proportional_from_the_first_method_that_wants_it(name):
+    """Sizes of a merge without it are there already, and count from the other method's first block on."""
+    assert_tower_equals_the_oracle(name, [vlmtok.ToMe(r=[4, 0, 0], prop_attn=False), Late(r=2)], 1)
+
+
 @given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=3), sized=st.booleans())
 def test_inserted_tokens_add_up(counts, sized):
     sequence = Sequence(Row(1, 4), 4, size=torch.full((2, 5), 3.0) if sized else None)
@@ -195,13 +243,28 @@ def test_logits_with_a_soft_cap_and_grouped_keys(seed, cap, groups, past):
         assert_equal(DECODER_SIGNALS["last_attention"](taps)[0, head], rows[-1, 1:3])
 
 
+def test_text_behind_all_tokens_gets_no_attention_and_costs_none():
+    """Nobody looks ahead: zeros, without a query made."""
+
+    def never(*_):
+        raise AssertionError("a query was made")
+
+    places = torch.arange(6)[None]
+    taps = DecoderTaps(never, never, 1.0, never, places, places[:, 1:4], places[:, 4:], mixed=False)
+    assert DECODER_SIGNALS["attention_to_text"](taps).tolist() == [[0.0, 0.0, 0.0]]
+    taps.mixed = True
+    with pytest.raises(AssertionError, match="query"):
+        DECODER_SIGNALS["attention_to_text"](taps)
+
+
 @pytest.mark.parametrize("inserted", [0, 2])
 @pytest.mark.parametrize("turned", [False, True])
-def test_received_attention_counts_sizes_rotations_and_insertions(turned, inserted):
+@pytest.mark.parametrize("own", [False, True], ids=["one bias", "a bias for each row"])
+def test_received_attention_counts_sizes_rotations_and_insertions(turned, inserted, own):
     """The mean over heads and all rows of the softmax with log sizes, behind the cuts of the block."""
     row = Row(1, 5, inserted)
     q, k = (torch.randn(2, 3, row.length, 4) for _ in range(2))
-    bias = torch.randint(1, 6, (2, 1, 1, row.length)).float().log()
+    bias = torch.randint(1, 6, (2, 1, row.length if own else 1, row.length)).float().log()
     angle = torch.rand(row.length, 4) + 0.5
     cut = Reduction(torch.tensor([[0, 2, 3], [4, 1, 0]]))
     again = Reduction(torch.tensor([[2, 0], [1, 2]]))
@@ -222,6 +285,9 @@ def test_received_attention_counts_sizes_rotations_and_insertions(turned, insert
     guards = torch.cat([rows[:, :, :1], rows[:, :, 6:]], 2)[..., 1:6].transpose(1, 2)
     left = cut.keep.gather(1, again.keep)[:, None, None].expand(-1, guards.shape[1], 3, -1)
     assert_equal(tower_signal("protected_attention", taps), guards.gather(3, left))
+    # Of the rows that are left, not of those that the block saw.
+    shorter = replace(taps, tokens=torch.randn(2, 3 + inserted, 12), left=Row(1, 2, inserted))
+    assert torch.equal(tower_signal("protected", shorter), shorter.tokens[:, [0, *range(3, 3 + inserted)]])
 
 
 # ---------------------------------------------------------------------- lists of methods

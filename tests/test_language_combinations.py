@@ -180,6 +180,40 @@ def test_views_know_the_slots_that_are_real(merge):
     assert not merge or any(max(size) > 1 for _, size, _ in wanted)
 
 
+@dataclass(eq=False)
+class Pairs(Method):
+    """Token i + n / 2 joins token i; pairs whose first one is not above the median are no slots."""
+
+    valid: list = field(default_factory=list, repr=False)
+
+    def sites(self, layout):
+        return [Site("features")]
+
+    def reduce(self, view):
+        batch, n, _ = view.tokens.shape
+        keep, src = (torch.arange(n).expand(batch, n).split(n // 2, 1)[i] for i in (0, 1))
+        valid = view.tokens[:, : n // 2, 0] > view.tokens[:, : n // 2, 0].median()
+        self.valid.append(valid)
+        return Reduction(keep, src, keep, valid=valid)
+
+    def count(self, counts):
+        return None
+
+
+def test_traces_of_slots_that_are_not_real():
+    """Who joined a slot that is none is gone with it, at the tower's step and at the end."""
+    pairs, batch = Pairs(), Batch.of("^3I5", "2I1I2", "^4I1")
+    with torch.no_grad(), vlmtok.compress(llava(), pairs, trace=True) as run:
+        llava()(**batch.inputs())
+        trace = run.trace()
+    (valid,) = pairs.valid
+    assert len(trace) == len(valid) == 4 and len(set(valid.sum(1).tolist())) > 1
+    for picture, real in zip(trace.pictures, valid.tolist()):
+        wanted = [i if yes else -1 for i, yes in enumerate(real)]
+        assert picture.owner.tolist() == wanted * 2
+        assert picture.kept == sum(real)
+
+
 # ---------------------------------------------------------------------- three steps in one block, with gradients
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02", "open_clip CLIP", "HF CLIP vision"])
 @pytest.mark.parametrize("spec", ["tome:r=2+pitome:ratio=0.8+tome:r=1", "tome:r=1+crossget:guidance=cross:rv=2"])

@@ -133,6 +133,14 @@ def test_rows_are_spread_behind_the_last_block_that_is_used():
     assert layers == [197 - 8 * i for i in range(12)]
 
 
+@pytest.mark.parametrize("crops", [1, 2, 5])
+def test_crops_bring_their_tokens(crops):
+    shape = shape_of("llava-next-7b")
+    layers = estimate(shape, "fastv", crops=crops).layers
+    tower, language = ([layer for layer in layers if layer.stage == stage] for stage in ("vision", "decoder"))
+    assert language[0].before - 64 == shape.visual * crops // shape.crops == crops * (tower[0].before - 1)
+
+
 # ---------------------------------------------------------------------- passes that ran several times
 def test_steps_of_equal_passes_are_added_up():
     block = BlockShape.of(4, 8, 2)

@@ -269,6 +269,19 @@ def test_a_grid_is_one_while_all_its_tokens_are_there():
     assert rows.groups("picture")[0].grid is None
 
 
+def test_tokens_that_are_appended_are_no_pictures():
+    """They are read, never cut, also where counts are read off the labels; then they are gone again."""
+    rows = drawn_rows(torch.Generator().manual_seed(2), False, True)
+    before = [(p.n, rows.lengths[p.row]) for p in rows.pictures]
+    rows.append(2)
+    for picture in rows.pictures:
+        picture.n = None
+    assert [(rows.count(p), rows.lengths[p.row] - 2) for p in rows.pictures] == before
+    assert all(int(group.columns.max()) < rows.length - 2 for group in rows.groups("sample"))
+    rows.discard(2)
+    assert [(rows.count(p), rows.lengths[p.row]) for p in rows.pictures] == before
+
+
 # ---------------------------------------------------------------------- notes and states
 def test_what_was_written_for_some_rows_is_not_known_of_others():
     rows = drawn_rows(torch.Generator().manual_seed(1), False, False)
