@@ -176,7 +176,10 @@ class Copy:
         request = {"tests": tests, "folder": str(self.path), "timeout": timeout}
         self.nursery.stdin.write(json.dumps(request) + "\n")
         self.nursery.stdin.flush()
-        found = json.loads(self.nursery.stdout.readline())
+        line = self.nursery.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that runs tests ended with exit code {self.nursery.wait()}")
+        found = json.loads(line)
         if found["code"] is None:
             return None, f"stopped after {timeout:g} s"
         lines = found["lines"]
