@@ -201,7 +201,7 @@ class Pairs(Method):
 
 
 def test_traces_of_slots_that_are_not_real():
-    """Who joined a slot that is none is gone with it, at the tower's step and at the end."""
+    """Who joined a slot that is none is gone with it."""
     pairs, batch = Pairs(), Batch.of("^3I5", "2I1I2", "^4I1")
     with torch.no_grad(), vlmtok.compress(llava(), pairs, trace=True) as run:
         llava()(**batch.inputs())
