@@ -1,6 +1,6 @@
 """Seeded one-line faults ("mutants") of the package, each of which some test must find: ``tools/mutants/*.txt``.
 
-    python tools/mutants.py                          # all of them; exit code 1 if one lives
+    python tools/mutants.py                          # all, a quarter of an hour on one core; exit code 1 if one lives
     python tools/mutants.py --list                   # names, files and the tests that are asked
     python tools/mutants.py --file vlmtok/rows.py    # those of one file; --only NAME for one
     python tools/mutants.py --log mutants.jsonl      # writes what is found, and goes on from there the next time
