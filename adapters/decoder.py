@@ -378,7 +378,7 @@ class Decoder:
             hidden, moved = self.sites.visit(call, entry, hidden, derive, renumber_by_default=False)
             if moved is not None:
                 taken = True
-                taps.follow(hidden, moved)
+                taps.follow(hidden, moved, call.lowered is not lowered)
                 call.since = moved.source if call.since is None else call.since.gather(1, moved.source)
                 call.gathered.clear()
         call.taps.pop(layer - 1, None)

@@ -167,7 +167,7 @@ class Segments:
         part, kind = call.segments[segment.first], self.kinds[layer]
         if part.rotary is not None:
             if kind not in part.rotary:
-                part.rotary[kind] = self._turn(call, segment, kind, hidden)
+                part.rotary[kind] = self.turn(call, segment, layer, hidden)
             return last_of(part.rotary[kind], hidden.shape[1])
         if call.since is None or given is None:
             return given
@@ -179,11 +179,18 @@ class Segments:
             call.gathered[key] = (given, gather_rotary(given, call.since))
         return call.gathered[key][1]
 
-    def _turn(self, call: Call, segment: Segment, kind: str, hidden: Tensor) -> Any:
-        """Position embeddings at positions that a cut renumbered."""
+    def turn(self, call: Call, segment: Segment, layer: int, hidden: Tensor) -> Any:
+        """Position embeddings of a layer at positions that a cut renumbered.
+
+        Args:
+            call: this call.
+            segment: whose rows.
+            layer: the layer.
+            hidden: `[B, L, C]`, its input.
+        """
         positions = _positions(call, segment)
         rotary = self.lm().rotary_emb
-        return rotary(hidden, positions, kind) if self.typed else rotary(hidden, positions)
+        return rotary(hidden, positions, self.kinds[layer]) if self.typed else rotary(hidden, positions)
 
 
 def _positions(call: Call, segment: Segment) -> Tensor:

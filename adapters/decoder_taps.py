@@ -52,10 +52,18 @@ class LayerTaps:
         self.mask = mask
         self.past = past
         self.back: list[Tensor] = []
+        self.turned = False
 
-    def follow(self, hidden: Tensor, moved: Moved) -> None:
-        """A method cut the rows here; the next one at this boundary sees what is left."""
+    def follow(self, hidden: Tensor, moved: Moved, turned: bool) -> None:
+        """A method cut the rows here; the next one at this boundary sees what is left.
+
+        Args:
+            hidden: `[B, L, C]`, the rows that are left.
+            moved: how their columns moved.
+            turned: whether positions were renumbered here, so that the layer to come turns by others.
+        """
         self.hidden = hidden.detach()
+        self.turned = self.turned or turned
         self.rotary = gather_rotary(self.rotary, moved.source)
         self.mask = None
         self.back.append(moved.source)
@@ -74,7 +82,10 @@ class LayerTaps:
     def ahead(self, group: Group) -> DecoderTaps:
         """Taps of the layer to come, from its own norm and projections."""
         form = attention_form(self.module)
-        return self._taps(group, self.layer, form, None, self.rotary, self.mask, None, ahead=True)
+        rotary = self.rotary
+        if self.turned and form is not None:
+            rotary = self.decoder.segments.turn(self.call, self.past, self.layer, self.hidden)
+        return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
 
     @staticmethod
     def _form(block: Any) -> AttentionForm:

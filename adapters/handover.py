@@ -299,8 +299,6 @@ class Projector:
         for picture in pictures:
             if picture.row // repeat != sample:
                 base += sum(1 for p in pictures if p.row == sample * repeat)
-                for skipped in range(sample + 1, picture.row // repeat):
-                    base += sum(1 for p in pictures if p.row == skipped * repeat)
                 sample = picture.row // repeat
             picture.tower = base + picture.index
 

@@ -113,6 +113,27 @@ def test_128_tokens_are_told_apart():
     assert budget(FastV(), LLAVA, layer_average_tokens=171).keep == 0.25
 
 
+@pytest.mark.parametrize("method", [FastV(), FastV(keep=5), DivPrune()], ids=str)
+def test_one_is_a_token_and_one_point_zero_is_all(method):
+    one, every = budget(method, LLAVA, tokens=1), budget(method, LLAVA, tokens=1.0)
+    assert (one.budget.asked, one.budget.reached) == (1, 1) and (every.budget.asked, every.budget.reached) == (576, 576)
+    assert budget(method, LLAVA, tokens=2).budget.reached == 2
+
+
+class _Narrow(DivPrune):
+    """Knows levels in the middle alone."""
+
+    def at_level(self, level, layout, tokens):
+        if not 0.3 <= level <= 0.8:
+            raise ParameterError(f"no level {level}")
+        return super().at_level(level, layout, tokens)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.75])
+def test_levels_that_a_method_refuses_are_too_strong_or_too_weak(share):
+    assert budget(_Narrow(), LLAVA, tokens=share).keep == pytest.approx(share, abs=0.01)
+
+
 def test_a_count_stays_a_count_and_a_share_a_share():
     assert budget(FastV(keep=5), LLAVA, tokens=128).keep == 128
     assert isinstance(budget(FastV(keep=0.5), LLAVA, tokens=128).keep, float)

@@ -264,3 +264,20 @@ def test_the_last_recorded_state_is_the_last_hidden_state() -> None:
             found = model.model(**given, output_hidden_states=True)
         rows = range(len(last))
         assert torch.equal(found.last_hidden_state[rows, last], found.hidden_states[-1][rows, last])
+
+
+@pytest.mark.parametrize(
+    "cuts", ["divprune:keep=0.6+fastv:K=2:keep=0.5", "divprune:keep=0.6+fastv:K=1:keep=6+todre:keep=0.9:tau=0.5"]
+)
+def test_recorded_states_behind_several_cuts(cuts: str) -> None:
+    """Each has a row for every token, and behind the last picture those that its own layer gave."""
+    model, given = models.llava(depth=5), models.Batch.of("^3I5", "2I1I4").inputs()
+    columns, raw = given["input_ids"].shape[1], []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(lambda module, args, out: raw.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad(), vlmtok.compress(model, cuts):
+        found = model(**given, output_hidden_states=True).hidden_states
+    assert len(found) == 6 and len({one.shape[1] for one in raw}) >= 2
+    assert all(one.shape[1] == columns for one in found)
+    for index, one in enumerate(raw[:-1]):  # the last one stands behind the norm
+        assert torch.equal(found[index + 1][:, -4:], one[:, -4:]), f"layer {index}"

@@ -826,8 +826,44 @@ def test_full_ids_on_a_returned_cache_are_refused(cut):
     "cut", ["boundary renumbered", "boundary kept", "decoder kept", "decoder renumbered", "decoder twice"]
 )
 def test_a_second_turn_with_a_new_picture(cut):
-    model, batch, methods = llava(), Batch.of("^3I5"), CUTS[cut]
-    more = Batch.of("2I4", seed=7)
+    assert_two_turns_equal_the_oracle(CUTS[cut], Batch.of("^3I5"), Batch.of("2I4", seed=7))
+
+
+class Bright(Top):
+    """As `Top`, for pictures whose tokens are above 0 in the first channel; others keep all."""
+
+    def reduce(self, view):
+        assert len(view.tokens) == 1
+        return super().reduce(view) if view.tokens[:, :, 0].mean() > 0 else None
+
+
+CUT_LATER = {
+    "kept": [Top(6), Bright(3, "decoder", 1)],
+    "renumbered": [Top(6), Bright(3, "decoder", 1, positions="renumber")],
+    "between two": [Top(6), Bright(4, "decoder", 1, positions="renumber"), Top(3, "decoder", 4)],
+    "between two, renumbered": [
+        Top(6),
+        Bright(4, "decoder", 1, positions="renumber"),
+        Top(3, "decoder", 4, positions="renumber"),
+    ],
+}
+
+
+@pytest.mark.parametrize("cut", CUT_LATER)
+def test_a_second_turn_is_the_first_that_cuts_inside(cut):
+    """Layers that part from the others in the second turn go on from the positions of the first."""
+    assert_two_turns_equal_the_oracle(CUT_LATER[cut], Batch.of("^3I5"), Batch.of("2I4", seed=2))
+    with torch.no_grad(), vlmtok.compress(llava(), CUT_LATER[cut]) as run:
+        left = []
+        for batch in (Batch.of("^3I5"), Batch.of("2I4", seed=2)):
+            llava()(**batch.inputs())
+            left.append([layer.visual.high for layer in run.report().layers if layer.stage == "decoder"][1])
+    assert left[0] == 6 and left[1] < 6
+
+
+def assert_two_turns_equal_the_oracle(methods, batch, more):
+    """A prompt, its answer, a second prompt with pictures of its own that ends in four words, and one token more."""
+    model = llava()
     with torch.no_grad(), vlmtok.compress(model, methods) as run:
         one = first_turn(model, batch)
         fresh = torch.cat([one.sequences[:, -1:], more.rows[0][None]], 1)
@@ -958,6 +994,11 @@ def test_caches_of_others_are_refused():
             cache.batch_repeat_interleave(2)
             with pytest.raises(CacheError, match=r"1 rows.*2"):
                 model(input_ids=models.prompt("3").expand(2, -1), **with_cache(model, cache))
+            two = Batch.of("^3I5", "^3I5", seed=2)
+            cache = cache_of(model(**two.inputs(), use_cache=True))
+            cache.batch_select_indices(torch.tensor([1]))
+            with pytest.raises(CacheError, match=r"2 rows.*1"):
+                model(**more, **with_cache(model, cache))
 
 
 def test_a_cache_that_was_reset_starts_anew():

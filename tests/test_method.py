@@ -451,6 +451,15 @@ def test_a_reduction_by_hand():
     assert_same(Reduction(KEEP).apply(x)[1], torch.ones(1, 3))
 
 
+def test_the_first_entry_that_names_a_token_owns_it():
+    """With weights a token may occur several times; a kept one of an invalid slot may join another one."""
+    keep, src, dst = torch.tensor([[0, 2]]), torch.tensor([[1, 3, 1, 3]]), torch.tensor([[-1, 1, 0, 0]])
+    assert Reduction(keep, src, dst, torch.ones(1, 2), torch.ones(1, 4)).assignment(5).tolist() == [[0, 0, 1, 1, -1]]
+    ragged = Reduction(keep, torch.tensor([[2]]), torch.tensor([[0]]), valid=torch.tensor([[True, False]]))
+    assert ragged.assignment(3).tolist() == [[0, -1, 0]]
+    assert ragged.apply(torch.ones(1, 3, 1), torch.tensor([[1.0, 2.0, 4.0]]))[1].tolist() == [[5.0, 0.0]]
+
+
 def test_features_may_keep_protected_tokens():
     x, cls = torch.tensor([[[1.0], [3.0], [5.0]]]), torch.tensor([[[9.0]]])
     slots, sizes = Reduction(torch.tensor([[3, 1]])).apply(x, None, cls)
@@ -512,6 +521,7 @@ def test_a_view_in_one_line():
     assert (view.site, view.layer, view.num_prefix, view.entered, view.size) == (Site("vision", 0), 0, 0, 6, None)
     assert view.counts == Counts(Site("vision", 0), 6, 6)
     assert view.part.tolist() == [[0] * 6] * 2
+    assert TokenView(x, entered=9).counts.entered == 9, "a view behind a cut"
     assert TokenView(x, num_prefix=1).columns.tolist() == [[1, 2, 3, 4, 5, 6]] * 2
     assert vlmtok.ToMe(r=2).reduce(TokenView(x, size=torch.ones(2, 6), num_prefix=1, signals={"keys": x})).slots == 4
     pitome = vlmtok.PiToMe(ratio=0.5, margin=0.75)

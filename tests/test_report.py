@@ -90,6 +90,7 @@ MORE = {
     "PiToMe DeiT": lambda: PiToMe.preset("deit", ratio=0.8),
     "CrossGET": lambda: CrossGET(rv=3),
     "CrossGET inserted": lambda: CrossGET.preset("clip", rv=3, rl=None),
+    "CrossGET attention": lambda: CrossGET(rv=3, guidance="attention"),
     "TCA": lambda: TCA(ratio=0.7, layers=(1, 2, 3)),
     "Random": lambda: Random(stage="vision"),
     "three": lambda: [ToMe(r=[2, 2]), Random(keep=0.5, stage="vision", layer=2), PiToMe(ratio=[1.0, 0.9, 0.9, 0.9])],
@@ -293,6 +294,23 @@ def test_a_prompt_without_pictures_has_no_tower_pass_in_its_report():
         _generate(model, 2, ("^3I4",))()
     assert [line.name for line in report.lines] == ["prefill", "signals", "method"]
     assert report.line("prefill").before == report.line("prefill").after.low
+    # A tower that ran by itself before is no part of it either.
+    with torch.no_grad(), vlmtok.compress(model, FastV()) as run:
+        model.model.get_image_features(models.Batch.of("^3I4").inputs()["pixel_values"])
+        _generate(model, 2, ("6",))()
+        assert [line.name for line in run.report().lines] == ["prefill", "signals", "method"]
+        _generate(model, 2, ("^3I4",))()
+
+
+def test_sites_of_all_passes_show_the_last_one():
+    model = _model("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, FastV(keep=4)) as run:
+        _generate(model, 2, ("^3I4",))()
+        (first,) = run.report(total=True).sites
+        _generate(model, 2, ("^2I8",))()
+        (last,) = run.report(total=True).sites
+    assert (first.before, first.after.high, first.visits) == (24, 12, 1)
+    assert (last.before, last.after.high, last.visits) == (27, 15, 2)
 
 
 def test_a_compression_that_never_fired_says_so():

@@ -297,7 +297,7 @@ def noise(tower, count, seed):
 
 def assert_tower_equals_the_oracle(name, spec, seed):
     tower, model = tower_of(name)
-    pictures, methods = noise(tower, 3, seed), vlmtok.parse_methods(spec)
+    pictures, methods = noise(tower, 3, seed), vlmtok.parse_methods(spec) if isinstance(spec, str) else spec
     with torch.no_grad():
         with vlmtok.compress(model, methods) as run:
             head, tokens = tower.run(model, pictures), tower.tokens(model, pictures)

@@ -334,7 +334,7 @@ class HostRows:
             if not n:
                 continue
             first, last = members[0], members[-1]
-            key = (n, first.after if by_text else None, entered if scope != "part" else 0)
+            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0)
             mixed = first.after != last.after_last
             if key in found:
                 found[key].units.append(unit)

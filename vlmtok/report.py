@@ -562,7 +562,7 @@ def _sites(attachment: Attachment, plans: Sequence[Sequence[StageRun]], source: 
         ends = []
         for runs in plans:
             events = [e for run in runs for e in run.events if (e.stage, e.layer, e.point, e.method) == key]
-            ends += [(events[0].before, events[-1].after)] if events else []
+            ends += [(events[-1].before, events[-1].after)] if events else []
         visits = attachment.ledger.fired.get(key, 0) if source != "estimate" else len(ends[:1])
         after = Span(min(end[1] for end in ends), max(end[1] for end in ends)) if ends else None
         yield SiteLine(site, str(entry.method), visits, ends[-1][0] if ends else None, after)

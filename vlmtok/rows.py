@@ -240,7 +240,7 @@ class Rows:
                 n,
                 text if by_text else None,
                 self.lengths[unit[0]] if by_length else None,
-                sum(p.entered for p in members) if scope != "part" else 0,
+                sum(p.entered for p in members) if unit[2] < 0 else 0,
                 _grid(members, n, unit[2]),
             )
             found.setdefault(key, []).append((unit, members, n))
@@ -284,7 +284,7 @@ class Rows:
             rows[0][1][0].text_after,
             self.lengths[units[0][0]],
             any(members[0].text_after != members[-1].text_after_last for _, members, _ in rows),
-            sum(p.entered for p in rows[0][1]) if scope != "part" else n,
+            sum(p.entered for p in rows[0][1]) if units[0][2] < 0 else n,
             _grid(rows[0][1], n, units[0][2]),
         )
 

@@ -248,7 +248,7 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         slot = torch.arange(len(columns))
         steps: list[tuple[Site, Tensor]] = []
         if before is not None and sources is not None:
-            slot = torch.arange(len(columns)) if tower.spread else sources[picture.tower]
+            slot = sources[picture.tower]
             if handover.valid is not None:
                 real = handover.valid[picture.tower].cpu()
                 slot = torch.where((slot >= 0) & real[slot.clamp(min=0)], slot, -1)

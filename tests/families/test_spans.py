@@ -3,12 +3,16 @@
 Tokens identify themselves: a view row is found by its embeddings, so that nothing here trusts the library's columns.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from vlmtok.adapters.spans import PARTS
+from vlmtok.adapters.spans import Look as Shown
 
 import vlmtok
+from vlmtok import Method, Site
+from vlmtok.rows import Picture
 
 from .build import FAMILIES, PINPOINTS, llava_onevision, shared
 from .harness import batch, generate
@@ -209,3 +213,47 @@ def test_frames_of_one_run(name, frames):
         generate(model, family.collect(prompt).inputs(), 1)
     (one,) = look.seen
     assert one.part.tolist() == [frame for frame in range(FIRST_FRAME, FIRST_FRAME + frames) for _ in range(6)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (2, 3), (3, 2)])
+def test_rows_of_one_picture_with_separators_between_them(rows, columns):
+    """Rows down, columns across: no square tells them apart."""
+    places = [2 + row * (columns + 1) + column for row in range(rows) for column in range(columns)]
+    picture = Picture(0, 0, places)
+    x = torch.zeros(1, places[-1] + 2, 4)
+    assert PARTS["rows"](Shown([picture], x, torch.arange(x.shape[1])[None], None, None, None)) is None
+    assert picture.grid == (rows, columns)
+
+
+@dataclass(eq=False)
+class Reads(Method):
+    """Cuts nothing and notes the text behind the first token of a row's pictures."""
+
+    seen: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+    def sites(self, layout):
+        return [Site("projected", needs=("text",), scope="sample")]
+
+    def reduce(self, view):
+        self.seen += [view.signal("text")[row] for row in range(len(view.tokens))]
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava", "smolvlm"])
+def test_text_inside_a_picture_stands_behind_its_first_token(name):
+    """Separators of rows are text: they count with what follows, in the order of the prompt."""
+    model, reads, given = shared(name), Reads(), batch(name).inputs()
+    with torch.no_grad(), vlmtok.compress(model, reads):
+        model(**given)
+    table = model.get_input_embeddings().weight
+    wanted = []
+    for ids, real in zip(given["input_ids"], given["attention_mask"].bool()):
+        shown = ids == model.config.image_token_id
+        if shown.any():
+            behind = torch.arange(len(ids)) > int(shown.nonzero()[0, 0])
+            wanted.append(table[ids[behind & real & ~shown]])
+    assert len(reads.seen) == len(wanted) > 1
+    for one in wanted:
+        assert any(one.shape == other.shape and torch.allclose(one, other) for other in reads.seen)
+    if name == "mistral3":
+        inside = (given["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0].diff()
+        assert (inside > 1).any(), "no text stands inside the picture"
