@@ -202,8 +202,8 @@ class Decoder:
         check_call(mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
-        check_positions(hosts.POSITIONS, own_positions, columns)
         positions = own_positions if stream is None or incoming.placed else None
+        check_positions(hosts.POSITIONS, positions, columns)
         if positions is not None and positions.shape[-2] != batch:
             positions = positions.expand(*positions.shape[:-2], batch, -1)
         if stream is not None:
