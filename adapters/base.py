@@ -156,6 +156,9 @@ class Adapter:
         """Places the hooks that the attachment's entries need."""
         raise NotImplementedError
 
+    def check_alone(self) -> None:
+        """Raises `UnsupportedModel` where the model is part of another one that must be compressed instead."""
+
     def account(self) -> Any:
         """The model's shape as counts and widths (see `vlmtok.flops`)."""
         raise NotImplementedError

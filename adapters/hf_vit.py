@@ -224,11 +224,7 @@ class HFVision(Adapter):
         ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
     )
 
-    def __init__(self, model: Host) -> None:
-        super().__init__(model)
-        self._refuse_part()
-
-    def _refuse_part(self) -> None:
+    def check_alone(self) -> None:
         """Refuses a tower that a language model reads by the number of its placeholders.
 
         Raises:

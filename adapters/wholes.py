@@ -12,7 +12,8 @@ from torch import nn
 def parents(part: nn.Module) -> Iterator[nn.Module]:
     """Modules that hold a module as a child of theirs, by what the garbage collector knows of references."""
     for table in gc.get_referrers(part):
-        if not isinstance(table, dict) or not any(value is part for value in table.values()):
+        # Each look at referrers goes through all objects of the process, so tables of other things are left out first.
+        if not isinstance(table, dict) or not all(v is None or isinstance(v, nn.Module) for v in table.values()):
             continue
         for owner in gc.get_referrers(table):
             # The attributes of an object may lie in a dict of their own.

@@ -64,6 +64,7 @@ def compress(
         raise ParameterError(f"compress() takes signals as functions of the view by name, got signals={signals!r}")
     with _reading(model):
         carrier = adapter_for(model, adapter)
+        carrier.check_alone()
     sweep(carrier.model)
     dispatcher = _dispatcher(carrier.model) or Dispatcher(carrier.model, adapter)
     part = dispatcher.model()
