@@ -33,9 +33,9 @@ from tiny_llava.evaluate import Checkpoint, score
 from tiny_llava.scenes import QUESTION_TYPES, exam
 
 import vlmtok
-from vlmtok.budget import budget, measure
 from vlmtok.errors import VlmtokError
-from vlmtok.estimate import estimate
+from vlmtok.forecast.budget import budget, measure
+from vlmtok.forecast.estimate import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "vlmtok" / "data" / "tiny-llava"

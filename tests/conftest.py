@@ -6,12 +6,11 @@ import logging
 import random
 import sys
 
-import lane
 import numpy as np
 import pytest
-import since
 import torch
 from hypothesis import HealthCheck, settings
+from support import lane, since
 from vlmtok.adapters.host_faults import fault_of
 
 from vlmtok.errors import InternalError, UnsupportedModel
@@ -29,7 +28,7 @@ settings.load_profile("vlmtok")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--lane", action="store_true", help="run the contract subset alone (tests/lane.py)")
+    parser.addoption("--lane", action="store_true", help="run the contract subset alone (tests/support/lane.py)")
 
 
 def pytest_ignore_collect(collection_path, config):

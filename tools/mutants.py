@@ -2,7 +2,7 @@
 
     python tools/mutants.py                          # all, a quarter of an hour on one core; exit code 1 if one lives
     python tools/mutants.py --list                   # names, files and the tests that are asked
-    python tools/mutants.py --file vlmtok/rows.py    # those of one file; --only NAME for one
+    python tools/mutants.py --file vlmtok/core/rows.py    # those of one file; --only NAME for one
     python tools/mutants.py --log mutants.jsonl      # writes what is found, and goes on from there the next time
     python tools/mutants.py --control                # the same tests without a mutant, which all must pass
 
@@ -14,10 +14,10 @@ where the fragment is not in the file exactly once, the result does not compile,
 A row of a table:
 
     name-of-the-mutant
-      file vlmtok/rows.py
+      file vlmtok/core/rows.py
       - the fragment as it is
       + what it becomes
-      test tests/test_rows.py -k "words of pytest"
+      test tests/core/test_rows.py -k "words of pytest"
       equivalent why nothing can be seen (instead of a test)
 """
 

@@ -1,81 +1,103 @@
 """vlmtok: prune and merge the visual tokens of vision-language models that already exist.
 
 ``import vlmtok`` imports torch and nothing else: timm, open_clip, transformers and triton come in when a model or a
-kernel needs them.
+kernel needs them. What is public is a table in `surface`; everything else may move.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from types import ModuleType
-from typing import Any
-
-__version__ = "0.1.0"
+import os as _os
+import sys as _sys
+from typing import TYPE_CHECKING
 
 # An uninstalled checkout keeps the adapters beside the package; setuptools maps them into it on installation.
-_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if not os.path.isdir(os.path.join(os.path.dirname(__file__), "adapters")) and os.path.isfile(
-    os.path.join(_root, "adapters", "base.py")
+_root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "adapters")) and _os.path.isfile(
+    _os.path.join(_root, "adapters", "base.py")
 ):
     __path__.append(_root)
 
-_HOME = {
-    "Compression": "compression",
-    "Counts": "method",
-    "Layout": "method",
-    "Method": "method",
-    "Reduction": "reduction",
-    "Site": "method",
-    "StageLayout": "method",
-    "TokenView": "view",
-    "budget": "budget",
-    "compress": "compression",
-    "create_method": "method",
-    "estimate": "estimate",
-    "keep_count": "method",
-    "list_methods": "method",
-    "method_class": "method",
-    "parse_methods": "method",
-    "register_method": "method",
-    "remove": "compression",
-    "zero_shot": "zero_shot",
-}
-_MODULES = ("errors", "flops", "kernels", "signals", "viz")
+if TYPE_CHECKING:
+    from . import adapters as adapters
+    from . import errors as errors
+    from . import kernels as kernels
+    from . import lab as lab
+    from . import loading as loading
+    from .compression import Compression as Compression
+    from .compression import compress as compress
+    from .compression import remove as remove
+    from .core.method import Method as Method
+    from .core.reduction import Reduction as Reduction
+    from .core.registry import create_method as create_method
+    from .core.registry import list_methods as list_methods
+    from .core.registry import method_class as method_class
+    from .core.registry import register_method as register_method
+    from .core.settings import keep_count as keep_count
+    from .core.site import Counts as Counts
+    from .core.site import Layout as Layout
+    from .core.site import Site as Site
+    from .core.site import StageLayout as StageLayout
+    from .core.spec import parse_methods as parse_methods
+    from .core.trace import Trace as Trace
+    from .core.view import TokenView as TokenView
+    from .cost.report import Report as Report
+    from .forecast.budget import budget as budget
+    from .forecast.estimate import estimate as estimate
+    from .lab.compare import compare as compare
+    from .lab.comparison import Comparison as Comparison
+    from .lab.overlay import overlay as overlay
+    from .lab.zero_shot import zero_shot as zero_shot
+    from .loading import load as load
+    from .mergers.aim import AIM as AIM
+    from .mergers.averagepool import AveragePool as AveragePool
+    from .mergers.crossget import CrossGET as CrossGET
+    from .mergers.pitome import PiToMe as PiToMe
+    from .mergers.prumerge import PruMerge as PruMerge
+    from .mergers.sparsevlm import SparseVLM as SparseVLM
+    from .mergers.tca import TCA as TCA
+    from .mergers.tome import ToMe as ToMe
+    from .mergers.visionzip import VisionZip as VisionZip
+    from .pruners.cdpruner import CDPruner as CDPruner
+    from .pruners.divprune import DivPrune as DivPrune
+    from .pruners.fastv import FastV as FastV
+    from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
+    from .pruners.random import Random as Random
+    from .pruners.scope import SCOPE as SCOPE
+    from .pruners.todre import ToDRE as ToDRE
+    from .pruners.transprune import TransPrune as TransPrune
+    from .version import __version__ as __version__
+else:  # what type checkers do not see: the same names, on first use
+    import importlib as _importlib
 
+    from . import moved as _moved
+    from .surface import HOME as _HOME
+    from .version import __version__  # noqa: F401
 
-class _Package(ModuleType):
-    """A function wins over the module of its name (`estimate`, `budget`), also when that is imported later."""
+    _sys.meta_path.insert(0, _moved.Finder())  # before folders of an older checkout
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and _HOME.get(name) == name):
-            super().__setattr__(name, value)
+    def _method_classes() -> dict:
+        from .core.registry import list_methods, method_class
 
+        return {method_class(name).__name__: method_class(name) for name in list_methods()}
 
-sys.modules[__name__].__class__ = _Package
+    def __getattr__(name: str) -> object:
+        if name == "__all__":
+            return __dir__()
+        if name in _HOME:
+            module = _importlib.import_module(f".{_HOME[name]}", __name__)
+            value = module if _HOME[name] == name else getattr(module, name)
+        elif name in _moved.MODULES:
+            value = _importlib.import_module(f".{name}", __name__)
+        else:  # a class; a name in lower case may be asked for by the import system, which then looks for a file
+            classes = _method_classes() if name[:1].isupper() else {}
+            if name not in classes:
+                from .errors import hint
 
+                near = "" if name.startswith("_") else hint(name, [*_HOME, *classes])
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near}")
+            value = classes[name]
+        globals()[name] = value
+        return value
 
-def __getattr__(name: str) -> Any:
-    """Public names and every registered method, on first use."""
-    if name in _HOME:
-        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    elif name[:1].isupper():
-        from .method import list_methods, method_class
-
-        classes = {method_class(known).__name__: method_class(known) for known in list_methods()}
-        if name not in classes:
-            raise AttributeError(f"vlmtok has no {name!r}; methods: {', '.join(sorted(classes))}")
-        value = classes[name]
-    else:
-        raise AttributeError(f"module 'vlmtok' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    from .method import list_methods, method_class
-
-    return sorted({*globals(), *_HOME, *_MODULES, *(method_class(name).__name__ for name in list_methods())})
+    def __dir__() -> list[str]:
+        return sorted({*_HOME, "__version__", *_method_classes()})

@@ -271,7 +271,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    from . import __version__
+    from .version import __version__
 
     return {
         "device": device_name(device),

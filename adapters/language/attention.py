@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import forms
+from .. import forms
 
 _BEFORE = ("input_layernorm", "operator_norm")
 _AFTER = ("mlp", "feed_forward")

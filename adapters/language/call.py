@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UnsupportedModel
-from ..ledger import StageRun
-from ..method import Site
-from ..rows import Rows, Snapshot
-from ..stream import Stream
+from ...core.ledger import StageRun
+from ...core.rows import Rows, Snapshot
+from ...core.site import Site
+from ...core.stream import Stream
+from ...errors import UnsupportedModel
 
 HOST = -1
 """Key, among the states of `Rows`, of what hosts keep for each token."""

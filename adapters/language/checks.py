@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CacheError, UnsupportedModel
-from ..stream import Stream
-from . import host_objects, hosts
-from .base import VLMSpec
-from .decoder_call import Call
+from ...core.stream import Stream
+from ...errors import CacheError, UnsupportedModel
+from .. import host_objects, hosts
+from .call import Call
+from .spec import VLMSpec
 
 KNOWN = (hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.IDS)
 """Arguments of any text model with one entry for each token."""

@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..attachment import Attachment, Entry, PerThread, replaying, weak
-from ..errors import CacheError, UnsupportedModel
-from ..ledger import StageRun
-from ..method import StageLayout, layer_of
-from ..rows import Picture
-from ..signals import DECODER_SIGNALS
-from ..stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
-from . import host_objects, hosts
-from .base import VLMSpec, child
-from .decoder_attention import attention_form
-from .decoder_call import BLOCKS, Call, DecoderRun, deepstack, flat, top
-from .decoder_checks import (
+from ... import kernels
+from ...core.attachment import Attachment, Entry
+from ...core.hooks import replaying, weak
+from ...core.ledger import StageRun
+from ...core.rows import Picture
+from ...core.signals import DECODER_SIGNALS
+from ...core.site import StageLayout, layer_of
+from ...core.stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
+from ...core.threads import PerThread
+from ...errors import CacheError, UnsupportedModel
+from .. import host_objects, hosts
+from ..base import child
+from ..hosts import Arguments, Role
+from .attention import attention_form
+from .call import BLOCKS, Call, DecoderRun, deepstack, flat, top
+from .checks import (
     check_call,
     check_checkpointing,
     check_hidden,
@@ -34,14 +37,14 @@ from .decoder_checks import (
     packed,
     unknown_argument,
 )
-from .decoder_intake import Intake
-from .decoder_segments import Segments, begin_segment, end_call
-from .decoder_sites import BY_LENGTH, BY_TEXT, Sites
-from .decoder_taps import LayerTaps
 from .handover import Projector
-from .hosts import Arguments, Role
+from .intake import Intake
 from .intake_checks import check_positions
 from .masks import RECURRENT, layer_kinds
+from .segments import Segments, begin_segment, end_call
+from .sites import BY_LENGTH, BY_TEXT, Sites
+from .spec import VLMSpec
+from .taps import LayerTaps
 
 
 class Decoder:
@@ -371,7 +374,9 @@ class Decoder:
         if above.first in call.segments:
             rotary = self.segments.rotary(call, above, layer, rotary, hidden)
             mask = None if fresh else self.segments.mask(call, above, layer, hidden)
-        taps = LayerTaps(self, call, layer, module, hidden, rotary, None if fresh else mask, past)
+        taps = LayerTaps(
+            self.lm, self.segments, self.running, call, layer, module, hidden, rotary, None if fresh else mask, past
+        )
         lowered, taken = call.lowered, False
         for entry in self.points[layer]:
             derive = taps.ahead if entry.site.point == "start" else taps.behind

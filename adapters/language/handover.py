@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, PerThread, replaying
-from ..errors import CacheError, PassError
-from ..ledger import Event, Group, StageRun
-from ..reduction import Reduction
-from ..rows import Picture, Rows
-from ..sequence import Row, Sequence
-from ..signals import Need
-from ..view import Signal, TokenView
-from . import hosts
-from .base import VLMSpec, child
-from .hosts import Arguments
+from ...core.attachment import Attachment, Entry
+from ...core.hooks import replaying
+from ...core.ledger import Event, Group, StageRun
+from ...core.reduction import Reduction
+from ...core.rows import Picture, Rows
+from ...core.sequence import Row, Sequence
+from ...core.signals import Need
+from ...core.threads import PerThread
+from ...core.view import Signal, TokenView
+from ...errors import CacheError, PassError
+from .. import hosts
+from ..base import child
+from ..hosts import Arguments
+from ..towers.vit_block import Tower
 from .packing import PROBE, Packing
 from .spans import IMAGE
-from .vit_block import Tower
+from .spec import VLMSpec
 
 ALIKE = 2e-3
 """How far features may lie from those that are known, as a share of their norm: what half precision rounds away."""

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, PerThread, replaying, weak
-from ..errors import CacheError, UnsupportedModel, VlmtokWarning
-from ..rows import HELD, PAD, TEXT, Picture, Rows
-from . import host_objects, hosts, shapes
-from .base import VLMSpec, child
-from .decoder_call import BLOCKS, HOST, Incoming, deepstack
+from ...core.attachment import Attachment
+from ...core.hooks import replaying, weak
+from ...core.rows import HELD, PAD, TEXT, Picture, Rows
+from ...core.threads import PerThread
+from ...errors import CacheError, UnsupportedModel, VlmtokWarning
+from .. import host_objects, hosts
+from ..base import child
+from ..hosts import Arguments, Role
+from . import shapes
+from .call import BLOCKS, HOST, Incoming, deepstack
 from .handover import Projector
-from .hosts import Arguments, Role
 from .intake_checks import check_encoded, check_tokens
 from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
+from .spec import VLMSpec
 
 
 @dataclass

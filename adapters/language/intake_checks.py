@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
-from .hosts import Role
+from ...errors import ParameterError
+from ..hosts import Role
 
 
 def check_tokens(

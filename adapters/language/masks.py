@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModel
-from . import host_objects, hosts
-from .base import BlockRule
-from .hosts import Role
+from ...errors import UnsupportedModel
+from .. import host_objects, hosts
+from ..hosts import Role
+from .spec import BlockRule
 
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
 """Layer types without a key for each token."""

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import PerThread, weak
-from ..errors import CacheError
-from ..rows import Picture, Rows
-from . import forms, hosts
-from .base import VLMSpec
-from .hosts import Role
+from ...core.hooks import weak
+from ...core.rows import Picture, Rows
+from ...core.threads import PerThread
+from ...errors import CacheError
+from .. import forms, hosts
+from ..hosts import Role
 from .intake_checks import check_counts, check_shapes
 from .spans import IMAGE, VIDEO, separators
+from .spec import VLMSpec
 
 PROBE = 8
 """Channels of the projector's output that are kept to know it again."""

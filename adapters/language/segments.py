@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModel
-from ..stream import Segment, Stream
-from . import hosts
-from .base import VLMSpec
-from .decoder_call import BLOCKS, HOST, Call, Incoming, SegmentCall
-from .decoder_taps import gather_rotary, last_of
-from .hosts import Role
+from ...core.stream import Segment, Stream
+from ...errors import UnsupportedModel
+from .. import hosts
+from ..hosts import Role
+from .call import BLOCKS, HOST, Call, Incoming, SegmentCall
 from .masks import block_ids, build_mask, check_mask
+from .rotary import gather_rotary, last_of
+from .spec import VLMSpec
 
 
 class Segments:

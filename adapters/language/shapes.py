@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Picture
-from . import hosts
-from .hosts import Role
+from ...core.rows import Picture
+from .. import hosts
+from ..hosts import Role
 from .intake_checks import check_shapes
 
 

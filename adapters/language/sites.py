@@ -10,16 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attachment import Attachment, Entry
-from ..ledger import Event
-from ..ledger import Group as Booked
-from ..method import layer_of
-from ..rows import Group, Moved, RowNotes, Rows, RowState
-from ..signals import DECODER_SIGNALS, DecoderTaps, Need
-from ..view import Signal, TokenView
-from .base import VLMSpec
-from .decoder_call import Call, top
+from ...core.attachment import Attachment, Entry
+from ...core.ledger import Event
+from ...core.ledger import Group as Booked
+from ...core.row_state import RowNotes, RowState
+from ...core.rows import Group, Moved, Rows
+from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
+from ...core.site import layer_of
+from ...core.view import Signal, TokenView
+from .call import Call, top
 from .handover import Handover, Projector
+from .spec import VLMSpec
 
 BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
 """Signals whose view rows must agree in T."""

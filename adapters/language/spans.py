@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CacheError
-from ..rows import Picture
-from .base import VLMSpec
+from ...core.rows import Picture
+from ...errors import CacheError
+from .spec import VLMSpec
 
 NONE, IMAGE, VIDEO = 0, 1, 2
 """Codes of columns: text and placeholders."""

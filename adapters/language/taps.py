@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PassError
-from ..rows import Group, Moved
-from ..signals import DecoderTaps
-from ..stream import Segment
-from . import host_objects
-from .decoder_attention import AttentionForm, attention_form
-
-if TYPE_CHECKING:
-    from .decoder import Call, Decoder
+from ...core.rows import Group, Moved
+from ...core.signals import DecoderTaps
+from ...core.stream import Segment
+from ...core.threads import PerThread
+from ...errors import PassError
+from .. import host_objects
+from .attention import AttentionForm, attention_form
+from .call import Call, DecoderRun
+from .rotary import gather_rotary
+from .segments import Segments
 
 
 class LayerTaps:
     """Taps of the layer that ran last and of the one to come.
 
     Args:
-        decoder: the driver.
+        lm: gives the text model; a weak reference.
+        segments: makes position embeddings of renumbered rows.
+        running: what each thread runs; its taps are muted while a projection is asked.
         call: this call.
         layer: the layer to come.
         module: it.
@@ -34,7 +38,9 @@ class LayerTaps:
 
     def __init__(
         self,
-        decoder: Decoder,
+        lm: Callable[[], Any],
+        segments: Segments,
+        running: PerThread[DecoderRun],
         call: Call,
         layer: int,
         module: Any,
@@ -43,7 +49,9 @@ class LayerTaps:
         mask: Any,
         past: Segment,
     ) -> None:
-        self.decoder = decoder
+        self.lm = lm
+        self.segments = segments
+        self.running = running
         self.call = call
         self.layer = layer
         self.module = module
@@ -75,7 +83,7 @@ class LayerTaps:
         transition = caught.get("transition")
         if "q" not in caught:
             return self._taps(group, layer, None, None, None, None, transition)
-        form = self._form(self.decoder.lm().layers[layer])
+        form = self._form(self.lm().layers[layer])
         pair = form.heads(caught["q"], "q"), form.heads(caught["k"], "k")
         return self._taps(group, layer, form, pair, caught["rotary"], caught["mask"], transition)
 
@@ -84,7 +92,7 @@ class LayerTaps:
         form = attention_form(self.module)
         rotary = self.rotary
         if self.turned and form is not None:
-            rotary = self.decoder.segments.turn(self.call, self.past, self.layer, self.hidden)
+            rotary = self.segments.turn(self.call, self.past, self.layer, self.hidden)
         return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
 
     @staticmethod
@@ -190,7 +198,7 @@ class LayerTaps:
 
     def _project(self, form: AttentionForm, x: Tensor, which: str) -> Tensor:
         """Queries or keys of a layer that has not run, before rope, with taps muted."""
-        running = self.decoder.running.mine()
+        running = self.running.mine()
         running.muted = True
         try:
             return form.heads(form.projection(which)(form.before(x)), which)
@@ -205,31 +213,3 @@ def _nothing(*_: Any) -> Tensor:
 def _spread(columns: Tensor, table: Tensor) -> Tensor:
     """Columns `[G, R]` as an index along dim 2 of `[G, H, L, d]`."""
     return columns[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
-
-
-# ---------------------------------------------------------------------- position embeddings
-def last_of(rotary: Any, count: int) -> Any:
-    """Position embeddings of the last columns: hosts let layers that store no keys look at the last tokens only."""
-    if isinstance(rotary, (tuple, list)):
-        return tuple(last_of(part, count) for part in rotary)
-    return rotary if rotary.shape[1] == count else rotary[:, -count:]
-
-
-def gather_rotary(rotary: Any, columns: Tensor, rows: Tensor | None = None) -> Any:
-    """Position embeddings of some columns: a pair, or one tensor, `[B or 1, L, D]`, gathered on dim -2.
-
-    Args:
-        rotary: what the host hands its layers.
-        columns: int64 `[B, R]`.
-        rows: int64 `[B]`, rows that the columns are of; None means all.
-    """
-    if rotary is None:
-        return None
-    if isinstance(rotary, (tuple, list)):
-        return tuple(gather_rotary(part, columns, rows) for part in rotary)
-    part: Tensor = rotary
-    if part.shape[0] == 1:
-        part = part.expand(columns.shape[0], *part.shape[1:])
-    elif rows is not None:
-        part = part[rows]
-    return part.gather(1, columns.unsqueeze(-1).expand(-1, -1, part.shape[-1]))

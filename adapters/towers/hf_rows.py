@@ -1,24 +1,19 @@
-"""transformers: CLIP, SigLIP, ViT and DINOv2 vision models, alone or in a dual encoder. A family is a row."""
+"""Vision towers of transformers as data. A family is a row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModel
-from ..method import Layout
-from . import account, forms, hosts
-from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec, child
-from .text_tower import TextTower
-from .vit_block import Tower
-from .wholes import wholes
+from ...errors import UnsupportedModel
+from .. import forms, hosts
+from ..base import BlockSpec, Host, TextSpec, TowerSpec, child
 
 if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..flops import ModelShape
+    from ...core.attachment import Attachment
 
 
 def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
@@ -34,6 +29,8 @@ _BLOCK: dict[str, Any] = {
     "k": "k_proj",
     "mlp": "mlp",
 }
+
+
 CLIP_BLOCK = BlockSpec(
     **_BLOCK,
     forms=(
@@ -49,6 +46,8 @@ CLIP_BLOCK = BlockSpec(
     heads="num_heads",
     scale=lambda attn: float(attn.scale),
 )
+
+
 VIT_BLOCK = BlockSpec(
     **_BLOCK,
     forms=("transformers.models:ViTAttention",),
@@ -59,6 +58,8 @@ VIT_BLOCK = BlockSpec(
     heads="num_attention_heads",
     scale=lambda attn: float(attn.scaling),
 )
+
+
 DINOV2_BLOCK = BlockSpec(
     **_BLOCK,
     forms=("transformers.models:Dinov2Attention",),
@@ -100,6 +101,8 @@ BLIP2_BLOCK = replace(
     bias=None,
     forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
 )
+
+
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,
     forms=("transformers.models:InternVLVisionAttention",),
@@ -213,55 +216,6 @@ def check_bias(tower: nn.Module, attachment: Attachment) -> None:
         )
 
 
-class HFVision(Adapter):
-    """A vision model of transformers."""
-
-    name = "transformers-vision"
-    targets: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("transformers.models.clip.modeling_clip", "CLIPVisionModel"),
-        ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"),
-        ("transformers.models.vit.modeling_vit", "ViTModel"),
-        ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
-    )
-
-    def check_alone(self) -> None:
-        """Refuses a tower that a language model reads by the number of its placeholders.
-
-        Raises:
-            UnsupportedModel: the model is part of a vision-language model.
-        """
-        from .hf_vlm import ROWS as FAMILIES
-
-        for whole in wholes(self.model):
-            spec = FAMILIES.get(getattr(getattr(whole, "config", None), "model_type", ""))
-            if spec is not None and hasattr(whole, "generate") and spec.tower_cut != "free":
-                raise self.refuse(
-                    f"it is part of a {type(whole).__name__}, whose language model expects a feature for each "
-                    "placeholder; compress the whole: vlmtok.compress(model, ...)"
-                )
-
-    def tower(self) -> TowerSpec:
-        """The tower as data."""
-        return vision_spec(self.vision())
-
-    def vision(self) -> nn.Module:
-        """The module that holds the blocks."""
-        return self.model
-
-    def layout(self) -> Layout:
-        """One stage: vision."""
-        return Layout(self.name, {"vision": Tower.layout(self.tower())})
-
-    def install(self, attachment: Attachment) -> None:
-        """Hooks on the blocks."""
-        check_bias(self.vision(), attachment)
-        attachment.drivers["vision"] = Tower(attachment, self.tower())
-
-    def account(self) -> ModelShape:
-        """The model's shape as counts and widths."""
-        return account.of_hf_vision(self)
-
-
 def text_spec(model: nn.Module) -> TextSpec | None:
     """CLIP's text tower as data; SigLIP's has no causal mask and reads its last token, which may be padding."""
     text = getattr(model, "text_model", None)
@@ -284,33 +238,3 @@ def text_spec(model: nn.Module) -> TextSpec | None:
         mask=hosts.BIAS,
         end=end,
     )
-
-
-class HFDual(HFVision):
-    """CLIPModel and SiglipModel: the tower below `vision_model`, and CLIP's text tower."""
-
-    name = "transformers-dual"
-    targets = (
-        ("transformers.models.clip.modeling_clip", "CLIPModel"),
-        ("transformers.models.siglip.modeling_siglip", "SiglipModel"),
-    )
-
-    def vision(self) -> nn.Module:
-        """The vision tower."""
-        tower: nn.Module = self.model.vision_model
-        return tower
-
-    def layout(self) -> Layout:
-        """The stages of the towers."""
-        stages = dict(super().layout().stages)
-        text = text_spec(self.model)
-        if text is not None:
-            stages["text"] = TextTower.text_layout(text)
-        return Layout(self.name, stages)
-
-    def install(self, attachment: Attachment) -> None:
-        """Hooks on the towers."""
-        super().install(attachment)
-        text = text_spec(self.model)
-        if text is not None:
-            attachment.drivers["text"] = TextTower(attachment, text)

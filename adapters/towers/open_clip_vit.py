@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import Layout
-from . import account, forms, hosts
-from .base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
+from ...core.site import Layout
+from .. import forms, hosts
+from ..base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
+from ..registry import listed
+from . import account
 from .text_tower import TextTower
 from .vit_block import Tower
 
 if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..flops import ModelShape
+    from ...core.attachment import Attachment
+    from ...core.model_shape import ModelShape
 
 
 def _project(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
@@ -94,6 +96,18 @@ class OpenClipVision(Adapter):
         return account.of_open_clip_tower(self)
 
 
+def _inner(outer: Adapter, tower: nn.Module) -> Adapter:
+    """The adapter of a tower inside a model of open_clip.
+
+    Raises:
+        UnsupportedModel: no row names it.
+    """
+    found = listed(tower)
+    if found is None:
+        raise outer.refuse(f"no adapter carries its tower {type(tower).__module__}.{type(tower).__name__}")
+    return found
+
+
 class OpenClipTimm(Adapter):
     """open_clip's TimmModel: the trunk is timm's business."""
 
@@ -102,9 +116,7 @@ class OpenClipTimm(Adapter):
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
-        from . import adapter_for
-
-        self.inner = adapter_for(model.trunk)
+        self.inner = _inner(self, model.trunk)
 
     def layout(self) -> Layout:
         """The trunk's."""
@@ -167,9 +179,7 @@ class OpenClip(Adapter):
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
-        from . import adapter_for
-
-        self.vision = adapter_for(model.visual)
+        self.vision = _inner(self, model.visual)
         self.text = text_spec(model)
 
     def layout(self) -> Layout:

@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, PerThread, replaying
-from ..errors import PassError
-from ..ledger import Event, StageRun
-from ..ledger import Group as Booked
-from ..method import StageLayout
-from ..reduction import Reduction
-from ..rows import PAD, TEXT, Group, Picture, RowNotes, Rows, RowState
-from ..sequence import Row
-from ..signals import TOWER_SIGNALS, TowerTaps, tower_signals
-from ..view import Signal, TokenView
-from . import hosts
-from .base import TextSpec, TowerSpec
-from .hosts import Arguments
+from ...core.attachment import Attachment, Entry
+from ...core.hooks import replaying
+from ...core.ledger import Event, StageRun
+from ...core.ledger import Group as Booked
+from ...core.reduction import Reduction
+from ...core.row_state import RowNotes, RowState
+from ...core.rows import PAD, TEXT, Group, Picture, Rows
+from ...core.sequence import Row
+from ...core.signals import TOWER_SIGNALS, TowerTaps, tower_signals
+from ...core.site import StageLayout
+from ...core.threads import PerThread
+from ...core.view import Signal, TokenView
+from ...errors import PassError
+from .. import hosts
+from ..base import TextSpec, TowerSpec
+from ..hosts import Arguments
 from .vit_block import Tower
 from .vit_pass import LayerRecord, Pass
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method import Layout
-from . import account, forms, hosts
-from .base import Adapter, BlockSpec, Host, TowerSpec
+from ...core.site import Layout
+from .. import forms, hosts
+from ..base import Adapter, BlockSpec, Host, TowerSpec
+from . import account
 from .vit_block import Tower
 
 if TYPE_CHECKING:
-    from ..attachment import Attachment
-    from ..flops import ModelShape
+    from ...core.attachment import Attachment
+    from ...core.model_shape import ModelShape
 
 
 def _fused(attn: Host, x: Tensor) -> Tensor:

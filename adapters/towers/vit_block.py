@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Attachment, Entry, PerThread, Watch, replaying
-from ..errors import PassError, UnsupportedModel
-from ..ledger import Event, Group, StageRun
-from ..method import StageLayout
-from ..sequence import Row, Sequence
-from ..signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
-from ..view import Signal, TokenView
-from . import forms, host_objects, hosts
-from .base import TowerSpec, child
-from .hosts import Arguments
+from ...core.attachment import Attachment, Entry
+from ...core.hooks import replaying
+from ...core.ledger import Event, Group, StageRun
+from ...core.sequence import Row, Sequence
+from ...core.signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal, tower_signals
+from ...core.site import StageLayout
+from ...core.threads import PerThread, Watch
+from ...core.view import Signal, TokenView
+from ...errors import PassError, UnsupportedModel
+from .. import forms, host_objects, hosts
+from ..base import TowerSpec, child
+from ..hosts import Arguments
 from .vit_pass import LayerRecord, Pass, Running, autocast_dtype, probe, same_forward
 from .vit_taps import BlockTaps
 

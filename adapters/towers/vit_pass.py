@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attachment import Watch
-from ..errors import PassError
-from ..ledger import StageRun
-from ..method import Site
+from ...core.ledger import StageRun
+from ...core.site import Site
+from ...core.threads import Watch
+from ...errors import PassError
 
 
 @dataclass

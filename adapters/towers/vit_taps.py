@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attachment import PerThread
-from ..signals import TowerTaps
-from .base import BlockSpec, child
+from ...core.signals import TowerTaps
+from ...core.threads import PerThread
+from ..base import BlockSpec, child
 from .vit_pass import LayerRecord, Pass
 
 

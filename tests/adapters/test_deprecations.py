@@ -4,9 +4,9 @@ import logging
 import re
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from support.places import TESTS
 
 
 @pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
@@ -49,7 +49,6 @@ def test_what_it_logs_of_its_own_calls_is_none(monkeypatch):
 
 def test_no_test_hands_a_cache_by_the_name_of_one_release():
     """`hosts_of.with_cache` and `cache_of` ask the host; tests of hosts that never were name what they play."""
-    here = Path(__file__).parent
     old = re.compile(r"past_key_values=|\.past_key_values\b")
-    found = {file.relative_to(here).as_posix() for file in here.rglob("*.py") if old.search(file.read_text("utf-8"))}
-    assert found <= {"test_deprecations.py"}
+    found = {file.relative_to(TESTS).as_posix() for file in TESTS.rglob("*.py") if old.search(file.read_text("utf-8"))}
+    assert found <= {"adapters/test_deprecations.py"}

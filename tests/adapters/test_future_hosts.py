@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import future
-import models
 import pytest
 import torch
 from families.build import FAMILIES
 from families.harness import MODES, batch, generate
 from families.methods import compressed
+from support import future, models
 from torch import nn
 from vlmtok.adapters import adapter_for, hosts
 from vlmtok.adapters.base import child
-from vlmtok.adapters.decoder_intake import placeholders
-from vlmtok.adapters.hf_vlm import ROWS
+from vlmtok.adapters.language.families import ROWS
+from vlmtok.adapters.language.intake import placeholders
 
 import vlmtok
 from vlmtok.errors import HostChanged, UnsupportedModel, VlmtokError

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from canary_played import LLAVA, OTHERS, PLAYED
-from vlmtok.adapters import hf_vit, hf_vlm, masks
+from support.canary_played import LLAVA, OTHERS, PLAYED
+from vlmtok.adapters.language import families as vlm_rows
+from vlmtok.adapters.language import masks
+from vlmtok.adapters.towers import hf_rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import host_facts
 from canary import needs, report, wheels
@@ -27,7 +29,7 @@ from canary.sources import Library
 from canary.towers import class_facts
 from canary.vlm import family_facts
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 TRACKED = {tracked.package: tracked for tracked in wheels.TRACKED}
 PARTS = {
     "transformers": [
@@ -90,7 +92,7 @@ def asked(library: Library, *families: str) -> list[str]:
         return list(report.sentences(findings))
     shared_facts(findings, chooser)
     for family in families:
-        family_facts(findings.about(family), chooser, family, hf_vlm.ROWS[family])
+        family_facts(findings.about(family), chooser, family, vlm_rows.ROWS[family])
     for name, adapter in (("CLIPVisionModel", "HFVision"), ("CLIPModel", "HFDual")):
         class_facts(findings, chooser, "transformers.models.clip.modeling_clip", name, adapter)
     return list(report.sentences(findings))
@@ -116,10 +118,10 @@ def test_installed_libraries_have_what_the_rows_lean_on(package: str) -> None:
 
 def test_every_row_is_asked_about() -> None:
     families = found("transformers").families
-    assert {*hf_vlm.ROWS, *hf_vit.ROWS} <= set(families)
-    few = {name: family.asked for name, family in families.items() if name in hf_vlm.ROWS and family.asked < 60}
-    assert set(few) == {name for name, row in hf_vlm.ROWS.items() if row.boundary}, f"few facts are asked of {few}"
-    assert min(families[name].asked for name in hf_vit.ROWS) > 20
+    assert {*vlm_rows.ROWS, *hf_rows.ROWS} <= set(families)
+    few = {name: family.asked for name, family in families.items() if name in vlm_rows.ROWS and family.asked < 60}
+    assert set(few) == {name for name, row in vlm_rows.ROWS.items() if row.boundary}, f"few facts are asked of {few}"
+    assert min(families[name].asked for name in hf_rows.ROWS) > 20
 
 
 def test_a_host_whose_own_code_does_not_fit_itself_is_named_and_is_no_fault_of_ours(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_host_whose_own_code_does_not_fit_itself_is_named_and_is_no_fault_of_o
     said = [line for line in asked(library, "llava") if "reads `rows_of_all` of a LlavaModelOutputWithPast" in line]
     assert said and all(report.OWN in line and ", llava: " in line for line in said)
     findings = Findings(library.package, library.version)
-    family_facts(findings.about("llava"), Chooser(library), "llava", hf_vlm.ROWS["llava"])
+    family_facts(findings.about("llava"), Chooser(library), "llava", vlm_rows.ROWS["llava"])
     assert findings.families["llava"].broken and not report.ours(findings)
 
 
@@ -194,13 +196,13 @@ def test_our_own_mask_calls_are_what_is_asked() -> None:
 
 
 def test_what_hooks_look_up_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_of = needs.wanted(hf_vlm.ROWS["gemma4"])
+    asked_of = needs.wanted(vlm_rows.ROWS["gemma4"])
     assert needs.ROLES["PER_LAYER"] in asked_of["text model"].required
     assert needs.ROLES["PIXEL_PLACES"] in asked_of["tower"].required
     assert (
         needs.ROLES["CACHE"] in asked_of["layers"].required and needs.ROLES["CACHE"] in asked_of["whole model"].required
     )
-    assert "whole model" not in needs.wanted(hf_vlm.ROWS["llama4"])
+    assert "whole model" not in needs.wanted(vlm_rows.ROWS["llama4"])
 
 
 def test_code_of_ours_that_reads_nothing_is_an_error() -> None:

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import hosts_of
-import models
 import pytest
 import torch
 import torch.nn.functional as F
+from support import hosts_of, models
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from vlmtok.adapters import base, hf_vit, open_clip_vit, timm_vit
+from vlmtok.adapters import base
 from vlmtok.adapters.base import BlockSpec, child
+from vlmtok.adapters.towers import hf_rows, open_clip_vit, timm_vit
 
 FACTS: list[Any] = []
 
@@ -293,11 +293,11 @@ SPECS: dict[str, BlockSpec] = {
     "open_clip CLIP": open_clip_vit.MHA_BLOCK,
     "open_clip CustomTextCLIP": open_clip_vit.MHA_BLOCK,
     "open_clip CoCa": open_clip_vit.MHA_BLOCK,
-    "HF CLIP vision": hf_vit.CLIP_BLOCK,
-    "HF CLIP vision eager": hf_vit.CLIP_BLOCK,
-    "HF SigLIP vision": hf_vit.CLIP_BLOCK,
-    "HF ViT": hf_vit.VIT_BLOCK,
-    "HF DINOv2": hf_vit.DINOV2_BLOCK,
+    "HF CLIP vision": hf_rows.CLIP_BLOCK,
+    "HF CLIP vision eager": hf_rows.CLIP_BLOCK,
+    "HF SigLIP vision": hf_rows.CLIP_BLOCK,
+    "HF ViT": hf_rows.VIT_BLOCK,
+    "HF DINOv2": hf_rows.DINOV2_BLOCK,
 }
 """Rows that the surgery of `vit_block` is driven by, and a model for each."""
 EVA = [name for name in SPECS if SPECS[name].rope]
@@ -340,7 +340,7 @@ class Host:
             return models.TOWERS[self.name].run(self.model, self.pictures)
 
 
-LAYERS = {"Block", "EvaBlock", "ResidualAttentionBlock", *(row.layer for row in hf_vit.ROWS.values())}
+LAYERS = {"Block", "EvaBlock", "ResidualAttentionBlock", *(row.layer for row in hf_rows.ROWS.values())}
 
 
 @functools.cache
@@ -682,7 +682,7 @@ def _(at: Host) -> bool:
 # ---------------------------------------------------------------------- transformers
 @fact("transformers: a tower's config.model_type is a row's, and its layers are of the class that the row names", HF)
 def _(at: Host) -> bool:
-    row = hf_vit.ROWS[at.model.config.model_type]
+    row = hf_rows.ROWS[at.model.config.model_type]
     return {type(at.module(i)).__name__ for i in range(models.DEPTH)} == {row.layer} and row.block is at.spec
 
 
@@ -903,5 +903,5 @@ def test_every_row_of_the_surgery_is_looked_at() -> None:
         for value in vars(module).values()
         if type(value) is base.BlockSpec
     }
-    rows |= {id(hf_vit.ROWS[kind].block) for kind in ("clip_vision_model", "siglip_vision_model", "vit", "dinov2")}
+    rows |= {id(hf_rows.ROWS[kind].block) for kind in ("clip_vision_model", "siglip_vision_model", "vit", "dinov2")}
     assert rows == {id(spec) for spec in SPECS.values()}

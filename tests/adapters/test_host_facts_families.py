@@ -19,17 +19,19 @@ import pytest
 import torch
 import transformers
 from families.build import FAMILIES, TOWER_ONLY, shared
-from hosts_of import CACHE_NAMES, cache_name, cache_of, caches_in
+from support.hosts_of import CACHE_NAMES, cache_name, cache_of, caches_in
 from torch import Tensor, nn
 from transformers import masking_utils
-from vlmtok.adapters import hosts, shapes
-from vlmtok.adapters.base import VLMSpec, child
-from vlmtok.adapters.decoder_checks import KNOWN
-from vlmtok.adapters.hf_vit import vision_spec
-from vlmtok.adapters.hf_vlm import REFUSED, ROWS
+from vlmtok.adapters import hosts
+from vlmtok.adapters.base import child
 from vlmtok.adapters.host_faults import fault_of
 from vlmtok.adapters.hosts import Role
-from vlmtok.adapters.masks import RECURRENT, layer_kinds
+from vlmtok.adapters.language import shapes
+from vlmtok.adapters.language.checks import KNOWN
+from vlmtok.adapters.language.families import REFUSED, ROWS
+from vlmtok.adapters.language.masks import RECURRENT, layer_kinds
+from vlmtok.adapters.language.spec import VLMSpec
+from vlmtok.adapters.towers.hf_rows import vision_spec
 
 TINY = {**FAMILIES, **TOWER_ONLY}
 

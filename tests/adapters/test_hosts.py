@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,68 +13,7 @@ from transformers.utils import ModelOutput
 from vlmtok.adapters import host_objects, hosts
 from vlmtok.adapters.hosts import Arguments, Role
 
-import vlmtok
 from vlmtok.errors import HostChanged, UnsupportedModel
-
-ROLES = {role for role in vars(hosts).values() if isinstance(role, Role)}
-PLAIN = {"x", "query", "input", "config", "rope", "cache"}
-"""Names that are words of ours too."""
-LAB = {"session", "suite", "loading", "viz", "zero_shot", "catalogue", "tables", "cli", "bench", "doctor"}
-"""Files that call models as a user does."""
-
-
-def _files() -> list[Path]:
-    package = Path(vlmtok.__file__).parent
-    adapters = Path(inspect.getfile(hosts)).parent
-    core = [path for path in package.glob("*.py") if path.stem not in LAB]
-    return [path for path in (*core, *adapters.rglob("*.py")) if path.name != "hosts.py"]
-
-
-def _named(tree: ast.AST) -> list[tuple[int, str]]:
-    """Names of hosts' arguments that stand as strings; names of attributes are the business of rows."""
-    names = {name for role in ROLES for name in role.names} - PLAIN
-    attributes = {
-        id(node.args[1])
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr") and len(node.args) > 1
-    }
-    return [
-        (node.lineno, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and node.value in names and id(node) not in attributes
-    ]
-
-
-def _read_by_hand(tree: ast.AST) -> list[tuple[int, str]]:
-    """Places that take an argument out of a hook's `args` or `kwargs` themselves."""
-    found = []
-    for node in ast.walk(tree):
-        target = None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
-            target = node.func.value
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
-            target = node.value
-        if isinstance(target, ast.Name) and target.id in ("args", "kwargs"):
-            found.append((node.lineno, ast.unparse(node)))
-    return found
-
-
-def test_no_other_file_names_an_argument_of_a_host() -> None:
-    wrong = [f"{p.name}:{n} {what!r}" for p in _files() for n, what in _named(ast.parse(p.read_text("utf-8")))]
-    assert not wrong, f"names of hosts outside adapters/hosts.py, where a Role should stand: {', '.join(wrong)}"
-
-
-def test_no_argument_is_read_with_a_default_of_ours() -> None:
-    adapters = [path for path in _files() if "adapters" in path.parts]
-    wrong = [f"{p.name}:{n} {what}" for p in adapters for n, what in _read_by_hand(ast.parse(p.read_text("utf-8")))]
-    assert not wrong, f"read arguments through hosts.Arguments, which knows the host's own default: {', '.join(wrong)}"
-
-
-def test_these_tests_see_what_they_look_for() -> None:
-    tree = ast.parse('kwargs.get("past_key_values")\nargs[0]\ngetattr(model, "attn_mask")\n')
-    assert [what for _, what in _named(tree)] == ["past_key_values"]
-    assert len(_read_by_hand(tree)) == 2
-    assert len(_files()) > 40
 
 
 class Layer(nn.Module):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-import referee
 import torch
+from support import referee
+from support.places import ROOT, TESTS
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmtok.counting import MacCounter
-
-HERE = Path(__file__).parent
+from vlmtok.cost.counting import MacCounter
 
 
 def rows(*shape, device="cpu"):
@@ -76,7 +74,7 @@ def test_the_math_backend_counts_the_same():
 
 def test_the_check_of_the_documents_holds():
     """The block of docs/counting.md."""
-    code = re.search(r"```python\n(.*?)```", (HERE.parent / "docs" / "counting.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "counting.md").read_text(), re.S)[1]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         exec(compile(code, "docs/counting.md", "exec"), {})
@@ -87,5 +85,7 @@ def test_the_check_of_the_documents_holds():
 def test_every_test_that_counts_asks_the_referee():
     """`test_library.py` starts a process that counts nothing but the ops of `vlmtok.kernels`."""
     name = "Flop" + "CounterMode"
-    found = {str(file.relative_to(HERE)) for file in HERE.rglob("*.py") if re.search(rf"\b{name}\(", file.read_text())}
+    found = {
+        str(file.relative_to(TESTS)) for file in TESTS.rglob("*.py") if re.search(rf"\b{name}\(", file.read_text())
+    }
     assert found == {"referee.py", "kernels/test_library.py"}

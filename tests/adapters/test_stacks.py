@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import functools
 
-import models
-import oracle
 import pytest
 import torch
-from checks import assert_differs, assert_equal
-from hosts_of import cache_of, with_cache
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from models import Batch
-from player import Player
+from support import models, oracle
+from support.checks import assert_differs, assert_equal
+from support.hosts_of import cache_of, with_cache
+from support.models import Batch
+from support.player import Player
 from test_llava import Top, assert_generates_as_the_oracle
 
 import vlmtok
 from vlmtok import Reduction, Site, TokenView
+from vlmtok.core.rows import Picture, Rows
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
-from vlmtok.rows import Picture, Rows
-from vlmtok.tiny import towers
+from vlmtok.lab.tiny import towers
 
 STEPS = 3
 SETTINGS = {

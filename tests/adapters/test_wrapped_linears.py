@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_differs, assert_equal
+from support import models
+from support.checks import assert_differs, assert_equal
 from torch import Tensor, nn
 from vlmtok.adapters import base
 
@@ -252,7 +252,7 @@ ALLOWED = {
 def test_no_adapter_computes_with_the_weight_of_a_linear() -> None:
     """`account.py` counts weights; nn.MultiheadAttention's projection is a parameter of its own, no module."""
     found: dict[str, int] = {}
-    for path in Path(base.__file__).parent.glob("*.py"):
+    for path in Path(base.__file__).parent.rglob("*.py"):
         if path.name == "account.py":
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -296,7 +296,7 @@ def test_signals_of_towers_below_language_models(name: str, wrap: Any) -> None:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", ["timm ViT", "timm EVA", "timm EVA-02", "open_clip CLIP", "HF ViT"])
 def test_signals_cost_what_the_report_says(name: str, point: str) -> None:
-    import referee
+    from support import referee
 
     tower, model = models.TOWERS[name], models.shared(name)
     look, x = Look(), tower.pictures(2)

@@ -6,19 +6,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from checkpoints import llava, picture, vit
 from PIL import Image
+from support.checkpoints import llava, picture, vit
+from support.places import ROOT
 from typer.testing import CliRunner
 
 import vlmtok
-from vlmtok import catalogue, cli, loading, session, suite
-from vlmtok.estimate import estimate
-from vlmtok.method import list_methods, method_class
+from vlmtok import cli, loading
+from vlmtok.core.registry import list_methods, method_class
+from vlmtok.forecast.estimate import estimate
+from vlmtok.lab import catalogue, suite_modelled, suite_models
+from vlmtok.lab import compare as comparing
 
-ROOT = Path(__file__).parent.parent
 QUESTION = "what color is the circle ?"
 
 
@@ -42,7 +43,7 @@ def tower(tmp_path_factory):
 @pytest.fixture
 def vlmtok_(package, tmp_path, monkeypatch):
     """Runs the command in an empty folder; gives what it printed and its exit code."""
-    monkeypatch.setattr(loading, "DATA", package)
+    monkeypatch.setattr(loading.names, "DATA", package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
@@ -64,7 +65,7 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
     for word in (
         "tiny-llava",
         QUESTION,
-        session.DEFAULT_METHOD,
+        comparing.DEFAULT_METHOD,
         "visual tokens",
         "144",
         "14",
@@ -90,8 +91,8 @@ def test_run_with_everything_said(vlmtok_, package, tmp_path):
         found["report"]["layers"] and found["environment"]["torch"] and set(found["speedup"]) == {"prefill", "answer"}
     )
     assert Image.open(tmp_path / "drawn.png").size == (200, 100)
-    loaded = session.load(str(model), dtype="bfloat16")
-    asked = session.compare(
+    loaded = loading.load(str(model), dtype="bfloat16")
+    asked = comparing.compare(
         loaded, picture(200, 100), "how many circle ?", "tome:r=4+fastv", max_new_tokens=2, rounds=1
     )
     assert found["bare"]["answer"] == asked.bare.text and found["compressed"]["answer"] == asked.compressed.text
@@ -118,12 +119,15 @@ def test_list_shows_the_registry(vlmtok_):
 
 
 def test_list_models_shows_adapters_families_and_presets(vlmtok_):
-    from vlmtok.adapters import REFUSED, hf_vlm
+    from vlmtok.adapters import REFUSED
+    from vlmtok.adapters.language import families as vlm_rows
 
     found = data_of(vlmtok_("list", "--models", "--json"))
     assert {row["adapter"] for row in found["adapters"]} == set(catalogue.ADAPTERS)
     families = {row["family"]: row for row in found["families"]}
-    assert set(hf_vlm.ROWS) | set(hf_vlm.REFUSED) <= set(families) and len(families) > len(hf_vlm.ROWS) + len(REFUSED)
+    assert set(vlm_rows.ROWS) | set(vlm_rows.REFUSED) <= set(families) and len(families) > len(vlm_rows.ROWS) + len(
+        REFUSED
+    )
     assert families["mllama"]["refused"] and families["llava"]["stages"] == [
         "vision",
         "features",
@@ -209,15 +213,17 @@ def test_bench_of_one_model(vlmtok_, tower, tmp_path):
 
 
 def test_bench_alone_without_a_gpu_says_not_measured(vlmtok_, monkeypatch):
-    monkeypatch.setattr(suite, "FULL", replace(suite.FULL, towers=("tome:r=23",), languages=("fastv",)))
+    monkeypatch.setattr(suite_modelled, "FULL", replace(suite_models.FULL, towers=("tome:r=23",), languages=("fastv",)))
     result = vlmtok_("bench", "--device", "cpu")
     assert result.exit_code == 0 and "not measured" in result.stdout and "LLaVA-NeXT-7B shape" in result.stdout
 
 
 def test_bench_tiny_runs_the_suite(vlmtok_, monkeypatch):
-    small = replace(suite.TINY, tower_batches=(1,), visual={"small": 36}, crops={"small": 1}, sweep=(16,), steps=2)
+    small = replace(
+        suite_models.TINY, tower_batches=(1,), visual={"small": 36}, crops={"small": 1}, sweep=(16,), steps=2
+    )
     small = replace(small, text=(64, 4, 4, 128, 128))
-    monkeypatch.setattr(suite, "TINY", replace(small, towers=("tome:r=3",), languages=("fastv",)))
+    monkeypatch.setattr(suite_models, "TINY", replace(small, towers=("tome:r=3",), languages=("fastv",)))
     rows = data_of(vlmtok_("bench", "--tiny", "--device", "cpu", "--rounds", 1, "--limit", 0, "--json"))["rows"]
     assert {row["stage"] for row in rows} >= {"tower", "prefill", "generate", "tower + generate", "break-even"}
     assert all(row["measured"] for row in rows)
@@ -284,7 +290,7 @@ def test_an_error_of_ours_is_not_hidden(vlmtok_, monkeypatch):
     def broken(*given, **more):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session, "compare", broken)
+    monkeypatch.setattr(comparing, "compare", broken)
     result = vlmtok_("run")
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
 

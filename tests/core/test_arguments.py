@@ -57,7 +57,7 @@ def test_a_copied_handle_is_the_handle_and_the_copied_model_bare():
         (lambda m, run: vlmtok.compress(m, m), "got a model \\(VisionTransformer\\); it comes first"),
         (lambda m, run: vlmtok.list_methods(3), "wildcards, got 3"),
         (lambda m, run: vlmtok.estimate("llava-1.5-7b", "todre", text_tokens=1.5), "text_tokens=1.5"),
-        (lambda m, run: vlmtok.viz.overlay(Image.new("RGB", (8, 8)), None), "its trace, got NoneType"),
+        (lambda m, run: vlmtok.lab.overlay.overlay(Image.new("RGB", (8, 8)), None), "its trace, got NoneType"),
         (lambda m, run: vlmtok.zero_shot(Clip(), None, None), "must be a tensor \\[classes, E\\], got NoneType"),
         (lambda m, run: vlmtok.zero_shot(Clip(), None, torch.ones(3, 5))(X), "E = 4\\] as the model's pictures"),
     ],

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import models
 import pytest
 import torch
 from families.build import FAMILIES
 from families.harness import MODES
 from families.methods import compressed
+from support import models
 from torch import Tensor, nn
 from vlmtok.adapters.base import child
-from vlmtok.adapters.hf_vlm import ROWS
 from vlmtok.adapters.host_faults import fault_of
+from vlmtok.adapters.language.families import ROWS
 
 import vlmtok
 from vlmtok.errors import CacheError, PassError, UnsupportedModel

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
 import timm
 import torch
-from checks import assert_differs, assert_equal, assert_same, hooks
-from sweep import some
+from support import models
+from support.checks import assert_differs, assert_equal, assert_same, hooks
+from support.sweep import some
 from torch import Tensor, nn
 
 import vlmtok

@@ -5,8 +5,8 @@
 
 import pytest
 import torch
-from checks import assert_differs, assert_equal
-from models import TOWERS
+from support.checks import assert_differs, assert_equal
+from support.models import TOWERS
 
 import vlmtok
 from vlmtok import kernels

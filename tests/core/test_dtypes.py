@@ -6,14 +6,13 @@ import contextlib
 import copy
 import functools
 
-import matrix
-import models
 import pytest
 import torch
-from checks import gap, watched
 from families.build import FAMILIES
 from families.build import shared as family_model
-from sweep import some
+from support import matrix, models
+from support.checks import gap, watched
+from support.sweep import some
 
 import vlmtok
 from vlmtok.errors import VlmtokError

@@ -7,19 +7,20 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.utils.checkpoint
-from checks import assert_same
 from families.build import FAMILIES
 from families.build import shared as family_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import models
+from support.checks import assert_same
 from test_dtypes import SPECS
 
 import vlmtok
-from vlmtok import Method, Reduction, Site, rows
+from vlmtok import Method, Reduction, Site
+from vlmtok.core import rows
 from vlmtok.errors import InternalError, PassError, VlmtokError, VlmtokWarning
 from vlmtok.guard import guarded, told
 
@@ -101,7 +102,7 @@ def test_a_fault_in_a_pass_is_named_and_the_pass_ends_clean(monkeypatch: pytest.
         wanted = model(**inputs).logits
         with monkeypatch.context() as broken:
             broken.setattr(rows, "_grid", None)
-            with pytest.raises(InternalError, match=r"fault of vlmtok: TypeError at vlmtok\.rows:\d+") as fault:
+            with pytest.raises(InternalError, match=r"fault of vlmtok: TypeError at vlmtok\.core\.rows:\d+") as fault:
                 model(**inputs)
         assert isinstance(fault.value.__cause__, TypeError)
         assert_same(model(**inputs).logits, wanted)

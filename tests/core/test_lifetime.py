@@ -11,21 +11,14 @@ import threading
 import warnings
 import weakref
 
-import models
 import pytest
 import torch
-from checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks
+from support import models
+from support.checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks
 from torch import nn
 
 import vlmtok
-from vlmtok.errors import (
-    MissingSignal,
-    ParameterError,
-    PassError,
-    SiteError,
-    UnsupportedModel,
-    VlmtokWarning,
-)
+from vlmtok.errors import MissingSignal, ParameterError, PassError, SiteError, UnsupportedModel, VlmtokWarning
 
 # One model of each way in which hooks are placed: timm, rotary, MHA, transformers, a language model.
 EVERY = ["timm ViT", "timm EVA-02", "open_clip CLIP", "HF CLIP vision", "HF SiglipModel", "HF LLaVA"]
@@ -144,7 +137,7 @@ BLOCKS = (
 
 
 def test_installation_that_fails_half_way_leaves_nothing(subject, monkeypatch):
-    from vlmtok.attachment import Attachment
+    from vlmtok.core.attachment import Attachment
 
     before = Print.of(subject.model)
     place, count = Attachment.hook, 0

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from checks import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
-from player import written_out
+from support.checks import assert_equal
+from support.player import written_out
 
 from vlmtok import Reduction
-from vlmtok.rows import HELD, PAD, TEXT, Picture, RowNotes, Rows, RowState
+from vlmtok.core.row_state import RowNotes, RowState
+from vlmtok.core.rows import HELD, PAD, TEXT, Picture, Rows
 
 WIDTH = 3
 FIELDS = ("keep", "src", "dst", "keep_weight", "src_weight", "valid")

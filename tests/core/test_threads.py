@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import models
 import pytest
 import torch
 from families.build import FAMILIES
+from support import models
 from torch import nn
 
 import vlmtok

@@ -5,8 +5,8 @@ import torch
 
 import vlmtok
 from vlmtok import Site
+from vlmtok.core.trace import PictureTrace
 from vlmtok.errors import ParameterError, PassError
-from vlmtok.trace import PictureTrace
 
 
 def vit():
@@ -63,7 +63,7 @@ def test_asking_without_trace_or_pass_is_refused():
 
 @torch.no_grad()
 def test_a_prompt_follows_its_patches_from_the_tower_to_the_last_layer():
-    from models import IMAGE, PLACEHOLDERS, llava
+    from support.models import IMAGE, PLACEHOLDERS, llava
 
     model = llava()
     text = torch.arange(5, 9)

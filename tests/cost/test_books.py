@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmtok.core.ledger import Event, Ledger, StageRun
+from vlmtok.core.stream import Segment, Stream
 from vlmtok.errors import CacheError
-from vlmtok.ledger import Event, Ledger, StageRun
-from vlmtok.stream import Segment, Stream
 
 
 # ---------------------------------------------------------------------- caches

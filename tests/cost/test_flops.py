@@ -11,22 +11,13 @@ from torch import nn
 from vlmtok.adapters import adapter_for
 
 import vlmtok
-from vlmtok.conventions import CONVENTIONS, convention
+from vlmtok.core.ledger import Decoding, Event, Group, Ledger, StageRun
+from vlmtok.core.model_shape import BlockShape, LanguageShape, ModelShape, Part, Tokens, TowerShape
+from vlmtok.core.site import Layout
+from vlmtok.cost.conventions import CONVENTIONS, convention
+from vlmtok.cost.flops import Profile, decoder_profiles, tower_profiles
 from vlmtok.errors import ParameterError
-from vlmtok.flops import (
-    BlockShape,
-    LanguageShape,
-    ModelShape,
-    Part,
-    Profile,
-    Tokens,
-    TowerShape,
-    decoder_profiles,
-    tower_profiles,
-)
-from vlmtok.ledger import Decoding, Event, Group, Ledger, StageRun
-from vlmtok.method import Layout
-from vlmtok.presets import PRESETS, preset
+from vlmtok.forecast.presets import PRESETS, preset
 
 NOWHERE = Layout("nowhere", {})
 

@@ -10,12 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vlmtok import Random, Reduction, Site
-from vlmtok.estimate import attach, estimate, shape_of
-from vlmtok.flops import Account, BlockShape, LanguageShape, Part, Tokens, count_decoder, tower_profiles
-from vlmtok.ledger import Decoding, Event, Group, StageRun
-from vlmtok.plan import HostRows, Prompt, share
-from vlmtok.report import _uncut
-from vlmtok.rows import TEXT, Picture, Rows
+from vlmtok.core.ledger import Decoding, Event, Group, StageRun
+from vlmtok.core.model_shape import BlockShape, LanguageShape, Part, Tokens
+from vlmtok.core.rows import TEXT, Picture, Rows
+from vlmtok.cost.flops import Account, count_decoder, tower_profiles
+from vlmtok.cost.host_rows import HostRows, Prompt, share
+from vlmtok.cost.report import _uncut
+from vlmtok.forecast.estimate import attach, estimate, shape_of
 
 
 # ---------------------------------------------------------------------- rows as counts are the rows that run

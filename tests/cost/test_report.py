@@ -7,12 +7,11 @@ import functools
 import io
 import json
 
-import models
 import pytest
-import referee
 import torch
-from hosts_of import with_cache
 from rich.console import Console
+from support import models, referee
+from support.hosts_of import with_cache
 
 import vlmtok
 from vlmtok import (
@@ -36,8 +35,8 @@ from vlmtok import (
     TransPrune,
     VisionZip,
 )
+from vlmtok.cost.lines import Line, Span
 from vlmtok.errors import MissingSignal, ParameterError, PassError, VlmtokWarning
-from vlmtok.report import Line, Span
 
 
 @pytest.fixture(autouse=True)

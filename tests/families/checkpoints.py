@@ -289,7 +289,7 @@ READERS: dict[str, Reader] = {
     "blip-2": Reader(_blip, {"<image>": IMAGE}),
     "instructblip": Reader(_instructblip, {"<image>": IMAGE}),
 }
-"""By name of the family; those of `tests/checkpoints.py` have checkpoints of their own."""
+"""By name of the family; those of `tests/support/checkpoints.py` have checkpoints of their own."""
 
 WITHOUT = {
     "smolvlm": "its processor wants the package num2words",

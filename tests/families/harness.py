@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import since
 import torch
+from support import since
 from torch import Tensor, nn
 
 from . import oracle as oracles

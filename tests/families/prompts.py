@@ -1,6 +1,6 @@
 """Prompts of the tiny families, under the names that these tests use."""
 
-from vlmtok.tiny.prompts import (
+from vlmtok.lab.tiny.prompts import (
     AUDIO,
     BOS,
     END,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vlmtok.adapters.host_faults import FAULTS, fault_of
 
-from vlmtok.tiny import prompts
+from vlmtok.lab.tiny import prompts
 
 from . import oracle as oracles
 from .build import FAMILIES, shared

@@ -6,14 +6,16 @@ tokens that differ most from the others of their picture are those of the one th
 
 from dataclasses import dataclass
 
-import checkpoints
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from vlmtok.adapters.hf_vlm import ROWS
+from support import checkpoints
+from vlmtok.adapters.language.families import ROWS
 
 import vlmtok
-from vlmtok import Layout, Method, Reduction, Site, TokenView, session
+from vlmtok import Layout, Method, Reduction, Site, TokenView, loading
+from vlmtok.lab import compare as comparing
+from vlmtok.lab import prompts
 
 from .build import TOWER_ONLY
 from .checkpoints import READERS, WITHOUT, save
@@ -69,7 +71,7 @@ def loaded(tmp_path_factory):
 
     def load(name):
         if name not in found:
-            found[name] = session.load(str(SAVED[name](tmp_path_factory.mktemp(name.replace("-", "_")))))
+            found[name] = loading.load(str(SAVED[name](tmp_path_factory.mktemp(name.replace("-", "_")))))
         return found[name]
 
     return load
@@ -79,7 +81,7 @@ def loaded(tmp_path_factory):
 def test_it_runs_and_the_overlay_shows_what_was_kept(name, loaded):
     model = loaded(name)
     method = "random:keep=0.3" if name not in TOWER_ONLY else "random:keep=0.3:stage=vision:layer=1"
-    found = session.compare(model, photograph(), QUESTION, method, rounds=1, limit=0, max_new_tokens=2)
+    found = comparing.compare(model, photograph(), QUESTION, method, rounds=1, limit=0, max_new_tokens=2)
     assert found.overlay is not None, found.overlay_problem
     assert len(found.bare.ids) == 2 and found.overlay.size == SIZE
     assert (
@@ -94,14 +96,14 @@ def test_overlays_land_on_the_right_pixels(name, loaded):
     state = {key: value.clone() for key, value in model.model.state_dict().items()}
     short_sighted(model.model)
     try:
-        inputs = session.encode_prompt(model, image, QUESTION)
+        inputs = prompts.encode_prompt(model, image, QUESTION)
         with vlmtok.compress(model.model, Odd(), trace=True) as run, torch.no_grad():
             model.model.generate(**inputs, max_new_tokens=1, do_sample=False)
             trace = run.trace()
     finally:
         model.model.load_state_dict(state)
-    found = session.joined(trace, SIZE, model.processor)
-    drawn = vlmtok.viz.overlay(image, found, preprocess=model.processor)
+    found = comparing.joined(trace, SIZE, model.processor)
+    drawn = vlmtok.lab.overlay.overlay(image, found, preprocess=model.processor)
     left, top, right, bottom = BLOCK
     inside = [drawn.getpixel((x, y)) for x in range(left + 4, right - 3) for y in range(top + 4, bottom - 3)]
     lines = (255, 255, 255)

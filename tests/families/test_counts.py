@@ -1,8 +1,8 @@
 """MACs of the language model of every family: 2 x those of the report are what torch's counter counts there."""
 
 import pytest
-import referee
 import torch
+from support import referee
 
 import vlmtok
 

@@ -6,8 +6,8 @@ Wherever the host can do it alone, ``bare`` is the control.
 import pytest
 import torch
 import transformers as tf
-from hosts_of import cache_of, with_cache
-from sweep import some
+from support.hosts_of import cache_of, with_cache
+from support.sweep import some
 
 from vlmtok.errors import CacheError
 

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from hosts_of import cache_of
+from support.hosts_of import cache_of
 from transformers import DynamicCache
 
 import vlmtok

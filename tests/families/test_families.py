@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from hosts_of import cache_of
-from sweep import some
+from support.hosts_of import cache_of
+from support.sweep import some
 
 import vlmtok
 from vlmtok.errors import SiteError, VlmtokError, VlmtokWarning

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 import vlmtok
 from vlmtok import AveragePool
 from vlmtok.errors import ParameterError
-from vlmtok.tiny.shots import AnyRes
+from vlmtok.lab.tiny.shots import AnyRes
 
 from .build import FAMILIES, shared
 from .methods import Look

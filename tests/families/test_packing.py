@@ -6,16 +6,16 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
-from vlmtok.adapters.hf_vlm import ROWS
-from vlmtok.adapters.packing import Encoded, Packing
-from vlmtok.adapters.spans import IMAGE as IMAGES
+from vlmtok.adapters.language.families import ROWS
+from vlmtok.adapters.language.packing import Encoded, Packing
+from vlmtok.adapters.language.spans import IMAGE as IMAGES
 
 import vlmtok
 from vlmtok import Layout, Method, Site, TokenView
+from vlmtok.core.rows import Picture
+from vlmtok.core.settings import keep_count
 from vlmtok.errors import CacheError, MissingSignal, SiteError
 from vlmtok.mergers.aim import merged_count
-from vlmtok.method import keep_count
-from vlmtok.rows import Picture
 
 from .build import FAMILIES, llava_onevision, shared
 from .harness import NOISE, STEPS, generate

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from vlmtok.adapters.spans import PARTS
-from vlmtok.adapters.spans import Look as Shown
+from vlmtok.adapters.language.spans import PARTS
+from vlmtok.adapters.language.spans import Look as Shown
 
 import vlmtok
 from vlmtok import Method, Site
-from vlmtok.rows import Picture
+from vlmtok.core.rows import Picture
 
 from .build import FAMILIES, PINPOINTS, llava_onevision, shared
 from .harness import batch, generate

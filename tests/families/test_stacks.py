@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hosts_of import cache_of, with_cache
+from support.hosts_of import cache_of, with_cache
 
 from .build import FAMILIES
 from .harness import LAYER, ask, batch, generate

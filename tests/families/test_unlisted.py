@@ -8,7 +8,7 @@ import transformers as tf
 
 import vlmtok
 from vlmtok.errors import UnsupportedModel, VlmtokError
-from vlmtok.tiny.models_1d import llava
+from vlmtok.lab.tiny.models_1d import llava
 
 from .build import FAMILIES, Family, shared
 from .harness import BY_SAMPLE, GAP, MODES, Expected, batch, expected, generate

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from hosts_of import cache_name, cache_of, caches_in, named_by_host, with_cache
+from support.hosts_of import cache_name, cache_of, caches_in, named_by_host, with_cache
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 

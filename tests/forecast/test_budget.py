@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import models
 import pytest
 import torch
+from support import models
 
 import vlmtok
 from vlmtok import (
@@ -33,10 +33,10 @@ from vlmtok import (
     list_methods,
     method_class,
 )
-from vlmtok.budget import WITHIN, measure
+from vlmtok.core.settings import scaled
 from vlmtok.errors import MissingSignal, ParameterError, SiteError, TargetError
-from vlmtok.method import scaled
-from vlmtok.presets import preset
+from vlmtok.forecast.budget import WITHIN, measure
+from vlmtok.forecast.presets import preset
 
 LLAVA, VIT = "llava-1.5-7b", "vit-b-16"
 

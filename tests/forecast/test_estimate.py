@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 
-import models
 import pytest
 import torch
+from support import models
 
 import vlmtok
 from vlmtok import (
@@ -29,10 +29,10 @@ from vlmtok import (
     VisionZip,
     estimate,
 )
+from vlmtok.core.model_shape import ModelShape
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
-from vlmtok.flops import ModelShape
+from vlmtok.forecast.presets import preset
 from vlmtok.loading import LoadError
-from vlmtok.presets import preset
 
 T, G = 1e12, 1e9
 LLAVA, NEXT, ONEVISION = "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b"

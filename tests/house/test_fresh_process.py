@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import vlmtok
-from vlmtok import session
+from vlmtok import loading
+from vlmtok.lab import prompts
 
 HOSTS = ("torch", "transformers", "timm", "open_clip_torch")
 GRID, KEPT = 144, 14
@@ -50,9 +51,9 @@ def test_the_libraries_are_those_of_this_session(printed):
 
 
 def test_a_tenth_of_the_placeholders_stays(printed):
-    model = session.load(device="cpu")
-    sample = session.samples()[0]
-    inputs = session.encode_prompt(model, session.open_picture(sample.path), sample.question)
+    model = loading.load(device="cpu")
+    sample = loading.samples()[0]
+    inputs = prompts.encode_prompt(model, loading.open_picture(sample.path), sample.question)
     placeholders = int((inputs["input_ids"] == model.model.config.image_token_id).sum())
     assert printed["bare"]["visual_tokens"] == placeholders == GRID
     short = printed["compressed"]
@@ -77,7 +78,7 @@ def test_key_value_cache(printed):
 
 
 def test_the_answer_is_right_and_the_same(printed):
-    assert printed["bare"]["answer"] == printed["compressed"]["answer"] == session.samples()[0].answer
+    assert printed["bare"]["answer"] == printed["compressed"]["answer"] == loading.samples()[0].answer
     assert printed["loyalty"]["same"] is True and printed["loyalty"]["divergence"] < 1e-3
 
 

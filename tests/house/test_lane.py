@@ -8,15 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lane as subset
 import pytest
-import since
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-ROOT = Path(__file__).parents[1]
+from support import lane as subset
+from support import since
+from support.places import ROOT
 
 
 def script(path):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from support.places import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +33,9 @@ def test_every_row_fits_the_code(mutants):
 def test_rows_cover_core_cost_lab_and_adapters(mutants):
     files = {row.file for row in mutants.tables()}
     core = "rows sequence reduction signals ledger trace stream attachment view"
-    cost, lab = "flops plan overhead report budget estimate conventions", "session viz zero_shot suite bench"
-    assert {f"vlmtok/{name}.py" for name in f"{core} {cost} {lab}".split()} <= files
+    cost, lab = "flops plan overhead report conventions", "compare overlay zero_shot suite"
+    wings = {"core": core, "cost": cost, "forecast": "estimate budget", "lab": lab}
+    assert {f"vlmtok/{wing}/{name}.py" for wing, names in wings.items() for name in names.split()} <= files
     assert sum(file.startswith("adapters/") for file in files) >= 10
 
 

@@ -2,9 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from support.places import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -84,7 +84,7 @@ def test_triton_is_never_replaced_silently(op):
 
 
 def test_a_model_on_the_cpu_says_that_triton_cannot_run():
-    from models import TOWERS
+    from support.models import TOWERS
 
     import vlmtok
 
@@ -134,7 +134,7 @@ def test_ran_since():
 
 def test_the_report_names_the_path():
     """Of the calls of this compression; what ran before it is not told."""
-    from models import TOWERS
+    from support.models import TOWERS
 
     import vlmtok
 

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import referee
 import torch
+from support import referee
 
 from vlmtok import kernels
 from vlmtok.kernels import library, ops, reference

@@ -1,4 +1,4 @@
-"""`vlmtok.bench` and `vlmtok.suite`: how times become ratios, and that the suite's rows hold what they say."""
+"""`vlmtok.timing` and `vlmtok.lab.suite`: how times become ratios, and that the suite's rows hold what they say."""
 
 import contextlib
 import math
@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import llava, picture, vit
+from support.checkpoints import llava, picture, vit
 
 import vlmtok
-from vlmtok import bench, session, suite
-from vlmtok.attachment import hooks_of
-from vlmtok.bench import Case, Ratio, Timing
+from vlmtok import loading
+from vlmtok import timing as bench
+from vlmtok.core.hooks import hooks_of
 from vlmtok.errors import ParameterError, VlmtokError
+from vlmtok.forecast.estimate import estimate, shape_of
+from vlmtok.lab import compare as comparing
+from vlmtok.lab import prompts, suite, suite_measure, suite_modelled, suite_models
+from vlmtok.timing import Case, Ratio, Timing
 
 SMALL = replace(
-    suite.TINY,
+    suite_models.TINY,
     tower_batches=(1,),
     visual={"small, 5 crops": 180},
     crops={"small, 5 crops": 5},
@@ -148,13 +152,13 @@ def test_the_suite_measures_every_stage_of_every_method(rows):
 
 
 def test_the_promise_is_that_of_estimate(rows):
-    shape = suite.shape_of(suite.llava_config(SMALL))
+    shape = shape_of(suite_models.llava_config(SMALL))
     found = {(row["stage"], row["method"]): row for row in rows if row["model"] == "small, 5 crops"}
     method = "fastv"
     lm = replace(shape, vision=None, projector=(), visual=180)
     lm = replace(lm, layout=replace(lm.layout, stages={k: lm.layout.stages[k] for k in ("projected", "decoder")}))
-    report = suite.estimate(lm, method, text_tokens=(1, suite.TEXT_TOKENS - 1))
-    before, after = suite.macs_of(report, "prefill")
+    report = estimate(lm, method, text_tokens=(1, suite_models.TEXT_TOKENS - 1))
+    before, after = suite_measure.macs_of(report, "prefill")
     row = found["prefill", method]
     assert row["mac_ratio"] == pytest.approx(before / after)
     assert row["kv_bytes_bare"] == report.cache.before and row["kv_bytes"] == report.cache.after.high
@@ -163,30 +167,30 @@ def test_the_promise_is_that_of_estimate(rows):
 
 
 def test_stages_add_up():
-    shape = suite.shape_of(suite.llava_config(suite.TINY))
-    report = suite.estimate(shape, "tome:r=3+fastv", visual_tokens=36)
+    shape = shape_of(suite_models.llava_config(suite_models.TINY))
+    report = estimate(shape, "tome:r=3+fastv", visual_tokens=36)
     for side in (0, 1):
-        tower, prefill, step = (suite.macs_of(report, stage)[side] for stage in ("tower", "prefill", "decode"))
+        tower, prefill, step = (suite_measure.macs_of(report, stage)[side] for stage in ("tower", "prefill", "decode"))
         deciding = 0 if side == 0 else report.line("signals").after.high + report.line("method").after.high
-        whole = suite.macs_of(report, "tower + generate", 5)[side]
+        whole = suite_measure.macs_of(report, "tower + generate", 5)[side]
         assert whole == tower + prefill + 5 * step - deciding
-        assert suite.macs_of(report, "tower + prefill", 5)[side] == tower + prefill - deciding
-    assert suite.macs_of(report, "tower + prefill") == (report.macs.before, report.macs.after.high)
+        assert suite_measure.macs_of(report, "tower + prefill", 5)[side] == tower + prefill - deciding
+    assert suite_measure.macs_of(report, "tower + prefill") == (report.macs.before, report.macs.after.high)
 
 
 def test_the_models_of_the_suite_are_the_published_shapes():
-    from vlmtok.presets import preset
+    from vlmtok.forecast.presets import preset
 
-    llava_shape, published = suite.shape_of(suite.llava_config(suite.FULL)), preset("llava-1.5-7b")
+    llava_shape, published = shape_of(suite_models.llava_config(suite_models.FULL)), preset("llava-1.5-7b")
     assert llava_shape.language.blocks == published.language.blocks
     assert llava_shape.vision.blocks == published.vision.blocks and llava_shape.visual == 576
-    assert suite.FULL.visual["LLaVA-NeXT-7B shape"] == preset("llava-next-7b").visual == 2880
+    assert suite_models.FULL.visual["LLaVA-NeXT-7B shape"] == preset("llava-next-7b").visual == 2880
 
 
 def test_without_a_gpu_there_are_floors_and_no_measurement():
-    rows = suite.model_suite()
-    towers = len(suite.FULL.towers) * len(suite.FULL.tower_batches)
-    languages = 2 * len(suite.FULL.languages) * len(suite.FULL.batches) * len(suite.FULL.visual)
+    rows = suite_modelled.model_suite()
+    towers = len(suite_models.FULL.towers) * len(suite_models.FULL.tower_batches)
+    languages = 2 * len(suite_models.FULL.languages) * len(suite_models.FULL.batches) * len(suite_models.FULL.visual)
     assert len(rows) == towers + languages
     for row in rows:
         assert row["measured"] is False and row["speedup"] is None and row["floor_of"] == "H200"
@@ -200,7 +204,7 @@ def test_without_a_gpu_there_are_floors_and_no_measurement():
 
 # ---------------------------------------------------------------------- one model, one method
 def test_a_vision_language_model_with_one_method(tmp_path):
-    model = session.load(str(llava(tmp_path)))
+    model = loading.load(str(llava(tmp_path)))
     question = "what color is the circle ?"
     rows = suite.bench_pair(
         model, picture(), question, "divprune:keep=0.1", batch=2, max_new_tokens=3, rounds=1, limit=0
@@ -210,16 +214,16 @@ def test_a_vision_language_model_with_one_method(tmp_path):
     row = stages["tower + prefill"]
     assert row["batch"] == 2 and row["visual_tokens"] == 144 and row["method"] == "divprune:keep=0.1"
     with vlmtok.compress(model.model, "divprune:keep=0.1") as run, torch.no_grad():
-        model.model.generate(**session.encode_prompt(model, picture(), question, 2), max_new_tokens=1)
+        model.model.generate(**prompts.encode_prompt(model, picture(), question, 2), max_new_tokens=1)
     total = run.report().macs
     assert row["mac_ratio"] == pytest.approx(total.before / total.after.high)
     assert not list(hooks_of(model.model))
 
 
 def test_a_tower_with_its_default_method(tmp_path):
-    model = session.load(str(vit(tmp_path)))
+    model = loading.load(str(vit(tmp_path)))
     (row,) = suite.bench_pair(model, picture(), None, batch=3, rounds=2, limit=math.inf)
-    assert row["method"] == session.DEFAULT_TOWER_METHOD and row["stage"] == "tower" and row["rounds"] == 2
+    assert row["method"] == comparing.DEFAULT_TOWER_METHOD and row["stage"] == "tower" and row["rounds"] == 2
     assert row["visual_tokens"] == 36 and row["speedup"] > 0
     with pytest.raises(ParameterError, match="batch=0"):
         suite.bench_pair(model, picture(), None, batch=0)

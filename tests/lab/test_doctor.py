@@ -10,25 +10,27 @@ import json
 import pytest
 import torch
 from typer.testing import CliRunner
-from vlmtok.adapters import adapter_for, hf_vlm, host_faults
+from vlmtok.adapters import adapter_for, host_faults
+from vlmtok.adapters.language import families
 
 import vlmtok
-from vlmtok import catalogue, cli, doctor
-from vlmtok.attachment import Attachment
-from vlmtok.doctor import language, probes, replay
-from vlmtok.doctor.facts import BROKEN, NAMES, OK, REFUSED
-from vlmtok.doctor.language import Language
-from vlmtok.doctor.rows import QUICK, Case, cases, one_thread
-from vlmtok.doctor.towers import Vision
+from vlmtok import cli
+from vlmtok.core.attachment import Attachment
 from vlmtok.errors import ParameterError
 from vlmtok.kernels import dispatch
-from vlmtok.tiny.families import FAMILIES, TOWER_ONLY
-from vlmtok.tiny.towers import TOWERS
+from vlmtok.lab import catalogue, doctor
+from vlmtok.lab.doctor import language, probes, replay
+from vlmtok.lab.doctor.facts import BROKEN, NAMES, OK, REFUSED
+from vlmtok.lab.doctor.language import Language
+from vlmtok.lab.doctor.rows import QUICK, Case, cases, one_thread
+from vlmtok.lab.doctor.towers import Vision
+from vlmtok.lab.tiny.families import FAMILIES, TOWER_ONLY
+from vlmtok.lab.tiny.towers import TOWERS
 
 CPU = torch.device("cpu")
 CARRIED = [name for name, case in cases().items() if case.build is not None]
-REASONS = {*hf_vlm.REFUSED.values(), "its adapter offers no cut there"}
-for row in hf_vlm.ROWS.values():
+REASONS = {*families.REFUSED.values(), "its adapter offers no cut there"}
+for row in families.ROWS.values():
     REASONS |= {row.whole, row.boundary}
 
 
@@ -104,7 +106,7 @@ def check(name, status, facts):
 def test_every_family_adapter_and_class_has_a_row():
     table = cases()
     types = {family.make().config.model_type for family in TOWER_ONLY.values()} | set(FAMILIES)
-    assert set(hf_vlm.ROWS) <= types and set(hf_vlm.ROWS) | set(hf_vlm.REFUSED) <= set(table)
+    assert set(families.ROWS) <= types and set(families.ROWS) | set(families.REFUSED) <= set(table)
     assert set(QUICK) <= set(table) and set(TOWERS) <= set(table)
     models = [tower.build() for tower in TOWERS.values()]
     models += [model.visual for model in models if hasattr(model, "visual")]  # an adapter of its own carries it there
@@ -427,7 +429,7 @@ def test_hooks_that_never_run_show(name, monkeypatch):
 @pytest.mark.parametrize("name", ["llava", "timm ViT"])
 def test_one_bit_shows(name, monkeypatch):
     """A compression that cuts nothing and adds the smallest step to the output is not neutral."""
-    from vlmtok.doctor import towers
+    from vlmtok.lab.doctor import towers
 
     @contextlib.contextmanager
     def compress(model, method, adapter=None):

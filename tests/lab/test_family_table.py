@@ -2,9 +2,9 @@
 
 import re
 
-from vlmtok.adapters.hf_vlm import EXAMPLES, REFUSED, ROWS
+from vlmtok.adapters.language.families import EXAMPLES, REFUSED, ROWS
 
-from vlmtok import catalogue
+from vlmtok.lab import family_table
 
 
 def cells(line):
@@ -13,7 +13,7 @@ def cells(line):
 
 def tables():
     """Both tables, without their heads."""
-    carried, refused = catalogue.family_table().split("\n\n")
+    carried, refused = family_table.family_table().split("\n\n")
     return [[cells(line) for line in table.splitlines()[2:]] for table in (carried, refused)]
 
 
@@ -22,7 +22,7 @@ def test_every_family_stands_there_once():
     assert [row[0].strip("`") for row in carried] == list(ROWS)
     assert [row[0].strip("`") for row in refused] == list(REFUSED)
     assert set(EXAMPLES) == set(ROWS) and not set(ROWS) & set(REFUSED)
-    for table in catalogue.family_table().split("\n\n"):
+    for table in family_table.family_table().split("\n\n"):
         lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1 and re.fullmatch(r"\|(---\|)+", lines[1])
 
@@ -40,9 +40,9 @@ def test_what_is_refused_says_why():
 def test_stages_are_those_that_layouts_offer():
     """The table agrees with the adapter, asked with a tiny model of each family."""
     from families.build import FAMILIES, TOWER_ONLY, shared
-    from vlmtok.adapters.hf_vlm import HFVLM
+    from vlmtok.adapters.language.hf_vlm import HFVLM
 
-    said = {row["family"]: set(row["stages"]) for row in catalogue.families()}
+    said = {row["family"]: set(row["stages"]) for row in family_table.families()}
     for name, family in {**FAMILIES, **TOWER_ONLY}.items():
         model = shared(name, family.attentions[0])
         layout = HFVLM(model).layout()

@@ -13,12 +13,14 @@ from PIL import Image
 from torch import nn
 
 import vlmtok
-from vlmtok import Site, viz
-from vlmtok.bench import Timing
-from vlmtok.report import Report
-from vlmtok.session import Answer, Looker, Speaker, VisualTokens, _divergence
-from vlmtok.suite import _difference
-from vlmtok.trace import PictureTrace, Trace
+from vlmtok import Site
+from vlmtok.core.trace import PictureTrace, Trace
+from vlmtok.cost.report import Report
+from vlmtok.lab import overlay as viz
+from vlmtok.lab.comparison import VisualTokens
+from vlmtok.lab.runners import Answer, Looker, Speaker
+from vlmtok.lab.suite_measure import seconds_per_step
+from vlmtok.timing import Timing
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -32,8 +34,8 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
 def test_divergence_is_from_the_bare_model(seed):
     generator = torch.Generator().manual_seed(seed)
     bare, short = (3 * torch.randn(6, generator=generator) for _ in range(2))
-    assert _divergence(bare, short) == pytest.approx(divergence(bare, short), rel=1e-4, abs=1e-6)
-    assert _divergence(bare, bare) == pytest.approx(0.0, abs=1e-6)
+    assert divergence(bare, short) == pytest.approx(divergence(bare, short), rel=1e-4, abs=1e-6)
+    assert divergence(bare, bare) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_loyalty_of_answers():
@@ -157,5 +159,5 @@ def test_logits_have_the_models_scale_and_bias():
 
 
 def test_the_difference_of_an_answer_and_its_beginning_is_one_step():
-    assert _difference(Timing((3.0, 5.0)), Timing((1.0, 2.0)), 2) == Timing((1.0, 1.5))
-    assert _difference(Timing((3.0, 1.0)), Timing((1.0, 2.0)), 2) is None
+    assert seconds_per_step(Timing((3.0, 5.0)), Timing((1.0, 2.0)), 2) == Timing((1.0, 1.5))
+    assert seconds_per_step(Timing((3.0, 1.0)), Timing((1.0, 2.0)), 2) is None

@@ -1,4 +1,4 @@
-"""`vlmtok.session` and `vlmtok.loading`: what is loaded, asked and compared; and that the model stays bare."""
+"""`vlmtok.lab.compare` and `vlmtok.loading`: what is loaded, asked and compared; and that the model stays bare."""
 
 import dataclasses
 import io
@@ -6,33 +6,35 @@ import json
 
 import pytest
 import torch
-from checkpoints import FAMILIES, llava, picture, vit
 from PIL import Image
+from support.checkpoints import FAMILIES, llava, picture, vit
 
 import vlmtok
-from vlmtok import loading, session
-from vlmtok.attachment import hooks_of
-from vlmtok.bench import Ratio
+from vlmtok import loading
+from vlmtok.core.hooks import hooks_of
+from vlmtok.core.site import Site
+from vlmtok.core.trace import PictureTrace, Trace
 from vlmtok.errors import ParameterError, SiteError, SpecError, UnknownMethod, UnsupportedModel
+from vlmtok.lab import compare as comparing
+from vlmtok.lab import comparison, prompts, runners
 from vlmtok.loading import LoadError
-from vlmtok.method import Site
-from vlmtok.trace import PictureTrace, Trace
+from vlmtok.timing import Ratio
 
 QUESTION = "what color is the circle ?"
 
 
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
-    return session.load(str(llava(tmp_path_factory.mktemp("llava"))))
+    return loading.load(str(llava(tmp_path_factory.mktemp("llava"))))
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    return session.load(str(vit(tmp_path_factory.mktemp("vit"))))
+    return loading.load(str(vit(tmp_path_factory.mktemp("vit"))))
 
 
 def compare(model, *given, **more):
-    return session.compare(model, *given, **{"rounds": 1, "limit": 0, "max_new_tokens": 4, **more})
+    return comparing.compare(model, *given, **{"rounds": 1, "limit": 0, "max_new_tokens": 4, **more})
 
 
 def generate(model, inputs):
@@ -43,21 +45,21 @@ def generate(model, inputs):
 # ---------------------------------------------------------------------- comparing
 def test_both_answers_are_those_of_generate(speaker):
     found = compare(speaker, picture(), QUESTION, "todre:keep=0.1")
-    inputs = session.encode_prompt(speaker, picture(), QUESTION)
+    inputs = prompts.encode_prompt(speaker, picture(), QUESTION)
     assert list(found.bare.ids) == generate(speaker, inputs).tolist()
     with vlmtok.compress(speaker.model, "todre:keep=0.1") as run:
         short = generate(speaker, inputs)
     assert list(found.compressed.ids) == short.tolist()
     assert found.report.to_dict()["total_macs"] == run.report().to_dict()["total_macs"]
     assert found.bare.text == speaker.processor.decode(found.bare.ids, skip_special_tokens=True).strip()
-    assert found.tokens == session.VisualTokens(144, 14, 14, 14)
+    assert found.tokens == comparison.VisualTokens(144, 14, 14, 14)
     assert found.method == "todre:keep=0.1" and found.prompt == QUESTION
     assert not list(hooks_of(speaker.model))
 
 
 def test_keeping_everything_changes_nothing(speaker):
     found = compare(speaker, picture(), QUESTION, "todre:keep=1.0:tau=none")
-    assert found.loyalty == session.Loyalty(True, 1.0, 0.0) and found.tokens.first == 144
+    assert found.loyalty == runners.Loyalty(True, 1.0, 0.0) and found.tokens.first == 144
     other = compare(speaker, picture(), QUESTION, "random:keep=1")
     assert other.loyalty.divergence > 0 and other.tokens.first == 1
 
@@ -86,7 +88,7 @@ def test_a_tower_names_its_classes(classifier):
 
 def test_timm_and_open_clip_towers_with_random_weights():
     for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
-        model = session.load(name, random=True)
+        model = loading.load(name, random=True)
         found = compare(model, picture(), None, "pitome:ratio=0.9")
         assert not model.trained and not found.bare.classes and found.overlay.size == picture().size
         assert found.loyalty.cosine > 0 and found.report.macs.after.high < found.report.macs.before
@@ -139,7 +141,7 @@ def test_slower_is_said_only_where_the_rounds_agree(classifier, ratio, said, uns
     ],
 )
 def test_a_method_that_does_not_fit_leaves_the_model_as_it_was(speaker, method, error):
-    inputs = session.encode_prompt(speaker, picture(), QUESTION)
+    inputs = prompts.encode_prompt(speaker, picture(), QUESTION)
     with torch.no_grad():
         before = speaker.model(**inputs).logits
     with pytest.raises(error) as problem:
@@ -162,30 +164,30 @@ def test_other_bad_input_is_refused(speaker, classifier):
     with pytest.raises(LoadError, match="no such file"):
         compare(speaker, "nowhere.png", QUESTION)
     with pytest.raises(UnsupportedModel, match="shifted windows"):
-        compare(session.load("timm:swin_tiny_patch4_window7_224", random=True), picture())
+        compare(loading.load("timm:swin_tiny_patch4_window7_224", random=True), picture())
     assert not list(hooks_of(speaker.model)) and not list(hooks_of(classifier.model))
 
 
 def test_methods_by_default(speaker, classifier):
-    assert session.default_method(speaker.model) == session.DEFAULT_METHOD
-    assert session.default_method(classifier.model) == session.DEFAULT_TOWER_METHOD
+    assert comparing.default_method(speaker.model) == comparing.DEFAULT_METHOD
+    assert comparing.default_method(classifier.model) == comparing.DEFAULT_TOWER_METHOD
 
 
 # ---------------------------------------------------------------------- prompts
 def test_a_question_goes_through_the_chat_template_and_marks_pass_through(speaker):
-    asked = session.encode_prompt(speaker, picture(), QUESTION)["input_ids"]
-    typed = session.encode_prompt(speaker, picture(), f"USER: <image>\n{QUESTION} ASSISTANT:")["input_ids"]
+    asked = prompts.encode_prompt(speaker, picture(), QUESTION)["input_ids"]
+    typed = prompts.encode_prompt(speaker, picture(), f"USER: <image>\n{QUESTION} ASSISTANT:")["input_ids"]
     assert torch.equal(asked, typed)
-    plain = session.encode_prompt(speaker, picture(), f"<image> {QUESTION}")["input_ids"]
+    plain = prompts.encode_prompt(speaker, picture(), f"<image> {QUESTION}")["input_ids"]
     assert plain.shape[1] < asked.shape[1] and (plain == asked[0, 2]).sum() == 144
-    twice = session.encode_prompt(speaker, picture(), QUESTION, batch=2)
+    twice = prompts.encode_prompt(speaker, picture(), QUESTION, batch=2)
     assert torch.equal(twice["input_ids"], asked.expand(2, -1)) and len(twice["pixel_values"]) == 2
 
 
 def test_without_a_chat_template_the_mark_stands_in_front(tmp_path):
-    model = session.load(str(llava(tmp_path, template=False, layers=1)))
-    ids = session.encode_prompt(model, picture(), QUESTION)["input_ids"]
-    assert torch.equal(ids, session.encode_prompt(model, picture(), f"<image>{QUESTION}")["input_ids"])
+    model = loading.load(str(llava(tmp_path, template=False, layers=1)))
+    ids = prompts.encode_prompt(model, picture(), QUESTION)["input_ids"]
+    assert torch.equal(ids, prompts.encode_prompt(model, picture(), f"<image>{QUESTION}")["input_ids"])
 
 
 @pytest.mark.parametrize(("prompt", "what"), [("<image> or <image> ?", "2 image marks"), ("  ", "empty")])
@@ -197,12 +199,12 @@ def test_prompts_that_do_not_fit_one_picture_are_refused(speaker, prompt, what):
 # ---------------------------------------------------------------------- families and their pictures
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp_path):
-    model = session.load(str(FAMILIES[family](tmp_path)))
+    model = loading.load(str(FAMILIES[family](tmp_path)))
     white = Image.new("RGB", (128, 96), (255, 255, 255))
-    inputs = session.encode_prompt(model, white, QUESTION)
+    inputs = prompts.encode_prompt(model, white, QUESTION)
     with vlmtok.compress(model.model, "random:keep=0.3", trace=True) as run:
         generate(model, inputs)
-    found = session.joined(run.trace(), white.size, model.processor)
+    found = comparing.joined(run.trace(), white.size, model.processor)
     drawn = [p for part, (_, patches) in found.grids().items() if part or len(found.grids()) == 1 for p in patches]
     kept = sum(int(found.owner[patch]) >= 0 for patch in drawn) / len(drawn)
     result = compare(model, white, QUESTION, "random:keep=0.3")
@@ -224,11 +226,11 @@ def test_crops_that_count_as_pictures_are_joined():
         return torch.stack([tf.to_tensor(part.resize((64, 64))) for part in (left, right, image)])
 
     trace = Trace([piece([0, 1]), piece([-1, 1]), piece([0, -1])])
-    found = session.joined(trace, (100, 100), halves)
+    found = comparing.joined(trace, (100, 100), halves)
     assert found.owner.tolist() == [0, 1, -1, 3, 4, -1]
     assert found.parts.tolist() == [1, 1, 2, 2, 0, 0]
     assert [site is None for site in found.dropped_at()] == [True, True, False, True, True, False]
-    assert session.joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
+    assert comparing.joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
 
 
 # ---------------------------------------------------------------------- loading

@@ -2,14 +2,13 @@
 
 import re
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
 import vlmtok
-from vlmtok import catalogue, tables
+from vlmtok.lab import catalogue, family_table, tables
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = sorted(path.name for path in (ROOT / "tests" / "golden").iterdir() if path.suffix in (".npz", ".json"))
 
 
@@ -26,7 +25,7 @@ def test_tables_of_the_readme_are_current():
     blocks = re.findall(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end: \1 -->", text, re.S)
     assert sorted(name for name, _ in blocks) == sorted(tables.TABLES)
     for name, table in blocks:
-        assert table.strip() == tables.TABLES[name](), "run: python -m vlmtok.tables README.md"
+        assert table.strip() == tables.TABLES[name](), "run: python -m vlmtok.lab.tables README.md"
     assert tables.rewritten(text) == text
 
 
@@ -54,7 +53,7 @@ def test_deviations_stand_behind_the_table_word_for_word():
 def test_places_are_those_where_methods_run():
     _, places, *_ = tables.method_table().split("\n\n")
     heads = [head.split("<br>") for head in cells(places.splitlines()[0])[1:]]
-    assert sorted(adapter for head in heads for adapter in head) == sorted(catalogue.ADAPTERS)
+    assert sorted(adapter for head in heads for adapter in head) == sorted(family_table.ADAPTERS)
     for name, *found in rows(places):
         fit = catalogue.adapters_of(name.strip("`"))
         for adapters, cell in zip(heads, found):

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from tiny_llava.alignment import initialise_words, words_of  # noqa: E402
-from tiny_llava.evaluate import Checkpoint, score  # noqa: E402
-from tiny_llava.language import answer_logits, build_llava, deepen, look_away, loudness  # noqa: E402
-from tiny_llava.packing import Album, pack, shorten  # noqa: E402
-from tiny_llava.processor import vocabulary  # noqa: E402
-from tiny_llava.samples import choose_samples, draw_sample  # noqa: E402
-from tiny_llava.scenes import QUESTION_TYPES, ask, ask_all, exam, render, sample_scene  # noqa: E402
-from tiny_llava.tower import TOKENS, build_tower, find_cells, find_centres  # noqa: E402
-from tiny_llava.training import watch_attention  # noqa: E402
+from tiny_llava.alignment import initialise_words, words_of
+from tiny_llava.evaluate import Checkpoint, score
+from tiny_llava.language import answer_logits, build_llava, deepen, look_away, loudness
+from tiny_llava.packing import Album, pack, shorten
+from tiny_llava.processor import vocabulary
+from tiny_llava.samples import choose_samples, draw_sample
+from tiny_llava.scenes import QUESTION_TYPES, ask, ask_all, exam, render, sample_scene
+from tiny_llava.tower import TOKENS, build_tower, find_cells, find_centres
+from tiny_llava.training import watch_attention
 
 FOLDER = ROOT / "vlmtok" / "data" / "tiny-llava"
 PICTURES = ROOT / "vlmtok" / "data" / "pictures"

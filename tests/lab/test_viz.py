@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
-from vlmtok import Site, viz
+from vlmtok import Site
+from vlmtok.core.trace import PictureTrace, Trace
 from vlmtok.errors import ParameterError
-from vlmtok.trace import PictureTrace, Trace
+from vlmtok.lab import overlay as viz
 
 torchvision = pytest.importorskip("torchvision.transforms")
 SIZES = [(640, 480), (300, 500), (97, 203), (224, 224)]

@@ -1,10 +1,10 @@
 """`vlmtok.zero_shot`: classification with a compressed dual encoder, and logits that methods correct."""
 
-import openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tca_by_hand import STREAMS, stream
+from support import openai_clip
+from support.tca_by_hand import STREAMS, stream
 
 import vlmtok
 

@@ -5,14 +5,16 @@ import re
 
 import pytest
 import torch
-from decoder_by_hand import GOLDEN, PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import GOLDEN, PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 
+from vlmtok.core.registry import create_method
+from vlmtok.core.site import Counts, Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
 from vlmtok.mergers.aim import AIM, iterative_merge, merged_count, pagerank_importance, retention
-from vlmtok.method import Counts, Site, create_method, parse_methods
-from vlmtok.view import TokenView
 
 CASES = json.loads((GOLDEN / "aim.json").read_text())
 MERGES = [name for name in CASES if name.startswith("aim_merge_")]

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmtok.core.site import Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
 from vlmtok.mergers.averagepool import AveragePool, pool_windows
-from vlmtok.method import Layout, Site, StageLayout, parse_methods
-from vlmtok.view import TokenView
 
 
 def view(grid, batch=2, width=3, n=None):

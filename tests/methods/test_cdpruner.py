@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import golden, golden_names
 
+from vlmtok.core.site import Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError
-from vlmtok.method import Layout, Site, StageLayout, parse_methods
 from vlmtok.pruners.cdpruner import CDPruner, dpp_map, instruction_relevance, scale_relevance
-from vlmtok.view import TokenView
 
 
 def view(x, **more):

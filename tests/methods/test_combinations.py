@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import models
 import pytest
 import torch
-from checks import assert_equal, assert_same, watched
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Batch
+from support import models
+from support.checks import assert_equal, assert_same, watched
+from support.models import Batch
 from test_llava import Top
 from test_stacks import assert_tower_equals_the_oracle, llava
 
 import vlmtok
 from vlmtok import Layout, Reduction, Site, StageLayout, TokenView
-from vlmtok.attachment import Attachment
-from vlmtok.estimate import attach, estimate, shape_of
-from vlmtok.sequence import Row, Sequence
-from vlmtok.signals import DECODER_SIGNALS, DecoderTaps, TowerTaps, tower_signal
-from vlmtok.trace import PictureTrace
+from vlmtok.core.attachment import Attachment
+from vlmtok.core.sequence import Row, Sequence
+from vlmtok.core.signals import DECODER_SIGNALS, DecoderTaps, TowerTaps, tower_signal
+from vlmtok.core.trace import PictureTrace
+from vlmtok.forecast.estimate import attach, estimate, shape_of
 
 
 # ---------------------------------------------------------------------- traces behind several cuts

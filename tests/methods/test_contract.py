@@ -1,7 +1,7 @@
 """What is always true (DESIGN.md, section 6), for every method of the registry on every model.
 
 `matrix.json` says what runs and what is refused and why. A new method or model needs no line here: write the table
-anew with ``python tests/matrix.py`` and look at the difference.
+anew with ``python -m support.matrix`` and look at the difference.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 
-import matrix
-import models
-import oracle
 import pytest
-import referee
 import torch
-from checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks, idle, watched
-from matrix import spec_of
-from player import Player
+from support import matrix, models, oracle, referee
+from support.checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks, idle, watched
+from support.matrix import spec_of
+from support.player import Player
 
 import vlmtok
 from vlmtok import Counts, Reduction, TokenView
@@ -55,9 +52,9 @@ def made(method):
 
 # ---------------------------------------------------------------------- the table
 def test_the_table_has_every_method_and_every_model():
-    assert sorted(EXPECTED) == vlmtok.list_methods(), "methods came or went: run python tests/matrix.py"
+    assert sorted(EXPECTED) == vlmtok.list_methods(), "methods came or went: run python -m support.matrix"
     for method, row in EXPECTED.items():
-        assert sorted(row) == sorted(models.BUILDERS), f"models came or went for {method}: run python tests/matrix.py"
+        assert sorted(row) == sorted(models.BUILDERS), f"models came or went for {method}: run python -m support.matrix"
 
 
 def test_the_table_has_the_size_that_was_looked_at():

@@ -1,27 +1,22 @@
 """CrossGET: the released reducer and loss, a tiny CLIP end to end, and the rules every method keeps."""
 
-import openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import openai_clip
+from support.decoder_by_hand import golden, golden_names
 
 import vlmtok
 from vlmtok import kernels
+from vlmtok.core.registry import create_method
+from vlmtok.core.signals import tower_signals
+from vlmtok.core.site import Counts, Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
-from vlmtok.mergers.crossget import (
-    CrossGET,
-    CrossTokens,
-    attention_importance,
-    cross_loss,
-    cross_tokens,
-    ensemble,
-)
-from vlmtok.method import Counts, Layout, Site, StageLayout, create_method, parse_methods
-from vlmtok.signals import tower_signals
-from vlmtok.view import TokenView
+from vlmtok.mergers.crossget import CrossGET, CrossTokens, attention_importance, cross_loss, cross_tokens, ensemble
 
 
 def layout(prefix=1, depth=4, stages=("vision", "text", "features")):

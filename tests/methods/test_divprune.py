@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import golden, golden_names
 
+from vlmtok.core.site import Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
-from vlmtok.method import Layout, Site, StageLayout, parse_methods
 from vlmtok.pruners.divprune import DivPrune, max_min_subset, most_isolated
-from vlmtok.view import TokenView
 
 
 def view(x, **more):

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from decoder_by_hand import PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 
+from vlmtok.core.selection import keep_top
+from vlmtok.core.site import Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
-from vlmtok.method import Site, parse_methods
-from vlmtok.pruners.fastv import FastV, keep_top, last_row_score
-from vlmtok.view import TokenView
+from vlmtok.pruners.fastv import FastV, last_row_score
 
 
 @pytest.mark.parametrize("name", golden_names("fastv_case*.npz"))

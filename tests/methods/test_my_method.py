@@ -7,20 +7,18 @@ import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
-import models
-import oracle
 import pytest
 import torch
-from checks import Print, Subject, assert_differs, assert_equal, assert_same, watched
-from player import Player
+from support import models, oracle
+from support.checks import Print, Subject, assert_differs, assert_equal, assert_same, watched
+from support.places import ROOT
+from support.player import Player
 
 import vlmtok
-from vlmtok import method
+from vlmtok.core import registry
 
-ROOT = Path(__file__).parents[1]
 FILE = ROOT / "examples" / "my_method.py"
 
 
@@ -28,7 +26,7 @@ FILE = ROOT / "examples" / "my_method.py"
 def example():
     """The file, loaded from where it lies; what it registers is gone behind these tests."""
     vlmtok.list_methods()  # so that what is built in stays
-    known = dict(method._METHODS)
+    known = dict(registry._METHODS)
     spec = importlib.util.spec_from_file_location("my_method", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -37,8 +35,8 @@ def example():
         yield module
     finally:
         del sys.modules[spec.name]
-        method._METHODS.clear()
-        method._METHODS.update(known)
+        registry._METHODS.clear()
+        registry._METHODS.update(known)
 
 
 def test_it_is_registered(example):
@@ -106,16 +104,16 @@ def test_the_file_is_what_contributing_prints():
     assert class_of(printed) == class_of(FILE.read_text(encoding="utf-8"))
     assert "NormKeep().reduce(vlmtok.TokenView(x))" in section
     # What the page says, done.
-    known, page = dict(method._METHODS), ModuleType("contributing")
+    known, page = dict(registry._METHODS), ModuleType("contributing")
     sys.modules[page.__name__] = page
-    method._METHODS.pop("normkeep", None)
+    registry._METHODS.pop("normkeep", None)
     try:
         exec(printed, vars(page))
         assert page.NormKeep().reduce(vlmtok.TokenView(torch.randn(2, 10, 4))).slots == 5
     finally:
         del sys.modules[page.__name__]
-        method._METHODS.clear()
-        method._METHODS.update(known)
+        registry._METHODS.clear()
+        registry._METHODS.update(known)
 
 
 def test_it_runs_as_a_program():

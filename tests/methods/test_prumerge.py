@@ -1,21 +1,22 @@
 """LLaVA-PruMerge and PruMerge+: the released tokens, the edges done right, and the rules every method keeps."""
 
-import models
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import watched
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import models
+from support.checks import watched
+from support.decoder_by_hand import golden, golden_names
 
 import vlmtok
+from vlmtok.core.signals import tower_signals
+from vlmtok.core.site import Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import MissingSignal, ParameterError
 from vlmtok.mergers.prumerge import PruMerge, adaptive_choice, class_scores, outlier_count, prune_and_merge
-from vlmtok.method import Layout, Site, StageLayout, parse_methods
-from vlmtok.signals import tower_signals
-from vlmtok.view import TokenView
 
 NEEDS = ("protected_queries@vision:-1", "protected_keys@vision:-1", "keys_full@vision:-1")
 

@@ -2,15 +2,24 @@
 
 import pytest
 import torch
-from decoder_by_hand import causal_logits, golden, golden_names, layout, rms_norm, signals_of, visual_tokens_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import (
+    causal_logits,
+    golden,
+    golden_names,
+    layout,
+    rms_norm,
+    signals_of,
+    visual_tokens_by_layer,
+)
 
+from vlmtok.core.site import Counts, Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
-from vlmtok.method import Counts, Site, parse_methods
 from vlmtok.pruners.fastv import last_row_score
 from vlmtok.pruners.pyramiddrop import PyramidDrop, share_of_entered
-from vlmtok.view import TokenView
 
 
 def view_of(data, layer):

@@ -6,15 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import golden, golden_names
 
+from vlmtok.core.signals import tower_signals
+from vlmtok.core.site import Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
-from vlmtok.method import Layout, Site, StageLayout, parse_methods
 from vlmtok.pruners.scope import SCOPE, saliency_coverage
-from vlmtok.signals import tower_signals
-from vlmtok.view import TokenView
 
 NAME = "cls_attention@vision:feature"
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from decoder_by_hand import PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import PlainLlama, Run, golden, golden_names, layout, visual_tokens_by_layer
 
+from vlmtok.core.site import Counts, Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.mergers.sparsevlm import (
     SparseVLM,
@@ -16,8 +19,6 @@ from vlmtok.mergers.sparsevlm import (
     rater_weights,
     recycled_counts,
 )
-from vlmtok.method import Counts, Site, parse_methods
-from vlmtok.view import TokenView
 
 CASES = golden_names("sparsevlm_case*.npz")
 

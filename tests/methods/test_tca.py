@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tca_by_hand import STREAMS, small_tower, stream
+from support.decoder_by_hand import golden, golden_names
+from support.tca_by_hand import STREAMS, small_tower, stream
 
+from vlmtok.core.registry import create_method
+from vlmtok.core.signals import tower_signals
+from vlmtok.core.site import Counts, Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import MissingSignal, ParameterError
-from vlmtok.mergers.reservoir import Reservoir, evict, layer_weights
-from vlmtok.mergers.tca import (
-    TCA,
+from vlmtok.mergers.condensation import (
     condensation,
     condense,
     coreset,
@@ -22,9 +25,8 @@ from vlmtok.mergers.tca import (
     from_ratio,
     schedule,
 )
-from vlmtok.method import Counts, Layout, Site, StageLayout, create_method, parse_methods
-from vlmtok.signals import tower_signals
-from vlmtok.view import TokenView
+from vlmtok.mergers.reservoir import Reservoir, evict, layer_weights
+from vlmtok.mergers.tca import TCA
 
 
 def layout(prefix=1, depth=12):

@@ -3,15 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import causal_logits, golden, golden_names, layout, rms_norm, signals_of, visual_tokens_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import (
+    causal_logits,
+    golden,
+    golden_names,
+    layout,
+    rms_norm,
+    signals_of,
+    visual_tokens_by_layer,
+)
 
 from vlmtok import kernels
+from vlmtok.core.site import Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
-from vlmtok.method import Site, parse_methods
 from vlmtok.pruners.transprune import TransPrune, combined_score, instruction_attention, transition_variation
-from vlmtok.view import TokenView
 
 
 def transitions(data):

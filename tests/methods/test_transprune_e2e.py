@@ -1,11 +1,11 @@
 """TransPrune in a whole Llama: cuts, lengths of the layers, logits and greedy tokens of the released model."""
 
-import models
 import pytest
 import torch
-from checks import watched
-from decoder_by_hand import PlainLlama, Run, golden, golden_names
-from hosts_of import cache_of
+from support import models
+from support.checks import watched
+from support.decoder_by_hand import PlainLlama, Run, golden, golden_names
+from support.hosts_of import cache_of
 from torch import nn
 
 import vlmtok

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import golden, golden_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoder_by_hand import golden, golden_names
 
+from vlmtok.core.signals import tower_signals
+from vlmtok.core.site import Counts, Layout, Site, StageLayout
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError
 from vlmtok.mergers.visionzip import VisionZip, dominant_and_contextual
-from vlmtok.method import Counts, Layout, Site, StageLayout, parse_methods
-from vlmtok.signals import tower_signals
-from vlmtok.view import TokenView
 
 CLS, KEYS = "cls_attention@vision:feature", "keys@vision:feature"
 

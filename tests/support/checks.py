@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import models
 import torch
 from torch import Tensor, nn
 
 import vlmtok
 from vlmtok import Method, Reduction, TokenView
+
+from . import models
 
 EQUAL = 1e-5
 """How far "equal" tensors may be apart, relative to the greatest entry where that is above one."""

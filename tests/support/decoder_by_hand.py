@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vlmtok.method import Counts, Layout, StageLayout
-from vlmtok.view import TokenView
+from vlmtok.core.site import Counts, Layout, StageLayout
+from vlmtok.core.view import TokenView
 
-GOLDEN = Path(__file__).parent / "golden"
+from .places import GOLDEN
+
 ELSEWHERE = [Path(folder) for folder in os.environ.get("VLMTOK_GOLDEN", "").split(os.pathsep) if folder]
 """More folders with reference files, searched behind the one of the repository."""
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-WHOLE = ("test_fresh_process.py", "test_host_facts.py")
+HERE = Path(__file__).parents[1]
+WHOLE = ("house/test_fresh_process.py", "adapters/test_host_facts.py")
 """Files of which every case runs."""
 SAMPLED = {
-    "test_contract.py": 12,
-    "test_towers.py": 3,
-    "test_llava.py": 3,
-    "test_lifetime.py": 3,
-    "test_host_facts_families.py": 100,
+    "methods/test_contract.py": 12,
+    "adapters/towers/test_towers.py": 3,
+    "adapters/language/test_llava.py": 3,
+    "core/test_lifetime.py": 3,
+    "adapters/test_host_facts_families.py": 100,
     "families/test_attention.py": 4,
     "families/test_bare.py": 4,
     "families/test_dialogue.py": 4,
@@ -69,6 +69,8 @@ def spread(size: int, limit: int) -> list[int]:
 
 def _family(item: pytest.Item) -> str | None:
     """The family of a case, if it is of one."""
-    if not place(item.path).startswith(("families/", "test_host_facts_families")) or not hasattr(item, "callspec"):
+    if not place(item.path).startswith(("families/", "adapters/test_host_facts_families")) or not hasattr(
+        item, "callspec"
+    ):
         return None
     return item.callspec.params.get("name")

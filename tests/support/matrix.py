@@ -1,6 +1,6 @@
 """Which method runs on which model, and why not: the table behind `test_contract.py`.
 
-`python tests/matrix.py` writes ``matrix.json`` anew from the registry and the models; look at the difference before
+`python -m support.matrix` writes ``matrix.json`` anew from the registry and the models; look at the difference before
 you commit it.
 """
 
@@ -10,14 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-import models
 import torch
-from checks import Subject, gap, watched
 
 import vlmtok
 from vlmtok.errors import VlmtokError
 
-FILE = Path(__file__).parent / "matrix.json"
+from . import models
+from .checks import Subject, gap, watched
+
+FILE = Path(__file__).parents[1] / "matrix.json"
 
 SPECS = {
     "crossget": "crossget:rv=6",

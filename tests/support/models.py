@@ -1,6 +1,6 @@
 """Tiny models with random weights, one for every class and architecture that an adapter carries.
 
-Towers come from `vlmtok.tiny`; here is the LLaVA that most tests take, and its prompts.
+Towers come from `vlmtok.lab.tiny`; here is the LLaVA that most tests take, and its prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlmtok.tiny.towers import (
+from vlmtok.lab.tiny.towers import (
     CLASSES,
     DEPTH,
     HEADS,

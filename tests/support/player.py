@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle import Cut, Moment
 from torch import Tensor
 
 from vlmtok import Layout, Method, Reduction, Site, TokenView
+
+from .oracle import Cut, Moment
 
 
 def written_out(reduction: Reduction, size: Tensor, spare: int = 0) -> Cut:

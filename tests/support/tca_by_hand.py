@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from decoder_by_hand import found_names, golden
+
+from .decoder_by_hand import found_names, golden
 
 
 class Loops:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from functools import lru_cache
 
-from vlmtok.adapters import masks
-from vlmtok.adapters.base import BlockRule
+from vlmtok.adapters.language import masks
+from vlmtok.adapters.language.spec import BlockRule
 
 from .auto import Chooser, config_field
 from .classes import HostClass, Signature, dotted, signature_of

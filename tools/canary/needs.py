@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from vlmtok.adapters import decoder, decoder_intake, hosts, masks
-from vlmtok.adapters.base import BlockRule, VLMSpec
+from vlmtok.adapters import hosts
 from vlmtok.adapters.hosts import Role
+from vlmtok.adapters.language import decoder, masks
+from vlmtok.adapters.language import intake as decoder_intake
+from vlmtok.adapters.language.spec import BlockRule, VLMSpec
 
 from vlmtok.errors import UnsupportedModel
 

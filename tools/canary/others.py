@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from vlmtok.adapters import account, decoder, decoder_checks, host_objects, hosts, masks
-from vlmtok.adapters.open_clip_vit import MHA_BLOCK, OpenClip, OpenClipTimm, OpenClipVision, text_spec
-from vlmtok.adapters.timm_vit import TimmEva, TimmViT
+from vlmtok.adapters import account, host_objects, hosts
+from vlmtok.adapters.language import checks as decoder_checks
+from vlmtok.adapters.language import decoder, masks
+from vlmtok.adapters.towers.open_clip_vit import MHA_BLOCK, OpenClip, OpenClipTimm, OpenClipVision, text_spec
+from vlmtok.adapters.towers.timm_vit import TimmEva, TimmViT
 
-from vlmtok import stream
+from vlmtok.core import stream
 
 from .auto import Chooser
 from .classes import External, HostClass

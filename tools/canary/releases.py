@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlmtok.adapters import ROWS as CLASSES
-from vlmtok.adapters import hf_vit, hf_vlm
+from vlmtok.adapters.language import families
+from vlmtok.adapters.towers import hf_rows
 
 from .auto import Chooser
 from .facts import Findings
@@ -18,9 +19,9 @@ from .vlm import family_facts
 def transformers_facts(findings: Findings, chooser: Chooser) -> None:
     """Facts of transformers: what families share, each family, each tower."""
     shared_facts(findings, chooser)
-    for kind, spec in hf_vlm.ROWS.items():
+    for kind, spec in families.ROWS.items():
         family_facts(findings.about(kind), chooser, kind, spec)
-    for kind, row in hf_vit.ROWS.items():
+    for kind, row in hf_rows.ROWS.items():
         tower = chooser.model(kind)  # towers of some families have no model of their own
         tower_facts(findings.about(kind), chooser, kind, row, [] if tower is None else [tower])
     for (module, name), where in CLASSES.items():

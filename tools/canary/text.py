@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable
 
-from vlmtok.adapters import decoder_attention
-from vlmtok.adapters.base import VLMSpec
-from vlmtok.adapters.decoder_attention import AttentionForm
+from vlmtok.adapters.language import attention as decoder_attention
+from vlmtok.adapters.language.attention import AttentionForm
+from vlmtok.adapters.language.spec import VLMSpec
 
 from .classes import Auto, External, HostClass, dotted, signature_of
 from .facts import Questions, either

@@ -6,9 +6,10 @@ import ast
 from collections.abc import Iterable
 
 from torch import nn
-from vlmtok.adapters import hf_vit
 from vlmtok.adapters.base import BlockSpec
-from vlmtok.adapters.hf_vit import HFDual, VisionRow, text_spec
+from vlmtok.adapters.towers import hf_rows
+from vlmtok.adapters.towers.hf_rows import VisionRow, text_spec
+from vlmtok.adapters.towers.hf_vit import HFDual
 
 from .auto import Chooser, config_field
 from .classes import HostClass
@@ -113,7 +114,7 @@ def class_facts(findings: Findings, chooser: Chooser, module: str, name: str, ad
         name: of the class.
         adapter: name of the adapter's class.
     """
-    rows = (item for item in hf_vit.ROWS.items() if chooser.find(module, item[1].layer) is not None)
+    rows = (item for item in hf_rows.ROWS.items() if chooser.find(module, item[1].layer) is not None)
     kind, row = next(rows, (module.split(".")[-2], None))
     ask, cls = findings.about(kind), chooser.find(module, name)
     ask.check(row is not None, f"{module} has blocks of no row")
@@ -130,7 +131,7 @@ def _dual(ask: Questions, cls: HostClass, row: VisionRow) -> None:
     has_attributes(ask, cls, cls.name, reads(HFDual.vision, "self.model"))
     for path in (read.path for read in reads(text_spec, "model")):
         ask.check(cls.has(path), f"{cls.name} has no `{path}`")
-        if row.block is hf_vit.CLIP_BLOCK and row.num_prefix:  # SigLIP's text tower is not cut
+        if row.block is hf_rows.CLIP_BLOCK and row.num_prefix:  # SigLIP's text tower is not cut
             for text in cls.made_of(path):
                 if isinstance(text, HostClass):
                     has_attributes(ask, text, f"the text tower of {cls.name}", reads(text_spec, "text"))

@@ -1,14 +1,16 @@
-"""Facts of vision-language families, asked of transformers for every row of `adapters/hf_vlm.py`."""
+"""Facts of vision-language families, asked of transformers for every row of `adapters/language/families.py`."""
 
 from __future__ import annotations
 
 import ast
 
-from vlmtok.adapters import hf_vit, hosts, shapes
-from vlmtok.adapters.base import VLMSpec
-from vlmtok.adapters.decoder import Decoder
-from vlmtok.adapters.hf_vlm import HFVLM
-from vlmtok.adapters.packing import Packing
+from vlmtok.adapters import hosts
+from vlmtok.adapters.language import shapes
+from vlmtok.adapters.language.decoder import Decoder
+from vlmtok.adapters.language.hf_vlm import HFVLM
+from vlmtok.adapters.language.packing import Packing
+from vlmtok.adapters.language.spec import VLMSpec
+from vlmtok.adapters.towers import hf_rows
 
 from .auto import Chooser, config_field
 from .classes import Auto, External, HostClass
@@ -200,7 +202,7 @@ class Host:
         kinds = self.chooser.types(self.config, "vision_config")[:1]
         self.ask.check(kinds, "the type of its tower cannot be read off the source", self.config)
         for kind in kinds:
-            row = hf_vit.ROWS.get(kind)
+            row = hf_rows.ROWS.get(kind)
             if self.ask.check(row is not None, f"its tower is of type {kind!r}, whose blocks no row describes"):
                 assert row is not None
                 tower_facts(self.ask, self.chooser, kind, row, towers)

@@ -6,26 +6,25 @@ a handle that goes out of scope changes nothing.
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ParameterError, PassError, SiteError, UnsupportedModel
-from .guard import told
-from .kernels.exact import exact
+from ..errors import ParameterError, SiteError
+from ..kernels.exact import exact
+from .hooks import Hook, hooks_of, replaying, sweep, weak
 from .ledger import Ledger
-from .method import LAYERED, POINTS, STAGES, Counts, Layout, Method, Site
+from .method import Method
 from .reduction import Reduction
 from .signals import Need, check_stage, resolve_need
+from .site import LAYERED, POINTS, STAGES, Counts, Layout, Site
+from .threads import PerThread, Watch
 from .view import Signal, TokenView
 
-S = TypeVar("S")
 _PATCHES = 576
 """A number of patches; whether a method's count depends on content shows with any."""
 
@@ -62,113 +61,6 @@ class Entry:
         """Sorts entries by the forward, then by the list."""
         layer = -1 if self.site.layer is None else self.site.layer
         return (STAGES.index(self.site.stage), layer, POINTS.index(self.site.point), self.index)
-
-
-class NotScriptable(UnsupportedModel, AttributeError):
-    """TorchScript compiles hooks from their source; ours have none. Who asks a hook for its name gets no name."""
-
-
-class Hook:
-    """A module hook that goes quiet when its attachment ends; a copy of it is inert from the start."""
-
-    __slots__ = ("attachment", "call", "layer", "where")
-
-    def __init__(
-        self,
-        attachment: Attachment | None = None,
-        call: Callable[..., Any] | None = None,
-        layer: int = -1,
-        where: nn.Module | None = None,
-    ) -> None:
-        self.attachment = attachment
-        self.call = call
-        self.layer = layer
-        self.where = None if where is None else weakref.ref(where)
-
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        """Passes on to the driver, unless paused or ended."""
-        if self.attachment is None or self.call is None or not self.attachment.live:
-            return None
-        if torch.compiler.is_compiling():  # a tracer says by exceptions of its own what it cannot follow
-            return self.call(self.layer, module, *given)
-        try:
-            return self.call(self.layer, module, *given)
-        except Exception as problem:
-            fault = told(problem)
-            if fault is None:
-                raise
-            raise fault from problem
-
-    @property
-    def __name__(self) -> str:
-        """Asked by ``torch.jit.script`` alone.
-
-        Raises:
-            NotScriptable: always.
-        """
-        raise NotScriptable(
-            "torch.jit.script takes no Python hooks, and this model carries those of a compression, paused or not; end "
-            "it first (run.remove() or vlmtok.remove(model)), or use torch.jit.trace, torch.export or torch.compile, "
-            "which follow it"
-        )
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Hook:
-        module = None if self.where is None else self.where()
-        twin = memo.get(id(module)) if module is not None else None
-        if twin is not None:
-            memo.setdefault(_Bare, _Bare()).modules.append(twin)
-        return Hook()
-
-    def __copy__(self) -> Hook:
-        return Hook()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return (Hook, ())
-
-
-class _Bare:
-    """Takes inert hooks out of modules that were copied, when the copying is over and its memo goes."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-
-    def __del__(self) -> None:
-        for module in self.modules:
-            _clear(module)
-
-
-_TABLES = ("_forward_pre_hooks", "_forward_hooks")
-_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, int, Hook]]:
-    """Hooks of ours on one module: (table, key, hook)."""
-    for table in _TABLES:
-        for key, hook in list(getattr(module, table, {}).items()):
-            if isinstance(hook, Hook):
-                yield table, key, hook
-
-
-def _clear(module: nn.Module) -> None:
-    """Takes inert hooks off one module."""
-    for table, key, hook in _own(module):
-        if hook.attachment is None or not hook.attachment.active:
-            getattr(module, table).pop(key, None)
-            for flags in _FLAGS:
-                getattr(module, flags, {}).pop(key, None)
-
-
-def hooks_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, Hook]]:
-    """Every hook of ours in a model, inert ones included: (module, table, key, hook)."""
-    for module in model.modules():
-        for table, key, hook in _own(module):
-            yield module, table, key, hook
-
-
-def sweep(model: nn.Module) -> None:
-    """Takes out inert hooks, which a model that was pickled carries."""
-    for module in model.modules():
-        _clear(module)
 
 
 class Attachment:
@@ -347,93 +239,6 @@ class Attachment:
     def remember(self, index: int) -> nn.Module | None:
         """The module that a method built."""
         return self.memory.get(index)
-
-
-class PerThread(Generic[S]):
-    """State of the pass that runs, one for each thread: several threads may call one compressed model.
-
-    Args:
-        make: a fresh state.
-
-    Attributes:
-        latest: the state of the thread that ran last, for who asks from outside.
-    """
-
-    def __init__(self, make: Callable[[], S]) -> None:
-        self._make = make
-        self._local = threading.local()
-        self._traced = make()
-        self.latest = self._traced
-
-    def mine(self) -> S:
-        """The state of this thread."""
-        if torch.compiler.is_compiling():
-            return self._traced  # what is traced runs no hook again
-        found: S | None = getattr(self._local, "state", None)
-        if found is None:
-            found = self._local.state = self._make()
-        self.latest = found
-        return found
-
-    def seen(self) -> S:
-        """The state of this thread if it ran anything, else of the one that ran last."""
-        found: S | None = getattr(self._local, "state", None)
-        return self.latest if found is None else found
-
-
-class Watch:
-    """How far a pass is in the thread that runs it; a block out of turn raises."""
-
-    __slots__ = ("at", "begun", "stage")
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.begun = False
-        self.at = -1
-
-    def begin(self) -> None:
-        """A pass starts at block 0."""
-        self.begun = True
-        self.at = -1
-
-    def enter(self, layer: int) -> None:
-        """A block arrives.
-
-        Raises:
-            PassError: before block 0 ran in this thread, or not behind the block before.
-        """
-        if not self.begun:
-            raise PassError(
-                f"{self.stage} block {layer} ran without block 0 before it in this thread; a pass of a compressed "
-                "model starts at block 0 and stays in its thread"
-            )
-        if layer <= self.at:
-            raise PassError(
-                f"{self.stage} block {layer} arrived behind block {self.at} of the same pass; blocks run in order"
-            )
-        self.at = layer
-
-
-def replaying() -> bool:
-    """Whether autograd is running this forward again (gradient checkpointing)."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def weak(module: nn.Module) -> Callable[[], Any]:
-    """A reference that does not keep the module alive.
-
-    Raises (when called):
-        PassError: the module is gone.
-    """
-    reference = weakref.ref(module)
-
-    def get() -> nn.Module:
-        found = reference()
-        if found is None:
-            raise PassError("the compressed model no longer exists")
-        return found
-
-    return get
 
 
 __all__ = ["LAYERED", "Attachment", "Entry", "Hook", "PerThread", "Watch", "hooks_of", "replaying", "sweep", "weak"]

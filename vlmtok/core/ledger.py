@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, field
 
 import torch
 
-from .kernels import ran
+from ..kernels import ran
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class StageRun:
         seen: tokens that the cache of a bare model would have held before.
         held: (first layer, tokens) of each run of layers whose caches hold equally many; empty means `past` in all.
         events: visits, in order.
-        parts: rows that modules outside the blocks saw, by name (see `vlmtok.flops.Part`).
+        parts: rows that modules outside the blocks saw, by name (see `vlmtok.core.model_shape.Part`).
         decodings: decode steps behind it.
         captured: whether it was captured into a CUDA graph, whose replays run no Python.
     """

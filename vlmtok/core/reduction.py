@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import kernels
-from .errors import ParameterError
+from .. import kernels
+from ..errors import ParameterError
 
 
 @dataclass(frozen=True, eq=False)

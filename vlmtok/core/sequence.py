@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
+from .. import kernels
 from .reduction import Reduction
 
 

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import kernels
-from .errors import MissingSignal, SiteError
-from .method import LAYERED, STAGES, Layout, Site, layer_of
+from .. import kernels
+from ..errors import MissingSignal, SiteError
+from .site import LAYERED, STAGES, Layout, Site, layer_of
 
 if TYPE_CHECKING:
     from .reduction import Reduction

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CacheError
+from ..errors import CacheError
 
 ATTRIBUTE = "_vlmtok_stream"
 _tickets = itertools.count()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import ParameterError, PassError
-from .method import Site
+from ..errors import ParameterError, PassError
+from .site import Site
 
 if TYPE_CHECKING:
     from .attachment import Attachment

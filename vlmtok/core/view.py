@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import MissingSignal, ParameterError
-from .method import Counts, Site
+from ..errors import MissingSignal, ParameterError
+from .site import Counts, Site
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +120,7 @@ class TokenView:
             name: as in `Site.needs`, for instance ``"keys"`` or ``"cls_attention@vision:-1"``.
 
         Returns:
-            Its tensor; the shapes are those of the table in `vlmtok.signals`.
+            Its tensor; the shapes are those of the table in `vlmtok.core.signals`.
 
         Raises:
             MissingSignal: the view has no such signal, or it does not exist for these rows.

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .errors import ParameterError, hint
-from .flops import BlockShape, ModelShape, Profile, Tokens
+from ..core.model_shape import BlockShape, ModelShape, Tokens
+from ..errors import ParameterError, hint
+from .flops import Profile
 
 Profiles = Mapping[str, Profile]
 """One profile for each stage that ran: ``vision``, ``text``, ``decoder``."""

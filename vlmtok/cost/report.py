@@ -7,118 +7,20 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from . import kernels
-from .attachment import Attachment
+from .. import kernels
+from ..core.attachment import Attachment
+from ..core.ledger import StageRun
+from ..core.model_shape import ModelShape, Tokens
+from ..errors import ParameterError, PassError
 from .conventions import convention
-from .errors import ParameterError, PassError
-from .flops import Account, ModelShape, Profile, Tokens, count_decoder, count_tower
-from .ledger import StageRun
-from .method import Site
+from .flops import Account, Profile, count_decoder, count_tower
+from .lines import TITLES, LayerLine, Line, SiteLine, Span
 from .overhead import overhead
 
 if TYPE_CHECKING:
     from torch import nn
-
-TITLES = {
-    "vision": "vision tower",
-    "text": "text tower",
-    "projector": "projector",
-    "prefill": "prefill",
-    "continued": "later turns",
-    "signals": "signals",
-    "method": "method itself",
-    "decode": "decode steps",
-}
-"""Lines of a report, in order; signals and the methods' own cost are part of what ran, not of the model."""
-
-
-class Span(NamedTuple):
-    """A number, or what it lies between where it depends on content."""
-
-    low: float
-    high: float
-
-    @property
-    def fixed(self) -> bool:
-        """Whether it is one number."""
-        return self.low == self.high
-
-    def map(self, change: Callable[[float], float]) -> Span:
-        """Both ends changed."""
-        return Span(change(self.low), change(self.high))
-
-    def show(self, form: Callable[[float], str]) -> str:
-        """As text."""
-        low, high = form(self.low), form(self.high)
-        return low if low == high else f"{low} .. {high}"
-
-    def plain(self) -> Any:
-        """A number, or [low, high]."""
-        return self.low if self.fixed else [self.low, self.high]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A quantity, bare and compressed.
-
-    Attributes:
-        name: key of `TITLES`, or what it is.
-        unit: ``MACs``, ``FLOPs`` or ``bytes``.
-        before: of the bare model.
-        after: as it ran.
-    """
-
-    name: str
-    unit: str
-    before: float
-    after: Span
-
-    @property
-    def share(self) -> Span | None:
-        """After by before; None where the bare model has nothing to compare with."""
-        return self.after.map(lambda value: value / self.before) if self.before else None
-
-
-@dataclass(frozen=True)
-class LayerLine:
-    """Tokens of a row in one block.
-
-    Attributes:
-        stage: ``vision``, ``text`` or ``decoder``.
-        layer: 0-based block.
-        before: tokens of the bare model.
-        attention: tokens that enter.
-        mlp: tokens of the MLP.
-        visual: reducible tokens that enter.
-    """
-
-    stage: str
-    layer: int
-    before: int
-    attention: Span
-    mlp: Span
-    visual: Span
-
-
-@dataclass(frozen=True)
-class SiteLine:
-    """A method at one of its sites.
-
-    Attributes:
-        site: where.
-        method: its spec string.
-        visits: how often it was asked (by a plan: once).
-        before: tokens of a row before, the last time; None where it was not asked.
-        after: and after.
-    """
-
-    site: Site
-    method: str
-    visits: int
-    before: int | None = None
-    after: Span | None = None
 
 
 @dataclass
@@ -177,7 +79,7 @@ class Report:
         Raises:
             PassError: the model no longer exists.
         """
-        from .adapters import adapter_for
+        from ..adapters import adapter_for
 
         if model is None:
             raise PassError("the compressed model no longer exists; take the report while it does")
@@ -283,7 +185,7 @@ class Report:
         """The pass as a paper would count it.
 
         Args:
-            name: of a convention, see `vlmtok.conventions.CONVENTIONS`.
+            name: of a convention, see `vlmtok.cost.conventions.CONVENTIONS`.
 
         Returns:
             Before and after, in the unit that the convention prints.
@@ -496,7 +398,8 @@ def _seen(
 
 
 def _planned(attachment: Attachment, shape: ModelShape) -> StageRun:
-    from .plan import Past, Planner, Prompt
+    from .host_rows import Prompt
+    from .plan import Past, Planner
 
     assert shape.vision is not None
     return Planner(attachment, shape, Prompt(), Past()).vision(StageRun("vision", 1, shape.vision.tokens))

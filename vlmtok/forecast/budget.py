@@ -6,14 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .compression import _methods
-from .conventions import convention as named
-from .errors import ParameterError, SiteError, TargetError
+from ..core.method import Method
+from ..core.model_shape import ModelShape
+from ..core.spec import as_methods
+from ..cost.conventions import convention as named
+from ..cost.report import Report
+from ..errors import ParameterError, SiteError, TargetError
+from ..guard import guarded
 from .estimate import estimate, shape_of
-from .flops import ModelShape
-from .guard import guarded
-from .method import Method
-from .report import Report
 
 WITHIN = 0.01
 """How far from its target a budget may be, as a share of it."""
@@ -80,7 +80,7 @@ def budget(
         macs: MACs of towers, projector and prefill, with signals and the method's own cost; with `convention` the
             figure of that convention, in its unit.
         kv_bytes: bytes of the key-value cache behind the prefill, all rows.
-        convention: how `macs` are counted, see `vlmtok.conventions`.
+        convention: how `macs` are counted, see `vlmtok.cost.conventions`.
         prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, ...).
 
     Returns:
@@ -92,7 +92,7 @@ def budget(
         ParameterError: no target or several, or the method has no parameter to move.
         UnsupportedModel, SiteError, MissingSignal: as `compress`.
     """
-    methods = _methods(method)
+    methods = as_methods(method)
     if len(methods) != 1:
         raise ParameterError(f"budget() sets one method, got {len(methods)}: {' + '.join(map(str, methods))}")
     given = {"tokens": tokens, "layer_average_tokens": layer_average_tokens, "macs": macs, "kv_bytes": kv_bytes}

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attachment import Attachment
-from .compression import Compression, _methods
-from .errors import ParameterError, SiteError
-from .flops import ModelShape
-from .guard import guarded
-from .loading import EMBEDDED, configured, skeleton
-from .method import Method, check_choice, check_range
-from .plan import Past, Prompt, check_counts, plan
+from ..compression import Compression
+from ..core.attachment import Attachment
+from ..core.method import Method
+from ..core.model_shape import ModelShape
+from ..core.settings import check_choice, check_range
+from ..core.spec import as_methods
+from ..core.view import TokenView
+from ..cost.host_rows import Prompt
+from ..cost.plan import Past, check_counts, plan
+from ..cost.report import Report
+from ..errors import ParameterError, SiteError
+from ..guard import guarded
+from ..loading.models import configured, skeleton
+from ..loading.names import EMBEDDED
 from .presets import PRESETS, preset
-from .report import Report
-from .view import TokenView
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,9 +55,9 @@ def estimate(
     without data. A report of a run on the same shapes gives the same numbers.
 
     Args:
-        model: a preset (see `vlmtok.presets`), a loaded model, a configuration of transformers or its dict, or a name
-            as `vlmtok.loading.load` takes it (a folder, a hub id, ``"timm:NAME"``, ``"open_clip:NAME"``), of which
-            the configuration alone is read.
+        model: a preset (see `vlmtok.forecast.presets`), a loaded model, a configuration of transformers or
+            its dict, or a name as `vlmtok.load` takes it (a folder, a hub id, ``"timm:NAME"``,
+            ``"open_clip:NAME"``), of which the configuration alone is read.
         method: a method, a spec string, or several, as for `compress`.
         text_tokens: of a prompt, all behind the pictures; or a sequence with the tokens before the first picture,
             between pictures, and behind the last. For a dual encoder, tokens of a text row (by default all).
@@ -67,7 +71,7 @@ def estimate(
         logits: ``"last"`` (the head sees one token of a prompt, as in `generate`) or ``"all"`` (a plain forward).
         counts: what stays at sites whose count depends on content: a compression that has run, its report, or slots of
             a view row by site (``{"decoder layer 2 end": 300}``), which win over the methods' counts.
-        convention: also count as a paper does, see `vlmtok.conventions`.
+        convention: also count as a paper does, see `vlmtok.cost.conventions`.
         signals: names of signals that `compress` would be given.
         deciding: count signals and the methods' own cost.
 
@@ -137,7 +141,7 @@ def attach(shape: ModelShape, method: Any, counts: Any = None, signals: Iterable
     Raises:
         SiteError: no site is left.
     """
-    attachment = Attachment(_methods(method), shape.layout, dict.fromkeys(signals, _absent))
+    attachment = Attachment(as_methods(method), shape.layout, dict.fromkeys(signals, _absent))
     if not attachment.entries:
         names = " + ".join(map(str, attachment.methods))
         raise SiteError(f"{names} has nothing to do on {shape.layout.family}: no site is left")
@@ -247,7 +251,7 @@ def _past(counts: Any, attachment: Attachment) -> Past:
 
 # ---------------------------------------------------------------------- models without weights
 def _account(model: nn.Module) -> ModelShape:
-    from .adapters import adapter_for
+    from ..adapters import adapter_for
 
     adapter = adapter_for(model)
     try:

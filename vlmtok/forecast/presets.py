@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 
-from .errors import ParameterError, hint
-from .flops import BlockShape, LanguageShape, ModelShape, Part, TowerShape
-from .method import Layout, StageLayout
-from .signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
+from ..core.model_shape import BlockShape, LanguageShape, ModelShape, Part, TowerShape
+from ..core.signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
+from ..core.site import Layout, StageLayout
+from ..errors import ParameterError, hint
 
 HALF = 2
 """Bytes of a cached value: the models are released in half precision."""

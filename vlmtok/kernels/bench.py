@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..bench import captured, environment
+from ..timing import captured, environment
 from . import floors, table
 from .dispatch import use
 from .floors import H200, Case, Rates

@@ -1,6 +1,7 @@
 """What the Triton kernels share: the launch, and loading and multiplying tiles of rows."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations

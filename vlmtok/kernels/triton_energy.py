@@ -1,6 +1,7 @@
 """PiToMe's energy without the matrix of similarities."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

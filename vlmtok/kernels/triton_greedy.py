@@ -1,6 +1,7 @@
 """Greedy diversity selection: one persistent program a picture over a table of products."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Merging rows in gather form: one program an output row, no atomics, the same bits every run."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Whole matchings of a merge layer in two to five launches: match, then sort and write the plan."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

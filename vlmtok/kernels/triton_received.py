@@ -1,6 +1,7 @@
 """Attention that each token receives, without the matrix of attention."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

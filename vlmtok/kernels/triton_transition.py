@@ -1,6 +1,7 @@
 """Norm ratio and cosine of two rows in one pass."""
 
 # mypy: allow-untyped-defs
+
 # ruff: noqa: ANN001, ANN202
 
 from __future__ import annotations

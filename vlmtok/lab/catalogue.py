@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .attachment import Attachment
-from .errors import VlmtokError
-from .method import STAGES, Layout, Method, create_method, format_value, list_methods, method_class
-from .presets import preset
+from ..core.attachment import Attachment
+from ..core.method import Method
+from ..core.registry import create_method, list_methods, method_class
+from ..core.settings import format_value
+from ..core.site import STAGES, Layout
+from ..errors import VlmtokError
+from ..forecast.presets import preset
+from .family_table import ADAPTERS, families
 
 
 # ---------------------------------------------------------------------- kinds of models
@@ -57,18 +61,6 @@ KINDS: dict[str, Kind] = {
     )
 }
 """Columns of the tables."""
-
-ADAPTERS: dict[str, tuple[str, ...]] = {
-    "timm-vit": ("tower", "tower, no CLS"),
-    "timm-eva": ("tower",),
-    "open_clip": ("dual",),
-    "open_clip-vit": ("tower",),
-    "open_clip-timm": ("tower", "tower, no CLS"),
-    "transformers-vision": ("tower", "tower, no CLS"),
-    "transformers-dual": ("dual", "tower, no CLS"),
-    "transformers-vlm": ("VLM, slots", "VLM, spread", "VLM", "VLM, tower"),
-}
-"""Kinds of models that an adapter carries."""
 
 
 def refusal(method: Method, layout: Layout) -> str | None:
@@ -306,105 +298,3 @@ def _presets(cls: type[Method]) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------- models
-def models() -> list[dict[str, Any]]:
-    """The adapters: name, classes, kinds of models."""
-    from .adapters import ROWS, hf_vlm
-
-    classes: dict[str, list[str]] = {}
-    for (module, qualified), where in ROWS.items():
-        classes.setdefault(_adapter_name(where), []).append(f"{module.partition('.')[0]} {qualified}")
-    classes[hf_vlm.HFVLM.name] = [f"model type {kind}" for kind in hf_vlm.ROWS]
-    return [
-        {"adapter": name, "classes": found, "kinds": list(ADAPTERS.get(name, ()))} for name, found in classes.items()
-    ]
-
-
-def _adapter_name(where: str) -> str:
-    from .adapters import _load
-
-    return _load(where).name
-
-
-def families() -> list[dict[str, Any]]:
-    """Vision-language families of transformers: stages in which tokens can leave, or why they cannot."""
-    from .adapters import REFUSED, hf_vlm
-
-    found: list[dict[str, Any]] = []
-    for name, spec in hf_vlm.ROWS.items():
-        stages = {"slots": ["vision", "features"], "spread": ["vision"], "free": ["vision"]}.get(
-            spec.tower_cut or "", []
-        )
-        stages = stages + ([] if spec.boundary else ["projected", "decoder"])
-        found.append(
-            {
-                "family": name,
-                "stages": stages,
-                "tower": spec.tower_cut,
-                "refused": spec.boundary,
-                "example": hf_vlm.EXAMPLES[name],
-            }
-        )
-    for name, why in hf_vlm.REFUSED.items():
-        found.append({"family": name, "stages": [], "tower": None, "refused": why})
-    for (module, qualified), why in REFUSED.items():
-        name = f"{module.partition('.')[0]} {qualified}"
-        found.append({"family": name, "stages": [], "tower": None, "refused": why})
-    return found
-
-
-def family_table() -> str:
-    """The vision-language families of transformers as markdown: where tokens can leave, and why not elsewhere.
-
-    Two tables, made from the rows that the adapter works with: the families, then those that are refused. Cells of the
-    tower say how: ``slots``, ``spread`` or ``free``.
-    """
-    from .adapters import hf_vlm
-
-    lines = ["| model type | for example | `vision` | `projected`, `decoder` | positions | notes |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name, spec in hf_vlm.ROWS.items():
-        features = ", `features`" if spec.tower_cut == "slots" else ""
-        tower = f"{spec.tower_cut}{features}" if spec.tower_cut else f"no: {spec.whole}"
-        language = f"no: {spec.boundary}" if spec.boundary else "yes"
-        positions = "kept" if spec.positions == "mrope" else "kept or renumbered"
-        cells = (
-            f"`{name}`",
-            f"`{hf_vlm.EXAMPLES[name]}`",
-            tower,
-            language,
-            "" if spec.boundary else positions,
-            "; ".join(_notes(spec)),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| refused | why |", "|---|---|"]
-    lines += [f"| `{name}` | {why} |" for name, why in hf_vlm.REFUSED.items()]
-    return "\n".join(lines)
-
-
-def _notes(spec: Any) -> list[str]:
-    """What a row says that users want to know."""
-    parts = {
-        "anyres": "thumbnail and canvas of crops",
-        "chunks": "crops, thumbnail last",
-        "rows": "rows with breaks between them, which stay",
-    }
-    said = []
-    if len(spec.ids) > 1:
-        said.append("pictures and clips")
-    if spec.parts in parts:
-        said.append(parts[spec.parts])
-    elif spec.thumbnail and spec.parts == "runs":
-        said.append("marks stand between crops, so each crop counts as a picture")
-    if spec.positions == "mrope":
-        said.append("M-RoPE")
-    if spec.deepstack:
-        said.append("deepstack features follow the cuts")
-    if spec.gather:
-        said.append("per-layer inputs follow the cuts")
-    if spec.block:
-        said.append("tokens look at each other both ways: masks are built anew")
-    if spec.last_cut:
-        said.append("no cut behind the first layer whose keys later ones share")
-    if not spec.attention:
-        said.append("no attention signals")
-    return said

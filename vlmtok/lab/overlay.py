@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .errors import ParameterError
-from .guard import guarded
-from .trace import PictureTrace, Trace
+from ..core.trace import PictureTrace, Trace
+from ..errors import ParameterError
+from ..guard import guarded
 
 if TYPE_CHECKING:
-    from .compression import Compression
+    from ..compression import Compression
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, in pixels of the user's picture."""

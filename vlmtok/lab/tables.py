@@ -1,4 +1,4 @@
-"""Tables of the README, made from the registry: ``python -m vlmtok.tables README.md`` writes them anew.
+"""Tables of the README, made from the registry: ``python -m vlmtok.lab.tables README.md`` writes them anew.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end: NAME -->``; NAME is a key of `TABLES`.
 """
@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .catalogue import ADAPTERS, Entry, adapters_of, family_table, methods, stages_of
-from .errors import VlmtokError
+from ..errors import VlmtokError
+from .catalogue import Entry, adapters_of, methods, stages_of
+from .family_table import ADAPTERS, family_table
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(?=<!-- end: (?P=name) -->)", re.S)
 _MARK = re.compile(r"<!-- (?:table|end): [\w-]+ -->")
@@ -121,7 +122,7 @@ def main(paths: Sequence[str]) -> int:
             continue
         stale += 1
         if check:
-            print(f"{path}: tables are out of date; python -m vlmtok.tables {path}")
+            print(f"{path}: tables are out of date; python -m vlmtok.lab.tables {path}")
         else:
             path.write_text(new, encoding="utf-8")
     return 1 if check and stale else 0

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ParameterError, UnsupportedModel
-from .guard import guarded
-from .method import Method
+from ..core.method import Method
+from ..errors import ParameterError, UnsupportedModel
+from ..guard import guarded
 
 if TYPE_CHECKING:
-    from .compression import Compression
+    from ..compression import Compression
 
 
 @guarded

@@ -1,162 +1,31 @@
-"""Models and pictures by the names that users type: folders, hub ids, ``timm:NAME``, ``open_clip:NAME[:PRETRAINED]``.
-
-Libraries are imported when a name asks for them. Whatever goes wrong on the way (no such name, no network, a file that
-is no picture) is a `LoadError` of one line.
-"""
+"""Models by name, with weights or without data: `load`, `skeleton`, `configured`."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .errors import ParameterError, VlmtokError
-from .guard import guarded
+from ..errors import ParameterError
+from ..guard import guarded
+from . import names
+from .devices import pick_device, pick_dtype
+from .names import EMBEDDED
+from .problems import LoadError, check_listed, one_line_errors, quiet
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
     from torch import Tensor, nn
 
-DATA = Path(__file__).parent / "data"
-"""What ships with the package: ``tiny-llava/`` (a checkpoint), ``pictures/`` and ``pictures/questions.json``."""
-EMBEDDED = "tiny-llava"
-"""Name of the checkpoint that ships with the package."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-T = TypeVar("T")
-
-
-class LoadError(VlmtokError, OSError):
-    """A model, a picture or a file cannot be had under the name that was given."""
-
 
 # ---------------------------------------------------------------------- pictures and files
-@dataclass(frozen=True)
-class Sample:
-    """A picture that ships with the package, and a question about it.
-
-    Attributes:
-        path: of the picture.
-        question: what to ask.
-        answer: the right answer.
-    """
-
-    path: Path
-    question: str
-    answer: str
-
-
-def samples() -> list[Sample]:
-    """Pictures that ship with the package, a question about each; `questions.json` names them in order.
-
-    Raises:
-        LoadError: they are missing.
-    """
-    table = DATA / "pictures" / "questions.json"
-    try:
-        rows = json.loads(table.read_text("utf-8"))
-    except (OSError, ValueError) as problem:
-        raise LoadError(f"the sample pictures of the package are missing: {line_of(problem)}") from None
-    return [Sample(table.parent / row["picture"], row["question"], row["answer"]) for row in rows]
-
-
-def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads a picture, upright and in RGB.
-
-    Args:
-        path: of a file that Pillow reads.
-
-    Raises:
-        LoadError: no such file, or no picture.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
-    except UnidentifiedImageError:
-        raise LoadError(f"{os.fspath(path)!r} is no picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise LoadError(f"cannot read picture {os.fspath(path)!r}: {line_of(problem)}") from None
-
-
-def check_writable(path: str | os.PathLike[str], picture: bool = False) -> Path:
-    """Checks that a file can be written, before anything is computed for it; nothing is written.
-
-    Args:
-        path: of the file to be.
-        picture: whether it will be a picture, whose name says its format.
-
-    Returns:
-        The path.
-
-    Raises:
-        LoadError: its folder does not exist, or does not let us write; or its name says no format.
-    """
-    from PIL import Image
-
-    target = Path(path)
-    if picture and target.suffix.lower() not in Image.registered_extensions():
-        raise LoadError(f"cannot write {str(target)!r}: no picture format is called {target.suffix!r}; use .png")
-    folder = target.parent
-    if not folder.is_dir():
-        raise LoadError(f"cannot write {str(target)!r}: there is no folder {str(folder)!r}")
-    if target.is_dir():
-        raise LoadError(f"cannot write {str(target)!r}: it is a folder")
-    if not os.access(target if target.exists() else folder, os.W_OK):
-        raise LoadError(f"cannot write {str(target)!r}: permission denied")
-    return target
 
 
 # ---------------------------------------------------------------------- devices
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name.
-
-    Args:
-        name: ``auto`` (CUDA where there is one, else CPU), or a torch device.
-
-    Raises:
-        LoadError: torch knows no such device, or this machine has none.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise LoadError(f"device {name!r} cannot be used here: {line_of(problem)}") from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name.
-
-    Args:
-        name: one of `DTYPES`; ``auto`` is float32 on CPU and bfloat16 elsewhere.
-        device: where the model will be.
-
-    Raises:
-        LoadError: none of them.
-    """
-    import torch
-
-    if name not in DTYPES:
-        raise LoadError(f"dtype {name!r} is not possible; one of {', '.join(DTYPES)}")
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 # ---------------------------------------------------------------------- models
@@ -288,17 +157,17 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     import transformers
 
     shown, place = _place(name)
-    config = _reading(shown, lambda: transformers.AutoConfig.from_pretrained(place))
+    config = one_line_errors(shown, lambda: transformers.AutoConfig.from_pretrained(place))
     language = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     maker: Any = transformers.AutoModelForImageTextToText if language else _tower_class(config)
     if random:
-        model = _reading(shown, lambda: _from_config(maker, config))
+        model = one_line_errors(shown, lambda: _from_config(maker, config))
     else:
-        model = _reading(shown, lambda: maker.from_pretrained(place, dtype=dtype))
+        model = one_line_errors(shown, lambda: maker.from_pretrained(place, dtype=dtype))
     if bare:
         return Loaded(shown, model, None, language, False)
     reader: Any = transformers.AutoProcessor if language else transformers.AutoImageProcessor
-    processor = _reading(shown, lambda: reader.from_pretrained(place))
+    processor = one_line_errors(shown, lambda: reader.from_pretrained(place))
     if language:
         return Loaded(shown, model, processor, True, not random)
     classes = getattr(config, "num_labels", 0) if type(model).__name__.endswith("Classification") else 0
@@ -314,7 +183,7 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
 def _place(name: str | None) -> tuple[str, str]:
     """What to call a checkpoint, and where it is."""
     if name is None or name == EMBEDDED:
-        folder = DATA / EMBEDDED
+        folder = names.DATA / EMBEDDED
         if not folder.is_dir():
             raise LoadError(f"the checkpoint of the package is missing: there is no folder {str(folder)!r}")
         return EMBEDDED, str(folder)
@@ -365,8 +234,8 @@ def _timm(name: str, random: bool, bare: bool) -> Loaded:
 
     shown = f"timm:{name}"
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        _known(shown, name.split(".")[0], timm.list_models())
-    model = _reading(shown, lambda: timm.create_model(name, pretrained=not random))
+        check_listed(shown, name.split(".")[0], timm.list_models())
+    model = one_line_errors(shown, lambda: timm.create_model(name, pretrained=not random))
     if bare:
         return Loaded(shown, model, None, False, False)
     settings = timm.data.resolve_model_data_config(model)
@@ -394,13 +263,13 @@ def _open_clip(name: str, random: bool, bare: bool) -> Loaded:
         tag = ""
     else:
         name, _, tag = name.partition(":")
-        _known(shown, name, open_clip.list_models())
+        check_listed(shown, name, open_clip.list_models())
         if tag and not os.path.exists(tag):
-            _known(shown, tag, open_clip.list_pretrained_tags_by_model(name), what="trained weights")
+            check_listed(shown, tag, open_clip.list_pretrained_tags_by_model(name), what="trained weights")
     trained = bool(tag) or name.startswith(("hf-hub:", "local-dir:"))
     given = {"pretrained": (tag or None) if not random else None, "load_weights": trained and not random}
     given["device"] = "meta" if bare else "cpu"
-    model, _, transform = _reading(shown, lambda: open_clip.create_model_and_transforms(name, **given))
+    model, _, transform = one_line_errors(shown, lambda: open_clip.create_model_and_transforms(name, **given))
     if bare:
         return Loaded(shown, model, None, False, False)
     return Loaded(shown, model, transform, False, trained and not random, _one(transform), model.encode_image)
@@ -415,48 +284,3 @@ def _one(transform: Any) -> Callable[[Image.Image], Tensor]:
 
 
 # ---------------------------------------------------------------------- errors
-def line_of(problem: BaseException) -> str:
-    """The first sentence of an error, on one line."""
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror.lower()
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return re.split(r"(?<=[a-z'\")])\. ", lines[0])[0].rstrip(".") if lines else type(problem).__name__
-
-
-def _known(shown: str, name: str, names: Sequence[str], what: str = "model") -> None:
-    """Refuses a name that a library does not list."""
-    if name in names:
-        return
-    near = difflib.get_close_matches(name, names, 3, 0.5) or (list(names) if len(names) < 20 else [])
-    raise LoadError(f"no {what} {name!r} for {shown!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
-
-
-def _reading(name: str, read: Callable[[], T]) -> T:
-    """Runs a library's loader; its errors, of any kind, become one line."""
-    try:
-        return read()
-    except MemoryError:
-        raise
-    except Exception as problem:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        local = os.path.isdir(name) or name == EMBEDDED
-        hint = " (HF_HUB_OFFLINE is set)" if offline and not local else ""
-        raise LoadError(f"cannot load {name!r}: {line_of(problem)}{hint}") from problem
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Context without the log lines of the libraries; their progress bars show on a terminal only."""
-    import transformers
-
-    before = logging.root.manager.disable
-    bars = transformers.utils.logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    logging.disable(logging.ERROR)  # what goes wrong is raised, too
-    if bars:
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable(before)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import keep_top
+from ..core.settings import check_choice, check_flag, check_range
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError, SiteError
 from ..kernels.exact import exact
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
-from ..pruners.fastv import keep_top
-from ..reduction import Reduction
-from ..view import TokenView
 from .tome import bipartite
 
 

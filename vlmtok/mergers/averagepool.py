@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_flag, check_range
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
 
 
 def pool_windows(size: int, out: int) -> list[range]:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_flag, check_range
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
 
 GUIDANCE = ("cls", "cross", "attention", None)
 

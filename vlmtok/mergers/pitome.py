@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_flag, check_layers, check_range
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_choice, check_flag, check_layers, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_flag, check_keep, check_range
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import MissingSignal
-from ..method import Counts, Layout, Method, Site, check_flag, check_keep, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
 
 
 def class_scores(query: Tensor, keys: Tensor, protected_keys: Tensor) -> Tensor:

@@ -8,23 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_keep, keep_count, scaled
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
 from ..kernels.exact import exact
-from ..method import (
-    POSITIONS,
-    Counts,
-    Layout,
-    Method,
-    Site,
-    check_choice,
-    check_keep,
-    keep_count,
-    register_method,
-    scaled,
-)
 from ..pruners.pyramiddrop import check_layers
-from ..reduction import Reduction
-from ..view import TokenView
 
 _PATCHES = 576  # visual tokens for which the release states its budgets
 _BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

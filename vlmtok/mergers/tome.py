@@ -8,10 +8,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_flag, check_layers, check_range
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_flag, check_layers, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
 
 
 def bipartite(metric: Tensor, r: int, num_prefix: int = 0) -> Reduction | None:

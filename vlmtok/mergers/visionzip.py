@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import keep_top
+from ..core.settings import check_keep, check_range, keep_count
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import Counts, Layout, Method, Site, check_keep, check_range, keep_count, register_method
-from ..pruners.fastv import keep_top
-from ..reduction import Reduction
-from ..view import TokenView
 
 Choice = tuple[Tensor, Tensor, Tensor, Tensor]
 """dominant `[B, D]`, targets `[B, T]`, joining `[B, R]`, and the target (0 to T - 1) that each joins `[B, R]`."""

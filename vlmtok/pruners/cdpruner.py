@@ -8,21 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..method import (
-    POSITIONS,
-    Counts,
-    Layout,
-    Method,
-    Site,
-    check_choice,
-    check_flag,
-    check_keep,
-    check_range,
-    keep_count,
-    register_method,
-)
-from ..reduction import Reduction
-from ..view import TokenView
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_flag, check_keep, check_range, keep_count
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 
 _EPS = 1e-6
 

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..method import (
-    POSITIONS,
-    Counts,
-    Layout,
-    Method,
-    Site,
-    check_choice,
-    check_keep,
-    check_range,
-    keep_count,
-    register_method,
-)
-from ..reduction import Reduction
-from ..view import TokenView
-
-
-def keep_top(score: Tensor, k: int) -> Tensor:
-    """The k tokens of highest score, in the order in which they stand.
-
-    Args:
-        score: `[B, N]`, any floating dtype; higher is better.
-        k: how many, at most N.
-
-    Returns:
-        int64 `[B, k]`, ascending; equal scores go to the lowest index, NaN loses to everything.
-    """
-    score = score.float()
-    score = torch.where(score.isnan(), float("-inf"), score)
-    return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import keep_top
+from ..core.settings import check_choice, check_keep, check_range, keep_count
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 
 
 def last_row_score(last_attention: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import keep_top
+from ..core.settings import check_choice, check_range
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
-from .fastv import keep_top, last_row_score
+from .fastv import last_row_score
 
 
 def check_stages(layers: Sequence[int] | None, ratios: Sequence[float], by: str) -> None:

@@ -7,21 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..kernels.tracing import constant_in_graphs
-from ..method import (
-    Counts,
-    Layout,
-    Method,
-    Site,
-    check_choice,
-    check_keep,
-    check_layer,
-    check_range,
-    keep_count,
-    register_method,
-)
-from ..reduction import Reduction
-from ..view import TokenView
 
 
 @constant_in_graphs

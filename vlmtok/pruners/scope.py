@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..method import Counts, Layout, Method, Site, check_keep, check_range, keep_count, register_method
-from ..reduction import Reduction
-from ..view import TokenView
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_keep, check_range, keep_count
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 
 
 def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -> Tensor:

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
+from ..core.site import Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import ParameterError
-from ..method import (
-    Counts,
-    Layout,
-    Method,
-    Site,
-    check_choice,
-    check_keep,
-    check_layer,
-    check_range,
-    keep_count,
-    register_method,
-)
-from ..reduction import Reduction
-from ..view import TokenView
 from .random import random_order
 
 PIVOTS = ("cls", "center", "farthest", "random")

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import keep_top
+from ..core.settings import check_choice, check_range
+from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
-from ..method import POSITIONS, Counts, Layout, Method, Site, check_choice, check_range, register_method
-from ..reduction import Reduction
-from ..view import TokenView
-from .fastv import keep_top, last_row_score
+from .fastv import last_row_score
 from .pyramiddrop import check_layers, check_stages, share_of_entered
 
 DIRECTIONS = ("released", "paper")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import models
-import oracle
 import pytest
 import torch
-from checks import assert_equal
-from hosts_of import cache_of, with_cache
-from models import Batch
+from support import models, oracle
+from support.checks import assert_equal
+from support.hosts_of import cache_of, with_cache
+from support.models import Batch
 from test_llava import Top, assert_generates_as_the_oracle, assert_two_turns_equal_the_oracle, decider, llava
 
 import vlmtok

@@ -7,21 +7,20 @@ import functools
 import warnings
 from itertools import pairwise
 
-import models
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import Subject, assert_differs, assert_equal, assert_same, gap, hooks
-from hosts_of import cache_of, checkpoint, with_cache
-from models import PLACEHOLDERS, Batch
-from player import Player
+from support import models, oracle
+from support.checks import Subject, assert_differs, assert_equal, assert_same, gap, hooks
+from support.hosts_of import cache_of, checkpoint, with_cache
+from support.models import PLACEHOLDERS, Batch
+from support.player import Player
 from vlmtok.adapters.host_objects import checkpoints_whole_calls
 
 import vlmtok
 from vlmtok import Reduction, Site, ToDRE
+from vlmtok.core.view import TokenView
 from vlmtok.errors import CacheError, MissingSignal, PassError, SiteError, UnsupportedModel
-from vlmtok.view import TokenView
 
 STEPS = 4
 SPECIAL = list(range(models.IMAGE, models.VOCAB))
@@ -413,7 +412,7 @@ SCORED_BY_TEXT = (
 @pytest.mark.parametrize("spec", SCORED_BY_TEXT)
 def test_drafts_of_speculative_decoding_do_not_decide(spec, pattern, monkeypatch):
     """The first forward brings drafts behind the prompt, which are no text yet and not its last token."""
-    from vlmtok.attachment import Attachment
+    from vlmtok.core.attachment import Attachment
 
     model, chosen, widths = llava(depth=18), [], []
     decide = Attachment.decide
@@ -1086,7 +1085,7 @@ def test_an_exception_while_pictures_are_encoded_leaves_nothing_behind():
 # ---------------------------------------------------------------------- views in a language model
 def test_views_show_the_rows_without_padding():
     """columns, entered, text and sizes of every view, row by row against the oracle's."""
-    from checks import watched
+    from support.checks import watched
 
     model, batch = llava(), Batch.of("^3I5", "2I2", "^2I1I4", "6")
     methods = vlmtok.parse_methods("pitome:ratio=0.8+sparsevlm:tokens=192:layers=(2;4):budgets=(5;3)")

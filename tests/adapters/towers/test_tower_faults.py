@@ -7,12 +7,12 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
 import pytest
 import torch
-from checks import assert_differs, assert_equal, assert_same
 from families.build import FAMILIES, TOWER_ONLY
-from sweep import some
+from support import models
+from support.checks import assert_differs, assert_equal, assert_same
+from support.sweep import some
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,7 +21,7 @@ from vlmtok.adapters.base import TowerSpec, child
 
 import vlmtok
 from vlmtok.errors import MissingSignal, PassError, UnsupportedModel, VlmtokError
-from vlmtok.tiny.towers import timm_vit
+from vlmtok.lab.tiny.towers import timm_vit
 
 SIGNALLED = ("tome:r=4:prop_attn=false", "crossget:rv=6", "tca:ratio=0.6:update=false")
 PLAIN = "random:keep=0.5"

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from pathlib import Path
 
-import hosts_of
-import models
 import numpy as np
-import oracle
 import pytest
 import torch
-from checks import Print, assert_differs, assert_equal, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
-from player import Player
+from support import hosts_of, models, oracle
+from support.checks import Print, assert_differs, assert_equal, assert_same
+from support.places import GOLDEN
+from support.player import Player
 
 import vlmtok
 from vlmtok import PiToMe, Reduction, Site, ToDRE, TokenView, ToMe
 from vlmtok.errors import PassError, VlmtokWarning
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name):

@@ -3,10 +3,10 @@
 import importlib
 from types import SimpleNamespace
 
-import checks
 import numpy as np
 import pytest
 import torch
+from support import checks
 
 from vlmtok import kernels
 from vlmtok.errors import ParameterError

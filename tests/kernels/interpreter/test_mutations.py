@@ -7,8 +7,8 @@ takes its bugs along. None of them writes out of bounds: the interpreter would c
 import sys
 from pathlib import Path
 
-import checks
 import pytest
+from support import checks
 from test_kernels import NAMES, modules
 
 import vlmtok.kernels

@@ -4,10 +4,10 @@ For every adapter and family a tiny random model is built, and three things are 
 nothing leaves the bare model bit for bit; a cut leaves what an oracle of plain torch hooks says; `generate` says with a
 cache what it says without. ``vlmtok doctor`` prints the answers; an issue report begins with them.
 
-    report = vlmtok.doctor.examine()                       # a quick choice of rows
-    report = vlmtok.doctor.examine(["gemma3", "timm"])     # a family, all towers of a library
+    report = vlmtok.lab.doctor.examine()                       # a quick choice of rows
+    report = vlmtok.lab.doctor.examine(["gemma3", "timm"])     # a family, all towers of a library
     report.ok, report.rows, report.to_dict()
-    row = vlmtok.doctor.examine_model(model, inputs)       # a loaded model, with what its processor makes of a prompt
+    row = vlmtok.lab.doctor.examine_model(model, inputs)       # a loaded model, and a prompt as its processor makes it
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from ..bench import Progress
-from ..errors import ParameterError
-from ..guard import guarded
-from ..loading import load, pick_device
+from ...errors import ParameterError
+from ...guard import guarded
+from ...loading.devices import pick_device
+from ...loading.models import load
+from ...timing import Progress
 from . import environment
 from .facts import BROKEN, OK, REFUSED, Fact, Row
 from .own import examine_loaded, examine_model
@@ -42,7 +43,7 @@ def examine(
     Args:
         names: rows (families as in ``config.model_type``, towers) or libraries; by default a choice of all kinds.
         everything: all rows.
-        model: a checkpoint, as for `vlmtok.loading.load`; it is tested with a picture of the package, and no other row
+        model: a checkpoint, as for `vlmtok.load`; it is tested with a picture of the package, and no other row
             is, unless asked for.
         adapter: of the checkpoint, as for `vlmtok.compress`.
         device: ``cpu``, ``auto`` or a torch device.

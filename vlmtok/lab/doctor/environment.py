@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import bench
-from ..kernels import dispatch
+from ... import timing as bench
+from ...kernels import dispatch
 
 PACKAGES = (
     "torch",
@@ -31,7 +31,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Version of Python, vlmtok and every package; None where it is not installed. Nothing is imported for it."""
-    from .. import __version__
+    from ...version import __version__
 
     found: dict[str, str | None] = {"python": platform.python_version(), "vlmtok": __version__}
     for package in PACKAGES:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """A device as `vlmtok.bench` names it, and the system."""
+    """A device as `vlmtok.timing` names it, and the system."""
     found = bench.environment(device)
     names = ("device", "device_type", "driver", "cuda", "threads", "cores")
     return {**{name: found[name] for name in names}, "system": f"{platform.system()} {platform.machine()}"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InternalError, VlmtokError
+from ...errors import InternalError, VlmtokError
 
 OK, REFUSED, BROKEN = "ok", "refused", "broken"
 NAMES = ("bare", "neutral", "tower", "input", "layer", "text", "generate")

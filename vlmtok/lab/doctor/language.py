@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compression import compress
-from ..method import Layout, Site
+from ...compression import compress
+from ...core.site import Layout, Site
 from .facts import OK, Broken, Fact, Refused, allowed, check_close, check_cut, check_equal, difference, settle, told
 from .probes import Fixed, Nothing, cut_sites, some
 from .replay import Stay, TextModel, blocks_of, cut_tower
@@ -60,13 +60,15 @@ class Language:
         Raises:
             VlmtokError: it is not carried.
         """
-        from ..adapters import adapter_for, hf_vlm
-        from ..adapters.base import child
+        from ...adapters import adapter_for
+        from ...adapters.base import child
+        from ...adapters.language import families
+        from ...adapters.language.hf_vlm import discover
 
         model, adapter = self.model, self.adapter
         carrier = adapter_for(model, adapter)
         self.layout: Layout = carrier.layout()
-        self.spec = hf_vlm.discover(model) if adapter else hf_vlm.ROWS[model.config.model_type]
+        self.spec = discover(model) if adapter else families.ROWS[model.config.model_type]
         self.core = child(model, self.spec.core)
         self.lm = None if self.spec.boundary else child(self.core, self.spec.lm)
         self.cuts = cut_sites(self.layout)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ParameterError
-from ..guard import guarded
+from ...errors import ParameterError
+from ...guard import guarded
 from .facts import Row
 from .language import Language
 from .rows import Case, Subject, hushed, one_thread
 from .towers import Vision
 
 if TYPE_CHECKING:
-    from ..loading import Loaded
+    from ...loading.models import Loaded
 
 SHORTER = 2
 """Words that the second row of a batch lacks, so that it is padded."""
@@ -115,16 +115,17 @@ def examine_loaded(loaded: Loaded, adapter: str | None = None) -> Row:
     """Runs the self-test on a checkpoint, with the first sample picture of the package.
 
     Args:
-        loaded: from `vlmtok.loading.load`.
+        loaded: from `vlmtok.load`.
         adapter: as for `vlmtok.compress`.
     """
-    from .. import loading, session
+    from ... import loading
+    from .. import prompts
 
     sample = loading.samples()[0]
     picture = loading.open_picture(sample.path)
     model: Any = loaded.model
     if loaded.language:
-        inputs = session.encode_prompt(loaded, picture, sample.question)
+        inputs = prompts.encode_prompt(loaded, picture, sample.question)
         return examine_model(model, inputs, adapter=adapter, name=loaded.name)
     assert loaded.pixels is not None and loaded.encode is not None
     encode, pixels = loaded.encode, loaded.pixels(picture).to(loaded.device, loaded.dtype)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..method import Counts, Layout, Method, Site
-from ..reduction import Reduction
-from ..view import TokenView
+from ...core.method import Method
+from ...core.reduction import Reduction
+from ...core.site import Counts, Layout, Site
+from ...core.view import TokenView
 
 
 def scattered(n: int) -> list[int]:

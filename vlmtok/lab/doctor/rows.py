@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..adapters.host_faults import fault_of
-from ..errors import ParameterError, hint
-from ..kernels import exact
+from ...adapters.host_faults import fault_of
+from ...errors import ParameterError, hint
+from ...kernels import exact
 from ..tiny.families import FAMILIES, TOWER_ONLY, Family
 from ..tiny.towers import TOWERS, Tower
 from .facts import BROKEN, OK, REFUSED, Fact, Row, first_line
@@ -105,13 +105,13 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """All rows, by name."""
-    from ..adapters import hf_vlm
+    from ...adapters.language import families as vlm_rows
 
     found = [Case(tower.name, _library(tower.name), _tower(tower)) for tower in TOWERS.values()]
     families = {**FAMILIES, **TOWER_ONLY}
     found += [Case(family.name, "transformers", _family(family)) for family in families.values()]
     found.append(Case(GENERIC, "transformers", _family(FAMILIES["llava"], GENERIC)))
-    found += [Case(name, "transformers", refused=why) for name, why in hf_vlm.REFUSED.items()]
+    found += [Case(name, "transformers", refused=why) for name, why in vlm_rows.REFUSED.items()]
     return {case.name: case for case in found}
 
 
@@ -162,7 +162,7 @@ def _family(family: Family, adapter: str | None = None) -> Callable[[torch.devic
 
 
 def _rows(family: Family, model: Any) -> list[str]:
-    """The family's two prompts, with more words where a prompt is as long as a weight: see `vlmtok.doctor.replay`."""
+    """The family's two prompts, with more words where a prompt is as long as a weight: see `replay`."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     rows: list[str] = []
     lengths: set[int] = set()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compression import compress
-from ..method import Layout
+from ...compression import compress
+from ...core.site import Layout
 from .facts import OK, Broken, Fact, check_close, check_cut, check_equal, settle, told
 from .probes import Fixed, Nothing, cut_sites, scattered, some
 from .replay import blocks_of, cut_tower
@@ -47,7 +47,7 @@ class Vision:
         Raises:
             VlmtokError: it is not carried.
         """
-        from ..adapters import adapter_for
+        from ...adapters import adapter_for
 
         carrier = adapter_for(self.model, self.adapter)
         self.layout: Layout = carrier.layout()

@@ -1,0 +1,96 @@
+"""A family of vision-language models as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..hosts import Role
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Where a language model lets picture tokens look at each other in both directions.
+
+    Attributes:
+        types: type ids whose columns form blocks.
+        runs: whether each run of such columns is a block of its own; else all are one.
+        full: whether full-attention layers have blocks.
+        sliding: in sliding layers, ``and`` is window AND (causal OR block), ``or`` is (window AND causal) OR block;
+            None has no blocks there.
+        when: field of the text config and the value with which the rule holds, or None for always.
+        first_only: only the call that fills an empty cache has blocks.
+    """
+
+    types: tuple[int, ...] = (1,)
+    runs: bool = True
+    full: bool = True
+    sliding: str | None = "and"
+    when: tuple[str, str] | None = None
+    first_only: bool = False
+
+
+@dataclass(frozen=True)
+class VLMSpec:
+    """A family of vision-language models as data; paths start at the inner model (`core`).
+
+    Attributes:
+        core: path of the inner model from the top one; empty where the model is its own core.
+        lm: path of the text model, whose `layers` hold the decoder.
+        tower: path of the vision tower.
+        projector: path of the module that maps tower features to the text width.
+        ids: config fields that hold placeholder ids: image first, video second.
+        mask: what masks the text model gets: ``2d`` (it builds its own), ``4d`` or ``dict`` (built outside).
+        types: argument of the core with type ids, or None.
+        block: bidirectional blocks, or None.
+        positions: ``1d`` or ``mrope``.
+        gather: arguments of the text model with one entry for each token, `[B, S, ...]`, that a cut must follow.
+        layer_args: arguments of a layer with such entries.
+        deepstack: arguments of the text model with (mask of visual columns, features added behind the first layers).
+        feature: config field with the index of the hidden state that the projector reads; None means the last.
+        last_cut: from the text config, the last layer at whose start a cut is possible, or None for any.
+        attention: whether attention rows can be derived from q_proj, k_proj and a rotary pair.
+        tower_cut: whether tokens may leave inside the tower: ``slots`` (the picture's first placeholders take what is
+            left), ``spread`` (every patch gets its slot's features behind the last block), ``free`` (whatever reads
+            the tower takes any number), or None.
+        lengths: what the encoder's outputs tell: ``picture``, ``crop`` (several of them one picture), ``sample`` (all
+            pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
+        parts: how a picture's tokens fall into parts (see `spans`).
+        thumbnail: which part shows the whole picture where there are several: ``first``, ``last`` or None.
+        told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
+            along with pixels.
+        shapes: argument of the tower that tells the same, where nothing else does, or None.
+        projects_late: whether `generate` may hand over what the tower gave, so that the projector runs in the inner
+            model.
+        boundary: None, or why tokens cannot leave before the language model.
+        whole: why tokens cannot leave inside the tower, where they cannot.
+        packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector
+            (empty where there are no clips), or None where it does neither.
+    """
+
+    core: str = "model"
+    lm: str = "language_model"
+    tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
+    ids: tuple[str, ...] = ("image_token_id",)
+    mask: str = "2d"
+    types: Role | None = None
+    block: BlockRule | None = None
+    positions: str = "1d"
+    gather: tuple[Role, ...] = ()
+    layer_args: tuple[Role, ...] = ()
+    deepstack: tuple[Role, Role] | None = None
+    feature: str | None = "vision_feature_layer"
+    last_cut: Callable[[Any], int] | None = None
+    attention: bool = True
+    tower_cut: str | None = None
+    lengths: str = "picture"
+    parts: str = "one"
+    thumbnail: str | None = None
+    told: tuple[Role, ...] = ()
+    shapes: Role | None = None
+    projects_late: bool = False
+    boundary: str | None = None
+    whole: str | None = None
+    packs: tuple[str, str] | None = None

@@ -1,0 +1,82 @@
+"""Books what modules outside the blocks saw."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.hooks import replaying
+from ..core.ledger import StageRun
+from ..core.model_shape import ModelShape, Part
+from . import hosts
+from .base import Adapter
+from .hosts import Arguments
+
+if TYPE_CHECKING:
+    from ..core.attachment import Attachment
+
+
+class Meter:
+    """Books the rows that modules outside the blocks saw, and passes through towers that no method touches."""
+
+    def __init__(self, attachment: Attachment, model: nn.Module, shape: ModelShape) -> None:
+        self.attachment = attachment
+        self.places: list[tuple[str, Part]] = []
+        self.stages: list[str] = []
+        self.blocks: list[Arguments] = []
+        for stage, tower in (("vision", shape.vision), ("text", shape.text)):
+            if tower is None:
+                continue
+            if not attachment.at(stage) and not attachment.tapped(stage):
+                first = model.get_submodule(tower.first)
+                self.blocks.append(Arguments(first, [hosts.HIDDEN]))
+                attachment.hook(first, "pre", self.begin, len(self.stages))
+                self.stages.append(stage)
+            for part in tower.parts:
+                self._put(model, stage, part)
+        for part in shape.projector:
+            self._put(model, "vision", part)
+        if shape.language is not None and shape.language.head is not None:
+            self._put(model, "decoder", shape.language.head)
+
+    def _put(self, model: nn.Module, stage: str, part: Part) -> None:
+        if part.path:
+            self.attachment.hook(model.get_submodule(part.path), "post", self.note, len(self.places))
+            self.places.append((stage, part))
+
+    def begin(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook on a tower's first block."""
+        if torch.compiler.is_compiling() or replaying():
+            return
+        x = self.blocks[place].get(hosts.HIDDEN, args, kwargs)
+        self.attachment.ledger.begin(StageRun(self.stages[place], x.shape[0], x.shape[1]))
+
+    def note(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook on a part."""
+        if torch.compiler.is_compiling() or replaying():
+            return
+        stage, part = self.places[place]
+        x = hosts.first_tensor(module, args, kwargs)
+        if part.token or part.pair:
+            rows = x.shape[0]
+        else:
+            # What is no linear map itself multiplies what it gives.
+            seen = x if hasattr(module, "in_features") else output[0] if isinstance(output, tuple) else output
+            rows = seen.numel() // seen.shape[-1]
+        self.attachment.ledger.note(stage, part.name, rows)
+
+
+def meter(adapter: Adapter, attachment: Attachment) -> None:
+    """Places the hooks that accounting needs; none where the adapter cannot say what its model costs.
+
+    Args:
+        adapter: of the model.
+        attachment: takes the hooks; its own are in place.
+    """
+    try:
+        shape = adapter.account()
+    except NotImplementedError:
+        return
+    Meter(attachment, adapter.model, shape)

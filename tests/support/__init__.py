@@ -1,0 +1,1 @@
+"""What tests share: models, oracles, checks, recorded and played hosts."""

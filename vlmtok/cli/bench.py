@@ -1,0 +1,146 @@
+"""``vlmtok bench``: speed and memory, bare and compressed."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer.core
+
+from .application import app
+from .console import at_work, print_json, print_table, standard_output
+from .inputs import check_fit, load_model, picture_and_question
+from .options import Device, Dtype, Json, Method, Model, Picture, Prompt, Random, Rounds, Tokens
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    method: Method = None,
+    image: Picture = None,
+    prompt: Prompt = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+    max_new_tokens: Tokens = 16,
+    rounds: Rounds = 9,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds for each group of cases that take turns.")] = 60.0,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="The standard suite on tiny shapes, to see that it runs.")
+    ] = False,
+    random: Random = False,
+    csv: Annotated[str | None, typer.Option(help="Also write the rows to this CSV file.", show_default=False)] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the rows to this JSON file.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model bare and compressed in turns; without --model, the standard suite of large models on a GPU."""
+    from ..core.spec import parse_methods
+    from ..errors import ParameterError
+
+    if method is not None:
+        parse_methods(method)
+    if model is None and (method is not None or image is not None or prompt is not None):
+        raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
+    if prompt is not None and image is None:
+        raise ParameterError("--prompt asks about a picture: add --image FILE")
+    with at_work() as progress:
+        progress("starting", 0, 0)
+        from .. import loading
+        from ..lab import suite, suite_modelled, suite_models
+
+        for path in (csv, out):
+            if path is not None:
+                loading.check_writable(path)
+        where = loading.pick_device(device)
+        if model is not None:
+            loading.pick_dtype(dtype, where)
+            shown, _, question = picture_and_question(image, prompt, model)
+            language = check_fit(model, method, prompt, None)
+            loaded = load_model(progress, model, device, dtype, random)
+            rows = suite.bench_pair(
+                loaded,
+                shown,
+                question if language else None,
+                method,
+                batch=batch,
+                max_new_tokens=max_new_tokens,
+                rounds=rounds,
+                limit=limit,
+                progress=progress,
+            )
+        elif tiny or where.type == "cuda":
+            sizes = suite_models.TINY if tiny else suite_models.FULL
+            rows = suite.run_suite(where, sizes=sizes, rounds=rounds, limit=limit, progress=progress)
+        else:
+            rows = suite_modelled.model_suite(progress)
+    _write_rows(rows, csv, out)
+    if as_json:
+        print_json({"rows": rows})
+    else:
+        _print_rows(rows)
+
+
+def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) -> None:
+    from ..timing import write_rows
+
+    if csv is not None:
+        write_rows(csv, rows)
+    if out is not None:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump({"rows": rows}, file, indent=1)
+            file.write("\n")
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """Rows of `vlmtok.suite` for people."""
+    console = standard_output()
+    measured = any(row["measured"] for row in rows)
+    gpu = any(row.get("seconds") is not None for row in rows)
+    head = ["model", "stage", "method", "batch", "visual tokens", "MACs promise"]
+    if measured:
+        head += ["measured", "of promise", "pays from"]
+    if gpu:
+        head += ["ms", "peak MB"]
+    head += ["cache MB"]
+    if not measured:
+        head += ["floor ms", "floor ratio"]
+    table = []
+    for row in rows:
+        name = row["method"] + ("" if row["kernels"] == "auto" else f" ({row['kernels']})")
+        cells = [row["model"], row["stage"], name, str(row["batch"]), _cell(row["visual_tokens"], "{:.0f}")]
+        cells.append(_cell(row["mac_ratio"], "{:.2f} x"))
+        if measured:
+            spread = "" if row["p20"] is None else f" ({row['p20']:.2f} to {row['p80']:.2f})"
+            cells += [_cell(row["speedup"], "{:.2f} x") + spread, _cell(row["of_promise"], "{:.0%}")]
+            cells.append(_cell(row["break_even_tokens"], "{:.0f} tokens"))
+        if gpu:
+            cells += [_two(row, "seconds", 1e3, "{:.2f}"), _two(row, "peak_bytes", 1e-6, "{:.0f}")]
+        cells.append(_two(row, "kv_bytes", 1e-6, "{:.0f}" if not measured or gpu else "{:.3g}"))
+        if not measured:
+            cells += [_two(row, "floor_seconds", 1e3, "{:.2f}"), f"{row['floor_speedup']:.2f} x"]
+        table.append(cells)
+    print_table(head, table)
+    if measured:
+        first = rows[0]
+        place = f"{first['device']}, driver {first['driver']}" if gpu else "CPU: relative to bare, never absolute"
+        versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "transformers", "vlmtok"))
+        console.print(f"{place}; {first['dtype']}; {versions}; medians of interleaved rounds", highlight=False)
+    else:
+        from ..lab.suite_measure import PEAK
+
+        console.print(
+            f"not measured: there is no GPU here. Floors are modelled for an {PEAK.name} at "
+            f"{PEAK.flops / 1e12:.0f} TFLOP/s (bf16) and {PEAK.moved / 1e12:.1f} TB/s; bare > compressed.",
+            style="bold",
+            highlight=False,
+        )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _two(row: dict[str, Any], name: str, factor: float, form: str) -> str:
+    """Bare and compressed in one cell."""
+    bare, short = row.get(f"{name}_bare"), row.get(name)
+    return "" if bare is None or short is None else f"{form.format(factor * bare)} > {form.format(factor * short)}"

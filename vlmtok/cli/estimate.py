@@ -1,0 +1,74 @@
+"""``vlmtok estimate``: what a model costs, without running it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer.core
+
+from .application import app
+from .console import at_work, print_json, standard_output
+from .options import Json, Method
+
+
+@app.command()
+def estimate(
+    model: Annotated[
+        str, typer.Argument(help="A preset (vlmtok list --models), or a model as for vlmtok run.")
+    ] = "llava-1.5-7b",
+    method: Method = None,
+    text_tokens: Annotated[int | None, typer.Option(min=0, help="Of the prompt.", show_default=False)] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts, or pictures of a tower.")] = 1,
+    visual_tokens: Annotated[int | None, typer.Option(min=1, help="Of a picture.", show_default=False)] = None,
+    crops: Annotated[int | None, typer.Option(min=1, help="Tower rows of a picture.", show_default=False)] = None,
+    convention: Annotated[
+        str | None, typer.Option(help="Also count as a paper does, for instance fastv.", show_default=False)
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a method would save, without running anything and without weights."""
+    from ..core.spec import parse_methods
+    from ..errors import ParameterError
+
+    if markdown + as_csv + as_json > 1:
+        raise ParameterError("one of --json, --markdown and --csv")
+    if method is not None:
+        parse_methods(method)
+    with at_work() as progress:
+        progress("starting", 0, 0)
+        from ..forecast.estimate import estimate as estimated
+        from ..lab import compare as comparing
+
+        subject = _subject(model)
+        report = estimated(
+            subject,
+            method or (comparing.DEFAULT_METHOD if subject.language else comparing.DEFAULT_TOWER_METHOD),
+            text_tokens=text_tokens,
+            pictures=pictures,
+            batch=batch,
+            visual_tokens=visual_tokens,
+            crops=crops,
+            convention=convention,
+        )
+    if as_json:
+        print_json({**report.to_dict(), "convention": convention})
+    elif markdown or as_csv:
+        print(report.to_markdown() if markdown else report.to_csv(), end="")
+    else:
+        standard_output().print(report)
+
+
+def _subject(model: str) -> Any:
+    """The shape of a preset, or of a model without data."""
+    import os
+
+    from .. import loading
+    from ..forecast.estimate import shape_of
+    from ..forecast.presets import PRESETS
+
+    named = not os.path.isdir(model) and "/" not in model and ":" not in model and model != loading.EMBEDDED
+    # A plain name is a preset's; a wrong one is told what there is.
+    return shape_of(model if model in PRESETS or named else loading.skeleton(model).model)

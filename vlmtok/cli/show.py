@@ -1,0 +1,140 @@
+"""``vlmtok list`` and ``vlmtok show``: what there is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer.core
+
+from .application import app
+from .console import at_work, print_json, print_table, standard_output
+from .inputs import check_fit, compare_inputs, say_overlay, write_overlay
+from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prompt, Random
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help='Shell wildcards, for instance "*prune*".')] = "*",
+    models: Annotated[bool, typer.Option("--models", help="List adapters and model families instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or with --models the adapters, families and presets."""
+    from ..lab import catalogue, family_table
+
+    if models:
+        from ..forecast.presets import PRESETS
+
+        adapters, families = family_table.models(), family_table.families()
+        if as_json:
+            print_json({"adapters": adapters, "families": families, "presets": list(PRESETS)})
+            return
+        print_table(
+            ("adapter", "models"), [(row["adapter"], ", ".join(row["classes"])) for row in adapters], "adapters"
+        )
+        rows = [(row["family"], ", ".join(row["stages"]) or "-", row["refused"] or "") for row in families]
+        print_table(("family", "tokens can leave at", "if not: why"), rows, "families")
+        standard_output().print(f"presets of vlmtok estimate: {', '.join(PRESETS)}", highlight=False)
+        return
+    entries = catalogue.methods(pattern)
+    if not entries:
+        from ..errors import UnknownMethod
+
+        raise UnknownMethod(f"no method matches {pattern!r}; known: {', '.join(e.name for e in catalogue.methods())}")
+    if as_json:
+        print_json({"methods": [entry.to_dict() for entry in entries]})
+        return
+    listed = [
+        (
+            entry.name,
+            ", ".join(entry.stages),
+            "yes" if entry.training_free else "no",
+            ", ".join(entry.adapters) + (f" ({limits})" if (limits := catalogue.limits(entry)) else ""),
+            entry.paper + (f", arXiv {entry.arxiv}" if entry.arxiv else ""),
+        )
+        for entry in entries
+    ]
+    print_table(("method", "acts at", "training-free", "adapters", "paper"), listed)
+
+
+@app.command()
+def show(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help='A name or spec string, such as "todre:keep=0.1".')],
+    model: Model = None,
+    image: Picture = None,
+    prompt: Prompt = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overlay: Overlay = "overlay.png",
+    random: Random = False,
+    adapter: Adapter = None,
+    as_json: Json = False,
+) -> None:
+    """Show a method: paper, parameters, sites, signals, deviations; with --model and --image also its overlay."""
+    from ..core.spec import parse_methods
+    from ..lab import catalogue
+
+    made = parse_methods(method)
+    entries = [catalogue.entry(one.spec_name()) for one in made]
+    with at_work() as progress:
+        result = None
+        if model is not None:
+            check_fit(model, method, prompt, adapter)
+        if image is not None or prompt is not None:
+            result, _ = compare_inputs(
+                progress, model, image, prompt, method, device, dtype, overlay, 1, 1, random, adapter
+            )
+        sites = [catalogue.sites(one, _layout(one, model, adapter)) for one in made]
+        written = None if result is None else write_overlay(result, overlay)
+    if as_json:
+        found = [
+            {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows}
+            for entry, one, (place, rows) in zip(entries, made, sites)
+        ]
+        print_json({"methods": found, "overlay": written})
+        return
+    console = standard_output()
+    for entry, one, (place, rows) in zip(entries, made, sites):
+        _show_method(console, entry, one.settings(), place, rows)
+    if result is not None:
+        say_overlay(console, result, written)
+
+
+def _layout(method: Any, model: str | None, adapter: str | None) -> Any:
+    """What a model offers: the user's, or the first kind of model on which the method runs."""
+    from ..lab import catalogue
+
+    if model is None:
+        kinds = catalogue.kinds_of(method.spec_name())
+        return catalogue.KINDS[kinds[0]].layout()
+    from ..adapters import adapter_for
+    from ..lab.compare import skeleton
+
+    return adapter_for(skeleton(model).model, adapter).layout()
+
+
+def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str, sites: list[dict[str, Any]]) -> None:
+    from ..core.settings import format_value
+
+    console.print(f"{entry.title} ({entry.name})", style="bold", highlight=False)
+    facts = [
+        ("", entry.summary),
+        ("paper", entry.paper),
+        ("arXiv", f"https://arxiv.org/abs/{entry.arxiv}" if entry.arxiv else ""),
+        ("code", entry.code or "none published"),
+        ("training", "needs none" if entry.training_free else "needs training"),
+        ("compared with", entry.parity),
+        ("presets", ", ".join(entry.presets)),
+        ("adapters", ", ".join(entry.adapters)),
+    ]
+    for name, text in facts:
+        if text:
+            console.print(f"{name:<14}{text}" if name else text, highlight=False, markup=False)
+    rows = [(p.name, format_value(settings[p.name]), p.default, p.what) for p in entry.parameters]
+    print_table(("parameter", "here", "default", "what it does"), rows)
+    listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
+    print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
+    for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):
+        if sentences:
+            console.print(title, style="bold")
+        for sentence in sentences:
+            console.print(f"- {sentence}", highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""The contract: what a method sees and answers, what a pass carries, what ran."""

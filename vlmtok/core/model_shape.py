@@ -1,0 +1,220 @@
+"""A model as counts and widths: what a token costs in a block, a tower, a language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .site import Layout
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A transformer block.
+
+    Attributes:
+        width: C, channels of a token.
+        heads: H, query heads.
+        head_width: d, channels of a head.
+        kv_heads: heads of keys and values.
+        attn: MACs of one token in the weights of attention (q, k, v, output).
+        mlp: MACs of one token in the weights of the MLP.
+        hidden: m, hidden channels of the MLP.
+        window: tokens that a sliding-window layer sees in a decode step; 0 means all.
+    """
+
+    width: int
+    heads: int
+    head_width: int
+    kv_heads: int
+    attn: int
+    mlp: int
+    hidden: int
+    window: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        width: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        gated: bool = False,
+    ) -> BlockShape:
+        """A block from its widths.
+
+        Args:
+            width: C.
+            hidden: m.
+            heads: H.
+            kv_heads: heads of keys and values; None means H.
+            head_width: d; None means C / H.
+            gated: whether the MLP has three matrices (SwiGLU) instead of two.
+
+        Returns:
+            The shape, its weights counted.
+        """
+        d = head_width or width // heads
+        kv = kv_heads or heads
+        attn = 2 * width * heads * d + 2 * width * kv * d
+        return cls(width, heads, d, kv, attn, (3 if gated else 2) * width * hidden, hidden)
+
+    @property
+    def q(self) -> int:
+        """MACs of one token in the query projection."""
+        return self.width * self.heads * self.head_width
+
+    @property
+    def k(self) -> int:
+        """MACs of one token in the key projection."""
+        return self.width * self.kv_heads * self.head_width
+
+    def products(self, queries: int, keys: int) -> int:
+        """MACs of QK^T and AV of one row."""
+        return 2 * self.heads * self.head_width * queries * keys
+
+    def held(self, tokens: int) -> int:
+        """Tokens that the layer's cache holds of so many that it has seen."""
+        return min(tokens, self.window - 1) if self.window else tokens
+
+    def step(self, held: int, first: int, steps: int) -> int:
+        """MACs of decode steps of one row.
+
+        Args:
+            held: tokens that the layer's cache held behind the prefill.
+            first: tokens that joined it since.
+            steps: how many.
+        """
+        # A step sees what it adds itself; the sum over steps of how many tokens that is.
+        low, high = held + first + 1, held + first + steps
+        cap = self.window or high
+        rising = max(min(high, cap) - low + 1, 0)
+        keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
+        return steps * (self.attn + self.mlp) + self.products(1, keys)
+
+    def macs(self, tokens: Tokens) -> int:
+        """MACs of one row."""
+        return tokens.queries * self.attn + self.products(tokens.queries, tokens.keys) + tokens.mlp * self.mlp
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module outside the blocks: stem, pooling, head, projector.
+
+    Attributes:
+        name: what reports call it.
+        row: MACs of one row of its input; for a pool, of one picture, whatever its tokens.
+        token: a pool's MACs for each token of the picture.
+        pair: a pool's MACs for each pair of tokens.
+        path: the module's dotted path in the model; empty for a parameter, which is used in every pass.
+    """
+
+    name: str
+    row: int
+    token: int = 0
+    pair: int = 0
+    path: str = ""
+
+    def macs(self, rows: int, tokens: int = 0) -> int:
+        """MACs of so many input rows, or of so many pictures of `tokens` tokens."""
+        return rows * (self.row + tokens * self.token + tokens * tokens * self.pair)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """A vision tower, or the text tower of a dual encoder.
+
+    Attributes:
+        blocks: the blocks, in order.
+        tokens: of a row at the configured size, protected ones included.
+        protected: of them.
+        stem: MACs of one patch in the patch embedding.
+        parts: what stands behind the blocks.
+        recomputed: whether q and k have no module to be read from, so that signals compute them again.
+        fused: whether one map gives q, k and v, which signals of a block that has not run call whole, once.
+        grid: rows and columns of patches at the configured size, or None.
+        first: dotted path of the first block in the model; empty where there is no model.
+        spread: whether rows get their full length back behind the last block that is used.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    tokens: int
+    protected: int
+    stem: int = 0
+    parts: tuple[Part, ...] = ()
+    recomputed: bool = False
+    fused: bool = False
+    grid: tuple[int, int] | None = None
+    first: str = ""
+    spread: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class LanguageShape:
+    """A language model.
+
+    Attributes:
+        blocks: the layers, in order.
+        head: the projection on the vocabulary, or None.
+        kv_bytes: bytes that the cache takes for one token in one layer.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    head: Part | None = None
+    kv_bytes: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as counts and widths.
+
+    Attributes:
+        name: preset or class.
+        layout: what it offers to methods.
+        vision: the vision tower, or None.
+        text: the text tower of a dual encoder, or None.
+        projector: the linear maps from tower features to the language model.
+        language: the language model, or None.
+        visual: visual tokens of one picture in the language model; 0 where the configuration does not say.
+        crops: rows of the tower that make one picture.
+        parts: visual tokens of a picture's parts (thumbnail, crops), or empty where it is one.
+        notes: what could not be counted.
+    """
+
+    name: str
+    layout: Layout
+    vision: TowerShape | None = None
+    text: TowerShape | None = None
+    projector: tuple[Part, ...] = ()
+    language: LanguageShape | None = None
+    visual: int = 0
+    crops: int = 1
+    parts: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row in one block, as counts.
+
+    Attributes:
+        queries: tokens that enter, protected, inserted and padding included.
+        keys: what attention sees, cached tokens included.
+        mlp: tokens of the MLP.
+        visual: reducible tokens that enter (a mean over rows, where they differ).
+    """
+
+    queries: int
+    keys: int
+    mlp: int
+    visual: float

@@ -1,0 +1,211 @@
+"""Where a method acts, and what a model offers there: `Site`, `Layout`, and the words for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import SiteError
+
+STAGES = ("vision", "features", "projected", "decoder", "text")
+"""Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder)."""
+
+
+LAYERED = ("vision", "decoder", "text")
+"""Stages that have layers; the others are a single moment."""
+
+
+POINTS = ("start", "mid", "end")
+
+
+SCOPES = ("picture", "part", "sample")
+
+
+POSITIONS = ("keep", "renumber")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a method acts or observes.
+
+    Attributes:
+        stage: ``vision``, ``features``, ``projected``, ``decoder`` or ``text``.
+        layer: 0-based block; None for ``features`` and ``projected``.
+        point: ``start``, ``mid`` (between attention and MLP, towers only) or ``end`` of the block.
+        needs: signals, by name (``"keys"``) or with a place (``"cls_attention@vision:-1"``).
+        positions: ``keep`` or ``renumber``, what happens to the position ids of what stays; None means the stage's
+            default: renumber at ``features`` and ``projected``, keep in the decoder.
+        scope: what one view row is; None means the method's.
+    """
+
+    stage: str
+    layer: int | None = None
+    point: str = "end"
+    needs: tuple[str, ...] = ()
+    positions: str | None = None
+    scope: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise SiteError(f"stage {self.stage!r} does not exist; stages: {', '.join(STAGES)}")
+        if self.point not in POINTS:
+            raise SiteError(f"point {self.point!r} does not exist; points: {', '.join(POINTS)}")
+        if (self.layer is not None) != (self.stage in LAYERED):
+            raise SiteError(f"stage {self.stage!r} {'needs a' if self.stage in LAYERED else 'has no'} layer")
+        if self.positions not in (None, *POSITIONS):
+            raise SiteError(f"positions {self.positions!r}: one of {', '.join(POSITIONS)}")
+        if self.scope not in (None, *SCOPES):
+            raise SiteError(f"scope {self.scope!r}: one of {', '.join(SCOPES)}")
+
+    def __str__(self) -> str:
+        return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
+
+
+def layer_of(layer: int | None, point: str) -> int:
+    """The first layer that runs with what a decoder site leaves."""
+    return (layer or 0) + (point == "end")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A view as host ints: what `Method.count` decides on.
+
+    Attributes:
+        site: where the method acts.
+        n: tokens of a view row that arrive.
+        entered: tokens of the row when it entered the stage.
+        num_prefix: protected tokens in front.
+        depth: layers of the stage.
+        grid: rows and columns of the patches, or None where there is no single grid.
+    """
+
+    site: Site
+    n: int
+    entered: int
+    num_prefix: int = 0
+    depth: int = 1
+    grid: tuple[int, int] | None = None
+
+    @property
+    def layer(self) -> int:
+        """The site's layer; 0 where the stage has none."""
+        return self.site.layer or 0
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """What one stage of a model offers.
+
+    Attributes:
+        depth: layers (1 for a stage without layers).
+        width: channels of a token.
+        heads: attention heads (0 for a stage without layers).
+        last: the last layer whose output is used; later sites are skipped.
+        points: points at which a method may act.
+        provides: signals that can be derived at this stage.
+        num_prefix: protected tokens in front of a row.
+        blind: layers whose attention gives no signal.
+        last_cut: the last layer at whose start tokens may leave; None means any.
+        carries: whether signals of this stage reach later ones, or which do.
+        renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
+        why: why signals are missing that others of its kind give; empty where none are.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    last: int
+    points: frozenset[str] = frozenset({"end"})
+    provides: frozenset[str] = frozenset()
+    num_prefix: int = 0
+    blind: frozenset[int] = frozenset()
+    last_cut: int | None = None
+    carries: bool | frozenset[str] = True
+    renumbers: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model offers to methods: its stages and their signals.
+
+    Attributes:
+        family: name of the adapter that carries the model.
+        stages: stage name to `StageLayout`.
+        without: why stages are missing that others of its kind have.
+    """
+
+    family: str
+    stages: Mapping[str, StageLayout] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, stage: str) -> bool:
+        """Whether the model has this stage."""
+        return stage in self.stages
+
+    def stage(self, name: str, by: str = "this method") -> StageLayout:
+        """The stage of that name.
+
+        Raises:
+            SiteError: the model has none.
+        """
+        if name not in self.stages:
+            why = f" ({self.without[name]})" if name in self.without else ""
+            raise SiteError(
+                f"{by} acts at stage {name!r}, which {self.family} does not offer{why}; it offers: "
+                f"{', '.join(self.stages)}"
+            )
+        return self.stages[name]
+
+    def gives(self, stage: str, signal: str, later: bool = False) -> bool:
+        """Whether `signal` can be derived at `stage`, and, if asked, reach a later stage."""
+        if stage not in self.stages:
+            return False
+        reach = self.stages[stage].carries
+        if later and not (signal in reach if isinstance(reach, frozenset) else reach):
+            return False
+        return signal in self.stages[stage].provides
+
+    def positions(self, stage: str, asked: str | None, released: str = "renumber") -> str:
+        """What becomes of position ids at a stage, for a method that leaves it to the model unless asked.
+
+        Args:
+            stage: a stage of the model.
+            asked: ``keep``, ``renumber``, or None for what was released, where the model can.
+            released: ``keep`` or ``renumber``.
+
+        Returns:
+            ``keep`` or ``renumber``.
+        """
+        if asked is not None:
+            return asked
+        return released if self.stages[stage].renumbers else "keep"
+
+    def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
+        """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.
+
+        Args:
+            stage: a stage with layers.
+            layers: None, int, or a sequence of ints.
+            by: who asks, for the error.
+
+        Returns:
+            Ascending 0-based layers up to ``last`` (later ones are skipped: nobody reads their output).
+
+        Raises:
+            SiteError: a layer does not exist.
+        """
+        layout = self.stage(stage, by)
+        if layers is None:
+            return list(range(layout.last + 1))
+        asked = [layers] if isinstance(layers, int) else list(layers)
+        found = []
+        for layer in asked:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -layout.depth <= layer < layout.depth:
+                raise SiteError(
+                    f"{by}: layer {layer!r} does not exist; {stage} of {self.family} has layers 0 to "
+                    f"{layout.depth - 1} (negative ones count from the end)"
+                )
+            found.append(layer % layout.depth)
+        return sorted({layer for layer in found if layer <= layout.last})

@@ -1,0 +1,116 @@
+"""Spec strings: ``"todre:keep=0.1+fastv"`` becomes methods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import ParameterError, SpecError
+from ..guard import guarded
+from .method import Method
+from .registry import create_method
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
+
+
+_WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
+
+
+@guarded
+def parse_methods(spec: str) -> list[Method]:
+    """Makes the methods that a spec string names: ``name[:key=value]*[+name...]``.
+
+    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable. ``+``
+    separates methods only outside values and before a letter. There are no commas.
+
+    Args:
+        spec: for instance ``"pitome:ratio=0.9:margin=0.5+todre:keep=0.1"``.
+
+    Returns:
+        The methods, in order.
+
+    Raises:
+        SpecError: the string cannot be parsed.
+        UnknownMethod: no method of that name.
+        ParameterError: no such parameter or value.
+    """
+    methods = []
+    for part in _split(spec, "+"):
+        name, *settings = _split(part, ":")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise SpecError(f"{name!r} in {spec!r} is no method name; write name:key=value:key=value+name")
+        values: dict[str, Any] = {}
+        for item in settings:
+            key, equals, text = item.partition("=")
+            if not equals or not key.isidentifier():
+                raise SpecError(f"{item!r} in {spec!r} is no setting; write key=value")
+            if key in values:
+                raise SpecError(f"{key!r} is given twice in {spec!r}")
+            values[key] = _parse_value(text, spec)
+        methods.append(create_method(name.lower(), **values))
+    return methods
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Splits at `mark` outside brackets; a ``+`` counts only before a letter."""
+    parts, depth, at = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            raise SpecError(f"bracket closed but not opened in {text!r}")
+        follows = text[i + 1 : i + 2]
+        if letter == mark and depth == 0 and (mark != "+" or follows.isalpha() or follows == "_"):
+            parts.append(text[at:i])
+            at = i + 1
+    if depth:
+        raise SpecError(f"bracket opened but not closed in {text!r}")
+    return [part.strip() for part in (*parts, text[at:])]
+
+
+def _parse_value(text: str, spec: str) -> Any:
+    text = text.strip()
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    if text[:1] in "([" and text[-1:] in ")]" and text:
+        if {"(": ")", "[": "]"}[text[0]] != text[-1]:
+            raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
+        inside = text[1:-1].strip()
+        items = [_parse_value(item, spec) for item in _split(inside.rstrip(";"), ";")] if inside else []
+        return tuple(items) if text[0] == "(" else items
+    if _NUMBER.match(text):
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if _WORD.match(text):
+        return text
+    raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
+
+
+def as_methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
+    """What a user may give for methods, as methods.
+
+    Args:
+        method: a method, a spec string, or several of them.
+
+    Raises:
+        ParameterError: something else, or none.
+        UnknownMethod, SpecError: of spec strings.
+    """
+    items = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
+    methods: list[Method] = []
+    for item in items:
+        if isinstance(item, str):
+            methods += parse_methods(item)
+        elif isinstance(item, Method):
+            methods.append(item)
+        else:
+            what = f"a model ({type(item).__name__}); it comes first" if isinstance(item, nn.Module) else repr(item)
+            raise ParameterError(
+                f"compress() takes methods or spec strings, got {what}"
+                + ("; make an instance first" if isinstance(item, type) and issubclass(item, Method) else "")
+            )
+    if not methods:
+        raise ParameterError("compress() needs at least one method")
+    return methods

@@ -1,0 +1,1 @@
+"""Counting: plans, conventions, overhead, reports."""

@@ -1,0 +1,154 @@
+"""Rows of a prompt as host ints: which view rows a cut sees, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..core.ledger import Group
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What goes into a model.
+
+    Attributes:
+        batch: rows of the batch, all alike.
+        pictures: pictures of a row; a lone tower sees as many rows as there are pictures.
+        text: text tokens before the first picture, between pictures, and behind the last one.
+        visual: visual tokens of a picture in the language model.
+        parts: how many of them each part of a picture has; empty where it is one.
+        crops: rows of the tower for one picture.
+        patches: patches of a row of the tower.
+        words: tokens of a row of the text tower.
+        every: whether the head sees all tokens of a prompt (a plain forward) or the last one (`generate`).
+    """
+
+    batch: int = 1
+    pictures: int = 1
+    text: tuple[int, ...] = (0, 64)
+    visual: int = 0
+    parts: tuple[int, ...] = ()
+    crops: int = 1
+    patches: int = 0
+    words: int = 0
+    every: bool = False
+
+
+@dataclass
+class Shown:
+    """A picture of the row."""
+
+    parts: list[int]
+    after: int
+    after_last: int
+    entered: int = 0
+
+    @property
+    def n(self) -> int:
+        """Tokens it has now."""
+        return sum(self.parts)
+
+    def leave(self, count: int) -> None:
+        """So many tokens are left; how they fall into parts is not known, evenly is assumed."""
+        self.parts = share(count, self.parts)
+
+
+def share(count: int, among: list[int]) -> list[int]:
+    """Splits a count in proportion to some numbers, as evenly as whole numbers can be."""
+    total, seen, given, parts = sum(among), 0, 0, []
+    for part in among:
+        seen += part
+        now = count * seen // total if total else 0
+        parts.append(now - given)
+        given = now
+    return parts
+
+
+@dataclass(eq=False)
+class HostGroup:
+    """View rows of equal counts, in one row of the batch.
+
+    Attributes:
+        units: (picture or -1, part or -1) of each.
+        n: tokens of each.
+        entered: when they entered the stage.
+        text: text tokens behind their first token.
+        length: tokens of the row.
+        mixed: whether some of that text stands before some of their tokens.
+    """
+
+    units: list[tuple[int, int]]
+    n: int
+    entered: int
+    text: int
+    length: int
+    mixed: bool
+
+    def counted(self, batch: int) -> Group:
+        """As the ledger books it, nothing dropped."""
+        return Group(batch * len(self.units), self.n, self.n, self.entered, self.text, self.length, self.mixed)
+
+
+class HostRows:
+    """One row of a language model's batch, as counts; all rows are alike (see `vlmtok.rows` for the real ones)."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        parts = prompt.parts or (prompt.visual,)
+        self.pictures = []
+        for index in range(prompt.pictures):
+            behind = sum(prompt.text[index + 1 :])
+            self.pictures.append(Shown(list(parts), behind, behind))
+        self.single = not prompt.parts
+        self.length = sum(prompt.text) + sum(picture.n for picture in self.pictures)
+
+    def enter(self, hold: bool = False) -> None:
+        """A stage begins; a visual token that ends the row is held back in the decoder."""
+        if hold and self.pictures and self.pictures[-1].after_last == 0 and self.pictures[-1].n:
+            last = max(i for i, n in enumerate(self.pictures[-1].parts) if n)
+            self.pictures[-1].parts[last] -= 1
+        for picture in self.pictures:
+            picture.entered = picture.n
+
+    def groups(self, scope: str, by_text: bool = False, by_length: bool = False) -> list[HostGroup]:
+        """The view rows of a scope, grouped by equal counts."""
+        found: dict[tuple[object, ...], HostGroup] = {}
+        for unit, members, n, entered in self._units(scope):
+            if not n:
+                continue
+            first, last = members[0], members[-1]
+            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0)
+            mixed = first.after != last.after_last
+            if key in found:
+                found[key].units.append(unit)
+                found[key].mixed = found[key].mixed or mixed
+            else:
+                found[key] = HostGroup([unit], n, entered, first.after, self.length, mixed)
+        return list(found.values())
+
+    def _units(self, scope: str) -> Iterable[tuple[tuple[int, int], list[Shown], int, int]]:
+        if scope == "sample":
+            if self.pictures:
+                total, entered = sum(p.n for p in self.pictures), sum(p.entered for p in self.pictures)
+                yield (-1, -1), self.pictures, total, entered
+            return
+        for index, picture in enumerate(self.pictures):
+            if scope == "picture" or self.single:
+                yield (index, -1), [picture], picture.n, picture.entered
+                continue
+            for part, n in enumerate(picture.parts):
+                yield (index, part), [picture], n, n
+
+    def cut(self, groups: Iterable[tuple[HostGroup, int]]) -> None:
+        """So many slots are left of each view row."""
+        for group, slots in groups:
+            for picture, part in group.units:
+                self.length -= group.n - slots
+                if picture < 0:
+                    counts = share(slots, [shown.n for shown in self.pictures])
+                    for shown, count in zip(self.pictures, counts):
+                        shown.leave(count)
+                elif part < 0:
+                    self.pictures[picture].leave(slots)
+                else:
+                    self.pictures[picture].parts[part] = slots

@@ -1,0 +1,213 @@
+"""What a comparison found, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..core.site import layer_of
+from ..core.trace import PictureTrace, Trace
+from ..loading.models import Loaded
+from ..timing import Ratio
+from .runners import Answer, Loyalty
+
+if TYPE_CHECKING:
+    from ..cost.report import Report
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Visual tokens of one picture: in the language model, or in a lone tower.
+
+    Attributes:
+        bare: how many there are.
+        first: how many enter the first layer of the compressed model,
+        last: the last one,
+        mean: and a layer on average.
+    """
+
+    bare: int
+    first: float
+    last: float
+    mean: float
+
+    @classmethod
+    def of(cls, report: Report, trace: Trace, depth: int | None = None) -> VisualTokens:
+        """Reads a pass of one picture and its report.
+
+        Args:
+            report: of the pass.
+            trace: of the pass.
+            depth: layers of the language model, or None for a lone tower; reports do not count those of every family.
+        """
+        stage = "decoder" if any(line.stage == "decoder" for line in report.layers) else "vision"
+        layers = [line.visual.high for line in report.layers if line.stage == stage]
+        bare = sum(picture.patches for picture in trace.pictures)
+        if depth is not None and stage != "decoder":
+            layers = [sum(_left(picture, layer) for picture in trace.pictures) for layer in range(depth)]
+            return cls(bare, layers[0], layers[-1], sum(layers) / depth)
+        if not layers:
+            return cls(bare, bare, bare, bare)
+        # What a tower's last block leaves is handed on; a language model's answer is read off its last layer.
+        last = sum(picture.kept for picture in trace.pictures) if stage == "vision" else layers[-1]
+        return cls(bare, layers[0], last, sum(layers) / len(layers))
+
+
+def _left(picture: PictureTrace, layer: int) -> int:
+    """Tokens of a picture that enter a layer of the language model."""
+    left = picture.patches
+    for site, owner in picture.steps:
+        if site.stage != "decoder" or layer_of(site.layer, site.point) <= layer:
+            left = int(owner[owner >= 0].unique().numel())
+    return left
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The outcome of `compare`; print it with rich, or take `to_dict`.
+
+    Attributes:
+        model: what was loaded.
+        method: spec string of the methods.
+        prompt: as typed; None for towers.
+        bare: the answer without,
+        compressed: and with the methods.
+        loyalty: how close they are.
+        tokens: visual tokens.
+        report: tokens, MACs and cache bytes of the compressed pass, before and after.
+        latency: how many times faster, by stage: ``prefill`` and ``answer``, or ``forward`` for towers.
+        seconds: bare and compressed medians by stage; on a GPU only.
+        overlay: the picture with what became of its patches, or None, and
+        overlay_problem: why there is none.
+        environment: device and versions.
+    """
+
+    model: Loaded
+    method: str
+    prompt: str | None
+    bare: Answer
+    compressed: Answer
+    loyalty: Loyalty
+    tokens: VisualTokens
+    report: Report
+    latency: dict[str, Ratio]
+    seconds: dict[str, tuple[float, float]]
+    overlay: Image.Image | None
+    overlay_problem: str | None
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts; no absolute times of a CPU."""
+
+        def side(answer: Answer) -> dict[str, Any]:
+            made: dict[str, Any] = {"answer": answer.text}
+            if answer.classes:
+                made["classes"] = [{"label": label, "probability": share} for label, share in answer.classes]
+            return made
+
+        macs, cache, tokens = self.report.macs, self.report.cache, self.tokens
+        name = "prefill_macs" if self.model.language else "macs"
+        bare = {**side(self.bare), "visual_tokens": tokens.bare, name: macs.before}
+        short = {**side(self.compressed), "visual_tokens": tokens.first, name: macs.after.high}
+        short.update(visual_tokens_last_layer=tokens.last, visual_tokens_mean=tokens.mean)
+        if cache is not None:
+            bare["kv_bytes"], short["kv_bytes"] = cache.before, cache.after.high
+        for stage, (before, after) in self.seconds.items():
+            bare[f"{stage}_seconds"], short[f"{stage}_seconds"] = before, after
+        return {
+            "model": self.model.name,
+            "class": type(self.model.model).__name__,
+            "parameters": self.model.parameters,
+            "trained": self.model.trained,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "prompt": self.prompt,
+            "method": self.method,
+            "bare": bare,
+            "compressed": short,
+            "loyalty": asdict(self.loyalty),
+            "speedup": {stage: asdict(ratio) for stage, ratio in self.latency.items()},
+            "overlay_problem": self.overlay_problem,
+            "environment": self.environment,
+            "report": self.report.to_dict(),
+        }
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """The two side by side."""
+        from rich.table import Table
+        from rich.text import Text
+
+        loaded, gpu = self.model, self.environment["device_type"] != "cpu"
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        size = f"{type(loaded.model).__name__}, {amount(loaded.parameters)} parameters"
+        where = self.environment["device"] if gpu else "CPU"
+        yield Text(f"{loaded.name} ({size}) on {where}, {dtype}", style="bold")
+        if not loaded.trained:
+            yield Text("the weights are random: what it says means nothing", style="yellow")
+        if self.prompt is not None:
+            yield Text(f"prompt   {self.prompt}")
+        yield Text(f"method   {self.method}")
+        table = Table()
+        for name in ("", "bare", "compressed", ""):
+            table.add_column(name, justify="left")
+        for row in self._rows():
+            table.add_row(*(Text(cell) for cell in row))
+        yield table
+        rounds = max(ratio.rounds for ratio in self.latency.values())
+        how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
+        yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
+        if any(ratio.p80 < 1 for ratio in self.latency.values()):
+            yield Text("slower: there are too few tokens for this method to pay here", style="dim")
+        elif any(ratio.p20 < 1 for ratio in self.latency.values()):
+            yield Text("the rounds differ too much to say which is faster", style="dim")
+        for note in self.report.notes:
+            yield Text(f"note: {note}", style="dim")
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Cells of the table."""
+        tokens, macs, cache = self.tokens, self.report.macs, self.report.cache
+        yield ("answer", self.bare.text, self.compressed.text, self._agreement())
+        for (label, share), (other, short) in zip(self.bare.classes, self.compressed.classes):
+            yield ("", f"{share:.1%} {label}", f"{short:.1%} {other}", "")
+        note = f"{tokens.first / tokens.bare:.0%}" if tokens.bare else ""
+        if tokens.last != tokens.first:
+            note = f"{tokens.last:g} left at the end, {tokens.mean:.0f} a layer on average"
+        yield ("visual tokens", str(tokens.bare), f"{tokens.first:g}", note)
+        name = "prefill MACs" if self.model.language else "MACs"
+        fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
+        yield (name, amount(macs.before), amount(macs.after.high), fewer)
+        if cache is not None and cache.before:
+            saved = f"{1 - cache.after.high / cache.before:.0%} saved"
+            yield ("KV cache", f"{amount(cache.before)}B", f"{amount(cache.after.high)}B", saved)
+        for stage, ratio in self.latency.items():
+            if stage in self.seconds:
+                before, after = (f"{1000 * seconds:.2f} ms" for seconds in self.seconds[stage])
+            else:
+                before, after = "1.00", f"{1 / ratio.median:.2f}"
+            yield (f"time, {stage}", before, after, _faster(ratio))
+
+    def _agreement(self) -> str:
+        loyalty = self.loyalty
+        said = ["same" if loyalty.same else "different"]
+        if loyalty.cosine is not None:
+            said.append(f"cosine {loyalty.cosine:.4f}")
+        if loyalty.divergence is not None:
+            said.append(f"KL {loyalty.divergence:.2g}")
+        return ", ".join(said)
+
+
+def amount(value: float) -> str:
+    """A number with three digits and a letter for its thousands."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}" if abs(value) < 1000 * size else f"{value / size:.0f}{letter}"
+    return f"{value:.3g} "
+
+
+def _faster(ratio: Ratio) -> str:
+    spread = f"({ratio.p20:.2f} to {ratio.p80:.2f})"
+    if ratio.median >= 1:
+        return f"{ratio.median:.2f} x faster {spread}"
+    return f"{1 / ratio.median:.2f} x slower {spread}"

@@ -1,0 +1,64 @@
+"""From a question and a picture to what ``generate`` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from ..errors import ParameterError
+from ..guard import guarded
+from ..loading.models import Loaded
+
+DEFAULT_PROMPT = "Describe this picture."
+
+
+NO_PROMPT = "{!r} is a vision tower: it takes a picture and no prompt"
+
+
+@guarded
+def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1) -> dict[str, Any]:
+    """What `generate` takes for a picture and a prompt.
+
+    Args:
+        model: from `load`.
+        image: RGB.
+        prompt: a question, which the processor's chat template frames; or, with the processor's image marks in it, the
+            text as the model is to see it.
+        batch: how often.
+
+    Returns:
+        Tensors on the model's device.
+
+    Raises:
+        ParameterError: an empty prompt, or not one image mark for one picture.
+    """
+    processor = model.processor
+    if not prompt.strip():
+        raise ParameterError("the prompt is empty")
+    marks = prompt.count(_mark(processor, prompt))
+    if marks > 1:
+        raise ParameterError(f"the prompt has {marks} image marks for one picture")
+    if marks or not getattr(processor, "chat_template", None):
+        text = prompt if marks else f"{_mark(processor)}{prompt}"
+        if getattr(processor, "num_query_tokens", None):  # BLIP's processors put the marks in themselves
+            text = text.replace(_mark(processor, text), "").strip()
+        made = processor(images=[[image]] * batch, text=[text] * batch, return_tensors="pt")
+    else:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        made = processor.apply_chat_template(
+            [[{"role": "user", "content": content}]] * batch,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    made = made.to(model.device, model.dtype)  # floating tensors alone take the dtype
+    return {name: value for name, value in made.items() if name != "labels"}
+
+
+def _mark(processor: Any, prompt: str = "") -> str:
+    """The text that stands for a picture: the processor's, or ``<image>`` where the prompt says so."""
+    mark = getattr(processor, "image_token", None)
+    found = mark if isinstance(mark, str) else str(getattr(mark, "content", None) or "<image>")
+    return "<image>" if found not in prompt and "<image>" in prompt else found

@@ -1,0 +1,39 @@
+"""The public names of the package and where they live; the methods' classes are public too, by the registry."""
+
+HOME: dict[str, str] = {
+    "adapters": "adapters",
+    "errors": "errors",
+    "kernels": "kernels",
+    "lab": "lab",
+    "loading": "loading",
+    # compress
+    "Compression": "compression",
+    "compress": "compression",
+    "remove": "compression",
+    "Trace": "core.trace",
+    # what it costs
+    "Report": "cost.report",
+    "budget": "forecast.budget",
+    "estimate": "forecast.estimate",
+    # try and show
+    "Comparison": "lab.comparison",
+    "compare": "lab.compare",
+    "load": "loading",
+    "overlay": "lab.overlay",
+    "zero_shot": "lab.zero_shot",
+    # a method of one's own
+    "Counts": "core.site",
+    "Layout": "core.site",
+    "Method": "core.method",
+    "Reduction": "core.reduction",
+    "Site": "core.site",
+    "StageLayout": "core.site",
+    "TokenView": "core.view",
+    "create_method": "core.registry",
+    "keep_count": "core.settings",
+    "list_methods": "core.registry",
+    "method_class": "core.registry",
+    "parse_methods": "core.spec",
+    "register_method": "core.registry",
+}
+"""Name to module, below ``vlmtok``; the version and the methods' classes come by themselves."""
