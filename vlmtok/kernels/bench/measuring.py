@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from ..timing import captured, environment
-from . import floors, table
-from .dispatch import use
+from ...timing import captured, environment
+from .. import table
+from . import floors
+from ..dispatch import use
 from .floors import H200, Case, Rates
 
 Call = Callable[[], Any]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exact import exact
+from ..exact import exact
 
 EPS = 1e-12
 """Smallest length by which a row is divided."""

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
-from . import library, reference
-from .dispatch import choose, note
-from .table import LIMIT_GREEDY, LIMIT_HEAD
+from ...errors import ParameterError
+from .. import library, reference
+from ..dispatch import choose, note
+from ..table import LIMIT_GREEDY, LIMIT_HEAD
 
 KINDS = ("elu", "paper", "gaussian")
 SPLITS = ("alternate", "halves")

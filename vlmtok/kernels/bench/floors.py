@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from .. import ops, reference
 
 
 @dataclass(frozen=True)

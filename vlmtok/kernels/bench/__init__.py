@@ -1,0 +1,1 @@
+"""The kernels against torch and against what the machine allows."""

@@ -1,0 +1,5 @@
+"""``python -m vlmtok.kernels.bench``."""
+
+from .measuring import main
+
+raise SystemExit(main())
