@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vlmtok.kernels import library
+from vlmtok.kernels import library, reference
 
 # Neither a launch nor work: allocations, views that the schema does not mark, a tensor pointed elsewhere, questions.
 _FREE = re.compile(r"(new_)?empty|_unsafe_view|detach|lift_fresh|scalar_tensor|promote_types|sym_|is_|set_")
@@ -47,7 +47,7 @@ def capture(call: Callable[[], Any]) -> list[Launch]:
     """The Triton launches that `call` makes; none of them runs."""
     from vlmtok.kernels import triton_common
 
-    for module in sorted(set(library._LAUNCHERS.values())):
+    for module in sorted(set(library.LAUNCHERS.values())):
         importlib.import_module(f"vlmtok.kernels.{module}")
     seen: list[Launch] = []
 
@@ -109,11 +109,11 @@ def _inside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter
     kwargs = dict(kwargs)
     path = kwargs.pop("path", "")
     count = CountOps()
-    if path == "torch" or name not in library._LAUNCHERS:
+    if path == "torch" or name not in library.LAUNCHERS:
         with count:
-            getattr(library.reference, name)(*args, **kwargs)
+            getattr(reference, name)(*args, **kwargs)
         return count.ops
-    launcher = getattr(importlib.import_module(f"vlmtok.kernels.{library._LAUNCHERS[name]}"), name)
+    launcher = getattr(importlib.import_module(f"vlmtok.kernels.{library.LAUNCHERS[name]}"), name)
     meta = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
 
     def run() -> None:

@@ -8,7 +8,14 @@ import torch
 from count_ops import CountOps
 
 from vlmtok import kernels
-from vlmtok.kernels import bench, floors, table
+from vlmtok.kernels import table
+from vlmtok.kernels.bench.cases import cases
+from vlmtok.kernels.bench.clock import Clock, Time
+from vlmtok.kernels.bench.command import main
+from vlmtok.kernels.bench.floors import H200, Rates
+from vlmtok.kernels.bench.measuring import measure
+from vlmtok.kernels.bench.modelling import NOT_MEASURED, modelled
+from vlmtok.kernels.bench.sweep import candidates, policies, sweep
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="marker gpu: there is one, it would measure")
 
@@ -16,12 +23,12 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="marker gpu:
 @needs_no_gpu
 def test_without_a_gpu_it_prints_floors(capsys, tmp_path):
     file = tmp_path / "floors.json"
-    assert bench.main(["--ops", "merge_rows", "energy", "--sweep", "--json", str(file)]) == 0
+    assert main(["--ops", "merge_rows", "energy", "--sweep", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "not measured" in printed and "merge_rows" in printed and "match_max" not in printed
     rows = json.loads(file.read_text())
     assert {row["op"] for row in rows} == {"merge_rows", "energy"}
-    assert all(row["status"] == bench.NOT_MEASURED and "median_us" not in row for row in rows)
+    assert all(row["status"] == NOT_MEASURED and "median_us" not in row for row in rows)
 
 
 def test_committed_floors_are_current():
@@ -29,23 +36,23 @@ def test_committed_floors_are_current():
     from pathlib import Path
 
     file = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_modelled_h200.json"
-    assert json.loads(file.read_text()) == bench.modelled(floors.cases())
+    assert json.loads(file.read_text()) == modelled(cases())
 
 
 def test_floors_by_hand():
-    case = next(c for c in floors.cases() if c.op == "merge_rows" and c.batch == 256)
+    case = next(c for c in cases() if c.op == "merge_rows" and c.batch == 256)
     read, written = 577 * 1024 * 2, (577 - 58 + 1 - 1) * 1024 * 2
     assert case.bytes == pytest.approx(256 * (read + written), rel=0.01)
-    assert 1e6 * case.floor(floors.H200) == pytest.approx(134, abs=1)  # 575 MB at 4.3 TB/s
-    chain = next(c for c in floors.cases() if c.op == "greedy_select" and "k=288" in c.what)
-    assert chain.floor(floors.H200) == pytest.approx(288 * (1.3e-6 + 4 * 2880 / 80e9))
-    double = floors.Rates("modelled", 2 * 4.3e12, 790e12, 4e-6)
-    assert case.floor(double) == pytest.approx(case.floor(floors.H200) / 2)
+    assert 1e6 * case.floor(H200) == pytest.approx(134, abs=1)  # 575 MB at 4.3 TB/s
+    chain = next(c for c in cases() if c.op == "greedy_select" and "k=288" in c.what)
+    assert chain.floor(H200) == pytest.approx(288 * (1.3e-6 + 4 * 2880 / 80e9))
+    double = Rates("modelled", 2 * 4.3e12, 790e12, 4e-6)
+    assert case.floor(double) == pytest.approx(case.floor(H200) / 2)
 
 
-@pytest.mark.parametrize("index", range(len(floors.cases())), ids=lambda i: f"{floors.cases()[i].op}-{i}")
+@pytest.mark.parametrize("index", range(len(cases())), ids=lambda i: f"{cases()[i].op}-{i}")
 def test_cases_launch_what_they_say(index):
-    case = floors.cases()[index]
+    case = cases()[index]
     ours = case.calls(torch.device("meta"), torch.bfloat16)["ours"]
     with kernels.use("triton"), CountOps() as count:
         ours()
@@ -57,9 +64,9 @@ def test_cases_launch_what_they_say(index):
 def test_it_measures(compiled, monkeypatch):
     """The rows of a run, on a processor: both torch paths, no Triton, no floor, no memory."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)  # a C++ compiler takes its time
-    case = next(c for c in floors.cases(small=True) if c.op == "transition_stats")
-    clock = bench.Clock(torch.device("cpu"), 5)
-    rows = bench.measure(case, clock, floors.H200, torch.float32, compiled)
+    case = next(c for c in cases(small=True) if c.op == "transition_stats")
+    clock = Clock(torch.device("cpu"), 5)
+    rows = measure(case, clock, H200, torch.float32, compiled)
     assert [row["path"] for row in rows] == ["eager", "compile"][: 1 + compiled]
     for row in rows:
         assert row["status"] == "measured" and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
@@ -71,16 +78,16 @@ def test_it_measures(compiled, monkeypatch):
 def test_the_command_measures_a_processor(capsys, tmp_path):
     file = tmp_path / "rows.json"
     command = ["--device", "cpu", "--no-compile", "--repeats", "2", "--dtype", "float32", "--json", str(file)]
-    assert bench.main(command) == 0
+    assert main(command) == 0
     rows = json.loads(file.read_text())
-    assert {row["op"] for row in rows} == {case.op for case in floors.cases()}
+    assert {row["op"] for row in rows} == {case.op for case in cases()}
     assert all(row["device"] and row["torch"] and row["agreement"] in (None, 1.0) for row in rows)
     assert "median_us" in capsys.readouterr().out
 
 
 def test_candidates_are_other_rows_of_the_same_kernel():
     for row in table.TILES:
-        others = bench.candidates(row)
+        others = candidates(row)
         assert len(set(others)) == len(others) > 1
         assert {(o.op, o.width, o.size, o.programs) for o in others} == {(row.op, row.width, row.size, row.programs)}
 
@@ -92,12 +99,12 @@ def test_sweep_puts_the_table_back(monkeypatch):
 
     tried = []
     monkeypatch.setattr(transition, "launch", lambda *args, warps, **rest: tried.append(warps))
-    clock = bench.Clock(torch.device("meta"), 1)
-    clock.time = lambda call: (call(), bench.Time(float(tried[-1]), 0.0, 0.0))[1]
-    case = next(c for c in floors.cases(small=True) if c.op == "transition_stats")
+    clock = Clock(torch.device("meta"), 1)
+    clock.time = lambda call: (call(), Time(float(tried[-1]), 0.0, 0.0))[1]
+    case = next(c for c in cases(small=True) if c.op == "transition_stats")
     case = dataclasses.replace(case, run=lambda _, x, y: transition.transition_stats(x, y))
     before = table.TILES
-    results = bench.sweep(case, clock, torch.float32)
+    results = sweep(case, clock, torch.float32)
     assert [row.warps for _, row in results] == [1, 2, 4, 8, 16, 32]
     assert table.TILES is before and transition.tile is table.tile and common.launch is not transition.launch
 
@@ -106,5 +113,5 @@ def test_policies_take_the_batch_from_which_the_kernel_wins():
     place = {"device": "GPU X", "torch": "2", "triton": "3", "way": "warm", "path": "triton"}
     rows = [{**place, "op": "energy", "batch": b, "times_eager": t} for b, t in ((1, 0.5), (32, 1.5), (256, 3.0))]
     rows += [{**place, "op": "match_max", "batch": b, "times_eager": t} for b, t in ((1, 2.0), (32, 0.9))]
-    (found,) = bench.policies(rows, "kernels.json")
+    (found,) = policies(rows, "kernels.json")
     assert found == table.Policy("energy", 32, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels.json")

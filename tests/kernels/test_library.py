@@ -8,7 +8,8 @@ import torch
 from support import referee
 
 from vlmtok import kernels
-from vlmtok.kernels import library, ops, reference
+from vlmtok.kernels import flop_formulas, library, reference, shapes
+from vlmtok.kernels.ops.merging import MergeRows
 
 OPS = torch.ops.vlmtok
 
@@ -54,7 +55,8 @@ CASES = pytest.mark.parametrize("case", range(len(IDS)), ids=IDS)
 
 
 def test_every_op_has_an_example():
-    assert {name for name, _, _ in examples()} == set(library._SCHEMAS) == set(library._SHAPES) == set(library.FLOPS)
+    names = {name for name, _, _ in examples()}
+    assert names == set(library.SCHEMAS) == set(shapes.SHAPES) == set(flop_formulas.FLOPS)
 
 
 @CASES
@@ -167,7 +169,7 @@ def test_gradients_of_the_opaque_merge(weighted):
         sw = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def merge(x, kw, sw):
-        return ops.MergeRows.apply("merge_rows", x, size, keep, src, dst, kw, sw, 1, 1, "torch")[0]
+        return MergeRows.apply("merge_rows", x, size, keep, src, dst, kw, sw, 1, 1, "torch")[0]
 
     # Sizes are fp32, so shares carry its rounding into the numerical gradient.
     assert torch.autograd.gradcheck(merge, (x, kw, sw), atol=1e-5)
@@ -185,9 +187,7 @@ def test_the_opaque_merge_trains_inside_one_graph():
 
     def merge(x):
         dst = index.clone()
-        return ops.MergeRows.apply("merge_rows", x, torch.ones(1, 6), index, index + 3, dst, None, None, 0, 0, "torch")[
-            0
-        ]
+        return MergeRows.apply("merge_rows", x, torch.ones(1, 6), index, index + 3, dst, None, None, 0, 0, "torch")[0]
 
     torch._dynamo.reset()
     torch.compile(merge, fullgraph=True, backend="aot_eager")(x).sum().backward()

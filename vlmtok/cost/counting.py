@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..kernels.library import FLOPS
+from ..kernels.flop_formulas import FLOPS
 
 
 def _mm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:

@@ -7,7 +7,7 @@ import triton.
 
 from .dispatch import MODES, KernelError, mode, ran, use
 from .exact import exact
-from .library import register_flop_formulas
+from .flop_formulas import register_flop_formulas
 from .ops import (
     attention_rows,
     bipartite_match,

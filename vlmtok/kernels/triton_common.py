@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import INTERPRETS, KernelError
-from .reference import EPS
+from .reference.rows import EPS
 from .table import Tile
 
 launches = 0

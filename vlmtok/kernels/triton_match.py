@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import EPS
+from .reference.rows import EPS
 from .table import Tile, tile
 from .triton_common import (
     dot_rows,

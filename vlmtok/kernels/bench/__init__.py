@@ -1,1 +1,1 @@
-"""The kernels against torch and against what the machine allows."""
+"""The benchmark of the kernels: ``python -m vlmtok.kernels.bench``."""

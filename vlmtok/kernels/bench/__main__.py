@@ -1,5 +1,6 @@
 """``python -m vlmtok.kernels.bench``."""
 
-from .measuring import main
+from .command import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

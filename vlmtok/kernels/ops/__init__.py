@@ -1,4 +1,23 @@
 """The public ops: check the arguments, choose the path, run."""
 
-from .matching import *  # noqa: F403
-from .matching import MergeRows  # noqa: F401
+from .attention import attention_rows, received_attention
+from .energies import energy
+from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
+from .merging import merge_rows, merge_rows_biased
+from .selection import greedy_select
+from .transition import transition_stats
+
+__all__ = [
+    "attention_rows",
+    "bipartite_match",
+    "complete_match",
+    "energy",
+    "energy_match",
+    "greedy_select",
+    "guided_match",
+    "match_max",
+    "merge_rows",
+    "merge_rows_biased",
+    "received_attention",
+    "transition_stats",
+]

@@ -1,3 +1,35 @@
-"""Plain torch definitions of the ops: what each means, and the path on CPU."""
+"""Plain torch definitions of the ops: what each means, and the path on CPU.
 
-from .merging import *  # noqa: F403
+Selection maths is fp32 with autocast and TF32 off. Ties go to the lowest index; NaN loses. Arguments are checked by the
+public functions of `vlmtok.kernels`, not here.
+"""
+
+from .attention import attention_rows, key_bias, log_size, received_attention
+from .energies import energy
+from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
+from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
+from .rows import take_rows, unit_rows
+from .selection import greedy_select
+from .transition import transition_stats
+
+__all__ = [
+    "attention_rows",
+    "bipartite_match",
+    "complete_match",
+    "energy",
+    "energy_match",
+    "greedy_select",
+    "guided_match",
+    "key_bias",
+    "log_size",
+    "match_max",
+    "merge_rows",
+    "merge_rows_biased",
+    "merge_rows_grad",
+    "pair_weights",
+    "query_cosine",
+    "received_attention",
+    "take_rows",
+    "transition_stats",
+    "unit_rows",
+]

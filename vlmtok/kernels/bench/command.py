@@ -1,0 +1,110 @@
+"""``python -m vlmtok.kernels.bench``: the kernels against torch and against what the machine allows.
+
+With a GPU it measures; the first figures are the machine's own rates, from which the floors follow. Without one it
+prints the floors that the stated rates of an H200 give, marked "not measured", and ends well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...timing import environment
+from .cases import cases
+from .clock import Clock, measure_rates
+from .floors import H200, Case
+from .measuring import measure
+from .modelling import NOT_MEASURED, modelled
+from .sweep import policies, sweep
+
+MODELLED = ("op", "case", "batch", "floor_us", "bound", "launches", "bytes", "flops")
+MEASURED = ("op", "case", "batch", "path", "way", "median_us", "p20_us", "p80_us", "times_eager", "times_compile",
+            "floor_us", "percent_of_floor", "peak_bytes", "max_error", "agreement")  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """A table of some columns, aligned."""
+    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Args:
+        arguments: of the command line; None reads them from the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m vlmtok.kernels.bench", description=__doc__)
+    names = sorted({case.op for case in cases()})
+    parser.add_argument("--ops", nargs="+", choices=names, default=names, metavar="OP", help=", ".join(names))
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--sweep", action="store_true", help="time other tiles, print rows for the tables")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu times the torch paths, small"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=100, help="timings of a call")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    asked = parser.parse_args(arguments)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no such device here")
+    dtype = getattr(torch, asked.dtype)
+    chosen = [case for case in cases(small=asked.device == "cpu") if case.op in asked.ops]
+    if asked.device == "auto" and not torch.cuda.is_available():
+        print(f"No GPU here. Floors on an H200 from its stated rates ({NOT_MEASURED}):\n")
+        rows = modelled(chosen, dtype)
+        print(show(rows, MODELLED))
+        if asked.sweep:
+            print("\n--sweep has nothing to time without a GPU.")
+    else:
+        rows = _measure_all(chosen, asked, dtype)
+    _write(rows, asked.json)
+    return 0
+
+
+def _write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
+    if path is not None:
+        path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Measures, printing as it goes."""
+    device = torch.device("cpu" if asked.device == "cpu" else "cuda")
+    clock = Clock(device, asked.repeats)
+    rates = measure_rates(clock) if clock.gpu else H200
+    place = environment(device)
+    if clock.gpu:
+        print(f"{place['device']}, driver {place['driver']}, torch {place['torch']}, triton {place['triton']}")
+        print(f"copy {rates.copy:.3g} B/s, matmul {rates.product:.3g} FLOP/s, launch {1e6 * rates.launch:.3g} us\n")
+    rows: list[dict[str, Any]] = []
+    for case in chosen:
+        found = [{**row, **place} for row in measure(case, clock, rates, dtype, not asked.no_compile)]
+        if clock.gpu:
+            found = [{**row, **{f"rate_{name}": value for name, value in asdict(rates).items()}} for row in found]
+        print(show(found, MEASURED), "\n", flush=True)
+        rows += found
+        _write(rows, asked.json)  # what is measured is kept if the rest is stopped
+        if asked.sweep and clock.gpu:
+            for spent, row in sweep(case, clock, dtype)[:5]:
+                print(f"  {spent:8.2f} us  {row}")
+    if clock.gpu:
+        print("Rows for POLICIES in vlmtok/kernels/table.py:")
+        for policy in policies(rows, asked.json.name if asked.json else ""):
+            print(f"    {policy},")
+    return rows
