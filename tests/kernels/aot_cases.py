@@ -13,6 +13,7 @@ from vlmtok.kernels import (
     triton_greedy,
     triton_match,
     triton_merge,
+    triton_merge_grad,
     triton_order,
     triton_received,
     triton_transition,
@@ -96,7 +97,7 @@ def _merge(row: Tile, how: str) -> None:
     x, size, plan = meta(2, 577, d, dtype=HALF), meta(2, 577), [meta(2, k, dtype=LONG) for k in (519, 58, 58)]
     weights = {"keep_weight": meta(2, 519), "src_weight": meta(2, 58)}
     if how == "grad":
-        triton_merge.merge_rows_grad(x[:, :519], *plan, *weights.values(), 577)
+        triton_merge_grad.merge_rows_grad(x[:, :519], *plan, *weights.values(), 577)
     elif how == "pairs":
         triton_merge.merge_rows_biased(x, size, *plan, prefix=0, importance=meta(2, 577))
     else:

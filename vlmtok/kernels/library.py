@@ -29,7 +29,7 @@ LAUNCHERS = {
     "guided_match": "triton_order",
     "merge_rows": "triton_merge",
     "merge_rows_biased": "triton_merge",
-    "merge_rows_grad": "triton_merge",
+    "merge_rows_grad": "triton_merge_grad",
     "greedy_select": "triton_greedy",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",

@@ -2,7 +2,7 @@
 
 # mypy: allow-untyped-defs
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .triton_common import launch, rows_of
 
 
 @triton.jit
-def _next(hit, entry, last):
+def next_hit(hit, entry, last):
     """The first entry behind `last` that is hit (a large number if there is none)."""
     return tl.min(tl.where(hit & (entry > last), entry, 2147483647), 0)
 
 
 @triton.jit
-def _row(x, index, n, stride, channel, d):
+def row_or_nan(x, index, n, stride, channel, d):
     """A row in fp32; NaN where the index is outside, which would otherwise read foreign memory."""
     width = tl.where((index >= 0) & (index < n), d, 0)
     return tl.load(x + index * stride + channel, mask=channel < width, other=float("nan")).to(tl.float32)
@@ -98,14 +98,14 @@ def _merge_kernel(
             hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
             last = at - 1
             for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-                last = _next(hit, at + lane, last)
+                last = next_hit(hit, at + lane, last)
                 named = tl.load(src + last * src_step).to(tl.int64)
                 if _owns(keep, src, dst, last, named, slots, keep_step, src_step, dst_step, BM):
                     whole += _entry(size, named + prefix, n, size_step)
         _put_size(total, bias, out, whole, BIASED)
     else:
         channel = part * BD + tl.arange(0, BD)
-        kept = _row(x, token, n, x_row, channel, d)
+        kept = row_or_nan(x, token, n, x_row, channel, d)
         mass = _entry(size, token, n, size_step)
         whole = mass
         change = tl.zeros((BD,), tl.float32)
@@ -118,9 +118,9 @@ def _merge_kernel(
             hit = tl.load(dst + (at + lane) * dst_step, mask=at + lane < entries, other=-1) == slot
             last = at - 1
             for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-                last = _next(hit, at + lane, last)
+                last = next_hit(hit, at + lane, last)
                 token = tl.load(src + last * src_step).to(tl.int64) + prefix
-                joining = _row(x, token, n, x_row, channel, d)
+                joining = row_or_nan(x, token, n, x_row, channel, d)
                 if WEIGHTED:
                     change += tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32) * joining
                 else:
@@ -146,54 +146,7 @@ def _merge_kernel(
         tl.store(y + out * d + channel, result.to(y.dtype.element_ty), mask=channel < d)
 
 
-@triton.jit(do_not_specialize=["n", "slots", "entries", "prefix", "suffix"])
-def _merge_grad_kernel(
-    grad, keep, src, dst, keep_weight, src_weight, out,
-    n, slots, entries, d, prefix, suffix,
-    grad_batch, grad_row, keep_batch, keep_step, src_batch, src_step, dst_batch, dst_step,
-    kw_batch, kw_step, sw_batch, sw_step,
-    BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    parts = tl.cdiv(d, BD)
-    part = tl.program_id(0) % parts
-    row = (tl.program_id(0) // parts) % n
-    batch = (tl.program_id(0) // (parts * n)).to(tl.int64)
-    grad += batch * grad_batch
-    keep += batch * keep_batch
-    src += batch * src_batch
-    dst += batch * dst_batch
-    channel = part * BD + tl.arange(0, BD)
-    rows = prefix + slots + suffix
-    token = row - prefix
-    inner = (token >= 0) & (row < n - suffix)
-    result = tl.zeros((BD,), tl.float32)
-    if token < 0:
-        result += _row(grad, row.to(tl.int64), rows, grad_row, channel, d)
-    if row >= n - suffix:
-        result += _row(grad, (rows - n + row).to(tl.int64), rows, grad_row, channel, d)
-    lane = tl.arange(0, BM)
-    for at in range(0, tl.where(inner, slots, 0), BM):
-        slot = at + lane
-        hit = tl.load(keep + slot * keep_step, mask=slot < slots, other=-1) == token
-        last = at - 1
-        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-            last = _next(hit, slot, last)
-            weight = tl.load(keep_weight + batch * kw_batch + last * kw_step).to(tl.float32)
-            result += weight * _row(grad, (prefix + last).to(tl.int64), rows, grad_row, channel, d)
-    for at in range(0, tl.where(inner, entries, 0), BM):
-        entry = at + lane
-        goal = tl.load(dst + entry * dst_step, mask=entry < entries, other=-1)
-        hit = (tl.load(src + entry * src_step, mask=entry < entries, other=-1) == token) & (goal >= 0)
-        last = at - 1
-        for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-            last = _next(hit, entry, last)
-            weight = tl.load(src_weight + batch * sw_batch + last * sw_step).to(tl.float32)
-            slot_row = tl.load(dst + last * dst_step).to(tl.int64) + prefix
-            result += weight * _row(grad, slot_row, rows, grad_row, channel, d)
-    tl.store(out + (batch * n + row) * d + channel, result.to(out.dtype.element_ty), mask=channel < d)
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
+def both_strides(*tensors: Tensor | None) -> list[int]:
     """Both strides of each `[B, N]` tensor."""
     return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride())]
 
@@ -260,51 +213,8 @@ def merge(
         _merge_kernel, batch * rows * parts, x,
         x, size, keep, src, dst, keep_weight, src_weight, importance, y, total, bias,
         n, slots, entries, d, prefix, suffix,
-        x.stride(0), x.stride(1), *_strides(size, keep, src, dst, keep_weight, src_weight, importance),
+        x.stride(0), x.stride(1), *both_strides(size, keep, src, dst, keep_weight, src_weight, importance),
         warps=config.warps, WEIGHTED=keep_weight is not None, PAIRED=importance is not None, BIASED=bias is not None,
         BM=config.m, BD=config.n,
     )  # fmt: skip
     return y, total
-
-
-def merge_rows_grad(
-    grad: Tensor,
-    keep: Tensor,
-    src: Tensor,
-    dst: Tensor,
-    keep_weight: Tensor,
-    src_weight: Tensor,
-    n: int,
-    prefix: int = 0,
-    suffix: int = 0,
-    *,
-    config: Tile | None = None,
-) -> Tensor:
-    """Gradient of `merge_rows` with respect to x in Triton; see `vlmtok.kernels.reference.merge_rows_grad`.
-
-    Args:
-        grad: `[B, prefix + K + suffix, C]`.
-        keep: int64 `[B, K]`.
-        src: int64 `[B, R]`.
-        dst: int64 `[B, R]`.
-        keep_weight: `[B, K]`.
-        src_weight: `[B, R]`.
-        n: rows of x.
-        prefix: rows in front that stay.
-        suffix: rows behind that stay.
-        config: a row of the tile table; None takes the one that fits.
-
-    Returns:
-        `[B, n, C]` in the dtype of `grad`.
-    """
-    grad = rows_of(grad)
-    batch, _, d = grad.shape
-    out = grad.new_empty(batch, n, d)
-    config = config or tile("merge_rows", grad.element_size(), d)
-    launch(
-        _merge_grad_kernel, batch * n * triton.cdiv(d, config.n), grad,
-        grad, keep, src, dst, keep_weight, src_weight, out, n, keep.shape[1], src.shape[1], d, prefix, suffix,
-        grad.stride(0), grad.stride(1), *_strides(keep, src, dst, keep_weight, src_weight),
-        warps=config.warps, BM=config.m, BD=config.n,
-    )  # fmt: skip
-    return out

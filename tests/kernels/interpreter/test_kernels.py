@@ -3,17 +3,18 @@
 import importlib
 from types import SimpleNamespace
 
+import checks
+import drawing
 import numpy as np
 import pytest
 import torch
-from support import checks
 
 from vlmtok import kernels
 from vlmtok.errors import ParameterError
 from vlmtok.kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
-NAMES = ("common", "match", "energy", "order", "merge", "greedy", "transition", "received")
+NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received")
 
 
 def modules():
@@ -31,10 +32,10 @@ def test_heads_far_apart():
     step = 2**28
     room = torch.empty(8 * step + 64, dtype=torch.float16)
     bias = room.as_strided((1, 9, 4, 4), (0, step, 4, 1))
-    q, drawn = checks.rows(9, 4, 8).unsqueeze(0), checks.rows(9, 4, 4, torch.float16, 1).unsqueeze(0)
+    q, drawn = drawing.rows(9, 4, 8).unsqueeze(0), drawing.rows(9, 4, 4, torch.float16, 1).unsqueeze(0)
     bias.copy_(drawn)
     found = modules().received.received_attention(q, q, scale=0.3, bias=bias)
-    checks.close(found, reference.received_attention(q, q, scale=0.3, bias=drawn))
+    drawing.close(found, reference.received_attention(q, q, scale=0.3, bias=drawn))
 
 
 def test_this_process_interprets():
@@ -55,7 +56,7 @@ def test_a_dot_is_the_same_at_every_place_of_a_tile(m, k):
         assert np.allclose(found[0], found[1], atol=1e-5)
         return found[0]
 
-    x = checks.rows(1, m, k)[0].numpy()
+    x = drawing.rows(1, m, k)[0].numpy()
     assert np.allclose(dot(x, x), x.astype(np.float64) @ x.T.astype(np.float64), atol=1e-4)
     assert (dot(x, x) == dot(x, x).T).all()
     equal = dot(np.repeat(x[:1], m, 0), np.repeat(x[1:2], m, 0))
@@ -64,9 +65,9 @@ def test_a_dot_is_the_same_at_every_place_of_a_tile(m, k):
 
 def test_public_functions_take_the_kernels():
     """Every op, through dispatch and the opaque op, equals its definition."""
-    x = checks.rows(2, 12, 8)
-    keep, src, dst = checks.plan(2, 12, 4)
-    q = checks.rows(4, 12, 8).reshape(2, 2, 12, 8)
+    x = drawing.rows(2, 12, 8)
+    keep, src, dst = drawing.plan(2, 12, 4)
+    q = drawing.rows(4, 12, 8).reshape(2, 2, 12, 8)
     start = torch.tensor([0, 3])
     calls = {
         "match_max": lambda m: m.match_max(x, x),
@@ -91,20 +92,20 @@ def test_public_functions_take_the_kernels():
         expected = call(reference)
         if isinstance(found, torch.Tensor):
             found, expected = [found], [expected]
-        checks.same(found, expected, 1e-5)
+        drawing.same(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("weighted", [None, "importance", "weights"])
 def test_gradients_through_the_kernels(weighted):
-    x = checks.rows(2, 12, 20).requires_grad_()
-    keep, src, dst = checks.plan(2, 10, 4, repeats=weighted == "weights")
+    x = drawing.rows(2, 12, 20).requires_grad_()
+    keep, src, dst = drawing.plan(2, 10, 4, repeats=weighted == "weights")
     weights = {}
     if weighted == "importance":
-        weights = {"importance": checks.rows(2, 10, 1, seed=4)[..., 0]}
+        weights = {"importance": drawing.rows(2, 10, 1, seed=4)[..., 0]}
     if weighted == "weights":
-        weights = {"keep_weight": checks.rows(2, 6, 1)[..., 0], "src_weight": checks.rows(2, 4, 1, seed=1)[..., 0]}
+        weights = {"keep_weight": drawing.rows(2, 6, 1)[..., 0], "src_weight": drawing.rows(2, 4, 1, seed=1)[..., 0]}
     inputs = [x, *(w.requires_grad_() for w in weights.values())]
-    size = checks.rows(2, 12, 1, seed=2)[..., 0].abs() + 0.5
+    size = drawing.rows(2, 12, 1, seed=2)[..., 0].abs() + 0.5
     grads = []
     for mode in ("triton", "torch"):
         with kernels.use(mode):
@@ -112,18 +113,18 @@ def test_gradients_through_the_kernels(weighted):
             assert not total.requires_grad and not bias.requires_grad
             grads.append(torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(-1)))
     for a, b in zip(*grads):
-        checks.close(a, b, 1e-5)
+        drawing.close(a, b, 1e-5)
 
 
 def test_auto_stays_on_torch_for_cpu_tensors():
     kernels.ran(reset=True)
     with kernels.use("auto"):
-        kernels.energy(checks.rows(64, 4, 8), margin=0.3)
+        kernels.energy(drawing.rows(64, 4, 8), margin=0.3)
     assert kernels.ran() == {"energy:torch": 1}
 
 
 def test_bad_input_is_an_error_here_too():
-    x = checks.rows(1, 6, 8)
+    x = drawing.rows(1, 6, 8)
     with kernels.use("triton"):
         for call in (
             lambda: kernels.match_max(x.long(), x),
@@ -138,7 +139,7 @@ def test_bad_input_is_an_error_here_too():
 
 def test_an_index_outside_reads_nothing_foreign():
     """No illegal access: what does not exist is NaN."""
-    x, size = checks.rows(1, 6, 8), torch.ones(1, 6)
+    x, size = drawing.rows(1, 6, 8), torch.ones(1, 6)
     keep, src, dst = torch.tensor([[0, 99, -7]]), torch.tensor([[3, 10**9]]), torch.tensor([[0, 2]])
     with kernels.use("triton"):
         rows, total = kernels.merge_rows(x, size, keep, src, dst)
@@ -153,7 +154,7 @@ def test_an_index_outside_reads_nothing_foreign():
 def test_rows_longer_than_one_program_sorts(op, monkeypatch):
     """Torch sorts then; cosines and energies stay with the kernels, and the plan is the same."""
     monkeypatch.setattr(modules().order, "LIMIT_ORDER", 8)
-    x = checks.rows(2, 21, 8)
+    x = drawing.rows(2, 21, 8)
     call = {
         "bipartite_match": lambda m: m.bipartite_match(x, 4, 1),
         "energy_match": lambda m: m.energy_match(x, 4, margin=0.3),
@@ -164,7 +165,7 @@ def test_rows_longer_than_one_program_sorts(op, monkeypatch):
     with kernels.use("triton"):
         found = call(kernels)
     assert modules().common.launches > before
-    checks.same(found, call(reference), 1e-6)
+    drawing.same(found, call(reference), 1e-6)
 
 
 @pytest.mark.parametrize("method", ["tome:r=4", "pitome:ratio=0.8", "crossget:rv=3", "tca"])

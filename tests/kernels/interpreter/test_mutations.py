@@ -7,8 +7,8 @@ takes its bugs along. None of them writes out of bounds: the interpreter would c
 import sys
 from pathlib import Path
 
+import checks
 import pytest
-from support import checks
 from test_kernels import NAMES, modules
 
 import vlmtok.kernels
@@ -16,7 +16,7 @@ import vlmtok.kernels
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 _JOIN = """            for _ in range(0, tl.sum(hit.to(tl.int32), 0)):
-                last = _next(hit, at + lane, last)
+                last = next_hit(hit, at + lane, last)
                 token = """
 
 BUGS = {
@@ -266,7 +266,7 @@ BUGS = {
         "merge_views",
     ),
     "empty entries carry a gradient": (
-        "merge",
+        "merge_grad",
         " == token) & (goal >= 0)",
         " == token) & (goal >= -1)",
         "merge_gradient",
