@@ -1,0 +1,64 @@
+"""Every op on a GPU, on drawn inputs of one size."""
+
+import torch
+
+from vlmtok import kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = (
+    "match halves", "match complete", "match long", "energy", "energy long", "bipartite", "energy match",
+    "complete match", "guided match", "merge", "merge weights", "merge pairs", "greedy", "greedy sum", "greedy l2",
+    "transition", "received",
+)  # fmt: skip
+
+
+def rows(batch, n, d, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, n, d, generator=generator).to("cuda", dtype)
+
+
+def plan(batch, n, r, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(batch)]).cuda()
+    return order[:, r:], order[:, :r], torch.randint(-1, n - r, (batch, r), generator=generator).cuda()
+
+
+def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
+    """Every op on inputs of one size."""
+    x, wide = rows(batch, n, d, dtype), rows(batch, n, 1024, dtype, 1)
+    size = rows(batch, n, 1, seed=2)[..., 0].abs() + 0.5
+    keep, src, dst = plan(batch, n, n // 4)
+    kw, sw = torch.rand(keep.shape, device="cuda"), torch.rand(src.shape, device="cuda")
+    q, k = (
+        rows(batch * 4, n, d, dtype, 3).reshape(batch, 4, n, d),
+        rows(batch * 2, n, d, dtype, 4).reshape(batch, 2, n, d),
+    )
+    start = torch.arange(batch, device="cuda")
+    bias = size.log()[:, None, None].to(dtype)
+    return {
+        "match halves": lambda: kernels.match_max(x[:, ::2], x[:, 1::2]),
+        "match complete": lambda: kernels.match_max(x, x, exclude_diag=True),
+        "match long": lambda: kernels.match_max(wide, wide, exclude_diag=True),
+        "energy": lambda: kernels.energy(x, margin=0.1),
+        "energy long": lambda: kernels.energy(wide, margin=0.1, kind="paper"),
+        "bipartite": lambda: kernels.bipartite_match(x, n // 8, 1),
+        "energy match": lambda: kernels.energy_match(x, n // 8, margin=0.1),
+        "complete match": lambda: kernels.complete_match(x, torch.zeros_like(size), n // 8),
+        "guided match": lambda: kernels.guided_match(x, x[:, 0], n // 8),
+        "merge": lambda: kernels.merge_rows(wide, size, keep, src, dst),
+        "merge weights": lambda: kernels.merge_rows(wide, size, keep, src, dst, keep_weight=kw, src_weight=sw),
+        "merge pairs": lambda: kernels.merge_rows_biased(wide, size, keep, src, dst, importance=size),
+        "greedy": lambda: kernels.greedy_select(x, n // 8, start),
+        "greedy sum": lambda: kernels.greedy_select(x, n // 8, start, rule="sum"),
+        "greedy l2": lambda: kernels.greedy_select(x, n // 8, start, metric="l2"),
+        "transition": lambda: kernels.transition_stats(wide, wide.flip(1)),
+        "received": lambda: kernels.received_attention(q, k, scale=d**-0.5, bias=bias),
+    }
+
+
+def both(call):
+    with kernels.use("triton"):
+        found = call()
+    with kernels.use("torch"):
+        expected = call()
+    return [[out] if isinstance(out, torch.Tensor) else list(out) for out in (found, expected)]
