@@ -24,7 +24,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "presets": ("forecast.presets",),
     "reduction": ("core.reduction",),
     "report": ("cost.report", "cost.lines"),
-    "rows": ("core.rows", "core.row_state"),
+    "rows": ("core.rows", "core.pictures", "core.row_data", "core.row_state"),
     "sequence": ("core.sequence",),
     "session": ("lab.compare", "lab.comparison", "lab.runners", "lab.prompts", "loading"),
     "signals": ("core.signals",),

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ...core.ledger import StageRun
-from ...core.rows import Rows, Snapshot
+from ...core.row_data import Snapshot
+from ...core.rows import Rows
 from ...core.site import Site
 from ...core.stream import Stream
 from ...errors import UnsupportedModel

@@ -16,7 +16,7 @@ from ... import kernels
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying, weak
 from ...core.ledger import StageRun
-from ...core.rows import Picture
+from ...core.pictures import Picture
 from ...core.signals import DECODER_SIGNALS
 from ...core.site import StageLayout, layer_of
 from ...core.stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket

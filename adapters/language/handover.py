@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying
 from ...core.ledger import Event, Group, StageRun
+from ...core.pictures import Picture
 from ...core.reduction import Reduction
-from ...core.rows import Picture, Rows
+from ...core.rows import Rows
 from ...core.sequence import Row, Sequence
 from ...core.signals import Need
 from ...core.threads import PerThread

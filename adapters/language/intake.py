@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...core.attachment import Attachment
 from ...core.hooks import replaying, weak
-from ...core.rows import HELD, PAD, TEXT, Picture, Rows
+from ...core.pictures import HELD, PAD, TEXT, Picture
+from ...core.rows import Rows
 from ...core.threads import PerThread
 from ...errors import CacheError, UnsupportedModel, VlmtokWarning
 from .. import host_objects, hosts

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.hooks import weak
-from ...core.rows import Picture, Rows
+from ...core.pictures import Picture
+from ...core.rows import Rows
 from ...core.threads import PerThread
 from ...errors import CacheError
 from .. import forms, hosts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.rows import Picture
+from ...core.pictures import Picture
 from .. import hosts
 from ..hosts import Role
 from .intake_checks import check_shapes

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
+from ...core.row_data import Group, Moved
 from ...core.row_state import RowNotes, RowState
-from ...core.rows import Group, Moved, Rows
+from ...core.rows import Rows
 from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
 from ...core.site import layer_of
 from ...core.view import Signal, TokenView

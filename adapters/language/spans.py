@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.rows import Picture
+from ...core.pictures import Picture
 from ...errors import CacheError
 from .spec import VLMSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.rows import Group, Moved
+from ...core.row_data import Group, Moved
 from ...core.signals import DecoderTaps
 from ...core.stream import Segment
 from ...core.threads import PerThread

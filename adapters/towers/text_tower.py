@@ -19,9 +19,11 @@ from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying
 from ...core.ledger import Event, StageRun
 from ...core.ledger import Group as Booked
+from ...core.pictures import PAD, TEXT, Picture
 from ...core.reduction import Reduction
+from ...core.row_data import Group
 from ...core.row_state import RowNotes, RowState
-from ...core.rows import PAD, TEXT, Group, Picture, Rows
+from ...core.rows import Rows
 from ...core.sequence import Row
 from ...core.signals import TOWER_SIGNALS, TowerTaps, tower_signals
 from ...core.site import StageLayout

@@ -20,7 +20,8 @@ from test_llava import Top, assert_generates_as_the_oracle
 
 import vlmtok
 from vlmtok import Reduction, Site, TokenView
-from vlmtok.core.rows import Picture, Rows
+from vlmtok.core.pictures import Picture
+from vlmtok.core.rows import Rows
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.lab.tiny import towers
 

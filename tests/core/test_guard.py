@@ -20,7 +20,7 @@ from test_dtypes import SPECS
 
 import vlmtok
 from vlmtok import Method, Reduction, Site
-from vlmtok.core import rows
+from vlmtok.core import grouping
 from vlmtok.errors import InternalError, PassError, VlmtokError, VlmtokWarning
 from vlmtok.guard import guarded, told
 
@@ -101,8 +101,9 @@ def test_a_fault_in_a_pass_is_named_and_the_pass_ends_clean(monkeypatch: pytest.
     with torch.no_grad(), vlmtok.compress(model, "divprune:keep=0.5") as run:
         wanted = model(**inputs).logits
         with monkeypatch.context() as broken:
-            broken.setattr(rows, "_grid", None)
-            with pytest.raises(InternalError, match=r"fault of vlmtok: TypeError at vlmtok\.core\.rows:\d+") as fault:
+            broken.setattr(grouping, "_grid", None)
+            at = r"fault of vlmtok: TypeError at vlmtok\.core\.grouping:\d+"
+            with pytest.raises(InternalError, match=at) as fault:
                 model(**inputs)
         assert isinstance(fault.value.__cause__, TypeError)
         assert_same(model(**inputs).logits, wanted)

@@ -12,8 +12,9 @@ from support.checks import assert_equal
 from support.player import written_out
 
 from vlmtok import Reduction
+from vlmtok.core.pictures import HELD, PAD, TEXT, Picture
 from vlmtok.core.row_state import RowNotes, RowState
-from vlmtok.core.rows import HELD, PAD, TEXT, Picture, Rows
+from vlmtok.core.rows import Rows
 
 WIDTH = 3
 FIELDS = ("keep", "src", "dst", "keep_weight", "src_weight", "valid")

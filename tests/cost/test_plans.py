@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from vlmtok import Random, Reduction, Site
 from vlmtok.core.ledger import Decoding, Event, Group, StageRun
 from vlmtok.core.model_shape import BlockShape, LanguageShape, Part, Tokens
-from vlmtok.core.rows import TEXT, Picture, Rows
+from vlmtok.core.pictures import TEXT, Picture
+from vlmtok.core.rows import Rows
 from vlmtok.cost.flops import Account, count_decoder, tower_profiles
 from vlmtok.cost.host_rows import HostRows, Prompt, share
 from vlmtok.cost.report import _uncut

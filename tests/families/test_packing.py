@@ -12,7 +12,7 @@ from vlmtok.adapters.language.spans import IMAGE as IMAGES
 
 import vlmtok
 from vlmtok import Layout, Method, Site, TokenView
-from vlmtok.core.rows import Picture
+from vlmtok.core.pictures import Picture
 from vlmtok.core.settings import keep_count
 from vlmtok.errors import CacheError, MissingSignal, SiteError
 from vlmtok.mergers.aim import merged_count

@@ -12,7 +12,7 @@ from vlmtok.adapters.language.spans import Look as Shown
 
 import vlmtok
 from vlmtok import Method, Site
-from vlmtok.core.rows import Picture
+from vlmtok.core.pictures import Picture
 
 from .build import FAMILIES, PINPOINTS, llava_onevision, shared
 from .harness import batch, generate

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Group, Rows
+from .row_data import Group
+from .rows import Rows
 
 
 class RowState(MutableMapping[str, Tensor]):
