@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import ParameterError
+from . import composition, merging
+from .reduction_data import ReductionData
 
 
 @dataclass(frozen=True, eq=False)
-class Reduction:
+class Reduction(ReductionData):
     """Which tokens of a view stay, and which of the others join them.
 
     Pruning is `keep` alone. Merging adds one entry ``r`` per joining token: token ``src_r`` goes to slot ``dst_r``.
@@ -36,46 +38,6 @@ class Reduction:
     Raises:
         ParameterError: shapes or dtypes do not fit each other.
     """
-
-    keep: Tensor
-    src: Tensor | None = None
-    dst: Tensor | None = None
-    keep_weight: Tensor | None = None
-    src_weight: Tensor | None = None
-    valid: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self._check_plan()
-        keep, src = self.keep, self.src
-        if (self.keep_weight is None) != (self.src_weight is None):
-            raise ParameterError("Reduction needs keep_weight and src_weight together, or neither")
-        if self.keep_weight is not None and self.src_weight is not None:
-            if src is None:
-                raise ParameterError("Reduction weights need src and dst (R may be 0)")
-            if self.keep_weight.shape != keep.shape or self.src_weight.shape != src.shape:
-                raise ParameterError(
-                    f"Reduction weights must have the shapes of keep {list(keep.shape)} and src {list(src.shape)}, got "
-                    f"{list(self.keep_weight.shape)} and {list(self.src_weight.shape)}"
-                )
-        if self.valid is not None and (self.valid.shape != keep.shape or self.valid.dtype != torch.bool):
-            raise ParameterError(
-                f"Reduction.valid must be bool {list(keep.shape)}, got {self.valid.dtype} {list(self.valid.shape)}"
-            )
-
-    def _check_plan(self) -> None:
-        """Who stays and who joins."""
-        keep, src, dst = self.keep, self.src, self.dst
-        if keep.dim() != 2 or keep.dtype != torch.int64:
-            raise ParameterError(f"Reduction.keep must be int64 [B, K], got {keep.dtype} {list(keep.shape)}")
-        if (src is None) != (dst is None):
-            raise ParameterError("Reduction needs src and dst together, or neither")
-        if src is not None and dst is not None:
-            fits = src.dim() == 2 and src.shape == dst.shape and src.shape[0] == keep.shape[0]
-            if not fits or src.dtype != torch.int64 or dst.dtype != torch.int64:
-                raise ParameterError(
-                    f"Reduction.src and dst must be int64 [B, R] with B = {keep.shape[0]}, got "
-                    f"{src.dtype} {list(src.shape)} and {dst.dtype} {list(dst.shape)}"
-                )
 
     # ------------------------------------------------------------------ making one
     @classmethod
@@ -115,16 +77,6 @@ class Reduction:
         """
         return _Paired(keep, src, dst, importance, size)
 
-    @property
-    def slots(self) -> int:
-        """K, the number of slots of a row (a host int)."""
-        return self.keep.shape[1]
-
-    @property
-    def merges(self) -> bool:
-        """Whether any entry can join a slot (a host flag; ragged empty entries count)."""
-        return self.src is not None and self.src.shape[1] > 0
-
     # ------------------------------------------------------------------ using one
     def apply(
         self,
@@ -149,30 +101,7 @@ class Reduction:
         Returns:
             The slots `[B, prefix + K + suffix, C]` in the dtype of `tokens`, and their sizes, fp32.
         """
-        if tokens.dim() != 3 or tokens.shape[0] != self.keep.shape[0]:
-            raise ParameterError(f"tokens must be [B = {self.keep.shape[0]}, N, C], got {list(tokens.shape)}")
-        if protected is not None and (prefix or suffix):
-            raise ParameterError("Reduction.apply takes protected tokens, or a prefix and suffix in the row, not both")
-        if size is None:
-            size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        weights = self._weights()
-        if protected is not None and protected.shape[1]:
-            weights = {"keep_weight": self.keep_weight, "src_weight": self.src_weight}  # those of the view's tokens
-            tokens = torch.cat([tokens, protected.to(tokens.dtype)], 1)
-            size = torch.cat([size, size.new_zeros(size.shape[0], protected.shape[1])], 1)
-        if (prefix or suffix) and (self.src is None or self.valid is not None):
-            return self.widen(prefix, tokens.shape[1] - prefix - suffix, suffix).apply(tokens, size)
-        if self.src is None or self.dst is None:
-            index = self.keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-            return tokens.gather(1, index), size.gather(1, self.keep)
-        merged, sizes = kernels.merge_rows(
-            tokens, size, self.keep, self.src, self.dst, prefix=prefix, suffix=suffix, **weights
-        )
-        if self.valid is not None:  # a token of an invalid slot may belong to another one
-            owner = self.assignment(tokens.shape[1])
-            table = size.new_zeros(size.shape[0], self.slots + 1)
-            sizes = table.scatter_add(1, torch.where(owner < 0, self.slots, owner), size)[:, :-1]
-        return merged, sizes
+        return merging.apply(self, tokens, size, protected, prefix, suffix)
 
     def apply_biased(
         self, tokens: Tensor, size: Tensor | None = None, *, prefix: int = 0, suffix: int = 0
@@ -189,17 +118,7 @@ class Reduction:
             Slots and sizes as of `apply`, and log(size) in the dtype of `tokens`, or None where nothing merges or
             results are ragged.
         """
-        if not self.merges or self.src is None or self.dst is None or self.valid is not None:
-            return *self.apply(tokens, size, prefix=prefix, suffix=suffix), None
-        if size is None:
-            size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        return kernels.merge_rows_biased(
-            tokens, size, self.keep, self.src, self.dst, prefix=prefix, suffix=suffix, **self._weights()
-        )
-
-    def _weights(self) -> dict[str, Tensor | None]:
-        """What a merge needs to weigh rows."""
-        return {"keep_weight": self.keep_weight, "src_weight": self.src_weight}
+        return merging.apply_biased(self, tokens, size, prefix, suffix)
 
     def assignment(self, n: int) -> Tensor:
         """The slot that owns each input token.
@@ -210,17 +129,7 @@ class Reduction:
         Returns:
             int64 `[B, n]`, -1 for a dropped token.
         """
-        batch, slots = self.keep.shape
-        owner = self.keep.new_full((batch, n + 1), -1)  # column n takes what empty entries write
-        if self.src is not None and self.dst is not None and self.src.shape[1]:
-            token = torch.where(self.dst < 0, n, self.src)
-            entry = torch.arange(self.src.shape[1], device=self.src.device).expand_as(self.src)
-            none = self.src.shape[1]
-            first = owner.new_full((batch, n + 1), none).scatter_reduce(1, token, entry, "amin")
-            owner = torch.where(first < none, self.dst.gather(1, first.clamp(max=none - 1)), owner)
-        slot = torch.arange(slots, device=self.keep.device).expand(batch, slots)
-        token = self.keep if self.valid is None else torch.where(self.valid, self.keep, n)
-        return owner.scatter(1, token, slot)[:, :n]
+        return merging.assignment(self, n)
 
     def unmerge(self, tokens: Tensor, n: int) -> Tensor:
         """Gives every input token the value of the slot that owns it.
@@ -232,11 +141,7 @@ class Reduction:
         Returns:
             `[B, n, C]`, zeros where the token was dropped.
         """
-        owner = self.assignment(n)
-        if tokens.shape[1] == 0:
-            return tokens.new_zeros(tokens.shape[0], n, tokens.shape[2])
-        index = owner.clamp(min=0).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        return torch.where((owner >= 0).unsqueeze(-1), tokens.gather(1, index), 0.0)
+        return merging.unmerge(self, tokens, n)
 
     def gather(self, table: Tensor, dim: int = 1) -> Tensor:
         """Follows the kept tokens in a table that has one entry per token.
@@ -248,11 +153,7 @@ class Reduction:
         Returns:
             The table with K entries along `dim`.
         """
-        shape = [1] * table.dim()
-        shape[0], shape[dim] = self.keep.shape
-        target = list(table.shape)
-        target[dim] = self.keep.shape[1]
-        return table.gather(dim, self.keep.reshape(shape).expand(target))
+        return merging.gather(self, table, dim)
 
     def widen(self, prefix: int, n: int, suffix: int = 0) -> Reduction:
         """The same reduction on a whole row: `prefix` tokens in front and `suffix` behind stay as they are.
@@ -265,22 +166,7 @@ class Reduction:
         Returns:
             A reduction over ``prefix + n + suffix`` tokens with ``prefix + K + suffix`` slots.
         """
-        if not prefix and not suffix:
-            return self
-        batch, device = self.keep.shape[0], self.keep.device
-        head = torch.arange(prefix, device=device).expand(batch, prefix)
-        tail = torch.arange(prefix + n, prefix + n + suffix, device=device).expand(batch, suffix)
-        keep = torch.cat([head, self.keep + prefix, tail], 1)
-        src = None if self.src is None else self.src + prefix
-        dst = None if self.dst is None else torch.where(self.dst < 0, self.dst, self.dst + prefix)
-        keep_weight = self.keep_weight
-        if keep_weight is not None:
-            one = keep_weight.new_ones
-            keep_weight = torch.cat([one(batch, prefix), keep_weight, one(batch, suffix)], 1)
-        valid = self.valid
-        if valid is not None:
-            valid = torch.cat([valid.new_ones(batch, prefix), valid, valid.new_ones(batch, suffix)], 1)
-        return Reduction(keep, src, dst, keep_weight, self.src_weight, valid)
+        return Reduction(*merging.widen(self, prefix, n, suffix)) if prefix or suffix else self
 
     def then(self, other: Reduction, size: Tensor | None = None) -> Reduction:
         """The one reduction that equals this one followed by `other`.
@@ -299,70 +185,7 @@ class Reduction:
         Raises:
             ParameterError: `other` is ragged (`valid`), names protected tokens, or this one is ragged.
         """
-        if self.valid is not None or other.valid is not None:
-            raise ParameterError("Reduction.then takes no ragged reductions (valid)")
-        weighted = self.keep_weight is not None or other.keep_weight is not None
-        a, b = (self._weighted(size), other._weighted(self._sizes(size))) if weighted else (self, other)
-        keep = a.keep.gather(1, b.keep)
-        slot, scale = b._where(a.slots)
-        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        if a.src is not None and a.dst is not None:
-            empty = a.dst < 0
-            at = a.dst.clamp(min=0)
-            to = torch.where(empty, -1, slot.gather(1, at))
-            weight = None if a.src_weight is None or scale is None else a.src_weight * scale.gather(1, at)
-            parts.append((a.src, to, weight))
-        if b.src is not None and b.dst is not None:
-            from_a = a.keep.gather(1, b.src.clamp(min=0))
-            weight = None
-            if b.src_weight is not None and a.keep_weight is not None:
-                weight = b.src_weight * a.keep_weight.gather(1, b.src.clamp(min=0))
-            parts.append((from_a, b.dst, weight))
-        keep_weight = None
-        if a.keep_weight is not None and b.keep_weight is not None:
-            keep_weight = a.keep_weight.gather(1, b.keep) * b.keep_weight
-        if not parts:
-            return Reduction(keep)
-        src, dst = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-        src_weight = torch.cat([p[2] for p in parts if p[2] is not None], 1) if weighted else None
-        return Reduction(keep, src, dst, keep_weight, src_weight)
-
-    # ------------------------------------------------------------------ parts of `then`
-    def _sizes(self, size: Tensor | None) -> Tensor:
-        """Sizes of the slots, fp32 `[B, K]`."""
-        n = int(self.keep.shape[1] + (0 if self.src is None else self.src.shape[1])) if size is None else size.shape[1]
-        if size is None:
-            kept = torch.ones_like(self.keep, dtype=torch.float32)
-            if self.src is None or self.dst is None:
-                return kept
-            slot = torch.where(self.dst < 0, self.slots, self.dst)
-            table = torch.cat([kept, kept.new_zeros(kept.shape[0], 1)], 1)
-            return table.scatter_add(1, slot, torch.ones_like(slot, dtype=torch.float32))[:, :-1]
-        return self.apply(size.unsqueeze(-1).expand(-1, n, 1), size)[1]
-
-    def _weighted(self, size: Tensor | None) -> Reduction:
-        """The same reduction with its weights written out."""
-        if self.keep_weight is not None:
-            return self
-        if self.src is None or self.dst is None:
-            none = self.keep.new_zeros(self.keep.shape[0], 0)
-            ones = torch.ones_like(self.keep, dtype=torch.float32)
-            return Reduction(self.keep, none, none, ones, none.to(torch.float32), self.valid)
-        total = self._sizes(size)
-        one = torch.ones_like
-        kept = one(self.keep, dtype=torch.float32) if size is None else size.gather(1, self.keep)
-        joined = one(self.src, dtype=torch.float32) if size is None else size.gather(1, self.src.clamp(min=0))
-        share = joined / total.gather(1, self.dst.clamp(min=0))
-        return Reduction(self.keep, self.src, self.dst, kept / total, torch.where(self.dst < 0, 0.0, share), self.valid)
-
-    def _where(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """Slot of every one of n tokens (-1 dropped), and the weight it has there (None without weights)."""
-        slot = self.assignment(n)
-        if self.keep_weight is None or self.src_weight is None or self.src is None or self.dst is None:
-            return slot, None
-        weight = self.keep_weight.new_zeros(slot.shape[0], n + 1)
-        weight = weight.scatter(1, torch.where(self.dst < 0, n, self.src), self.src_weight)
-        return slot, weight.scatter(1, self.keep, self.keep_weight)[:, :n]
+        return Reduction(*composition.compose(self, other, size))
 
 
 class _Paired(Reduction):
@@ -397,5 +220,5 @@ class _Paired(Reduction):
         size = torch.ones_like(self.importance, dtype=torch.float32) if self.size is None else self.size
         return kernels.pair_weights(self.keep, self.src, self.dst, self.importance, size)
 
-    def _weights(self) -> dict[str, Tensor | None]:
+    def merge_weights(self) -> dict[str, Tensor | None]:
         return {"importance": self.importance}
