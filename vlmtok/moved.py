@@ -23,7 +23,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "plan": ("cost.plan", "cost.host_rows"),
     "presets": ("forecast.presets",),
     "reduction": ("core.reduction",),
-    "report": ("cost.report", "cost.lines"),
+    "report": ("cost.report", "cost.assemble", "cost.lines", "cost.render", "cost.units"),
     "rows": ("core.rows", "core.pictures", "core.row_data", "core.row_state"),
     "sequence": ("core.sequence",),
     "session": ("lab.compare", "lab.comparison", "lab.runners", "lab.prompts", "loading"),

@@ -14,9 +14,9 @@ from vlmtok.core.ledger import Decoding, Event, Group, StageRun
 from vlmtok.core.model_shape import BlockShape, LanguageShape, Part, Tokens
 from vlmtok.core.pictures import TEXT, Picture
 from vlmtok.core.rows import Rows
+from vlmtok.cost.assemble import uncut
 from vlmtok.cost.flops import Account, count_decoder, tower_profiles
 from vlmtok.cost.host_rows import HostRows, Prompt, share
-from vlmtok.cost.report import _uncut
 from vlmtok.forecast.estimate import attach, estimate, shape_of
 
 
@@ -165,7 +165,7 @@ def test_a_count_that_cuts_one_view_of_several_did_something():
     def said(*groups):
         run = StageRun("decoder", 2, 20, pictures=2)
         run.events = [Event("projected", None, "end", 0, "cut", 20, 16, groups)]
-        return list(_uncut(attachment, [run]))
+        return list(uncut(attachment, [run]))
 
     assert said(large, small) == said(small, large) == said(large) == []
     assert len(said(small)) == 1 and "the largest one had 3 tokens" in said(small)[0]

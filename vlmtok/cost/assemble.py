@@ -1,0 +1,208 @@
+"""A report put together from the books: what a ledger recorded, or what a plan says would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from .. import kernels
+from ..core.attachment import Attachment
+from ..core.ledger import StageRun
+from ..core.model_shape import ModelShape, Tokens
+from ..errors import PassError
+from .flops import Account, Profile, count_decoder, count_tower
+from .lines import TITLES, LayerLine, Line, SiteLine, Span
+from .overhead import overhead
+from .report_data import ReportData
+
+if TYPE_CHECKING:
+    from torch import nn
+
+R = TypeVar("R", bound=ReportData)
+
+
+def report_of_passes(made: type[R], attachment: Attachment, model: nn.Module | None, total: bool) -> R:
+    """`Report.of`; `made` is the class of the report."""
+    from ..adapters import adapter_for
+
+    if model is None:
+        raise PassError("the compressed model no longer exists; take the report while it does")
+    try:
+        shape = adapter_for(model).account()
+    except NotImplementedError:
+        shape = ModelShape(type(model).__name__, attachment.layout, notes=("the adapter does not count MACs",))
+    ledger = attachment.ledger
+    runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger.last)]
+    runs, notes = _seen(attachment, shape, runs)
+    problem = None
+    if not ledger.fired and not attachment.compiled:
+        blind = any(run.stage == "decoder" for run, _ in runs) and not any(run.pictures for run, _ in runs)
+        why = "no pass has run" if not runs else ledger.blindness if blind else "no method was asked"
+        problem = f"never fired: {why}"
+        notes.insert(0, problem)
+    report = _report(made, attachment, shape, [runs], "all passes" if total else "last pass", notes)
+    report.problem = problem
+    report.passes = {**ledger.passes, **({"decode steps": ledger.steps} if ledger.steps else {})}
+    report.kernels = kernels.ran(since=ledger.kernels)
+    return report
+
+
+def report_of_plans(
+    made: type[R],
+    attachment: Attachment,
+    shape: ModelShape,
+    plans: Sequence[Iterable[StageRun]],
+    notes: Iterable[str],
+    deciding: bool,
+) -> R:
+    """`Report.planned`; `made` is the class of the report."""
+    weighted = [[(run, 1) for run in runs] for runs in plans]
+    return _report(made, attachment, shape, weighted, "estimate", list(notes), deciding)
+
+
+def _report(
+    made: type[R],
+    attachment: Attachment,
+    shape: ModelShape,
+    plans: Sequence[Sequence[tuple[StageRun, int]]],
+    source: str,
+    notes: list[str],
+    deciding: bool = True,
+) -> R:
+    """A report of runs, each counted so many times; two plans are the bounds of what depends on content."""
+    total = source == "all passes"
+    accounts = []
+    for runs in plans:
+        account, said = _account(attachment, shape, runs, total, deciding)
+        accounts.append(account)
+        notes += said
+    notes += uncut(attachment, [run for runs in plans for run, _ in runs])
+    report = made(shape.name, [str(method) for method in attachment.methods], source)
+    report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
+    report._shape, report._accounts = shape, tuple(accounts)
+    report._runs = tuple(run for run, _ in plans[-1])
+    low, high = accounts[0], accounts[-1]
+    for name in TITLES:
+        if name in high.lines:
+            report.lines.append(_line(name, "MACs", high.lines[name][0], low.lines[name][1], high.lines[name][1]))
+    if not total and high.step is not None and low.step is not None:
+        report.step = _line("one decode step", "MACs", high.step[0], low.step[1], high.step[1])
+    if not total and high.cache is not None and low.cache is not None:
+        report.cache = _line("key-value cache", "bytes", high.cache[0], low.cache[1], high.cache[1])
+    if not total:
+        report.layers = list(_layers(low, high))
+    report.sites = list(_sites(attachment, [[run for run, _ in runs] for runs in plans], source))
+    return report
+
+
+def _latest(last: dict[str, StageRun]) -> list[StageRun]:
+    """The passes that belong together: those of the last prompt with pictures, or of the last one if none had any."""
+    seen = "decoder" in last or not any(run.stage == "decoder" for run in last.values())
+    if seen:
+        return [run for name, run in last.items() if not name.startswith("pictureless")]
+    return [run for name, run in last.items() if name != "vision"]
+
+
+def _seen(
+    attachment: Attachment, shape: ModelShape, runs: list[tuple[StageRun, int]]
+) -> tuple[list[tuple[StageRun, int]], list[str]]:
+    """What ran, and a plan where a compiled forward kept no books; says which."""
+    notes = [
+        f"a {run.stage} pass was captured into a CUDA graph; its replays run no Python and are not counted"
+        for run, _ in runs
+        if run.captured
+    ]
+    if not attachment.compiled:
+        return runs, notes
+    lone = shape.vision is not None and shape.language is None and all(run.stage != "vision" for run, _ in runs)
+    if lone:
+        runs = [*runs, (_planned(attachment, shape), 1)]
+    what = "the figures are those planned for one picture" if lone else "only passes outside of it are counted"
+    return runs, [*notes, f"the forward ran compiled, where no books are kept; {what}"]
+
+
+def _planned(attachment: Attachment, shape: ModelShape) -> StageRun:
+    from .host_rows import Prompt
+    from .plan import Past, Planner
+
+    assert shape.vision is not None
+    return Planner(attachment, shape, Prompt(), Past()).vision(StageRun("vision", 1, shape.vision.tokens))
+
+
+def _account(
+    attachment: Attachment, shape: ModelShape, runs: Iterable[tuple[StageRun, int]], total: bool, deciding: bool
+) -> tuple[Account, list[str]]:
+    account = Account()
+    notes: list[str] = []
+    signals = own = 0
+    for run, times in runs:
+        if run.stage == "vision" and shape.vision is not None:
+            count_tower(account, run, shape.vision, shape.projector, times)
+        elif run.stage == "text" and shape.text is not None:
+            count_tower(account, run, shape.text, (), times)
+        elif run.stage == "decoder" and shape.language is not None:
+            count_decoder(account, run, shape.language, times)
+        else:
+            continue
+        if deciding:
+            cost = overhead(attachment, shape, run)
+            signals, own = signals + times * cost.signals, own + times * cost.own
+            notes += cost.notes
+    if account.lines and deciding:
+        account.add("signals", 0, signals)
+        account.add("method", 0, own)
+    if total and account.stepped:
+        account.add("decode", *account.steps)
+    return account, notes
+
+
+def _line(name: str, unit: str, before: float, low: float, high: float) -> Line:
+    return Line(name, unit, before, Span(min(low, high), max(low, high)))
+
+
+def _layers(low: Account, high: Account) -> Iterator[LayerLine]:
+    for stage, (bare, most) in high.profiles.items():
+        least: Profile = low.profiles[stage][1]
+        for layer, (before, a, b) in enumerate(zip(bare.layers, least.layers, most.layers)):
+
+            def span(pick: Callable[[Tokens], float], a: Tokens = a, b: Tokens = b) -> Span:
+                return Span(min(pick(a), pick(b)), max(pick(a), pick(b)))
+
+            yield LayerLine(
+                stage,
+                layer,
+                before.queries,
+                span(lambda tokens: tokens.queries),
+                span(lambda tokens: tokens.mlp),
+                span(lambda tokens: tokens.visual),
+            )
+
+
+def _sites(attachment: Attachment, plans: Sequence[Sequence[StageRun]], source: str) -> Iterator[SiteLine]:
+    for entry in attachment.entries:
+        site = entry.site
+        key = (site.stage, site.layer, site.point, entry.index)
+        ends = []
+        for runs in plans:
+            events = [e for run in runs for e in run.events if (e.stage, e.layer, e.point, e.method) == key]
+            ends += [(events[-1].before, events[-1].after)] if events else []
+        visits = attachment.ledger.fired.get(key, 0) if source != "estimate" else len(ends[:1])
+        after = Span(min(end[1] for end in ends), max(end[1] for end in ends)) if ends else None
+        yield SiteLine(site, str(entry.method), visits, ends[-1][0] if ends else None, after)
+
+
+def uncut(attachment: Attachment, runs: Sequence[StageRun]) -> Iterator[str]:
+    """Says which methods keep so many tokens that none of their views had more."""
+    for index, method in enumerate(attachment.methods):
+        keep = getattr(method, "keep", None)
+        events = [event for run in runs for event in run.events if event.method == index]
+        seen = [group for event in events for group in event.groups]
+        if not isinstance(keep, int) or not seen or any(event.ragged for event in events):
+            continue
+        if any(group.slots < group.n for group in seen):
+            continue
+        scope = next(entry.scope for entry in attachment.entries if entry.index == index)
+        yield (
+            f"{method.spec_name()} cut nothing: keep={keep} is a count for each {scope}, and the largest one had "
+            f"{max(group.n for group in seen)} tokens; a float is a share"
+        )
