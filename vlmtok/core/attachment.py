@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import ParameterError, SiteError
 from ..kernels.exact import exact
-from .hooks import Hook, hooks_of, replaying, sweep, weak
+from .hooks import Hook
 from .ledger import Ledger
 from .method import Method
 from .reduction import Reduction
 from .signals import Need, check_stage, resolve_need
-from .site import LAYERED, POINTS, STAGES, Counts, Layout, Site
-from .threads import PerThread, Watch
+from .site import POINTS, STAGES, Counts, Layout, Site
 from .view import Signal, TokenView
 
 _PATCHES = 576
@@ -239,6 +238,3 @@ class Attachment:
     def remember(self, index: int) -> nn.Module | None:
         """The module that a method built."""
         return self.memory.get(index)
-
-
-__all__ = ["LAYERED", "Attachment", "Entry", "Hook", "PerThread", "Watch", "hooks_of", "replaying", "sweep", "weak"]

@@ -99,7 +99,6 @@ class _Bare:
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
-
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 

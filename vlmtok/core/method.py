@@ -1,4 +1,4 @@
-"""`Method`, `Site` and `Layout`: the contract between a method and the core, the registry, and spec strings."""
+"""`Method`: the base class of every method, what it is asked, and how it is written."""
 
 from __future__ import annotations
 
@@ -163,12 +163,3 @@ class Method:
             if item.init and (value != default or type(value) is not type(default)):
                 changed.append(f":{item.name}={format_value(value)}")
         return self.spec_name() + "".join(changed)
-
-
-# ---------------------------------------------------------------------- checks shared by methods
-
-
-# ---------------------------------------------------------------------- registry
-
-
-# ---------------------------------------------------------------------- spec strings

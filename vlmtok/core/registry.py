@@ -16,9 +16,7 @@ from .method import Method
 
 _METHODS: dict[str, type[Method]] = {}
 
-
 _loaded = False
-
 
 M = TypeVar("M", bound=type[Method])
 

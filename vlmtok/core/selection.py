@@ -1,9 +1,13 @@
-"""Choices of tokens that methods share."""
+"""Choices of tokens that methods share: the best by a score, and a seeded draw."""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
+
+from ..kernels.tracing import constant_in_graphs
 
 
 def keep_top(score: Tensor, k: int) -> Tensor:
@@ -19,3 +23,24 @@ def keep_top(score: Tensor, k: int) -> Tensor:
     score = score.float()
     score = torch.where(score.isnan(), float("-inf"), score)
     return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+
+
+@constant_in_graphs
+def random_order(n: int, seed: int, salt: str = "") -> Tensor:
+    """n places in an order drawn at random.
+
+    Args:
+        n: places.
+        seed: with `salt` and n it fixes the draw on every machine.
+        salt: tells draws with the same seed apart.
+
+    Returns:
+        int64 `[n]`.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{salt}/{n}".encode()).digest()[:7], "little")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key))
+
+
+def random_subset(n: int, k: int, seed: int, salt: str = "") -> Tensor:
+    """The first k, at most n, of `random_order`: int64 `[k]`, ascending."""
+    return random_order(n, seed, salt)[:k].sort().values

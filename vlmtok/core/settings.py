@@ -1,12 +1,14 @@
-"""Checks of a method's settings that methods share, and how a setting is written."""
+"""Settings of methods: checks and counts that methods share, and how a setting is written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from ..errors import ParameterError
+from .site import Counts
 
 
 def plain_numbers(value: Any) -> Any:
@@ -43,6 +45,19 @@ def keep_count(keep: float | int, n: int) -> int:
     """
     wanted = int(keep * n + 0.5) if isinstance(keep, float) else keep
     return min(n, max(1, wanted))
+
+
+def share_of_entered(counts: Counts, ratio: float) -> int:
+    """How many tokens a share of those that entered the decoder leaves, rounded down as in the releases.
+
+    Args:
+        counts: the view as host ints.
+        ratio: share of ``counts.entered``.
+
+    Returns:
+        Between 1 and ``counts.n`` (0 only for n = 0).
+    """
+    return min(counts.n, max(1, int(counts.entered * ratio)))
 
 
 def scaled(value: Any, level: float, tokens: int) -> Any:
@@ -116,6 +131,53 @@ def check_layer(value: Any, by: str, name: str) -> None:
     """
     if value is not None:
         check_range(value, by, name, kind=int)
+
+
+def check_schedule(layers: Sequence[int] | None, ratios: Sequence[float], by: str) -> None:
+    """Checks a schedule of cuts inside a decoder.
+
+    Args:
+        layers: 0-based layers that run with fewer tokens than the one before, or None for a method's own.
+        ratios: share of the tokens that entered the decoder, for each of them.
+        by: the method's name.
+
+    Raises:
+        ParameterError: layers do not ascend or start below 1, shares lie outside (0, 1] or grow, or the two differ
+            in number.
+    """
+    if not isinstance(ratios, (tuple, list)) or not ratios:
+        raise ParameterError(f"{by}: ratios={ratios!r} must be a tuple with one share for each cut")
+    for ratio in ratios:
+        check_range(ratio, by, "ratios", 0, 1)
+    if 0 in ratios or any(later > earlier for earlier, later in pairwise(ratios)):
+        raise ParameterError(f"{by}: ratios={ratios!r} must lie in (0, 1] and never grow: tokens do not come back")
+    if layers is not None:
+        check_schedule_layers(layers, by, cuts=len(ratios))
+
+
+def check_schedule_layers(
+    layers: Sequence[int], by: str, name: str = "layers", *, cuts: int | None = None, low: int = 1
+) -> None:
+    """Checks the layers of a schedule.
+
+    Args:
+        layers: 0-based layers.
+        by: the method's name.
+        name: the parameter's name.
+        cuts: how many there must be; None for any number but none.
+        low: the first layer that may be named.
+
+    Raises:
+        ParameterError: not that many, not ascending, or below `low`.
+    """
+    if not isinstance(layers, (tuple, list)) or not layers:
+        raise ParameterError(f"{by}: {name}={layers!r} must be a tuple of layers")
+    if cuts is not None and len(layers) != cuts:
+        raise ParameterError(f"{by}: {name}={layers!r} must name one layer for each of the {cuts} cuts")
+    for layer in layers:
+        check_range(layer, by, name, low, kind=int)
+    if list(layers) != sorted(set(layers)):
+        raise ParameterError(f"{by}: {name}={layers!r} must ascend")
 
 
 def check_choice(value: Any, by: str, name: str, choices: tuple[Any, ...]) -> None:

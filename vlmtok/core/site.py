@@ -11,16 +11,12 @@ from ..errors import SiteError
 STAGES = ("vision", "features", "projected", "decoder", "text")
 """Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder)."""
 
-
 LAYERED = ("vision", "decoder", "text")
 """Stages that have layers; the others are a single moment."""
 
-
 POINTS = ("start", "mid", "end")
 
-
 SCOPES = ("picture", "part", "sample")
-
 
 POSITIONS = ("keep", "renumber")
 

@@ -15,7 +15,6 @@ from .registry import create_method
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 
-
 _WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
 
 

@@ -1,4 +1,4 @@
-"""Counting without running: a model's shape as counts and widths, and the MACs of a pass from the ledger.
+"""MACs of a pass by what the ledger booked: the tokens of each block, and what they cost by line of a report.
 
 One MAC is one multiplication with its addition; FLOPs are 2 x MACs, and the two are named apart always. What is counted
 are matrix products and convolutions, exactly as `torch.utils.flop_counter.FlopCounterMode` counts them on what runs
@@ -15,12 +15,8 @@ from ..core.ledger import StageRun
 from ..core.model_shape import BlockShape, LanguageShape, Part, Tokens, TowerShape
 from ..core.site import layer_of
 
-# ---------------------------------------------------------------------- shapes
-
 
 # ---------------------------------------------------------------------- tokens of a pass
-
-
 @dataclass(frozen=True)
 class Profile:
     """The tokens of one stage, block by block.

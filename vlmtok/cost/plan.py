@@ -226,9 +226,6 @@ class Planner:
         return count, "observe" if count == n else "cut"
 
 
-# ---------------------------------------------------------------------- rows as host ints
-
-
 def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
     """Checks that given counts name sites of the methods.
 

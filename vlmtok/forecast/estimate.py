@@ -249,7 +249,6 @@ def _past(counts: Any, attachment: Attachment) -> Past:
     raise ParameterError(f"estimate: counts={counts!r} must be a Compression, a Report or a dict of counts by site")
 
 
-# ---------------------------------------------------------------------- models without weights
 def _account(model: nn.Module) -> ModelShape:
     from ..adapters import adapter_for
 

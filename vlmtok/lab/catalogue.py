@@ -295,6 +295,3 @@ def _presets(cls: type[Method]) -> tuple[str, ...]:
     """Names that `preset` takes: the keys of the table that stands beside the class."""
     table = getattr(inspect.getmodule(cls), "_PRESETS", None)
     return tuple(table) if hasattr(cls, "preset") and isinstance(table, dict) else ()
-
-
-# ---------------------------------------------------------------------- models

@@ -44,10 +44,6 @@ DEFAULT_TOWER_METHOD = "pitome:ratio=0.9"
 """For towers."""
 
 
-# ---------------------------------------------------------------------- results
-
-
-# ---------------------------------------------------------------------- the work
 @guarded
 def compare(
     model: Loaded,
@@ -179,10 +175,6 @@ def _latency(
     return ratios, seconds
 
 
-# ---------------------------------------------------------------------- prompts
-
-
-# ---------------------------------------------------------------------- pictures
 def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str | None]:
     """The overlay, or why there is none: a picture that cannot be drawn is no reason to lose the figures."""
     try:

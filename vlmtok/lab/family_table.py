@@ -1,4 +1,4 @@
-"""Families of models as a table."""
+"""Adapters, models and families, as lists and as a table."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from ..loading.models import Loaded
 
 DEFAULT_PROMPT = "Describe this picture."
 
-
 NO_PROMPT = "{!r} is a vision tower: it takes a picture and no prompt"
 
 

@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from ..loading.models import Loaded
 
 
-# ---------------------------------------------------------------------- figures of a report
-
-
-# ---------------------------------------------------------------------- timing one model
-
-
-# ---------------------------------------------------------------------- one model, one method
 def bench_pair(
     loaded: Loaded,
     image: Any,
@@ -94,9 +87,6 @@ def bench_pair(
 def _stamped(rows: list[Row], device: torch.device | None, dtype: torch.dtype) -> list[Row]:
     where = {} if device is None else bench.environment(device)
     return [{**row, "dtype": str(dtype).removeprefix("torch."), **where} for row in rows]
-
-
-# ---------------------------------------------------------------------- the suite
 
 
 def run_suite(
@@ -206,6 +196,3 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
     if progress is None:
         return None
     return lambda what, done, steps: progress(f"{name}: {what}", done, steps)
-
-
-# ---------------------------------------------------------------------- without a GPU

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 Row = dict[str, Any]
 """A row of the table: plain values."""
 
-
 TEXT_TOKENS = 64
-
 
 SWEEP = (36, 72, 144, 288, 576, 1152, 2880)
 """Visual tokens at which the break-even is looked for."""
@@ -88,7 +86,6 @@ FULL = Sizes(
     sweep=SWEEP,
 )
 """ViT-L/14 at 336 px, and Vicuna-7B with the visual tokens of LLaVA 1.5 and of LLaVA-NeXT in one picture."""
-
 
 TINY = Sizes(
     tower=(64, 4, 4, 128, 48, 8),

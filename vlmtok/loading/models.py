@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-# ---------------------------------------------------------------------- pictures and files
-
-
-# ---------------------------------------------------------------------- devices
-
-
-# ---------------------------------------------------------------------- models
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A model that is ready to look at pictures.
@@ -281,6 +274,3 @@ def _one(transform: Any) -> Callable[[Image.Image], Tensor]:
         return made
 
     return pixels
-
-
-# ---------------------------------------------------------------------- errors

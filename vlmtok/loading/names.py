@@ -7,6 +7,5 @@ from pathlib import Path
 DATA = Path(__file__).parents[1] / "data"
 """What ships with the package: ``tiny-llava/`` (a checkpoint), ``pictures/`` and ``pictures/questions.json``."""
 
-
 EMBEDDED = "tiny-llava"
 """Name of the checkpoint that ships with the package."""

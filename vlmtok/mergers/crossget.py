@@ -22,7 +22,6 @@ from ..errors import MissingSignal, ParameterError
 GUIDANCE = ("cls", "cross", "attention", None)
 
 
-# ---------------------------------------------------------------------- merging
 def ensemble(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor | None = None) -> Reduction:
     """Cross-guided ensemble (arXiv 2305.17455, section 3.2), weighted by `vlmtok.kernels.pair_weights`.
 
@@ -39,7 +38,6 @@ def ensemble(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: T
     return Reduction.paired(keep, src, dst, importance, size)
 
 
-# ---------------------------------------------------------------------- importance
 def attention_importance(received: Tensor, guide: Tensor, protected: int) -> Tensor:
     """Importance in LLaVA: the mean attention that a token gets from other rows, plus what it gets from the guide.
 

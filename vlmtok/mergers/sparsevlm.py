@@ -11,12 +11,11 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_choice, check_keep, keep_count, scaled
+from ..core.settings import check_choice, check_keep, check_schedule_layers, keep_count, scaled
 from ..core.site import POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
 from ..kernels.exact import exact
-from ..pruners.pyramiddrop import check_layers
 
 _PATCHES = 576  # visual tokens for which the release states its budgets
 _BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -200,7 +199,7 @@ class SparseVLM(Method):
                 check_keep(budget, "SparseVLM", "budgets")
         cuts = len(_LAYERS) if self.budgets is None else len(self.budgets)
         if self.layers is not None:
-            check_layers(self.layers, "SparseVLM", cuts=cuts, low=0)
+            check_schedule_layers(self.layers, "SparseVLM", cuts=cuts, low=0)
         elif cuts != len(_LAYERS):
             raise ParameterError(
                 f"SparseVLM: budgets={self.budgets!r} needs layers, one for each; the default layers are {len(_LAYERS)}"

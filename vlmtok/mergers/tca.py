@@ -13,21 +13,14 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import random_subset
 from ..core.settings import check_choice, check_flag, check_layer, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
-from ..pruners.random import random_subset
 from .condensation import Condensation, condensation, condense, cross_head_rank, from_drop_rate, from_ratio
 from .reservoir import POLICIES, Reservoir, layer_weights
 
-# ---------------------------------------------------------------------- schedule
-
-
-# ---------------------------------------------------------------------- condensation
-
-
-# ---------------------------------------------------------------------- the method
 _CONFIG: dict[str, tuple[int, float, float, float]] = {  # reservoir_size, scale, lambd, beta
     "caltech101": (3, 1.0, 7.0, 6.0),
     "dtd": (3, 1.0, 2.0, 6.0),

@@ -2,79 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
-from ..core.settings import check_choice, check_range
+from ..core.settings import check_choice, check_schedule, share_of_entered
 from ..core.site import POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
-from ..errors import ParameterError
 from .fastv import last_row_score
-
-
-def check_stages(layers: Sequence[int] | None, ratios: Sequence[float], by: str) -> None:
-    """Checks a schedule of cuts inside a decoder.
-
-    Args:
-        layers: 0-based layers that run with fewer tokens than the one before, or None for a method's own.
-        ratios: share of the tokens that entered the decoder, for each of them.
-        by: the method's name.
-
-    Raises:
-        ParameterError: layers do not ascend or start below 1, shares lie outside (0, 1] or grow, or the two differ
-            in number.
-    """
-    if not isinstance(ratios, (tuple, list)) or not ratios:
-        raise ParameterError(f"{by}: ratios={ratios!r} must be a tuple with one share for each cut")
-    for ratio in ratios:
-        check_range(ratio, by, "ratios", 0, 1)
-    if 0 in ratios or any(later > earlier for earlier, later in pairwise(ratios)):
-        raise ParameterError(f"{by}: ratios={ratios!r} must lie in (0, 1] and never grow: tokens do not come back")
-    if layers is not None:
-        check_layers(layers, by, cuts=len(ratios))
-
-
-def check_layers(
-    layers: Sequence[int], by: str, name: str = "layers", *, cuts: int | None = None, low: int = 1
-) -> None:
-    """Checks the layers of a schedule.
-
-    Args:
-        layers: 0-based layers.
-        by: the method's name.
-        name: the parameter's name.
-        cuts: how many there must be; None for any number but none.
-        low: the first layer that may be named.
-
-    Raises:
-        ParameterError: not that many, not ascending, or below `low`.
-    """
-    if not isinstance(layers, (tuple, list)) or not layers:
-        raise ParameterError(f"{by}: {name}={layers!r} must be a tuple of layers")
-    if cuts is not None and len(layers) != cuts:
-        raise ParameterError(f"{by}: {name}={layers!r} must name one layer for each of the {cuts} cuts")
-    for layer in layers:
-        check_range(layer, by, name, low, kind=int)
-    if list(layers) != sorted(set(layers)):
-        raise ParameterError(f"{by}: {name}={layers!r} must ascend")
-
-
-def share_of_entered(counts: Counts, ratio: float) -> int:
-    """How many tokens a share of those that entered the decoder leaves, rounded down as in the releases.
-
-    Args:
-        counts: the view as host ints.
-        ratio: share of ``counts.entered``.
-
-    Returns:
-        Between 1 and ``counts.n`` (0 only for n = 0).
-    """
-    return min(counts.n, max(1, int(counts.entered * ratio)))
 
 
 @register_method
@@ -116,7 +53,7 @@ class PyramidDrop(Method):
     positions: str | None = None
 
     def __post_init__(self) -> None:
-        check_stages(self.layers, self.ratios, "PyramidDrop")
+        check_schedule(self.layers, self.ratios, "PyramidDrop")
         check_choice(self.positions, "PyramidDrop", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-
-import torch
 
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import random_subset
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
-from ..kernels.tracing import constant_in_graphs
-
-
-@constant_in_graphs
-def random_order(n: int, seed: int, salt: str = "") -> torch.Tensor:
-    """n places in an order drawn at random.
-
-    Args:
-        n: places.
-        seed: with `salt` and n it fixes the draw on every machine.
-        salt: tells draws with the same seed apart.
-
-    Returns:
-        int64 `[n]`.
-    """
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{salt}/{n}".encode()).digest()[:7], "little")
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key))
-
-
-def random_subset(n: int, k: int, seed: int, salt: str = "") -> torch.Tensor:
-    """The first k, at most n, of `random_order`: int64 `[k]`, ascending."""
-    return random_order(n, seed, salt)[:k].sort().values
 
 
 @register_method

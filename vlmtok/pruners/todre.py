@@ -12,11 +12,11 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import random_order
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
-from .random import random_order
 
 PIVOTS = ("cls", "center", "farthest", "random")
 

@@ -11,12 +11,11 @@ from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
-from ..core.settings import check_choice, check_range
+from ..core.settings import check_choice, check_range, check_schedule, check_schedule_layers, share_of_entered
 from ..core.site import POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
 from .fastv import last_row_score
-from .pyramiddrop import check_layers, check_stages, share_of_entered
 
 DIRECTIONS = ("released", "paper")
 _EPS = 1e-8
@@ -124,9 +123,9 @@ class TransPrune(Method):
         check_range(self.alpha, "TransPrune", "alpha", 0, 1)
         if self.layers is None:
             raise ParameterError("TransPrune: layers=None is not possible; name the first layer of each step")
-        check_stages(self.layers, self.ratios, "TransPrune")
+        check_schedule(self.layers, self.ratios, "TransPrune")
         if self.accumulate is not None:
-            check_layers(self.accumulate, "TransPrune", "accumulate", low=0)
+            check_schedule_layers(self.accumulate, "TransPrune", "accumulate", low=0)
             if self.alpha > 0 and min(self.accumulate) >= min(self.layers):
                 raise ParameterError(
                     f"TransPrune: accumulate={self.accumulate!r} has no layer before the first cut at layer "
