@@ -98,7 +98,7 @@ def tower_shape(model: nn.Module, spec: TowerSpec, stem: nn.Module | None, parts
         fused=getattr(child(spec.blocks[0], spec.block.attn), "qkv", None) is not None,
         grid=spec.grid,
         first=path_of(model, spec.blocks[0]),
-        spread=spec.spread,
+        spread=spec.returns_grid,
     )
 
 

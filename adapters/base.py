@@ -83,10 +83,10 @@ class TowerSpec:
             read; None where there is none, and the grid is the configured one where the count of tokens agrees.
         last: the last block whose output is used.
         stage: ``vision`` or ``text``.
-        spread: every patch gets its slot's features behind the last block that is used (zeros where it was dropped),
-            for readers that want the whole grid.
+        returns_grid: whether every patch gets its slot's features behind the last block that is used (zeros where it
+            was dropped), for readers that want the whole grid.
         carries: whether its signals reach the language model's boundary, or which do.
-        classed: whether the first protected token is a class token; registers alone say nothing of the picture.
+        has_class_token: whether the first protected token is a class token; registers alone say nothing of the picture.
         masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
         maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
     """
@@ -100,9 +100,9 @@ class TowerSpec:
     stem: nn.Module | None = None
     last: int = -1
     stage: str = "vision"
-    spread: bool = False
+    returns_grid: bool = False
     carries: bool | frozenset[str] = True
-    classed: bool = True
+    has_class_token: bool = True
     masked: bool = False
     maps: tuple[Callable[..., Any], ...] = ()
 

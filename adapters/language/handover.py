@@ -28,7 +28,7 @@ from ...errors import CacheError, PassError
 from .. import hosts
 from ..base import child
 from ..hosts import Arguments
-from ..towers.vit_block import Tower
+from ..towers.tower import Tower
 from .packing import PROBE, Packing
 from .spans import IMAGE
 from .spec import VLMSpec
@@ -131,7 +131,7 @@ class Projector:
         if replaying():
             return None
         x = self.arguments.get(hosts.FEATURES, args, kwargs)
-        current = None if self.tower is None else self.tower.running.mine().current
+        current = None if self.tower is None else self.tower.running.mine
         if current is None or x.dim() != 3:
             return None
         if current.handed:
@@ -239,7 +239,7 @@ class Projector:
             sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
             sequence.resize(sizes if size is not None or reduction.merges else None)
             valid = reduction.valid
-            current = None if self.tower is None else self.tower.running.mine().current
+            current = None if self.tower is None else self.tower.running.mine
             if sequence.source is not None and current is not None:
                 current.steps.append((entry.site, sequence.source))
         if not torch.compiler.is_compiling():

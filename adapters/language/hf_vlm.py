@@ -13,7 +13,7 @@ from ...errors import UnsupportedModel
 from .. import hosts
 from ..base import Adapter, TowerSpec, child
 from ..towers.hf_rows import check_bias, vision_spec
-from ..towers.vit_block import Tower
+from ..towers.tower import Tower
 from . import account
 from .decoder import Decoder
 from .families import REFUSED, ROWS
@@ -114,8 +114,8 @@ class HFVLM(Adapter):
             return None  # CLS would take a placeholder of its own
         if last < 0:
             return None
-        spread = self.spec.tower_cut == "spread"
-        return replace(spec, spread=spread, carries=PER_TOKEN if self.spec.packs else not spread)
+        grid = self.spec.tower_cut == "spread"
+        return replace(spec, returns_grid=grid, carries=PER_TOKEN if self.spec.packs else not grid)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""

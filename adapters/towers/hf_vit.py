@@ -11,7 +11,7 @@ from ..base import Adapter, TowerSpec
 from . import account
 from .hf_rows import check_bias, text_spec, vision_spec
 from .text_tower import TextTower
-from .vit_block import Tower
+from .tower import Tower
 
 if TYPE_CHECKING:
     from ...core.attachment import Attachment

@@ -15,7 +15,7 @@ from ..base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from ..registry import listed
 from . import account
 from .text_tower import TextTower
-from .vit_block import Tower
+from .tower import Tower
 
 if TYPE_CHECKING:
     from ...core.attachment import Attachment

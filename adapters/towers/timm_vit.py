@@ -13,7 +13,7 @@ from ...core.site import Layout
 from .. import forms, hosts
 from ..base import Adapter, BlockSpec, Host, TowerSpec
 from . import account
-from .vit_block import Tower
+from .tower import Tower
 
 if TYPE_CHECKING:
     from ...core.attachment import Attachment
@@ -126,7 +126,7 @@ class TimmViT(Adapter):
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
             stem=getattr(getattr(model, "patch_embed", None), "proj", None),
             maps=(type(model).forward_intermediates,),
-            classed=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
+            has_class_token=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
         )
 
     def layout(self) -> Layout:

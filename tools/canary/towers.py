@@ -1,4 +1,4 @@
-"""Facts of blocks that the surgery of `vit_block` cuts, and of the vision models of transformers that hold them."""
+"""Facts of blocks that the driver of towers cuts, and of the vision models of transformers that hold them."""
 
 from __future__ import annotations
 

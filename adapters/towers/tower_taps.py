@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.hooks import replaying
 from ...core.signals import TowerTaps
 from ...core.threads import PerThread
 from ..base import BlockSpec, child
-from .vit_pass import LayerRecord, Pass
+from .running import RunningPasses
+from .tower_pass import LayerRecord, Pass
 
 
 @dataclass
@@ -27,10 +30,12 @@ class BlockTaps:
 
     Args:
         block: where its blocks can be tapped.
+        running: the passes through the tower.
     """
 
-    def __init__(self, block: BlockSpec) -> None:
+    def __init__(self, block: BlockSpec, running: RunningPasses) -> None:
         self.block = block
+        self.running = running
         self._mute = PerThread(Mute)
 
     @property
@@ -41,6 +46,16 @@ class BlockTaps:
     @muted.setter
     def muted(self, on: bool) -> None:
         self._mute.mine().on = on
+
+    def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Hook behind what gives q."""
+        if not self.muted and not replaying():
+            self.running.now.record(layer).taps["q"] = output
+
+    def tap_k(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Hook behind what gives k."""
+        if not self.muted and not replaying():
+            self.running.now.record(layer).taps["k"] = output
 
     def inside(self, run: Pass, record: LayerRecord, x: Tensor, bias: Tensor | None) -> TowerTaps:
         """Taps of the block that runs now.

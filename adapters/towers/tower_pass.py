@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ...core.ledger import StageRun
 from ...core.site import Site
-from ...core.threads import Watch
-from ...errors import PassError
 
 
 @dataclass
@@ -112,50 +110,6 @@ class Pass:
             rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
         self.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
         return rows
-
-
-@dataclass
-class Running:
-    """What a thread runs in a tower.
-
-    Attributes:
-        watch: how far it is.
-        current: its last pass.
-        trained: its last pass with gradients.
-        known: block whose start has just been recognised as one that autograd runs again, or -1.
-        map: rows and columns of the patches of the pixels that came last, until its pass takes them.
-    """
-
-    watch: Watch
-    current: Pass | None = None
-    trained: Pass | None = None
-    known: int = -1
-    map: tuple[int, int] | None = None
-
-
-def probe(x: Tensor) -> Tensor | None:
-    """A few numbers of every row; None in traced code, which no autograd runs again."""
-    if torch.jit.is_tracing():
-        return None
-    return x.detach()[:, -1, :8].clone()
-
-
-def same_forward(known: Tensor | None, x: Tensor) -> None:
-    """Refuses a plan that another forward made.
-
-    Raises:
-        PassError: `x` is not what `known` was taken of.
-    """
-    if known is None:
-        return
-    now = probe(x)
-    if now is None:
-        return
-    if now.shape != known.shape or not torch.allclose(now.float(), known.float(), 1e-3, 1e-4):
-        raise PassError(
-            "with gradient checkpointing, backward must follow its own forward: another forward with gradients ran in "
-            "between, and its plan cannot be used for this one"
-        )
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

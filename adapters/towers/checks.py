@@ -1,0 +1,138 @@
+"""What a tower is called with, looked at before anything is changed: rows, masks, maps, a bias on the keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.attachment import Entry
+from ...errors import PassError, UnsupportedModel
+from .. import forms, hosts
+from ..base import TowerSpec
+from ..hosts import Arguments
+
+
+def check_key_bias(entries: Iterable[Entry], spec: TowerSpec) -> None:
+    """Refuses proportional attention where the attention takes no bias on the keys.
+
+    Args:
+        entries: methods of the tower.
+        spec: the tower as data.
+
+    Raises:
+        UnsupportedModel: the block has no such argument, or its attention is of a form that is not known.
+    """
+    asking = [type(entry.method).__name__ for entry in entries if entry.method.proportional]
+    why = "it takes no bias on the keys" if spec.block.bias is None else forms.strange(spec)
+    if asking and why:
+        raise UnsupportedModel(
+            f"{asking[0]} wants proportional attention, but with the attention of this tower that is not possible: "
+            f"{why}; switch it off in the method (prop_attn=False)"
+        )
+
+
+def check_input(module: nn.Module, x: Any, width: int) -> None:
+    """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
+
+    Args:
+        module: block 0.
+        x: what it gets.
+        width: C.
+
+    Raises:
+        PassError: it is a symbol, or a picture out of a batch that nobody sees whole.
+        HostChanged: it is not `[B, L, C]`.
+    """
+    if not torch.compiler.is_compiling():
+        _refuse_symbols(x)
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
+        what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise hosts.changed(module, f"its hidden states are {what}, where [B, L, {width}] is expected")
+
+
+def _refuse_symbols(x: Any) -> None:
+    """Refuses what stands for tokens in transforms that hooks cannot follow.
+
+    Raises:
+        PassError: symbols of torch.fx, or pictures of a batch that torch.func.vmap hides.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise PassError(
+            "torch.fx.symbolic_trace gives symbols, and what a method keeps depends on the tokens; trace the model "
+            "without the compression, or take torch.export, which follows it"
+        )
+    functorch = torch._C._functorch
+    while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise PassError(
+                "torch.func.vmap hides the batch from the hooks, so that what is kept cannot be chosen picture by "
+                "picture; call the compressed model with the whole batch"
+            )
+        x = functorch.get_unwrapped(x)
+
+
+def check_masks(stage: str, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], masked: bool) -> None:
+    """Refuses masks: a tower's rows are whole pictures, and a method would take what a mask hides for patches.
+
+    Args:
+        stage: of the tower, for messages.
+        arguments: of block 0.
+        args: of its call.
+        kwargs: of its call.
+        masked: whether the host makes a mask of its own that hides nothing.
+
+    Raises:
+        PassError: the blocks get a mask that hides something, or the causal switch.
+    """
+    mask = arguments.get(hosts.BIAS, args, kwargs)
+    if arguments.get(hosts.CAUSAL, args, kwargs):
+        raise PassError(f"the {stage} tower was called as a causal one; call the compressed model without that")
+    if mask is None or (masked and isinstance(mask, Tensor) and _hides_nothing(mask)):
+        return
+    raise PassError(
+        f"the {stage} tower was called with an attention mask that hides tokens (patches of padding, or your "
+        "own); a compression cannot be combined with it: call the model without a mask, with pictures of one size"
+    )
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
+    seen = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(seen, "an attention mask hides tokens of a compressed tower")
+        return True
+    return bool(seen)
+
+
+def check_maps(collectors: Collection[CodeType], cuts: int) -> None:
+    """Refuses the first cut of a call that lays the rows of its blocks out as maps.
+
+    No hook stands where that is done, and shortened rows fill a map of another size without an error where the
+    numbers divide: so the callers are asked. Compiled code has none.
+
+    Args:
+        collectors: code of the host's methods that can lay out maps.
+        cuts: cuts of this pass so far.
+
+    Raises:
+        PassError: one of them collects maps.
+    """
+    if not collectors or cuts or torch.compiler.is_compiling():
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in collectors:
+            asked = next((frame.f_locals[name] for name in hosts.MAPS.names if name in frame.f_locals), None)
+            if asked != "NLC":
+                raise PassError(
+                    f"{frame.f_code.co_name} was asked for maps ({asked}), and the rows of a compressed model are "
+                    f"no grid any more; ask for rows ({hosts.MAPS.names[0]}='NLC'), and bring them back with "
+                    "Compression.trace()[i].restore(rows, layer)"
+                )
+            return
+        frame = frame.f_back
