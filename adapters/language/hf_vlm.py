@@ -17,6 +17,7 @@ from ..towers.tower import Tower
 from . import account
 from .decoder import Decoder
 from .families import REFUSED, ROWS
+from .layout import language_layout
 from .spec import VLMSpec
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class HFVLM(Adapter):
             if self.spec.tower_cut == "slots":
                 stages["features"] = StageLayout(1, tower.width, 0, 0, provides=frozenset({"protected"}))
         if self.lm is not None:
-            stages.update(Decoder.layout(self.lm, self.spec))
+            stages.update(language_layout(self.lm, self.spec))
         return Layout(f"{self.name} ({self.model.config.model_type})", stages, self._without(stages))
 
     def _without(self, stages: dict[str, StageLayout]) -> dict[str, str]:

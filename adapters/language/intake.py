@@ -6,9 +6,7 @@ ask for.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +15,19 @@ from torch import Tensor, nn
 
 from ...core.attachment import Attachment
 from ...core.hooks import replaying, weak
-from ...core.pictures import HELD, PAD, TEXT, Picture
-from ...core.rows import Rows
+from ...core.rows import Picture
 from ...core.threads import PerThread
-from ...errors import CacheError, UnsupportedModel, VlmtokWarning
+from ...errors import CacheError
 from .. import host_objects, hosts
 from ..base import child
 from ..hosts import Arguments, Role
 from . import shapes
-from .call import BLOCKS, HOST, Incoming, deepstack
+from .call import Incoming
+from .checks import check_call
 from .handover import Projector
 from .intake_checks import check_encoded, check_tokens
-from .spans import IMAGE, NONE, PARTS, VIDEO, Look, crop_length, find_pictures, usable
+from .placeholders import aligned_types, check_features, column_codes, placeholders, warn_of_unseen
+from .spans import IMAGE, NONE, VIDEO, find_pictures, usable
 from .spec import VLMSpec
 
 
@@ -111,10 +110,10 @@ class Intake:
         types = None if self.spec.types is None else given(self.spec.types)
         of_types = None if self.spec.types is None else (self.spec.types, types)
         check_tokens((hosts.IDS, ids), (hosts.EMBEDDINGS, x), of_types, (hosts.MASK, mask))
-        types = _aligned(types, x if ids is None else ids, mask)
+        types = aligned_types(types, x if ids is None else ids, mask)
         codes = None
         if features or pixels:
-            codes = self._codes(module, ids, x, types)
+            codes = column_codes(module, self.ids, self.spec, ids, x, types)
         lengths: dict[int, list[int]] | None
         if pixels:
             running.shapes.clear()  # the tower is about to be called
@@ -147,26 +146,6 @@ class Intake:
         if value is not None and not replaying():
             self.running.mine().shapes.append(shapes.read(role, value, self.core().config))
 
-    def _codes(self, module: Any, ids: Tensor | None, embeds: Tensor | None, types: Tensor | None) -> Tensor | None:
-        """What each column is, int8 `[B, S]`."""
-        if ids is None:
-            if embeds is None:
-                return None
-            table = module.get_input_embeddings()
-            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-            for number in self.ids:
-                if number is not None:
-                    wanted = table(torch.tensor(number, device=embeds.device)).to(embeds.dtype)
-                    ids = torch.where((embeds == wanted).all(-1), number, ids)
-        codes = torch.full(ids.shape, NONE, dtype=torch.int8, device=ids.device)
-        for code, number in zip((IMAGE, VIDEO), self.ids):
-            if number is not None:
-                codes = torch.where(ids == number, code, codes)
-        if types is not None and self.spec.positions == "mrope":  # some clips carry the id of pictures
-            clip = (types == 2) & (codes > 0)
-            codes = torch.where(clip, VIDEO, codes)
-        return codes.to(torch.int8)
-
     # ------------------------------------------------------------------ for the text model
     def take(self, mask: Any, positions: Any) -> Incoming:
         """What this call came with; where the text model was called alone, its own arguments tell."""
@@ -174,66 +153,29 @@ class Intake:
         incoming, running.incoming = running.incoming, None
         return Incoming(None, mask, None, None, positions is not None) if incoming is None else incoming
 
-    def check_features(self, module: Any, incoming: Incoming, pictures: list[Picture], columns: int, held: int) -> None:
-        """Placeholders without features, or features without placeholders, are no call that is known.
+    def find(
+        self, incoming: Incoming, batch: int, columns: int, held: int, cache: Any
+    ) -> tuple[list[Picture], Tensor | None]:
+        """Pictures of a call that the mask does not hide, and which columns are no padding.
 
         Args:
-            module: the inner model.
             incoming: what the call came with.
-            pictures: that were found.
+            batch: B.
             columns: S.
             held: columns that the cache holds.
-
-        Raises:
-            HostChanged: one came without the other; a compression would do nothing and say nothing.
+            cache: of the call, or None.
         """
+        pictures: list[Picture] = []
+        valid: Tensor | None = None
+        if incoming.codes is not None and incoming.codes.shape == (batch, columns):
+            check_call(incoming.mask, cache)
+            pictures, valid = self._pictures(incoming, columns)
         if incoming.codes is None and incoming.ids is None and columns > 1 and not torch.compiler.is_compiling():
-            self._say_unseen()
-        if held:  # a placeholder that was generated is text
-            return
-        if incoming.codes is not None and not pictures:
-            raise hosts.changed(
-                module,
-                f"features of pictures came along, and none of the placeholders {self.ids} stands in the prompt",
-            )
-        ids = incoming.ids
-        if ids is None or columns == 1 or torch.compiler.is_compiling():
-            return
-        known = torch.tensor([number for number in self.ids if number is not None], device=ids.device)
-        count = int(torch.isin(ids, known).sum())
-        if count:
-            raise hosts.changed(
-                module,
-                f"the prompt holds {count} placeholders of pictures, and no pixels or features came with them under a "
-                f"known name ({', '.join(hosts.PIXELS.names + hosts.ENCODED.names)}). In assisted generation "
-                "an assistant gets the prompt without its pictures; compress the model that it drafts for, not itself",
-            )
+            warn_of_unseen(self.attachment)
+        check_features(self.core(), self.ids, incoming, pictures, columns, held)
+        return [picture for picture in pictures if picture.n], valid  # one that the mask hides is padding
 
-    def _say_unseen(self) -> None:
-        """Warns, once, of methods that let a prompt of embeddings alone pass: its pictures may be merged in already."""
-        ledger = self.attachment.ledger
-        if ledger.unseen:
-            return
-        fired = {key[3] for key in ledger.fired}
-        idle = {
-            entry.index
-            for entry in self.attachment.entries
-            if entry.site.stage in ("projected", "decoder") or entry.index not in fired
-        }
-        if not idle:
-            return
-        ledger.unseen = True
-        ids, pixels, encoded, given = (r.names[0] for r in (hosts.IDS, hosts.PIXELS, hosts.ENCODED, hosts.EMBEDDINGS))
-        warnings.warn(
-            f"{' + '.join(str(self.attachment.methods[index]) for index in sorted(idle))} cut nothing in this prompt: "
-            f"it came as embeddings alone ({given}), in which pictures that are merged in "
-            f"already cannot be told from text; give the pictures along ({pixels}, or {encoded}) and the prompt as "
-            f"{ids}, or as embeddings that still hold the placeholders, and let the model merge them",
-            VlmtokWarning,
-            stacklevel=2,
-        )
-
-    def pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
+    def _pictures(self, incoming: Incoming, columns: int) -> tuple[list[Picture], Tensor | None]:
         """Finds the pictures of a call; the one read-back of a prefill.
 
         Args:
@@ -294,103 +236,6 @@ class Intake:
                 )
             picture.n = len(picture.columns) - sum(picture.hidden)
 
-    def rows(
-        self,
-        x: Tensor,
-        pictures: list[Picture],
-        valid: Tensor | None,
-        positions: Tensor,
-        blocks: Tensor | None,
-        lengths: dict[int, list[int]] | None,
-        drafts: int,
-    ) -> Rows:
-        """The rows of a prefill.
-
-        Args:
-            x: `[B, S, C]`, embeddings.
-            pictures: of the call, and
-            valid: bool `[B, S]` or None, as `pictures` gave them.
-            positions: int64 `[..., B, S]`, in the count of the first segment.
-            blocks: int64 `[B, S]`, bidirectional blocks, or None.
-            lengths: by code, what the encoder's outputs told, or None.
-            drafts: last columns that hold drafts of the answer.
-        """
-        batch, columns = x.shape[:2]
-        label = torch.full((batch, columns), TEXT)
-        label[:, columns - drafts :] = HELD
-        for picture in pictures:
-            label[picture.row, picture.columns] = picture.index
-        label = label.to(x.device)
-        counts = [columns] * batch
-        if valid is not None:
-            label = torch.where(valid, label, PAD)
-            counts = valid.sum(1).tolist()
-        look = Look(pictures, x.detach(), positions, self.core(), self.spec, crop_length(lengths, self.spec))
-        part = PARTS[self.spec.parts](look)
-        if self.spec.shapes is not None:
-            shapes.measure(pictures, [call.tolist() for call in self.running.mine().shapes])
-        for picture in pictures:
-            picture.show()
-        place = torch.arange(columns, device=x.device).expand(batch, columns)
-        rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
-        if blocks is not None:
-            rows.states[BLOCKS] = blocks
-        if self.attachment.trace:
-            rows.owner, rows.first_part = place.clone(), part
-        return rows
-
-    def own(self, rows: Rows, x: Tensor, given: Callable[[Role], Any]) -> dict[Role, Any]:
-        """Takes over what hosts keep for each token, so that it follows the cuts.
-
-        Args:
-            rows: get it as states.
-            x: `[B, S, C]`, embeddings.
-            given: arguments of the text model.
-
-        Returns:
-            Arguments of the text model that change: features that we add ourselves are taken out.
-        """
-        for role in self.spec.gather:
-            value = given(role)
-            if value is not None:
-                rows.states[HOST, role.what] = value
-        if self.spec.deepstack is None:
-            return {}
-        where, what = self.spec.deepstack
-        visual, features = given(where), given(what)
-        if visual is None or features is None:
-            return {}
-        for layer, feature in enumerate(features):
-            room = x.new_zeros(x.shape)
-            rows.states[deepstack(layer)] = room.masked_scatter(
-                visual.unsqueeze(-1).to(x.device), feature.to(x.device, x.dtype)
-            )
-        return {where: None, what: None}
-
-
-def _aligned(types: Tensor | None, columns: Tensor | None, mask: Any) -> Tensor | None:
-    """Type ids of the new columns, int `[B, S]`: callers may give those of the past too, or leave out drafts (text)."""
-    if types is None or columns is None:
-        return types
-    count = columns.shape[1]
-    whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else count
-    types = types.long() if types.dtype == torch.bool else types
-    missing = max(whole, count) - types.shape[1]
-    if types.shape[1] != count and missing > 0:
-        types = torch.nn.functional.pad(types, (0, missing))
-    return types[:, -count:]
-
-
-def placeholders(core: Any, spec: VLMSpec) -> list[int | None]:
-    """Ids of the placeholders of pictures and of clips, from a model's configuration.
-
-    Raises:
-        UnsupportedModel: the configuration has no id for pictures.
-    """
-    ids = [getattr(core.config, name, None) for name in spec.ids]
-    if not isinstance(ids[0], int):
-        raise UnsupportedModel(
-            f"the configuration of {type(core).__name__} ({hosts.library_of(core)}) has no {spec.ids[0]!r}, by which "
-            "pictures are found in a prompt"
-        )
-    return ids
+    def tower_sizes(self) -> list[Tensor]:
+        """Rows and columns of pictures and of clips, as the tower was told in this thread."""
+        return list(self.running.mine().shapes)

@@ -23,7 +23,7 @@ from torch import nn
 from vlmtok.adapters import adapter_for, hosts
 from vlmtok.adapters.base import child
 from vlmtok.adapters.language.families import ROWS
-from vlmtok.adapters.language.intake import placeholders
+from vlmtok.adapters.language.placeholders import placeholders
 
 import vlmtok
 from vlmtok.errors import HostChanged, UnsupportedModel, VlmtokError

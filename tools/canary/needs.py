@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from vlmtok.adapters import hosts
 from vlmtok.adapters.hosts import Role
-from vlmtok.adapters.language import decoder, masks
 from vlmtok.adapters.language import intake as decoder_intake
+from vlmtok.adapters.language import masks, signatures
 from vlmtok.adapters.language.spec import BlockRule, VLMSpec
 
 from vlmtok.errors import UnsupportedModel
@@ -88,10 +88,9 @@ def wanted(spec: VLMSpec) -> dict[str, Wanted]:
     text.layers = nn.ModuleList([layer])
     attachment: Any = SimpleNamespace(hook=lambda *_: None)
     projector: Any = None
-    driver: Any = SimpleNamespace(spec=spec, probe=0, depth=1)
-    with _replaced("Arguments", look_up, decoder, decoder_intake):
+    with _replaced("Arguments", look_up, signatures, decoder_intake):
         decoder_intake.Intake(attachment, spec, core, projector).install(core, top if spec.core else core)
-        decoder.Decoder._read_signatures(driver, text, 0)
+        signatures.Signatures(spec, text, probe=0, first=0)
     return found
 
 

@@ -6,8 +6,8 @@ import ast
 
 from vlmtok.adapters import hosts
 from vlmtok.adapters.language import shapes
-from vlmtok.adapters.language.decoder import Decoder
 from vlmtok.adapters.language.hf_vlm import HFVLM
+from vlmtok.adapters.language.layout import language_layout
 from vlmtok.adapters.language.packing import Packing
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers import hf_rows
@@ -142,7 +142,7 @@ class Host:
         spec = self.spec
         types = [*self.chooser.types(self.config, "text_config")[:1], *self.also.get("text_config", ())]
         self.ask.check(types, "the type of its text model cannot be read off the source", self.config)
-        fields = [read.path for read in reads(Decoder.layout, "config")]
+        fields = [read.path for read in reads(language_layout, "config")]
         fields += [] if spec.last_cut is None else [read.path for read in reads(spec.last_cut, "config")]
         fields += [spec.block.when[0]] if spec.block is not None and spec.block.when is not None else []
         for i, name in enumerate(types):

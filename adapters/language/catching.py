@@ -1,0 +1,95 @@
+"""Hooks inside decoder layers that catch what signals are derived from: q, k, the mask, what a branch changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from ...core.attachment import Attachment
+from ...core.hooks import replaying
+from ...core.signals import DECODER_SIGNALS
+from ...core.threads import PerThread
+from .. import host_objects, hosts
+from ..hosts import Arguments
+from .attention import attention_form
+from .call import DecoderRun
+
+
+class Catcher:
+    """Catches, while a prefill with pictures runs, what its layers compute.
+
+    Args:
+        attachment: takes the hooks.
+        running: what each thread runs.
+    """
+
+    def __init__(self, attachment: Attachment, running: PerThread[DecoderRun]) -> None:
+        self.attachment = attachment
+        self.running = running
+        self.attentions: dict[int, Arguments] = {}
+        self.branches: dict[type, Arguments] = {}
+
+    def install(self, layer: int, block: nn.Module, needs: Collection[str]) -> None:
+        """Places the hooks that signals of one layer need.
+
+        Args:
+            layer: its number.
+            block: the layer.
+            needs: names of signals; others than of a decoder are left out.
+        """
+        wanted = {name for name in needs if name in DECODER_SIGNALS}
+        if not wanted:
+            return
+        form = attention_form(block)
+        assert form is not None  # the layout offers no signals elsewhere
+        put = self.attachment.hook
+        if wanted - {"transition"}:
+            self.attentions[layer] = Arguments(form.attn, [hosts.ROTARY, hosts.MASK])
+            put(form.attn, "pre", self.tap_attention, layer)
+            put(form.projection("q"), "post", self.tap_q, layer)
+            put(form.projection("k"), "post", self.tap_k, layer)
+        if "transition" in wanted:
+            for branch in (form.attn, form.mlp):
+                self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
+                put(branch, "post", self.tap_transition, layer)
+
+    def tap_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Attention pre-hook: the rotary embeddings and the mask of the layer."""
+        caught = self._caught(layer)
+        if caught is not None:
+            arguments = self.attentions[layer]
+            caught["rotary"] = arguments.get(hosts.ROTARY, args, kwargs)
+            caught["mask"] = arguments.get(hosts.MASK, args, kwargs)
+
+    def tap_q(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Catches what q is made from."""
+        caught = self._caught(layer)
+        if caught is not None:
+            caught["q"] = output
+
+    def tap_k(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Catches what k is made from."""
+        caught = self._caught(layer)
+        if caught is not None:
+            caught["k"] = output
+
+    def tap_transition(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Catches how attention and MLP change their input, as two numbers a token."""
+        caught = self._caught(layer)
+        if caught is None:
+            return
+        x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
+        y = host_objects.hidden_of(module, output)
+        ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
+        caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
+
+    def _caught(self, layer: int) -> dict[str, Any] | None:
+        """Where taps of this layer go, while a prefill with pictures runs."""
+        running = self.running.mine()
+        if running.call is None or running.call.rows is None or running.muted or replaying():
+            return None
+        return running.call.taps.setdefault(layer, {})

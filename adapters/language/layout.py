@@ -1,0 +1,42 @@
+"""What a language model offers to methods: its stages in front of and between layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...core.signals import DECODER_SIGNALS
+from ...core.site import StageLayout
+from .attention import attention_form
+from .masks import RECURRENT, layer_kinds
+from .spec import VLMSpec
+
+
+def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
+    """The stages of a text model.
+
+    Args:
+        lm: the text model.
+        spec: the family.
+    """
+    config = lm.config
+    depth, width, heads = len(lm.layers), int(config.hidden_size), int(config.num_attention_heads)
+    kinds = layer_kinds(config, depth)
+    blind = frozenset(
+        i
+        for i, kind in enumerate(kinds)
+        if kind in RECURRENT or not spec.attention or attention_form(lm.layers[i]) is None
+    )
+    return {
+        "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"}), renumbers=spec.positions == "1d"),
+        "decoder": StageLayout(
+            depth,
+            width,
+            heads,
+            depth - 1,
+            frozenset({"start", "end"}),
+            frozenset(DECODER_SIGNALS),
+            blind=blind,
+            last_cut=None if spec.last_cut is None else spec.last_cut(config),
+            renumbers=spec.positions == "1d",
+        ),
+    }
