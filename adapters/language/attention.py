@@ -29,7 +29,7 @@ class AttentionForm:
         mlp: the module of the other branch.
         norms: norms of heads, by ``"q"`` and ``"k"``; None where there are none.
         gated: whether `q_proj` gives, head by head, a query and a gate.
-        turned: whether rotary embeddings are applied.
+        has_rope: whether rotary embeddings are applied.
         cap: the soft cap of the logits, or None.
     """
 
@@ -38,7 +38,7 @@ class AttentionForm:
     mlp: nn.Module
     norms: dict[str, nn.Module | None]
     gated: bool
-    turned: bool
+    has_rope: bool
     cap: float | None
 
     def projection(self, which: str) -> nn.Module:
@@ -55,13 +55,13 @@ class AttentionForm:
 
     def rotate(self, x: Tensor, rotary: Any) -> Tensor:
         """Applies the family's own rotary function to `[G, H, R, d]`; layers without rope leave it."""
-        if not self.turned or rotary is None:
+        if not self.has_rope or rotary is None:
             return x
         apply = forms.beside(self.attn, "apply_rotary_pos_emb")
         cos, sin = rotary
         parameters = apply.__code__.co_varnames[: apply.__code__.co_argcount]
-        turned: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)
-        return turned
+        rotated: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)
+        return rotated
 
 
 def attention_form(block: Any) -> AttentionForm | None:
@@ -77,12 +77,12 @@ def attention_form(block: Any) -> AttentionForm | None:
     made, heads = getattr(q, "out_features", 0), getattr(out, "in_features", 0)
     if made not in (heads, 2 * heads):
         return None
-    turned = bool(getattr(attn, "use_rope", True))
+    has_rope = bool(getattr(attn, "use_rope", True))
     if getattr(getattr(attn, "config", None), "model_type", None) in _TURNED_IN_WINDOWS:
-        turned = attn.sliding_window is not None
+        has_rope = attn.sliding_window is not None
     norms = {which: _first(attn, names) for which, names in _NORMS.items()}
     cap = getattr(attn, "attn_logit_softcapping", None)
-    return AttentionForm(attn, before, mlp, norms, made != heads, turned, None if cap is None else float(cap))
+    return AttentionForm(attn, before, mlp, norms, made != heads, has_rope, None if cap is None else float(cap))
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> nn.Module | None:

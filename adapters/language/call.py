@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.ledger import StageRun
-from ...core.row_data import Snapshot
-from ...core.rows import Rows
+from ...core.rows import Picture, Rows, Snapshot
 from ...core.site import Site
 from ...core.stream import Stream
 from ...errors import UnsupportedModel
@@ -57,7 +56,7 @@ class SegmentCall:
     """One segment during one call.
 
     Attributes:
-        rotary: position embeddings by the host's own, for rows whose positions were turned; else None.
+        rotary: position embeddings by the host's own, for rows whose positions were renumbered; else None.
         masks: attention masks, by layer type.
         valid: bool `[B, past + L]`, or None.
         blocks: int64 `[B, past + L]`, or None.
@@ -86,13 +85,13 @@ class Call:
         taps: per layer, what hooks caught.
         moved: whether the boundary changed the rows.
         width: columns that the text model got.
-        since: int64 `[B, L]`, which of these columns each column of the rows is, once a layer was cut.
-        gathered: host position embeddings that follow `since`, with what each was made from.
+        input_columns: int64 `[B, L]`, which of these columns each column of the rows is, once a layer was cut.
+        gathered: host position embeddings that follow `input_columns`, with what each was made from.
         next: int64 `[B]`, one more than the largest position of this call, as the host counts, and
         follows: one more than the last one; behind a clip that is less.
         top: int64 `[B]`, one more than the last position of each row as it entered, in the count of the first segment.
-        lowered: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
-        shifts: the same by segment, as it held there.
+        position_drop: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
+        drop_by_segment: the same by segment, as it held there.
         steps: sites that cut and the owners of the original columns behind each; kept only for traces.
         places: (first layer, where its columns stood) of each run of layers that see the same rows.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
@@ -110,13 +109,13 @@ class Call:
     taps: dict[int, dict[str, Any]] = field(default_factory=dict)
     moved: bool = False
     width: int = 0
-    since: Tensor | None = None
+    input_columns: Tensor | None = None
     gathered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     next: Tensor | None = None
     follows: Tensor | None = None
     top: Tensor | None = None
-    lowered: Tensor | None = None
-    shifts: dict[int, Tensor | None] = field(default_factory=dict)
+    position_drop: Tensor | None = None
+    drop_by_segment: dict[int, Tensor | None] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
     places: list[tuple[int, Snapshot]] = field(default_factory=list)
     refusal: str | None = None
@@ -129,6 +128,25 @@ class Call:
         """
         if self.refusal is not None:
             raise UnsupportedModel(self.refusal)
+
+
+@dataclass
+class Opened:
+    """A call that something is to be done in.
+
+    Attributes:
+        call: it.
+        incoming: what the inner model was called with.
+        x: `[B, S, C]`, embeddings.
+        pictures: that the mask does not hide.
+        valid: bool `[B, S]`, which columns are no padding, or None where all are real.
+    """
+
+    call: Call
+    incoming: Incoming
+    x: Tensor
+    pictures: list[Picture]
+    valid: Tensor | None
 
 
 @dataclass

@@ -7,15 +7,13 @@ embeddings and mask, since hosts hand all layers the same ones. `generate()` is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying, weak
-from ...core.rows import Picture
+from ...core.rows import Rows
 from ...core.site import layer_of
 from ...core.stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
 from ...core.threads import PerThread
@@ -23,17 +21,17 @@ from ...errors import CacheError, UnsupportedModel
 from .. import host_objects, hosts
 from ..base import child
 from ..hosts import Role
-from .call import BLOCKS, Call, DecoderRun, Incoming, flat, top
+from .call import BLOCKS, Call, DecoderRun, Opened, flat, top
 from .catching import Catcher
-from .checks import check_call, check_checkpointing, check_hidden, check_layer, check_start
+from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
 from .handover import Projector
 from .intake import Intake
-from .layer_cuts import LayerCuts
+from .layers import Layers
 from .masks import RECURRENT, layer_kinds
 from .opening import book, positions_of, refusal_of, uncut_past
 from .prefill_rows import prefill_rows, take_over
-from .segments import Segments, begin_segment, end_call
+from .segments import Segments, end_call
 from .signatures import Signatures
 from .sites import BY_LENGTH, BY_TEXT, Sites
 from .spec import VLMSpec
@@ -79,7 +77,6 @@ class Decoder:
         self.points: dict[int, list[Entry]] = {}
         for entry in attachment.at("decoder"):
             self.points.setdefault(layer_of(entry.site.layer, entry.site.point), []).append(entry)
-        self.cuts = LayerCuts(self.lm, self.owner, self.points, self.sites, self.segments, self.running)
         self._install(core, lm, model)
 
     def _install(self, core: nn.Module, lm: Any, model: nn.Module) -> None:
@@ -89,19 +86,30 @@ class Decoder:
             raise UnsupportedModel(
                 f"cuts inside the language model are known with sdpa, eager and flash attention, not {implementation!r}"
             )
-        self.flash = "flash" in implementation
-        first = 0 if self.flash else min(self.points, default=self.depth)
+        flash = "flash" in implementation
+        first = 0 if flash else min(self.points, default=self.depth)
         self.signatures = Signatures(self.spec, lm, self.probe, first)
         self.segments.check(first)
         self.projector.install(core)
         self.intake.install(core, model)
         put(lm, "pre", self.start)
         put(lm, "post", self.finish)
-        put(lm.layers[self.probe], "pre", self.check_cache, self.probe)
+        layers = Layers(
+            self.spec,
+            self.lm,
+            self.owner,
+            self.points,
+            self.sites,
+            self.segments,
+            self.running,
+            self.signatures.layers,
+            flash,
+        )
+        put(lm.layers[self.probe], "pre", layers.check_cache, self.probe)
         if self.spec.deepstack is not None:
             Stacker(self.attachment, self.running, self.signatures.layers).install(lm)
         for layer in range(first, self.depth):
-            put(lm.layers[layer], "pre", self.layer, layer)
+            put(lm.layers[layer], "pre", layers.layer, layer)
         catcher = Catcher(self.attachment, self.running)
         for cut, entries in self.points.items():
             needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
@@ -110,15 +118,41 @@ class Decoder:
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Text-model pre-hook: the boundary cut, positions, the mask of the first segment."""
+        opened = self._open(module, args, kwargs)
+        if opened is None:
+            return None
+        text, call, x = self.signatures.text, opened.call, opened.x
+        changes: dict[Role, Any] = {}
+        if opened.pictures:
+            rows = call.rows = self._rows(opened)
+            changes = take_over(self.spec, rows, x, lambda role: text.get(role, args, kwargs))
+            x = self.sites.boundary(call, x)
+            self.running.mine().last_rows = rows if self.attachment.trace else None
+            call.width = x.shape[1]
+            call.places = [(0, rows.snapshot())]
+            call.added[0] = (x.shape[1], rows.valid, rows.states.get(BLOCKS))
+        elif call.stream is not None:
+            mask, columns = opened.incoming.mask, call.columns
+            padded = mask is not None and (columns > 1 or call.stream.segments[0].valid is not None)
+            real = mask[:, -columns:].bool() if padded and mask is not None else None
+            call.added[0] = (columns, real, call.blocks)
+        call.drop_by_segment[0] = call.position_drop
+        if not call.moved and (call.stream is None or not hasattr(call.cache, ATTRIBUTE)):
+            # So far nothing differs from what the host does by itself; deepstack may be ours already.
+            return text.put(args, kwargs, changes) if changes else None
+        if call.stream is None:
+            call.stream = Stream(self.owner, x.shape[0], segments={0: Segment(0)})
+        changes.update(self.segments.enter(call, call.stream, x, text.get(hosts.MASK, args, kwargs)))
+        return text.put(args, kwargs, changes)
 
-        def given(role: Role) -> Any:
-            return self.signatures.text.get(role, args, kwargs)
-
-        own_mask, own_positions = given(hosts.MASK), given(hosts.POSITIONS)
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opened | None:
+        """Checks a call and opens its books; None where nothing is to be done in it."""
+        text = self.signatures.text
+        own_mask, own_positions = text.get(hosts.MASK, args, kwargs), text.get(hosts.POSITIONS, args, kwargs)
         incoming = self.intake.take(own_mask, own_positions)
         running = self.running.mine()
         running.call = None
-        x, cache = given(hosts.EMBEDDINGS), host_objects.cache_in(module, self.signatures.text, args, kwargs)
+        x, cache = text.get(hosts.EMBEDDINGS, args, kwargs), host_objects.cache_in(module, text, args, kwargs)
         running.held = held = host_objects.length_of(module, cache)
         if x is None:
             if hasattr(cache, ATTRIBUTE):
@@ -134,134 +168,40 @@ class Decoder:
         if not pictures and stream is None:
             book(self.attachment.ledger, batch, columns, held, cache, None, [])
             return None
-        mask = incoming.mask
-        check_call(mask, cache)
+        check_call(incoming.mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
         positions = positions_of(incoming, own_positions, stream, batch, columns, held, x)
         run = book(self.attachment.ledger, batch, columns, held, cache, stream, pictures)
         if stream is None and held:
-            stream = uncut_past(self.owner, batch, held, mask)
+            stream = uncut_past(self.owner, batch, held, incoming.mask)
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
-        call.refusal = refusal_of(
-            self.spec, self.core(), module, self.signatures.text, args, kwargs, incoming, held, cache
-        )
+        call.refusal = refusal_of(self.spec, self.core(), module, text, args, kwargs, incoming, held, cache)
         if self.points:
             check_checkpointing(module)
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
-        changes: dict[Role, Any] = {}
-        if pictures:
-            changes = self._take_in(call, incoming, pictures, valid, x, given)
-            x = self.sites.boundary(call, x)
-            running.last_rows = call.rows if self.attachment.trace else None
-            call.width = x.shape[1]
-            call.places = [(0, call.rows.snapshot())]
-            call.added[0] = (x.shape[1], call.rows.valid, call.rows.states.get(BLOCKS))
-        elif stream is not None:
-            padded = mask is not None and (columns > 1 or stream.segments[0].valid is not None)
-            real = mask[:, -columns:].bool() if padded and mask is not None else None
-            call.added[0] = (columns, real, call.blocks)
-        call.shifts[0] = call.lowered
-        if not call.moved and (stream is None or not hasattr(cache, ATTRIBUTE)):
-            # So far nothing differs from what the host does by itself; deepstack may be ours already.
-            return self.signatures.text.put(args, kwargs, changes) if changes else None
-        if call.stream is None:
-            call.stream = Stream(self.owner, batch, segments={0: Segment(0)})
-        changes.update(self.segments.enter(call, call.stream, x, own_mask))
-        return self.signatures.text.put(args, kwargs, changes)
+        return Opened(call, incoming, x, pictures, valid)
 
-    def _take_in(
-        self,
-        call: Call,
-        incoming: Incoming,
-        pictures: list[Picture],
-        valid: Tensor | None,
-        x: Tensor,
-        given: Callable[[Role], Any],
-    ) -> dict[Role, Any]:
-        """Makes the rows of a prefill with pictures, with what the tower and the host keep for each token.
-
-        Returns:
-            Arguments of the text model that change.
-        """
+    def _rows(self, opened: Opened) -> Rows:
+        """The rows of a prefill with pictures, with what the tower kept for each token."""
+        call, running = opened.call, self.running.mine()
         assert call.positions is not None
-        running = self.running.mine()
         below = None if call.stream is None else call.stream.segments[0].shift
-        low = call.positions if below is None else call.positions - below[:, None]
-        call.rows = prefill_rows(
+        rows = prefill_rows(
             self.spec,
             self.core(),
-            x,
-            pictures,
-            valid,
-            low,
-            call.blocks,
-            incoming,
+            opened,
+            call.positions if below is None else call.positions - below[:, None],
             self.intake.tower_sizes(),
             self.attachment.trace,
         )
         running.steps, running.last_rows = call.steps, None
         if self.projector.packing is not None:
-            self.projector.packing.carry(call.rows, x.detach(), incoming.encoded)
-        call.top = top(call.rows)
-        return take_over(self.spec, call.rows, x, given)
-
-    # ------------------------------------------------------------------ layers
-    def check_cache(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
-        running = self.running.mine()
-        if running.muted or replaying() or torch.compiler.is_compiling():
-            return
-        cache = host_objects.cache_in(module, self.signatures.layers[layer], args, kwargs)
-        if cache is None:
-            return
-        call = running.call
-        if call is not None and call.cache is None:
-            call.cache = cache  # the text model made it
-        if getattr(cache, "is_compileable", False):
-            return  # of one fixed length, refused where something is cut; asking how full it is waits for a GPU
-        held = host_objects.length_of(module, cache, layer)
-        if held != running.held or (call is not None and call.cache is not cache):
-            raise hosts.changed(
-                self.lm(),
-                f"its layer {layer} works on a cache of {held} columns, and the one that was seen in the call of "
-                f"the text model holds {running.held}",
-            )
-
-    def layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Layer pre-hook: cuts where a method stands, and gives later layers what fits their rows."""
-        running = self.running.mine()
-        call = running.call
-        if call is None or running.muted or replaying():
-            return None
-        arguments = self.signatures.layers[layer]
-        hidden = arguments.get(hosts.HIDDEN, args, kwargs)
-        rotary = arguments.get(hosts.ROTARY, args, kwargs)
-        if call.rows is not None and layer in self.points:
-            check_hidden(module, call, hidden)
-            check_layer(module, arguments.called(args, kwargs), arguments.names, self.spec, hidden)
-            hidden = self.cuts.cut(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
-        segment = None if call.stream is None else call.stream.segment(layer)
-        if segment is None or segment.first == 0:
-            if self.flash and call.moved:
-                return arguments.put(args, kwargs, {hosts.POSITIONS: None})  # gaps would read as packed sequences
-            return None
-        if segment.first not in call.segments:
-            begin_segment(call, segment, hidden)
-        changes = {
-            hosts.HIDDEN: hidden,
-            hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
-            hosts.MASK: self.segments.mask(call, segment, layer, hidden),
-            hosts.POSITIONS: None,
-        }
-        for role in self.spec.layer_args:
-            value = arguments.get(role, args, kwargs)
-            if call.since is not None and isinstance(value, Tensor) and value.shape[1] == call.width:
-                index = call.since.unsqueeze(-1).expand(-1, -1, value.shape[-1])
-                changes[role] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
-        return arguments.put(args, kwargs, changes)
+            self.projector.packing.carry(rows, opened.x.detach(), opened.incoming.encoded)
+        call.top = top(rows)
+        return rows
 
     # ------------------------------------------------------------------ after the text model
     def finish(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

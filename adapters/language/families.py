@@ -31,7 +31,7 @@ _QWEN = VLMSpec(
     positions="mrope",
     feature=None,
     parts="mrope",
-    told=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS),
+    grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS),
     whole="all pictures share one row, whose patches are merged in squares",
 )
 _QWEN3 = replace(_QWEN, deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES))
@@ -40,7 +40,7 @@ _SMOLVLM = VLMSpec(
     tower="vision_model",
     projector="connector",
     feature=None,
-    lengths="crops",
+    lengths_of="crops",
     parts="runs",
     thumbnail="last",
     tower_cut="spread",
@@ -63,13 +63,15 @@ _PALIGEMMA = VLMSpec(
 
 ROWS: dict[str, VLMSpec] = {
     "llava": VLMSpec(tower_cut="slots"),
-    "llava_next": VLMSpec(parts="anyres", thumbnail="first", tower_cut="spread", packs=("pack_image_features", "")),
+    "llava_next": VLMSpec(
+        parts="anyres", thumbnail="first", tower_cut="spread", packing_methods=("pack_image_features", "")
+    ),
     "llava_onevision": VLMSpec(
         ids=_BOTH,
         parts="anyres",
         thumbnail="first",
         tower_cut="spread",
-        packs=("pack_image_features", "apply_pooling"),
+        packing_methods=("pack_image_features", "apply_pooling"),
     ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -79,14 +81,14 @@ ROWS: dict[str, VLMSpec] = {
     "qwen3_5_moe": _QWEN,
     "glm4v": _QWEN,
     "glm46v": _QWEN,
-    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), told=(hosts.IMAGE_GRIDS,)),
-    "internvl": VLMSpec(lengths="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
+    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
+    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
         parts="rows",
-        told=(hosts.IMAGE_SIZES,),
-        shapes=hosts.IMAGE_SIZES,
+        grid_arguments=(hosts.IMAGE_SIZES,),
+        tower_size_argument=hosts.IMAGE_SIZES,
         whole="all pictures share one row, whose patches are merged in squares",
     ),
     "gemma3": VLMSpec(
@@ -103,8 +105,8 @@ ROWS: dict[str, VLMSpec] = {
         last_cut=_first_storing_layer,
         feature=None,
         parts="runs",
-        told=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
-        shapes=hosts.PIXEL_PLACES,
+        grid_arguments=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
+        tower_size_argument=hosts.PIXEL_PLACES,
         whole="patches are pooled by their places",
     ),
     "paligemma": _PALIGEMMA,
@@ -128,8 +130,8 @@ ROWS: dict[str, VLMSpec] = {
         feature=None,
         parts="runs",
         thumbnail="last",
-        told=(hosts.PATCH_SHAPES,),
-        shapes=hosts.PATCH_SHAPES,
+        grid_arguments=(hosts.PATCH_SHAPES,),
+        tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
     ),
 }

@@ -113,7 +113,7 @@ class Projector:
 
     def install(self, core: nn.Module) -> None:
         """Places the hooks."""
-        if self.spec.packs is not None:
+        if self.spec.packing_methods is not None:
             self.packing = Packing(self.spec, core)
         if not self.spec.projector:
             return
@@ -121,7 +121,7 @@ class Projector:
         if self.tower is not None:
             self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
-        self.attachment.hook(module, "post", self.spread)
+        self.attachment.hook(module, "post", self.fill)
 
     # ------------------------------------------------------------------ hooks
     def shorten(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -155,7 +155,7 @@ class Projector:
             return None
         return self.arguments.put(args, kwargs, {hosts.FEATURES: x})
 
-    def spread(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def fill(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Projector hook: features take the picture's first placeholders, zeros fill the rest."""
         if replaying() or not isinstance(output, Tensor) or output.dim() != 3:
             return None

@@ -116,7 +116,7 @@ class HFVLM(Adapter):
         if last < 0:
             return None
         grid = self.spec.tower_cut == "spread"
-        return replace(spec, returns_grid=grid, carries=PER_TOKEN if self.spec.packs else not grid)
+        return replace(spec, returns_grid=grid, carries=PER_TOKEN if self.spec.packing_methods else not grid)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""
@@ -151,7 +151,7 @@ class HFVLM(Adapter):
         if self.lm is None:
             return
         grid = None if spec is None else spec.grid
-        waited = bool(self.spec.packs and attachment.tapped("vision"))
+        waited = bool(self.spec.packing_methods and attachment.tapped("vision"))
         reader = tower if self.spec.tower_cut == "slots" or waited else None
         attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.model, self.core, reader, grid)
 

@@ -36,12 +36,12 @@ class IntakeRun:
     """What a thread's call brought so far.
 
     Attributes:
-        shapes: of pictures and of clips, as the tower was told.
+        tower_sizes: of pictures and of clips, as the tower was told.
         incoming: what the inner model was called with, until the text model takes it.
         drafts: last columns that hold drafts of speculative decoding.
     """
 
-    shapes: deque[Tensor] = field(default_factory=lambda: deque(maxlen=2))
+    tower_sizes: deque[Tensor] = field(default_factory=lambda: deque(maxlen=2))
     incoming: Incoming | None = None
     drafts: int = 0
 
@@ -61,12 +61,12 @@ class Intake:
         self.spec = spec
         self.core = weak(core)
         self.projector = projector
-        told = [*spec.told, *([] if spec.types is None else [spec.types])]
-        required = [hosts.IDS, hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE, hosts.PIXELS, *told]
+        of_pictures = [*spec.grid_arguments, *([] if spec.types is None else [spec.types])]
+        required = [hosts.IDS, hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE, hosts.PIXELS, *of_pictures]
         also = [hosts.CLIP_PIXELS, hosts.ENCODED, hosts.CLIP_FRAMES, hosts.IMAGE_SIZES, hosts.SHARED_PICTURES]
         self.arguments = Arguments(core, required, also)
         self.ids = placeholders(core, spec)
-        self.told = dict(zip((IMAGE, VIDEO), spec.told))
+        self.grid_arguments = dict(zip((IMAGE, VIDEO), spec.grid_arguments))
         self.running = PerThread(IntakeRun)
 
     def install(self, core: nn.Module, model: nn.Module) -> None:
@@ -76,9 +76,9 @@ class Intake:
             self.attachment.hook(model, "pre", self.ask)
         self.attachment.hook(core, "pre", self.enter)
         self.attachment.hook(core, "close", self.leave)
-        if self.spec.shapes is not None:
+        if self.spec.tower_size_argument is not None:
             tower = child(core, self.spec.tower)
-            self.tower_arguments = Arguments(tower, [self.spec.shapes])
+            self.tower_arguments = Arguments(tower, [self.spec.tower_size_argument])
             self.attachment.hook(tower, "pre", self.measure)
 
     # ------------------------------------------------------------------ hooks
@@ -116,10 +116,10 @@ class Intake:
             codes = column_codes(module, self.ids, self.spec, ids, x, types)
         lengths: dict[int, list[int]] | None
         if pixels:
-            running.shapes.clear()  # the tower is about to be called
+            running.tower_sizes.clear()  # the tower is about to be called
             packing = self.projector.packing
             if packing is None:
-                lengths = shapes.lengths(self.told, given, module.config)
+                lengths = shapes.lengths(self.grid_arguments, given, module.config)
             else:
                 packing.calls.clear()
                 lengths = packing.lengths(given, self.arguments.called(args, kwargs))
@@ -140,11 +140,11 @@ class Intake:
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: rows and columns of the pictures that it encodes."""
-        role = self.spec.shapes
+        role = self.spec.tower_size_argument
         assert role is not None
         value = self.tower_arguments.get(role, args, kwargs)
         if value is not None and not replaying():
-            self.running.mine().shapes.append(shapes.read(role, value, self.core().config))
+            self.running.mine().tower_sizes.append(shapes.read(role, value, self.core().config))
 
     # ------------------------------------------------------------------ for the text model
     def take(self, mask: Any, positions: Any) -> Incoming:
@@ -238,4 +238,4 @@ class Intake:
 
     def tower_sizes(self) -> list[Tensor]:
         """Rows and columns of pictures and of clips, as the tower was told in this thread."""
-        return list(self.running.mine().shapes)
+        return list(self.running.mine().tower_sizes)

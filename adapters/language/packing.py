@@ -75,8 +75,8 @@ class Packing:
     """The host's packing of pictures and of clips."""
 
     def __init__(self, spec: VLMSpec, core: nn.Module) -> None:
-        assert spec.packs is not None
-        self.pack, self.pool = spec.packs
+        assert spec.packing_methods is not None
+        self.pack, self.pool = spec.packing_methods
         self.core = weak(core)
         self._calls = PerThread(lambda: deque[Encoded](maxlen=2))  # pictures are encoded before clips
 

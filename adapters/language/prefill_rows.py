@@ -8,42 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.rows import HELD, PAD, TEXT, Picture, Rows
+from ...core.rows import HELD, PAD, TEXT, Rows
 from ..hosts import Role
 from . import shapes
-from .call import BLOCKS, HOST, Incoming, deepstack
+from .call import BLOCKS, HOST, Opened, deepstack
 from .spans import PARTS, Look, crop_length
 from .spec import VLMSpec
 
 
 def prefill_rows(
-    spec: VLMSpec,
-    core: Any,
-    x: Tensor,
-    pictures: list[Picture],
-    valid: Tensor | None,
-    positions: Tensor,
-    blocks: Tensor | None,
-    incoming: Incoming,
-    tower_sizes: Iterable[Tensor],
-    trace: bool,
+    spec: VLMSpec, core: Any, opened: Opened, positions: Tensor, tower_sizes: Iterable[Tensor], trace: bool
 ) -> Rows:
     """The rows of a prefill.
 
     Args:
         spec: the family.
         core: the inner model.
-        x: `[B, S, C]`, embeddings.
-        pictures: of the call, and
-        valid: bool `[B, S]` or None, as they were found.
+        opened: the call, with pictures.
         positions: int64 `[..., B, S]`, in the count of the first segment.
-        blocks: int64 `[B, S]`, bidirectional blocks, or None.
-        incoming: what the inner model was called with.
         tower_sizes: of pictures and of clips, as the tower was told.
         trace: whether owners of the columns are kept.
     """
+    x, pictures, valid, blocks = opened.x, opened.pictures, opened.valid, opened.call.blocks
+    lengths, drafts = opened.incoming.lengths, opened.incoming.drafts
     batch, columns = x.shape[:2]
-    drafts = incoming.drafts
     label = torch.full((batch, columns), TEXT)
     label[:, columns - drafts :] = HELD
     for picture in pictures:
@@ -53,9 +41,9 @@ def prefill_rows(
     if valid is not None:
         label = torch.where(valid, label, PAD)
         counts = valid.sum(1).tolist()
-    look = Look(pictures, x.detach(), positions, core, spec, crop_length(incoming.lengths, spec))
+    look = Look(pictures, x.detach(), positions, core, spec, crop_length(lengths, spec))
     part = PARTS[spec.parts](look)
-    if spec.shapes is not None:
+    if spec.tower_size_argument is not None:
         shapes.measure(pictures, [call.tolist() for call in tower_sizes])
     for picture in pictures:
         picture.show()

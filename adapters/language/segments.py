@@ -167,19 +167,19 @@ class Segments:
         part, kind = call.segments[segment.first], self.kinds[layer]
         if part.rotary is not None:
             if kind not in part.rotary:
-                part.rotary[kind] = self.turn(call, segment, layer, hidden)
+                part.rotary[kind] = self.own_rotary(call, segment, layer, hidden)
             return last_of(part.rotary[kind], hidden.shape[1])
-        if call.since is None or given is None:
+        if call.input_columns is None or given is None:
             return given
         first = given[0] if isinstance(given, (tuple, list)) else given
         if first.shape[1] != call.width:  # sliced by the host to its last queries
             return given
         key = id(given)
         if key not in call.gathered:
-            call.gathered[key] = (given, gather_rotary(given, call.since))
+            call.gathered[key] = (given, gather_rotary(given, call.input_columns))
         return call.gathered[key][1]
 
-    def turn(self, call: Call, segment: Segment, layer: int, hidden: Tensor) -> Any:
+    def own_rotary(self, call: Call, segment: Segment, layer: int, hidden: Tensor) -> Any:
         """Position embeddings of a layer at positions that a cut renumbered.
 
         Args:
@@ -215,10 +215,10 @@ def begin_segment(call: Call, segment: Segment, hidden: Tensor) -> None:
     else:
         new, blocks = rows.valid, rows.states.get(BLOCKS)
     call.added[segment.first] = (count, new, blocks)
-    call.shifts[segment.first] = call.lowered
+    call.drop_by_segment[segment.first] = call.position_drop
     batch, device = hidden.shape[0], hidden.device
     call.segments[segment.first] = SegmentCall(
-        {} if segment.turned else None,
+        {} if segment.renumbered else None,
         segment.extended(count, new, batch, device),
         segment.extended_blocks(count, blocks, batch, device),
     )
@@ -238,13 +238,13 @@ def end_call(call: Call, stream: Stream, device: torch.device) -> None:
         segment.blocks = segment.extended_blocks(count, blocks, stream.rows, device)
         segment.valid = valid
         segment.length += count
-        lowered = call.shifts.get(first, call.lowered)
-        if lowered is not None:
-            segment.shift = lowered if segment.shift is None else segment.shift + lowered
+        drop = call.drop_by_segment.get(first, call.position_drop)
+        if drop is not None:
+            segment.shift = drop if segment.shift is None else segment.shift + drop
     stream.seen += call.columns
-    stream.tail += call.columns
+    stream.croppable += call.columns
     if call.rows is not None:
         # The last picture of a row wins.
         last = {picture.row: picture.text_after_last + call.rows.drafts for picture in call.rows.pictures}
-        stream.tail = min(last.values())
+        stream.croppable = min(last.values())
     stream.next, stream.follows = call.next, call.follows

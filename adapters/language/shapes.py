@@ -69,11 +69,11 @@ def read(role: Role, value: Any, config: Any) -> Tensor:
     return shapes if shapes.shape[-1] == 3 else torch.nn.functional.pad(shapes, (1, 0), value=1)
 
 
-def lengths(told: Mapping[int, Role], given: Callable[[Role], Any], config: Any) -> dict[int, list[int]] | None:
+def lengths(arguments: Mapping[int, Role], given: Callable[[Role], Any], config: Any) -> dict[int, list[int]] | None:
     """Tokens of each picture and clip, from the arguments of the inner model.
 
     Args:
-        told: the argument that tells, by code of the placeholders.
+        arguments: the argument that tells, by code of the placeholders.
         given: its value in this call.
         config: of the whole model.
 
@@ -81,7 +81,7 @@ def lengths(told: Mapping[int, Role], given: Callable[[Role], Any], config: Any)
         By code, in the order of the placeholders; None where nothing is told.
     """
     found = {}
-    for code, role in told.items():
+    for code, role in arguments.items():
         value = given(role)
         if value is None:
             continue

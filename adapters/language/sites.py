@@ -88,7 +88,7 @@ class Sites:
             renumber = self.spec.positions == "1d"
             x, cut = rows.cut(x, pieces, renumber)
             if renumber:
-                _lower(call, 0, cut)
+                _note_drop(call, 0, cut)
             groups = tuple(Booked(len(g.units), g.n, r.slots, g.n) for g, r in pieces)
             ragged = handover.valid is not None
             gone = held - sum(rows.lengths) if ragged else None
@@ -141,7 +141,7 @@ class Sites:
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
                 layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)
-                _lower(call, layer, moved)
+                _note_drop(call, layer, moved)
             if rows.owner is not None:
                 call.steps.append((entry.site, rows.owner))
         kind = "cut" if pieces else "observe"
@@ -227,7 +227,7 @@ def _signal(need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[]
     return None
 
 
-def _lower(call: Call, layer: int, moved: Moved) -> None:
+def _note_drop(call: Call, layer: int, moved: Moved) -> None:
     """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too.
 
     Rows that lost nothing in it keep their count.
@@ -238,5 +238,5 @@ def _lower(call: Call, layer: int, moved: Moved) -> None:
     if stream is not None and layer:
         first, here = stream.segments[0].shift, stream.segment(layer).shift
         highest = highest + (0 if first is None else first) - (0 if here is None else here)
-    before = torch.zeros_like(highest) if call.lowered is None else call.lowered
-    call.lowered = torch.where(moved.dropped > 0, highest - top(rows), before)
+    before = torch.zeros_like(highest) if call.position_drop is None else call.position_drop
+    call.position_drop = torch.where(moved.dropped > 0, highest - top(rows), before)

@@ -285,7 +285,7 @@ PARTS: dict[str, Callable[[Look], Tensor | None]] = {
 
 def crop_length(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> int | None:
     """Tokens of one crop, where the encoder's outputs are crops of equal size."""
-    if lengths is None or spec.lengths != "crop":
+    if lengths is None or spec.lengths_of != "crop":
         return None
     sizes = set(lengths.get(IMAGE, []))
     return sizes.pop() if len(sizes) == 1 else None
@@ -293,4 +293,4 @@ def crop_length(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> int | No
 
 def usable(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> dict[int, list[int]] | None:
     """Lengths that tell pictures apart: not those of crops, nor of whole prompts."""
-    return lengths if spec.lengths == "picture" else None
+    return lengths if spec.lengths_of == "picture" else None

@@ -54,19 +54,19 @@ class VLMSpec:
         tower_cut: whether tokens may leave inside the tower: ``slots`` (the picture's first placeholders take what is
             left), ``spread`` (every patch gets its slot's features behind the last block), ``free`` (whatever reads
             the tower takes any number), or None.
-        lengths: what the encoder's outputs tell: ``picture``, ``crop`` (several of them one picture), ``sample`` (all
-            pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
+        lengths_of: whose lengths the encoder's outputs tell: ``picture``, ``crop`` (several of them one picture),
+            ``sample`` (all pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
         parts: how a picture's tokens fall into parts (see `spans`).
         thumbnail: which part shows the whole picture where there are several: ``first``, ``last`` or None.
-        told: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they come
-            along with pixels.
-        shapes: argument of the tower that tells the same, where nothing else does, or None.
+        grid_arguments: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they
+            come along with pixels.
+        tower_size_argument: argument of the tower that tells the same, where nothing else does, or None.
         projects_late: whether `generate` may hand over what the tower gave, so that the projector runs in the inner
             model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
-        packs: methods of the core that reassemble a picture's crops and pool a clip's frames behind the projector
-            (empty where there are no clips), or None where it does neither.
+        packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
+            projector (empty where there are no clips), or None where it does neither.
     """
 
     core: str = "model"
@@ -85,12 +85,12 @@ class VLMSpec:
     last_cut: Callable[[Any], int] | None = None
     attention: bool = True
     tower_cut: str | None = None
-    lengths: str = "picture"
+    lengths_of: str = "picture"
     parts: str = "one"
     thumbnail: str | None = None
-    told: tuple[Role, ...] = ()
-    shapes: Role | None = None
+    grid_arguments: tuple[Role, ...] = ()
+    tower_size_argument: Role | None = None
     projects_late: bool = False
     boundary: str | None = None
     whole: str | None = None
-    packs: tuple[str, str] | None = None
+    packing_methods: tuple[str, str] | None = None

@@ -60,18 +60,18 @@ class LayerTaps:
         self.mask = mask
         self.past = past
         self.back: list[Tensor] = []
-        self.turned = False
+        self.renumbered = False
 
-    def follow(self, hidden: Tensor, moved: Moved, turned: bool) -> None:
+    def follow(self, hidden: Tensor, moved: Moved, renumbered: bool) -> None:
         """A method cut the rows here; the next one at this boundary sees what is left.
 
         Args:
             hidden: `[B, L, C]`, the rows that are left.
             moved: how their columns moved.
-            turned: whether positions were renumbered here, so that the layer to come turns by others.
+            renumbered: whether positions were renumbered here, so that the layer to come turns by others.
         """
         self.hidden = hidden.detach()
-        self.turned = self.turned or turned
+        self.renumbered = self.renumbered or renumbered
         self.rotary = gather_rotary(self.rotary, moved.source)
         self.mask = None
         self.back.append(moved.source)
@@ -91,8 +91,8 @@ class LayerTaps:
         """Taps of the layer to come, from its own norm and projections."""
         form = attention_form(self.module)
         rotary = self.rotary
-        if self.turned and form is not None:
-            rotary = self.segments.turn(self.call, self.past, self.layer, self.hidden)
+        if self.renumbered and form is not None:
+            rotary = self.segments.own_rotary(self.call, self.past, self.layer, self.hidden)
         return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
 
     @staticmethod
@@ -139,7 +139,7 @@ class LayerTaps:
         def q(places: Tensor) -> Tensor:
             columns = old.gather(1, places)
             if caught is not None:
-                made = caught[0][group.index].gather(2, _spread(columns, caught[0]))
+                made = caught[0][group.index].gather(2, _rows_index(columns, caught[0]))
             else:
                 made = self._project(form, self.hidden[group.index[:, None], columns], "q")
             return form.rotate(made, gather_rotary(rotary, columns, group.index))
@@ -210,6 +210,6 @@ def _nothing(*_: Any) -> Tensor:
     raise PassError("this signal was not tapped")
 
 
-def _spread(columns: Tensor, table: Tensor) -> Tensor:
+def _rows_index(columns: Tensor, table: Tensor) -> Tensor:
     """Columns `[G, R]` as an index along dim 2 of `[G, H, L, d]`."""
     return columns[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])

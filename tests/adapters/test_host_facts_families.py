@@ -263,7 +263,7 @@ def _(at: Host) -> bool:
         return order(at.generated, "core", "projector", "text")
     counts = [len(picture.columns) for prompt in at.prompts for picture in prompt.pictures]
     lengths = [len(part) for part in features]
-    return lengths == counts if at.spec.lengths == "picture" else sum(lengths) == sum(counts)
+    return lengths == counts if at.spec.lengths_of == "picture" else sum(lengths) == sum(counts)
 
 
 @fact("with a cache, later steps bring neither features nor pixels")
@@ -278,16 +278,16 @@ def _(at: Host) -> bool:
     return got.get("pixel_values") is not None and order(at.forward, "core", "tower", "text")
 
 
-@fact("a plain forward tells the inner model its {spec.told[0]}", lambda spec: bool(spec.told))
+@fact("a plain forward tells the inner model its {spec.grid_arguments[0]}", lambda spec: bool(spec.grid_arguments))
 def _(at: Host) -> bool:
-    value = given(first(at.forward, "core").bound, at.spec.told[0])
-    return value is not None and shapes.read(at.spec.told[0], value, at.config).tolist() == _grids(at)
+    value = given(first(at.forward, "core").bound, at.spec.grid_arguments[0])
+    return value is not None and shapes.read(at.spec.grid_arguments[0], value, at.config).tolist() == _grids(at)
 
 
-@fact("the tower gets the {spec.shapes} of its pictures", lambda spec: bool(spec.shapes))
+@fact("the tower gets the {spec.tower_size_argument} of its pictures", lambda spec: bool(spec.tower_size_argument))
 def _(at: Host) -> bool:
-    value = given(first(at.generated, "tower").bound, at.spec.shapes)
-    return value is not None and shapes.read(at.spec.shapes, value, at.config).tolist() == _grids(at)
+    value = given(first(at.generated, "tower").bound, at.spec.tower_size_argument)
+    return value is not None and shapes.read(at.spec.tower_size_argument, value, at.config).tolist() == _grids(at)
 
 
 def _grids(at: Host) -> list[list[int]]:
@@ -499,8 +499,8 @@ WRONG: list[dict[str, Any]] = [
     {"layer_args": (hosts.PER_LAYER_SLICE,)},
     {"deepstack": (hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES)},
     {"parts": "anyres"},
-    {"told": (hosts.IMAGE_SIZES,)},
-    {"shapes": hosts.IMAGE_SIZES},
+    {"grid_arguments": (hosts.IMAGE_SIZES,)},
+    {"tower_size_argument": hosts.IMAGE_SIZES},
     {"boundary": "embeddings come without ids"},
 ]
 

@@ -20,7 +20,9 @@ def filled() -> Stream:
         valid = torch.arange(length).expand(2, length) >= torch.tensor([[0], [3]])
         blocks = torch.arange(length).expand(2, length) // 4
         segments[first] = Segment(first, length, valid, blocks)
-    return Stream(1, 2, seen=16, next=torch.tensor([16, 13]), follows=torch.tensor([15, 12]), tail=9, segments=segments)
+    return Stream(
+        1, 2, seen=16, next=torch.tensor([16, 13]), follows=torch.tensor([15, 12]), croppable=9, segments=segments
+    )
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3))
@@ -34,7 +36,7 @@ def test_crops_one_after_the_other_are_one(counts):
         return
     for count in counts:
         stream.crop(count)
-    assert (stream.seen, stream.tail) == (16 - total, 9 - total)
+    assert (stream.seen, stream.croppable) == (16 - total, 9 - total)
     assert stream.next.tolist() == [16 - total, 13 - total] and stream.follows.tolist() == [15 - total, 12 - total]
     for first, old in filled().segments.items():
         now = stream.segments[first]

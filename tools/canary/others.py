@@ -6,7 +6,8 @@ from types import ModuleType
 
 from vlmtok.adapters import account, host_objects, hosts
 from vlmtok.adapters.language import checks as decoder_checks
-from vlmtok.adapters.language import decoder, masks
+from vlmtok.adapters.language import decoder, layers, masks
+from vlmtok.adapters.towers import account as tower_account
 from vlmtok.adapters.towers.open_clip_vit import MHA_BLOCK, OpenClip, OpenClipTimm, OpenClipVision, text_spec
 from vlmtok.adapters.towers.timm_vit import TimmEva, TimmViT
 
@@ -19,7 +20,7 @@ from .needs import ROLES, Read, file_reads, reads
 from .shown import calls_of, strings
 from .towers import block_facts, has_attributes
 
-CACHE_READERS: tuple[ModuleType, ...] = (decoder, decoder_checks, host_objects, masks, stream)
+CACHE_READERS: tuple[ModuleType, ...] = (decoder, layers, decoder_checks, host_objects, masks, stream)
 """Files of ours that read a cache."""
 EOS = ("text_eos_id", "eos_id")
 TEXT_NAMES = (("text_pool_type", "pool_type"), EOS, ("attn_mask",), ("context_length",))
@@ -69,7 +70,7 @@ def timm_facts(findings: Findings, chooser: Chooser) -> None:
             ask, cls = findings.about(name), chooser.find(module, name)
             if ask.check(cls is not None, f"{module} has no {name}"):
                 assert cls is not None
-                wanted = (*reads(TimmViT.tower, "model"), *reads(account.of_timm, "trunk"))
+                wanted = (*reads(TimmViT.tower, "model"), *reads(tower_account.of_timm, "trunk"))
                 has_attributes(ask, cls, "the model", [*wanted, Read("cls_token"), Read("attn_pool")])
             for form in adapter.blocks:
                 place, _, block_name = form.partition(":")
@@ -89,8 +90,8 @@ def timm_facts(findings: Findings, chooser: Chooser) -> None:
 def open_clip_facts(findings: Findings, chooser: Chooser) -> None:
     """Facts of open_clip's towers and dual encoders."""
     wanted = {
-        OpenClipVision: (*reads(OpenClipVision.tower, "model"), *reads(account.of_open_clip_tower, "tower")),
-        OpenClipTimm: (*reads(OpenClipTimm.__init__, "model"), *reads(account.of_open_clip_timm, "outer")),
+        OpenClipVision: (*reads(OpenClipVision.tower, "model"), *reads(tower_account.of_open_clip_tower, "tower")),
+        OpenClipTimm: (*reads(OpenClipTimm.__init__, "model"), *reads(tower_account.of_open_clip_timm, "outer")),
         OpenClip: reads(OpenClip.__init__, "model"),
     }
     for adapter, read in wanted.items():

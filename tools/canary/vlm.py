@@ -67,10 +67,10 @@ class Host:
         cores = self.follow([top], spec.core, "inner model")
         towers = self.follow(cores, spec.tower, "vision tower")
         projectors = self.follow(cores, spec.projector, "projector")
-        for projector in projectors if spec.tower_cut == "slots" or spec.packs is not None else ():
+        for projector in projectors if spec.tower_cut == "slots" or spec.packing_methods is not None else ():
             self.ask.takes(projector, "the projector", ROLES["FEATURES"])
         self.configuration()
-        for core in cores if spec.packs is not None else ():
+        for core in cores if spec.packing_methods is not None else ():
             self.packing(core)
         if spec.tower_cut is not None:
             self.tower(towers)
@@ -123,9 +123,9 @@ class Host:
         """The family's configuration has what the row and our code read of it."""
         spec = self.spec
         wanted = [*spec.ids, *([spec.feature] if spec.feature else [])]
-        for argument in (*spec.told, *([spec.shapes] if spec.shapes else [])):
+        for argument in (*spec.grid_arguments, *([spec.tower_size_argument] if spec.tower_size_argument else [])):
             wanted += [read.path for read in reads(shapes._BY_ARGUMENT[argument], "config")]
-        if spec.packs is not None:
+        if spec.packing_methods is not None:
             wanted += [read.path for read in reads(Packing._crops, "config") + reads(Packing._canvases, "config")]
             wanted += [f"vision_config.{read.path}" for read in reads(Packing._side, "vision")]
         if spec.tower_cut is not None and spec.feature is not None:
@@ -167,7 +167,7 @@ class Host:
         spec = self.spec
         asked = wanted(spec)["inner model"]
         self.ask.takes(core, "the inner model", *asked.required)
-        concerned = {"ENCODED": True, "CLIP_PIXELS": len(spec.ids) > 1, "IMAGE_SIZES": spec.packs is not None}
+        concerned = {"ENCODED": True, "CLIP_PIXELS": len(spec.ids) > 1, "IMAGE_SIZES": spec.packing_methods is not None}
         known = [ROLES[name] for name, concerns in concerned.items() if concerns]
         self.ask.takes(core, "the inner model", *(role for role in asked.optional if role in known))
         forward, signature = core.method("forward"), core.signature()
@@ -180,8 +180,8 @@ class Host:
 
     def packing(self, core: HostClass) -> None:
         """The host's own packing of crops, which signals take too."""
-        assert self.spec.packs is not None
-        pack, pool = self.spec.packs
+        assert self.spec.packing_methods is not None
+        pack, pool = self.spec.packing_methods
         ours = [ROLES[role] for role in ("FEATURES", "IMAGE_SIZES", "SEPARATOR")]
         self.ask.takes(core, "the inner model", *ours, method=pack)
         packed, forward = core.signature(pack), core.signature()

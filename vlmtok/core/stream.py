@@ -34,7 +34,7 @@ class Segment:
         valid: bool `[B, length]`, or None while all are real.
         blocks: int64 `[B, length]`, which bidirectional block each column belongs to (-1 none), or None.
         shift: int64 `[B]`, how far its positions lie below the host's, or None while they are the host's.
-        turned: whether its positions differ from those at the language model's input.
+        renumbered: whether its positions differ from those at the language model's input.
     """
 
     first: int
@@ -42,7 +42,7 @@ class Segment:
     valid: Tensor | None = None
     blocks: Tensor | None = None
     shift: Tensor | None = None
-    turned: bool = False
+    renumbered: bool = False
 
     def extended(self, count: int, valid: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
         """Validity of cached and new columns together, bool `[B, length + count]`, or None where all are real."""
@@ -63,7 +63,7 @@ class Segment:
 
     def copy(self, first: int) -> Segment:
         """The same past for later layers."""
-        return Segment(first, self.length, self.valid, self.blocks, self.shift, self.turned)
+        return Segment(first, self.length, self.valid, self.blocks, self.shift, self.renumbered)
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ class Stream:
         seen: original columns so far, dropped ones included.
         next: int64 `[B]`, one more than the largest position so far in the host's own count, and
         follows: one more than the last; hosts go on from either, and behind a clip they differ.
-        tail: columns behind the last picture, in the row that has fewest; they may be taken off again.
+        croppable: columns behind the last picture, in the row that has fewest; they may be taken off again.
         segments: by first layer; 0 is always there.
     """
 
@@ -85,7 +85,7 @@ class Stream:
     seen: int = 0
     next: Tensor | None = None
     follows: Tensor | None = None
-    tail: int = 0
+    croppable: int = 0
     segments: dict[int, Segment] = field(default_factory=dict)
 
     def segment(self, layer: int) -> Segment:
@@ -98,12 +98,12 @@ class Stream:
         Raises:
             CacheError: more than what stands behind the last picture.
         """
-        if count > self.tail:
+        if count > self.croppable:
             raise CacheError(
-                f"the cache was cropped by {count} columns, of which only the last {self.tail} stand behind a picture; "
-                "layers hold different columns of a cut picture, and the same number cannot be taken off all"
+                f"the cache was cropped by {count} columns, of which only the last {self.croppable} stand behind a "
+                "picture; layers hold different columns of a cut picture, and the same number cannot be taken off all"
             )
-        self.tail -= count
+        self.croppable -= count
         for segment in self.segments.values():
             segment.length -= count
             if segment.valid is not None:
