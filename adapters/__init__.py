@@ -1,8 +1,8 @@
-"""Adapters: one file per model family, found by the name of the model's class, so that no library is imported.
+"""Which adapter carries a model: found by the name of the model's class, so that no library is imported.
 
 `registry.ROWS` names every class that an adapter carries, `language.families.ROWS` every family of vision-language
-models. Third parties add theirs through the entry-point group
-``vlmtok.adapters`` (an `Adapter` subclass with `targets`).
+models. Third parties add theirs through the entry-point group ``vlmtok.adapters`` (an `Adapter` subclass with
+`targets`).
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def vlm_families() -> list[str]:
 
 
 def _named(model: nn.Module, name: str) -> Adapter:
-    from .language.hf_vlm import HFVLM, discover
+    from .language.discovery import discover
+    from .language.hf_vlm import HFVLM
 
     if name != "generic-vlm":
         raise UnsupportedModel(f"adapter {name!r} cannot be asked for by name; 'generic-vlm' can")

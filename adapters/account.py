@@ -8,15 +8,12 @@ hook on it books how many rows it really saw.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.model_shape import BlockShape, Part, TowerShape
 from .base import BlockSpec, TextSpec, TowerSpec, child
-
-if TYPE_CHECKING:
-    pass
 
 
 # ---------------------------------------------------------------------- weights
@@ -57,6 +54,11 @@ def weights(module: nn.Module) -> int:
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """The dotted path of a module in its model."""
     return next(path for path, found in model.named_modules() if found is module)
+
+
+def class_name(model: nn.Module) -> str:
+    """What a model is called in a report."""
+    return type(model).__name__
 
 
 # ---------------------------------------------------------------------- blocks and towers
@@ -126,6 +128,12 @@ def heads(model: nn.Module, skip: Iterable[nn.Module]) -> list[Part]:
     return [Part(path, macs, path=path) for path, _, macs in linear_maps(model, skip)]
 
 
+def heads_of(model: nn.Module, module: nn.Module) -> list[Part]:
+    """The linear maps below one module of a model, with paths of the model."""
+    path = path_of(model, module)
+    return [Part(f"{path}.{p.path}".rstrip("."), p.row, path=f"{path}.{p.path}".rstrip(".")) for p in heads(module, ())]
+
+
 # ---------------------------------------------------------------------- attention pooling
 def multihead_pool(name: str, attn: nn.MultiheadAttention, queries: int, rest: int, path: str) -> Part:
     """Pooling by nn.MultiheadAttention: some learned queries attend to all tokens.
@@ -149,17 +157,3 @@ def latent_pool(name: str, pool: Any, path: str) -> Part:
         return Part(name, 0, 0, 2 * inner, path)
     queries, token = int(pool.latent_len), weights(pool.kv)
     return Part(name, queries * (weights(pool) - token), token + 2 * queries * inner, 0, path)
-
-
-# ---------------------------------------------------------------------- families
-
-
-def heads_of(model: nn.Module, module: nn.Module) -> list[Part]:
-    """The linear maps below one module of a model, with paths of the model."""
-    path = path_of(model, module)
-    return [Part(f"{path}.{p.path}".rstrip("."), p.row, path=f"{path}.{p.path}".rstrip(".")) for p in heads(module, ())]
-
-
-def class_name(model: nn.Module) -> str:
-    """What a model is called in a report."""
-    return type(model).__name__

@@ -25,12 +25,12 @@ from .call import BLOCKS, Call, DecoderRun, Opened, flat, top
 from .catching import Catcher
 from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
-from .handover import Projector
 from .intake import Intake
 from .layers import Layers
 from .masks import RECURRENT, layer_kinds
 from .opening import book, positions_of, refusal_of, uncut_past
 from .prefill_rows import prefill_rows, take_over
+from .projector import Projector
 from .segments import Segments, end_call
 from .signatures import Signatures
 from .sites import BY_LENGTH, BY_TEXT, Sites

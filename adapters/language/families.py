@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import hosts
 from .spec import BlockRule, VLMSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def _first_storing_layer(config: Any) -> int:

@@ -24,9 +24,9 @@ from ..hosts import Arguments, Role
 from . import shapes
 from .call import Incoming
 from .checks import check_call
-from .handover import Projector
 from .intake_checks import check_encoded, check_tokens
 from .placeholders import aligned_types, check_features, column_codes, placeholders, warn_of_unseen
+from .projector import Projector
 from .spans import IMAGE, NONE, VIDEO, find_pictures, usable
 from .spec import VLMSpec
 

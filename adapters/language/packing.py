@@ -36,8 +36,6 @@ PROBE = 8
 """Channels of the projector's output that are kept to know it again."""
 CLOSE = 1e-2
 """How far the features of a shrunk canvas may lie apart, as a share of the largest."""
-
-
 STRIP = 1 << 20
 """Rows or columns of a strip so thin that the host's un-padding leaves nothing of its canvas."""
 

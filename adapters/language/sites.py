@@ -20,7 +20,8 @@ from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
 from ...core.site import layer_of
 from ...core.view import Signal, TokenView
 from .call import Call, top
-from .handover import Handover, Projector
+from .handover import Handover, carry_signals
+from .projector import Projector
 from .spec import VLMSpec
 
 BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
@@ -94,7 +95,7 @@ class Sites:
             gone = held - sum(rows.lengths) if ragged else None
             event = Event("features", None, "end", -1, "cut", before, rows.length, groups, ragged, gone)
             self.attachment.ledger.visit(call.run, event)
-        self.projector.carry(rows, handover)
+        carry_signals(rows, handover)
         return x
 
     # ------------------------------------------------------------------ visiting a method

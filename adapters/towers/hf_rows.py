@@ -30,7 +30,6 @@ _BLOCK: dict[str, Any] = {
     "mlp": "mlp",
 }
 
-
 CLIP_BLOCK = BlockSpec(
     **_BLOCK,
     forms=(
@@ -47,7 +46,6 @@ CLIP_BLOCK = BlockSpec(
     scale=lambda attn: float(attn.scale),
 )
 
-
 VIT_BLOCK = BlockSpec(
     **_BLOCK,
     forms=("transformers.models:ViTAttention",),
@@ -58,7 +56,6 @@ VIT_BLOCK = BlockSpec(
     heads="num_attention_heads",
     scale=lambda attn: float(attn.scaling),
 )
-
 
 DINOV2_BLOCK = BlockSpec(
     **_BLOCK,
@@ -101,7 +98,6 @@ BLIP2_BLOCK = replace(
     bias=None,
     forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
 )
-
 
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,

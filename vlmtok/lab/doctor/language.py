@@ -63,7 +63,7 @@ class Language:
         from ...adapters import adapter_for
         from ...adapters.base import child
         from ...adapters.language import families
-        from ...adapters.language.hf_vlm import discover
+        from ...adapters.language.discovery import discover
 
         model, adapter = self.model, self.adapter
         carrier = adapter_for(model, adapter)
