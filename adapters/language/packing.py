@@ -29,7 +29,8 @@ from ...errors import CacheError
 from .. import forms, hosts
 from ..hosts import Role
 from .intake_checks import check_counts, check_shapes
-from .spans import IMAGE, VIDEO, separators
+from .parts import separators
+from .spans import IMAGE, VIDEO
 from .spec import VLMSpec
 
 PROBE = 8

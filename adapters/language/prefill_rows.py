@@ -12,7 +12,8 @@ from ...core.rows import HELD, PAD, TEXT, Rows
 from ..hosts import Role
 from . import shapes
 from .call import BLOCKS, HOST, Opened, deepstack
-from .spans import PARTS, Look, crop_length
+from .parts import PARTS, Look
+from .spans import crop_length
 from .spec import VLMSpec
 
 

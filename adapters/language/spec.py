@@ -56,7 +56,7 @@ class VLMSpec:
             the tower takes any number), or None.
         lengths_of: whose lengths the encoder's outputs tell: ``picture``, ``crop`` (several of them one picture),
             ``sample`` (all pictures of a prompt together) or ``crops`` (a prompt's crops, each a run of its own).
-        parts: how a picture's tokens fall into parts (see `spans`).
+        parts: how a picture's tokens fall into parts (see `parts`).
         thumbnail: which part shows the whole picture where there are several: ``first``, ``last`` or None.
         grid_arguments: arguments of the core that tell rows and columns of pictures, and of clips (see `shapes`); they
             come along with pixels.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from vlmtok.adapters.language.spans import PARTS
-from vlmtok.adapters.language.spans import Look as Shown
+from vlmtok.adapters.language.parts import PARTS
+from vlmtok.adapters.language.parts import Look as Shown
 
 import vlmtok
 from vlmtok import Method, Site
