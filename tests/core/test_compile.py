@@ -1,6 +1,6 @@
 """torch.compile over a compressed tower: one graph, the results of eager, nothing compiled twice.
 
-`test_lifetime.py` has what happens when a compression comes and goes around compiled code.
+`test_lifetime_compiled.py` has what happens when a compression comes and goes around compiled code.
 """
 
 import pytest

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models
 from support.checks import assert_equal, assert_same, watched
+from support.llava_by_oracle import Top, llava
 from support.models import Batch
-from test_llava import Top
-from test_stacks import assert_tower_equals_the_oracle, llava
+from support.towers_by_oracle import assert_tower_equals_the_oracle
 
 import vlmtok
 from vlmtok import Layout, Reduction, Site, StageLayout, TokenView

@@ -9,8 +9,14 @@ import torch
 from support import models, oracle
 from support.checks import assert_equal
 from support.hosts_of import cache_of, with_cache
+from support.llava_by_oracle import (
+    Top,
+    assert_generates_as_the_oracle,
+    assert_two_turns_equal_the_oracle,
+    decider,
+    llava,
+)
 from support.models import Batch
-from test_llava import Top, assert_generates_as_the_oracle, assert_two_turns_equal_the_oracle, decider, llava
 
 import vlmtok
 from vlmtok import Method, Reduction, Site

@@ -1,0 +1,22 @@
+"""What of the table in `matrix.json` runs, what is refused, and methods with the settings of the table."""
+
+from __future__ import annotations
+
+import vlmtok
+from support import matrix, models
+from support.matrix import spec_of
+
+EXPECTED = matrix.expected()
+CELLS = [(method, model) for method, row in EXPECTED.items() for model in row]
+RUNS = [cell for cell in CELLS if EXPECTED[cell[0]][cell[1]] == "runs"]
+REFUSED = [cell for cell in CELLS if cell not in set(RUNS)]
+LLAVA_RUNS = [cell for cell in RUNS if cell[1] in models.LLAVA]
+TOWER_RUNS = [cell for cell in RUNS if cell[1] in models.TOWERS]
+
+
+def ids(cells):
+    return [" on ".join(cell) for cell in cells]
+
+
+def made(method):
+    return vlmtok.parse_methods(spec_of(method))
