@@ -8,155 +8,29 @@ or changes an order of calls fails with the sentence that no longer holds.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families.build import FAMILIES, TOWER_ONLY, shared
-from support.hosts_of import CACHE_NAMES, cache_name, cache_of, caches_in
+from families.build import shared
+from support.family_facts import TINY, Fact, Host, first, given, host, order
+from support.hosts_of import cache_name, caches_in
 from torch import Tensor, nn
 from transformers import masking_utils
 from vlmtok.adapters import hosts
 from vlmtok.adapters.base import child
-from vlmtok.adapters.host_faults import fault_of
-from vlmtok.adapters.hosts import Role
 from vlmtok.adapters.language import shapes
 from vlmtok.adapters.language.checks import KNOWN
-from vlmtok.adapters.language.families import REFUSED, ROWS
-from vlmtok.adapters.language.masks import RECURRENT, layer_kinds
+from vlmtok.adapters.language.families import ROWS
+from vlmtok.adapters.language.masks import RECURRENT
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers.hf_rows import vision_spec
 
-TINY = {**FAMILIES, **TOWER_ONLY}
-
-
-@dataclass
-class Call:
-    """One call of a module: what it got, by position and by name, and what it gave."""
-
-    of: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    bound: dict[str, Any]
-    output: Any = None
-
-
-@dataclass
-class Host:
-    """A family's model, its row, and the calls of its parts in the order in which they began."""
-
-    name: str
-    spec: VLMSpec
-    model: nn.Module
-    core: nn.Module
-    lm: nn.Module | None
-    prompts: tuple[Any, ...]
-    generated: list[Call] = field(default_factory=list)
-    forward: list[Call] = field(default_factory=list)
-    cache: Any = None
-    output: Any = None
-
-    @property
-    def config(self) -> Any:
-        return self.core.config
-
-    @property
-    def text(self) -> Any:
-        return self.lm.config
-
-    @property
-    def kinds(self) -> list[str]:
-        return layer_kinds(self.text, len(self.lm.layers))
-
-    def attentions(self) -> list[nn.Module]:
-        return [layer.self_attn for layer, kind in zip(self.lm.layers, self.kinds) if kind not in RECURRENT]
-
-
-def first(calls: list[Call], of: str) -> Call:
-    return next(call for call in calls if call.of == of)
-
-
-def given(values: dict[str, Any], role: Role) -> Any:
-    """What a call has under one of a role's names, or None."""
-    return next((values[name] for name in role.names if name in values), None)
-
-
-def order(calls: list[Call], *names: str) -> bool:
-    """Whether the first calls of some parts began in this order."""
-    begun = [call.of for call in calls]
-    return all(name in begun for name in names) and sorted(names, key=begun.index) == list(names)
-
-
-@functools.cache
-def host(name: str) -> Host:
-    """A family that has been asked once in each way."""
-    family, model = TINY[name], shared(name, TINY[name].attentions[0])
-    spec = ROWS[model.config.model_type]
-    core = child(model, spec.core)
-    rows = family.batch(*family.rows)
-    found = Host(name, spec, model, core, None if spec.boundary else child(core, spec.lm), rows.prompts)
-    parts = {"top": model} if core is not model else {}
-    parts |= {"core": core, "tower": child(core, spec.tower)}
-    if spec.projector:
-        parts["projector"] = child(core, spec.projector)
-    if found.lm is not None:
-        parts |= {"text": found.lm, **{f"layer {i}": layer for i, layer in enumerate(found.lm.layers)}}
-    calls: list[Call] = []
-    hooks = []
-    for of, module in parts.items():
-        hooks += _watch(of, module, calls)
-    try:
-        with torch.no_grad():
-            out = model.generate(**rows.inputs(), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-            found.generated, found.cache = list(calls), cache_of(out)
-            calls.clear()
-            found.output = model(**rows.inputs())
-            found.forward = list(calls)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _watch(of: str, module: nn.Module, calls: list[Call]) -> list[Any]:
-    signature, open_calls = inspect.signature(type(module).forward), []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(module, *args, **kwargs).arguments
-        calls.append(Call(of, args, dict(kwargs), {**bound, **bound.get("kwargs", {})}))
-        open_calls.append(calls[-1])
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        open_calls.pop().output = output
-
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ]
-
-
 # ---------------------------------------------------------------------- facts
-@dataclass(frozen=True)
-class Fact:
-    """A sentence about a host, in which ``{spec...}`` is filled in from the row.
-
-    Attributes:
-        sentence: what must hold.
-        concerns: the rows that lean on it.
-        holds: whether it does.
-    """
-
-    sentence: str
-    concerns: Callable[[VLMSpec], bool]
-    holds: Callable[[Host], bool]
-
-
 FACTS: list[Fact] = []
 
 
@@ -459,31 +333,6 @@ def test_the_host_is_as_its_row_says(name: str, each: Fact) -> None:
 def test_every_row_is_looked_at() -> None:
     looked = {shared(name, TINY[name].attentions[0]).config.model_type for name in TINY}
     assert looked == set(ROWS), "a row of the family table has no tiny model, or the other way round"
-
-
-@pytest.mark.parametrize("kind", sorted({*ROWS, *REFUSED}))
-def test_transformers_knows_the_model_type(kind: str) -> None:
-    assert kind in transformers.CONFIG_MAPPING, f"transformers {transformers.__version__} knows no model type {kind!r}"
-
-
-def test_masks_take_what_we_hand_them() -> None:
-    """Masks behind a cut are built by the host's own functions, for a layer of the asker's choice."""
-    taken = {name: set(inspect.signature(make).parameters) for name, make in _mask_functions().items()}
-    common = {"config", "inputs_embeds", "attention_mask", "position_ids"}
-    for name, parameters in taken.items():
-        assert len(parameters & set(CACHE_NAMES)) == 1, f"the mask function of {name} layers takes no Cache any more"
-        assert common <= parameters, f"the mask function of {name} layers no longer takes {common - parameters}"
-        assert "layer_idx" in parameters, f"masks of {name} layers are sized by another layer than the asker"
-        assert "allow_is_causal_skip" in parameters, f"masks of {name} layers may be left out"
-    full = set(inspect.signature(masking_utils.create_causal_mask).parameters)
-    assert {"or_mask_function", "and_mask_function", "block_sequence_ids"} <= full
-    assert "block_sequence_ids" in taken["sliding_attention"]
-    assert callable(masking_utils.blockwise_overlay) and callable(masking_utils.sliding_window_overlay)
-
-
-def _mask_functions() -> dict[str, Callable[..., Any]]:
-    kinds = {kind for name in FAMILIES if fault_of(name) is None for kind in host(name).kinds} - RECURRENT
-    return {kind: masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind] for kind in kinds}
 
 
 WRONG: list[dict[str, Any]] = [

@@ -1,6 +1,6 @@
 """Figures of papers by `estimate`, in one table: each counted as its paper counts, from a preset alone.
 
-The long tables (every ratio of PiToMe, layer by layer) stand in test_estimate.py.
+The long tables (every ratio of PiToMe, layer by layer) stand in test_published_figures.py.
 """
 
 import pytest

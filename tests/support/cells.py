@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import vlmtok
-from support import matrix, models
-from support.matrix import spec_of
+
+from . import matrix, models
+from .matrix import spec_of
 
 EXPECTED = matrix.expected()
 CELLS = [(method, model) for method, row in EXPECTED.items() for model in row]

@@ -7,11 +7,12 @@ import functools
 import torch
 
 import vlmtok
-from support import models, oracle
-from support.checks import assert_differs, assert_equal
-from support.hosts_of import cache_of, with_cache
-from support.player import Player
 from vlmtok import Reduction, Site
+
+from . import models, oracle
+from .checks import assert_differs, assert_equal
+from .hosts_of import cache_of, with_cache
+from .player import Player
 
 STEPS = 4
 SPECIAL = list(range(models.IMAGE, models.VOCAB))

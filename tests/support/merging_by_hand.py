@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from support.places import GOLDEN
+from .places import GOLDEN
 
 
 def golden(name):

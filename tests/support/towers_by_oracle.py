@@ -7,10 +7,11 @@ import functools
 import torch
 
 import vlmtok
-from support import models, oracle
-from support.checks import assert_differs, assert_equal
-from support.player import Player
 from vlmtok.lab.tiny import towers
+
+from . import models, oracle
+from .checks import assert_differs, assert_equal
+from .player import Player
 
 
 def odd(name, depth, size, patch=8):

@@ -1,4 +1,4 @@
-"""`vlmtok.lab.compare` and `vlmtok.loading`: what is loaded, asked and compared; and that the model stays bare."""
+"""`vlmtok.lab.compare`: what is asked and compared, families and their pictures; and that the model stays bare."""
 
 import dataclasses
 import io
@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from PIL import Image
-from support.checkpoints import FAMILIES, llava, picture, vit
+from support.checkpoints import FAMILIES, picture, vit
+from support.comparing import QUESTION, compare
 
 import vlmtok
 from vlmtok import loading
@@ -20,21 +21,10 @@ from vlmtok.lab import comparison, prompts, runners
 from vlmtok.loading import LoadError
 from vlmtok.timing import Ratio
 
-QUESTION = "what color is the circle ?"
-
-
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
-    return loading.load(str(llava(tmp_path_factory.mktemp("llava"))))
-
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     return loading.load(str(vit(tmp_path_factory.mktemp("vit"))))
-
-
-def compare(model, *given, **more):
-    return comparing.compare(model, *given, **{"rounds": 1, "limit": 0, "max_new_tokens": 4, **more})
 
 
 def generate(model, inputs):
@@ -173,29 +163,6 @@ def test_methods_by_default(speaker, classifier):
     assert comparing.default_method(classifier.model) == comparing.DEFAULT_TOWER_METHOD
 
 
-# ---------------------------------------------------------------------- prompts
-def test_a_question_goes_through_the_chat_template_and_marks_pass_through(speaker):
-    asked = prompts.encode_prompt(speaker, picture(), QUESTION)["input_ids"]
-    typed = prompts.encode_prompt(speaker, picture(), f"USER: <image>\n{QUESTION} ASSISTANT:")["input_ids"]
-    assert torch.equal(asked, typed)
-    plain = prompts.encode_prompt(speaker, picture(), f"<image> {QUESTION}")["input_ids"]
-    assert plain.shape[1] < asked.shape[1] and (plain == asked[0, 2]).sum() == 144
-    twice = prompts.encode_prompt(speaker, picture(), QUESTION, batch=2)
-    assert torch.equal(twice["input_ids"], asked.expand(2, -1)) and len(twice["pixel_values"]) == 2
-
-
-def test_without_a_chat_template_the_mark_stands_in_front(tmp_path):
-    model = loading.load(str(llava(tmp_path, template=False, layers=1)))
-    ids = prompts.encode_prompt(model, picture(), QUESTION)["input_ids"]
-    assert torch.equal(ids, prompts.encode_prompt(model, picture(), f"<image>{QUESTION}")["input_ids"])
-
-
-@pytest.mark.parametrize(("prompt", "what"), [("<image> or <image> ?", "2 image marks"), ("  ", "empty")])
-def test_prompts_that_do_not_fit_one_picture_are_refused(speaker, prompt, what):
-    with pytest.raises(ParameterError, match=what):
-        compare(speaker, picture(), prompt)
-
-
 # ---------------------------------------------------------------------- families and their pictures
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp_path):
@@ -231,88 +198,3 @@ def test_crops_that_count_as_pictures_are_joined():
     assert found.parts.tolist() == [1, 1, 2, 2, 0, 0]
     assert [site is None for site in found.dropped_at()] == [True, True, False, True, True, False]
     assert comparing.joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
-
-
-# ---------------------------------------------------------------------- loading
-def test_a_skeleton_holds_no_data(tmp_path):
-    folder = str(llava(tmp_path, layers=1))
-    bare = loading.skeleton(folder)
-    assert bare.language and bare.processor is None
-    assert {p.device.type for p in bare.model.parameters()} == {"meta"}
-    for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
-        assert {p.device.type for p in loading.skeleton(name).model.parameters()} == {"meta"}
-
-
-def test_random_weights_and_dtypes(tmp_path):
-    folder = str(llava(tmp_path, layers=1))
-    trained, drawn = loading.load(folder), loading.load(folder, random=True, dtype="bfloat16")
-    assert trained.trained and trained.dtype == torch.float32 and not trained.model.training
-    assert not drawn.trained and drawn.dtype == torch.bfloat16
-    weight = "model.language_model.layers.0.mlp.down_proj.weight"
-    assert not torch.equal(trained.model.get_parameter(weight), drawn.model.get_parameter(weight).float())
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("/nowhere/at/all", "no such folder"),
-        ("three/part/name", "no such folder"),
-        ("timm:vit_tiny_patch16_22", "nearest: vit_tiny_patch16_224"),
-        ("open_clip:ViT-B-3", "nearest: ViT-B-32"),
-        ("open_clip:ViT-B-32:nowhere", "no trained weights 'nowhere'"),
-        ("owner/model", "HF_HUB_OFFLINE is set"),
-    ],
-)
-def test_models_that_cannot_be_had(name, what, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LoadError, match=what) as problem:
-        loading.load(name)
-    assert "\n" not in str(problem.value)
-
-
-def test_folders_without_a_checkpoint(tmp_path):
-    with pytest.raises(LoadError, match=r"no config\.json"):
-        loading.load(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "frobnicator"}')
-    with pytest.raises(LoadError, match="cannot load") as problem:
-        loading.load(str(tmp_path))
-    assert "frobnicator" in str(problem.value) and "\n" not in str(problem.value)
-
-
-def test_pictures(tmp_path):
-    upright = tmp_path / "turned.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn to the right
-    picture(120, 90).save(upright, exif=exif)
-    assert loading.open_picture(upright).size == (90, 120)
-    picture().convert("RGBA").save(tmp_path / "alpha.png")
-    assert loading.open_picture(tmp_path / "alpha.png").mode == "RGB"
-    (tmp_path / "words.png").write_text("no picture")
-    picture().save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:150])
-    for name, what in (("words.png", "no picture"), ("half.png", "cannot read"), ("none.png", "no such file")):
-        with pytest.raises(LoadError, match=what):
-            loading.open_picture(tmp_path / name)
-
-
-def test_files_that_cannot_be_written(tmp_path):
-    assert loading.check_writable(tmp_path / "overlay.png", picture=True) == tmp_path / "overlay.png"
-    assert not (tmp_path / "overlay.png").exists()
-    (tmp_path / "file").write_text("")
-    for name, what in (("none/x.png", "no folder"), ("file/x.png", "no folder"), (".", "it is a folder")):
-        with pytest.raises(LoadError, match=what):
-            loading.check_writable(tmp_path / name)
-    with pytest.raises(LoadError, match=r"use \.png"):
-        loading.check_writable(tmp_path / "overlay.txt", picture=True)
-
-
-def test_devices_and_dtypes_that_do_not_exist():
-    with pytest.raises(LoadError, match="device 'frob'"):
-        loading.pick_device("frob")
-    with pytest.raises(LoadError, match="dtype 'int8'"):
-        loading.pick_dtype("int8", torch.device("cpu"))
-    assert loading.pick_dtype("auto", torch.device("cpu")) is torch.float32
-    assert loading.pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
