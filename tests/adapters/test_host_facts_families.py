@@ -30,7 +30,6 @@ from vlmtok.adapters.language.masks import RECURRENT
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers.hf_rows import vision_spec
 
-# ---------------------------------------------------------------------- facts
 FACTS: list[Fact] = []
 
 
@@ -313,7 +312,6 @@ def _(at: Host) -> bool:
     return all(call.of != "core" for call in at.generated) and any(call.of == "core" for call in at.forward)
 
 
-# ---------------------------------------------------------------------- tests
 CASES = [
     pytest.param(name, each, id=f"{name}: {each.sentence.format(spec=spec)}")
     for name in TINY

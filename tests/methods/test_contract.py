@@ -57,6 +57,13 @@ def test_refused_before_anything_is_changed(method, model):
     before.assert_still(found)
 
 
+def test_the_contract_subjects_are_what_they_say():
+    """The batch of LLaVA has padding, two pictures, one, and none."""
+    batch = Subject("HF LLaVA").batch
+    assert sorted(0 if p is None else len(p) for p in batch.pixels) == [0, 1, 1, 2]
+    assert len({len(row) for row in batch.rows}) == 4
+
+
 # ---------------------------------------------------------------------- 1: bit-identical where nothing is done
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_a_method_that_does_nothing_changes_no_bit(method, model):

@@ -17,7 +17,6 @@ from vlmtok.mergers.condensation import (
 from vlmtok.mergers.tca import TCA
 
 
-# ---------------------------------------------------------------------- condensation against the release
 @pytest.mark.parametrize("name", golden_names("tca_coreset_*.npz"))
 def test_coreset_equals_the_release(name):
     data = golden(name)
@@ -131,7 +130,6 @@ def test_first_centre():
         first(first=(1, 2))
 
 
-# ---------------------------------------------------------------------- rules of every method
 def test_condense_is_usable_alone():
     x, score = torch.randn(1, 10, 3), torch.arange(10.0).unsqueeze(0)
     plan = condensation(10, 3)

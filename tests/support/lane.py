@@ -14,14 +14,37 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-WHOLE = ("house/test_fresh_process.py", "adapters/test_host_facts.py")
+WHOLE = (
+    "house/test_fresh_process.py",
+    "adapters/test_host_facts_torch.py",
+    "adapters/test_host_facts_towers.py",
+    "adapters/test_host_facts_libraries.py",
+    "adapters/test_host_facts_llava.py",
+)
 """Files of which every case runs."""
 SAMPLED = {
     "methods/test_contract.py": 12,
+    "methods/test_contract_rows.py": 12,
+    "methods/test_contract_oracle.py": 12,
+    "methods/test_contract_counts.py": 12,
+    "methods/test_contract_selection.py": 12,
     "adapters/towers/test_towers.py": 3,
+    "adapters/towers/test_tower_combinations.py": 3,
+    "adapters/towers/test_tower_gradients.py": 3,
+    "methods/test_matching.py": 3,
+    "methods/test_todre_vectors.py": 3,
     "adapters/language/test_llava.py": 3,
+    "adapters/language/test_llava_forward.py": 3,
+    "adapters/language/test_llava_generate.py": 3,
+    "adapters/language/test_llava_refused.py": 3,
+    "adapters/language/test_llava_turns.py": 3,
+    "adapters/language/test_llava_views.py": 3,
     "core/test_lifetime.py": 3,
+    "core/test_lifetime_entries.py": 3,
+    "core/test_lifetime_handles.py": 3,
+    "core/test_lifetime_refused.py": 3,
     "adapters/test_host_facts_families.py": 100,
+    "adapters/test_host_facts_families_masks.py": 100,
     "families/test_attention.py": 4,
     "families/test_bare.py": 4,
     "families/test_dialogue.py": 4,

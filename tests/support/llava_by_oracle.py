@@ -73,7 +73,6 @@ def assert_generates_as_the_oracle(model, batch, methods, cached=True, **more):
     assert_differs(logits, bare)
 
 
-# ---------------------------------------------------------------------- cuts of every kind
 CUTS = {
     "boundary renumbered": [Top(0.5)],
     "boundary kept": [Top(0.5, positions="keep")],
@@ -101,11 +100,9 @@ CUTS = {
 }
 
 
-# ---------------------------------------------------------------------- ways to generate
 BOTH = [Top(0.5), Top(0.5, "decoder", 2, positions="renumber")]
 
 
-# ---------------------------------------------------------------------- turns
 def first_turn(model, batch, **more):
     return model.generate(**batch.inputs(), max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, **more)
 

@@ -1,4 +1,4 @@
-"""Caches, masks and sites that do not fit LLaVA, and what is said of them."""
+"""Caches, masks and sites that do not fit LLaVA, what is said of them, and what a failure leaves behind."""
 
 from __future__ import annotations
 
@@ -99,3 +99,31 @@ class Unknown(vlmtok.Random):
 class Early(vlmtok.Random):
     def sites(self, layout):
         return [Site("decoder", 2, "end", ("text_attention@decoder:4",))]
+
+
+def test_an_exception_while_pictures_are_encoded_leaves_nothing_behind():
+    """The pictures of a call that failed must not be taken for those of the next one."""
+    model, batch = llava(), Batch.of("^3I5")
+    other = Batch.of("^2I1I4", seed=3)
+    with torch.no_grad(), vlmtok.compress(model, CUTS["everything"]):
+        good = model(**other.inputs()).logits
+        text = model(**Batch.of("6").inputs()).logits
+
+        def boom(*_):
+            raise RuntimeError("made to fail")
+
+        for victim in (model.model.multi_modal_projector, model.model.language_model.layers[3]):
+            handle = victim.register_forward_hook(boom)
+            with pytest.raises(RuntimeError, match="made to fail"):
+                model(**batch.inputs())
+            handle.remove()
+            embeds = model.get_input_embeddings()(Batch.of("6").rows[0][None])
+            direct = model.model.language_model(inputs_embeds=embeds).last_hidden_state
+            assert_same(model.lm_head(direct), text, "the language model called by itself")
+            assert_same(model(**other.inputs()).logits, good)
+        # Too few placeholders: the host refuses, and goes on.
+        wrong = {**batch.inputs(), "input_ids": batch.rows[0][None, :-10]}
+        wrong["attention_mask"] = torch.ones_like(wrong["input_ids"])
+        with pytest.raises((ValueError, RuntimeError, CacheError)):
+            model(**wrong)
+        assert_same(model(**other.inputs()).logits, good)

@@ -213,3 +213,15 @@ def test_a_cache_cropped_into_what_was_cut_is_refused(cut):
         cache.crop(-12)
         with pytest.raises((CacheError, PassError)):
             model(input_ids=models.prompt("3")[None], **with_cache(model, cache))
+
+
+def test_placeholders_that_were_generated_are_text():
+    """Only placeholders that come with features are pictures."""
+    model, batch = llava(), Batch.of("^3I5")
+    with torch.no_grad(), vlmtok.compress(model, CUTS["boundary renumbered"]):
+        out = model(**batch.inputs(), use_cache=True)
+        ids = torch.tensor([[5, models.IMAGE, 7]])
+        mask = torch.ones(1, len(batch.rows[0]) + 3, dtype=torch.int64)
+        found = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache_of(out))).logits
+    assert found.shape[1] == 3
+    assert bool(found.isfinite().all())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from support import models, oracle
-from support.checks import Subject, assert_equal, gap
-from support.hosts_of import cache_of, with_cache
-from support.llava_by_oracle import CUTS, decider, llava
+from support import oracle
+from support.checks import assert_equal, gap
+from support.llava_by_oracle import decider, llava
 from support.models import Batch
 
 import vlmtok
@@ -113,22 +112,3 @@ def test_traces_equal_the_oracle():
                     groups.setdefault(slot, set()).add(int(trace[at].owner[patch]))
                 assert all(len(owners) == 1 for owners in groups.values())
                 at += 1
-
-
-def test_placeholders_that_were_generated_are_text():
-    """Only placeholders that come with features are pictures."""
-    model, batch = llava(), Batch.of("^3I5")
-    with torch.no_grad(), vlmtok.compress(model, CUTS["boundary renumbered"]):
-        out = model(**batch.inputs(), use_cache=True)
-        ids = torch.tensor([[5, models.IMAGE, 7]])
-        mask = torch.ones(1, len(batch.rows[0]) + 3, dtype=torch.int64)
-        found = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache_of(out))).logits
-    assert found.shape[1] == 3
-    assert bool(found.isfinite().all())
-
-
-def test_the_contract_subjects_are_what_they_say():
-    """The batch of test_contract.py has padding, two pictures, one, and none."""
-    batch = Subject("HF LLaVA").batch
-    assert sorted(0 if p is None else len(p) for p in batch.pixels) == [0, 1, 1, 2]
-    assert len({len(row) for row in batch.rows}) == 4
