@@ -103,6 +103,14 @@ class AIM(Method):
     layers that cut: memory and time of heads x L x L each. With a causal mask and `damping` 0 the importance favours
     early tokens strongly.
 
+    Algorithm:
+        1. Pass i of `passes` before the decoder: even places A, odd places B, ``s_a = max_b cos(x_a, x_b)``.
+        2. The ``N // 2^i`` tokens of A with the highest s_a join that b; a slot is the plain mean of what joins.
+        3. From `first` on decoder layer l runs with ``V (last - l) // (last - first + 1)`` of the V that entered.
+        4. Importance from the attention logits Z of the layer before: ``P = softmax(Z / tau)``, ``v_0 = 1 / L``.
+        5. ``v = (1 - damping) v P + damping / L``, `iterations` times; ``s_n = sqrt(mean_h v_n^2)``.
+        6. The tokens of highest s_n stay, in their order; from `last` on none.
+
     Args:
         passes: merging passes before the decoder (each about halves the tokens); 0 leaves merging out.
         prune: prune inside the decoder.

@@ -35,6 +35,11 @@ def pool_windows(size: int, out: int) -> list[range]:
 class AveragePool(Method):
     """Replaces windows of the visual grid by their mean, before the language model (adaptive average pooling).
 
+    Algorithm:
+        1. A grid of R x C tokens becomes one of R' x C', by default half of each side.
+        2. Window i spans rows ``floor(i R / R')`` to ``ceil((i + 1) R / R') - 1``; columns likewise.
+        3. A slot is the plain mean of its window, ``y = sum_{n in window} x_n / |window|``; slots lie row by row.
+
     Args:
         output_size: rows and columns of the pooled grid, or one number for both; None halves each side.
         overlap: let windows overlap where the grid cannot be divided, as ``torch.nn.AdaptiveAvgPool2d`` does; without

@@ -142,6 +142,16 @@ class CrossGET(Method):
 
     Nothing of the other modality is read: a trained cross token predicts it.
 
+    Algorithm:
+        1. ``s_ij = cos(k_i, k_j)`` of all pairs of keys; tokens are ranked by falling ``max_{j != i} s_ij``.
+        2. ``b_i = max s_ij`` over the tokens j that rank behind i: how redundant i is once the graph has no circles.
+        3. Importance ``g_i``: cosine of k_i with the guide's query (CLS, EOT, cross token), or attention; none: 0.
+        4. The r tokens of lowest ``g_i - b_i`` merge, each with ``argmax_j s_ij`` among those that stay.
+        5. Source s and target d weigh ``(w_s, w_d) = 2 softmax(g_s, g_d)``; with sizes m the target becomes
+        6. ``x_d = (m_d x_d + sum_s [w_s m_s x_s + (w_d - 1) m_d x_d]) / (m_d + sum_s m_s)``.
+        7. Guidance ``"cross"`` and ``"attention"`` add a cross token to each block: CLS (later its own output; in text
+           EOT) plus a learned vector of that layer.
+
     Args:
         rv: tokens merged in a layer of the vision tower, capped at half; 0 merges nothing, None leaves the tower alone.
         rl: the same for the text tower; its first token and EOT stay. A slot may hold a later token's content, which

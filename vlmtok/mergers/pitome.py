@@ -35,6 +35,14 @@ class PiToMe(Method):
     Energy tells how many similar tokens a token has; the 2r tokens of highest energy are matched, the rest is
     protected. The defaults are the paper's settings with the released energy.
 
+    Algorithm:
+        1. ``r = floor(T - T ratio)`` of T tokens merge, at most half.
+        2. Energy by `metric` k: ``E_i = mean_j f(cos(k_i, k_j) - m)``, ``f(u) = u if u >= 0 else alpha (exp(u) - 1)``.
+        3. The margin m falls with depth: ``m = a - b layer / depth``.
+        4. By falling energy the first 2 r tokens are candidates, in turn A and B; those behind them are protected.
+        5. Each of A joins ``argmax_b cos(k_a, k_b)``.
+        6. A slot is the mean ``sum n_i x_i / sum n_i`` by sizes n; with `prop_attn` later logits get ``log n``.
+
     Args:
         ratio: share of the tokens that a layer keeps, for every layer, or a list with one a layer. At least half of
             the tokens stay. (The paper calls it r.)

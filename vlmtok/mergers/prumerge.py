@@ -131,6 +131,13 @@ class PruMerge(Method):
     neighbours by key, weighted by their attention, and one more token is the sum of all that do not stay. The class
     token itself does not go on. Features are those that the projector reads.
 
+    Algorithm:
+        1. In the tower's last layer ``a = softmax(q_cls K^T / sqrt(D))``, one head of full width D, cut to the patches.
+        2. The k highest stay: as many as ``a_i > Q3 + 1.5 (Q3 - Q1)``, Q the quartiles of a crop, or as `keep` says.
+        3. PruMerge+ adds every s-th place, ``s = max(1, N // k // 3)``.
+        4. Each that stays gathers: ``y_i = x_i + sum_j a_j x_j`` over its `neighbours` j of highest ``cos(K_i, K_j)``.
+        5. One slot more: ``sum_j a_j x_j`` over all that do not stay.
+
     Args:
         keep: None lets each crop's outliers decide, so that rows are ragged; a share (float, rounded down as released)
             or a count (int) of tokens fixes it. One merged token comes on top.

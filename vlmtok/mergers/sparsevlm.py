@@ -151,6 +151,14 @@ class SparseVLM(Method):
     come back as a few cluster means behind the kept ones, and count as visual tokens at the next cut. A prompt that
     ends with the picture has no rater: there its last row rates. This is the first released version.
 
+    Algorithm:
+        1. Before the decoder ``w_t = mean_n softmax_t(x_n . e_t)``; text tokens with ``w_t > mean w`` are the raters.
+        2. At a cut ``s_n = mean over heads and raters of attention[t, n]``; the k tokens of highest s_n stay.
+        3. Of d others the best ``m = int(0.3 d) + 1`` come back as ``c = m // 10 + 1`` clusters.
+        4. With ``D_ij = |x_i - x_j| / sqrt(width)`` a token's density is ``rho_i = exp(-mean of the c smallest
+           D_ij^2)`` and ``delta_i = min D_ij`` over denser j (the greatest D where there is none).
+        5. The c tokens of highest ``rho_i delta_i`` are centres, the others join the nearest; a slot is the plain mean.
+
     Args:
         tokens: the released table for 192, 128, 96 or 64 tokens (a mean over layers), stated for 576 visual tokens and
             scaled by how many entered the decoder.

@@ -60,6 +60,15 @@ class TCA(Method):
     saves the stream, another list of classes is refused. Where there are no classes (`reservoir_size=0`, or `finish`
     is never called), it only condenses.
 
+    Algorithm:
+        1. a_i: class-token attention, mean over heads; of n patches ``m = int(((1 - ratio) n + centers) / 3 + 0.5)``.
+        2. By falling `score`: ``n + 1 - 3 m`` patches stay, ``2 m`` are condensed, ``m - 1`` fused into ``sum a_i
+           x_i``.
+        3. Centres: one by `first`, then ``argmax_i min_c |x_i - x_c|``; the nearest takes a patch by 1 / distance.
+        4. A picture enters the reservoir of its predicted class; what `policy` says leaves a full one.
+        5. Anchor: the class mean nearest to the class token, inserted into the condensing blocks.
+        6. ``logit_c += lambd sum exp(-beta (1 - A))`` over the items of class c, ``A = sum_l w_l cos(cls_l, item_l)``.
+
     Args:
         ratio: share of patches that a condensing layer keeps (the paper's R): about ``ratio * n + 2`` of n.
         drop_rate: the release's number instead, about a third of 1 - R; then `ratio` has no part. The release runs with

@@ -62,6 +62,13 @@ def inflected_schedule(r: int | list[int] | tuple[int, float], depth: int) -> li
 class ToMe(Method):
     """Merges r tokens in every layer of a vision tower, between attention and MLP, by the mean of the heads' keys.
 
+    Algorithm:
+        1. Keys k of the block, mean over heads; places of the row, protected ones counted, alternate: A even, B odd.
+        2. ``s_a = max_b cos(k_a, k_b)`` for every a in A.
+        3. The r tokens of A with the highest s_a join that b; r is at most half of the tokens.
+        4. A slot is the size-weighted mean ``sum m_i x_i / sum m_i``, its size ``sum m_i``.
+        5. With `prop_attn` later blocks compute ``softmax(q k^T / sqrt(d) + log m)``.
+
     Args:
         r: tokens merged in a layer: an int for every layer, a list with one int a layer, or (r, inflection) for a
             falling (-1) or rising (1) schedule with the same mean. Capped at half of the tokens.

@@ -60,6 +60,13 @@ class VisionZip(Method):
     in the layer whose output the projector reads. A contextual token is the sum of a target patch and the mean of the
     patches that join it.
 
+    Algorithm:
+        1. ``s_i = sum_h`` of class-token attention on patch i, in the layer whose output the projector reads.
+        2. Dominant: the class token and the patches of highest s_i.
+        3. Of the R others, in their order, every ``(R // contextual)``-th is a target.
+        4. Each remaining patch joins the target t of highest ``cos(k_j, k_t)``.
+        5. ``y_t = x_t + mean of the x_j that join t``.
+
     Args:
         keep: share (float) or count (int) of a crop's tokens: dominant (class token included) and contextual ones
             together.

@@ -115,6 +115,13 @@ class CDPruner(Method):
     the cosine of each token with the mean input embedding of the text behind the picture, as the release does for
     models without a paired text tower. Without such text only diversity counts.
 
+    Algorithm:
+        1. The signal ``relevance``, else ``r_i = cos(x_i, t)``, t the mean embedding of the text behind the picture.
+        2. With `negate` its sign turns. Scaled within a crop: ``r_i = (r_i - min r + 1e-6) / (max r - min r)``.
+        3. ``L_ij = r_i cos(x_i, x_j) r_j``; wanted are the k tokens S with the greatest ``det L_S``.
+        4. Greedy: take ``p = argmax_i r_i^2 d_i``, d_i the variance that the chosen ones leave of i, at first 1.
+        5. Then ``e_i = (cos(x_p, x_i) - c_p . c_i) / sqrt(d_p)``, append e_i to c_i, ``d_i = d_i - e_i^2``.
+
     Args:
         keep: share (float) or count (int) of a crop's tokens that stay.
         negate: take low similarity as relevant, as released: CLIP's patch tokens correlate inversely with the text.

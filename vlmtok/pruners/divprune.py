@@ -58,6 +58,11 @@ class DivPrune(Method):
     The first token is the most isolated one, each next one has the greatest cosine distance to its nearest chosen
     token.
 
+    Algorithm:
+        1. First token: ``argmin_i max_{j != i} cos(x_i, x_j)``, the most isolated one.
+        2. Next token: ``argmin_i max_{c in S} cos(x_i, x_c)`` over those not in S: far from every chosen one.
+        3. Until k tokens are in S; they stay in their order.
+
     Args:
         keep: share (float) or count (int) of a picture's tokens that stay; 0.098 is the released setting.
         newlines: row separators of multi-crop pictures are ``"candidates"``, as released, or ``"drop"`` them.

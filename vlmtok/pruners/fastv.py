@@ -35,6 +35,11 @@ class FastV(Method):
     The score is the softmax attention of layer K - 1 (0-based) as that layer computed it; layer K is the first that
     runs without the dropped tokens. All pictures of a prompt share one budget.
 
+    Algorithm:
+        1. Layers 0 to K - 1 run on all tokens.
+        2. ``s_n = mean_h a_h[last, n]``, a the softmax attention of layer K - 1, of the prompt's last token.
+        3. The k visual tokens of highest s_n stay, in their order; layers K and later run without the others.
+
     Args:
         K: decoder layers that see every token, as in the paper (0-based: the cut is at the end of layer K - 1).
         keep: share (float) or count (int) of the visual tokens that stay. The paper's R is the share that goes:

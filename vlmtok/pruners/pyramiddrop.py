@@ -22,6 +22,12 @@ class PyramidDrop(Method):
     The score at a cut is computed with the norm, queries and keys of the layer that comes next. All pictures of a
     prompt share one budget.
 
+    Algorithm:
+        1. The L layers fall into stages; stage i begins at layer ``i L / (stages)``, by default L/4, L/2 and 3L/4.
+        2. There ``k_i = max(1, floor(ratio_i * V))`` of the V visual tokens that entered the decoder stay.
+        3. ``s_n = mean_h softmax(q_last K^T / sqrt(d))_n`` over the whole row, by the layer that comes next.
+        4. The k_i tokens of highest s_n stay, in their order.
+
     Args:
         layers: 0-based layers that are the first of a stage ("after layer 8" of the paper is layer 8 here). None
             divides the decoder into equal stages: 8, 16, 24 of 32 layers. In a decoder too short for that, stages

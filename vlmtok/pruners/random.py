@@ -20,6 +20,11 @@ class Random(Method):
 
     One draw can be lucky by ten points: average over seeds where you quote it.
 
+    Algorithm:
+        1. A generator is seeded with the SHA-256 of seed, site and N.
+        2. It draws one order of the N places; every row of the batch takes the same.
+        3. The first k places of that order stay, in the order of the tokens.
+
     Args:
         keep: share (float) or count (int) of a picture's tokens.
         seed: of the draw.

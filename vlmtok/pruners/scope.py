@@ -61,6 +61,12 @@ class SCOPE(Method):
     pooled frames), the choice is made at the language model's input, one thumbnail, crop or frame at a time: coverage
     is that of the projected tokens, attention follows the host's packing, and row separators stay.
 
+    Algorithm:
+        1. ``s_ij = cos(x_i, x_j)``; saliency ``a_j = sum_h`` of class-token attention; ``cover_i = 0``.
+        2. What j adds: ``g_j = sum_i max(0, s_ij - cover_i)``.
+        3. Take ``p = argmax_j g_j a_j^alpha`` of those not yet chosen, then ``cover_i = max(cover_i, s_ip)``.
+        4. Until k tokens are chosen; they stay in their order.
+
     Args:
         keep: share (float) or count (int) of a crop's tokens that stay.
         alpha: power of the attention; 0 leaves coverage alone.

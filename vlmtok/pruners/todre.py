@@ -105,6 +105,15 @@ class ToDRE(Method):
     vision less than `tau` to text, all visual tokens of the sample leave the layers that follow. It decides by depth
     more than by `tau`: check early and every picture is dropped. Either stage works alone (`keep=None`, `tau=None`).
 
+    Algorithm:
+        1. Stage 1 starts with the pivot, by default ``p = argmax_n mean_h cls_attention_h[n]``.
+        2. Next token: ``argmin_i sum_{c in S} cos(x_i, x_c)`` over those not in S (``rule="max"``: max for sum).
+        3. Until k tokens are in S; they stay in their order.
+        4. Stage 2 reads the attention of layer ``floor(7 L / 8) - 1``, mean over heads.
+        5. ``R_tv = mean_t sum_n a[t, n]`` of text rows on vision, ``R_vt = mean_n sum_t a[n, t]`` of visual rows on
+           text.
+        6. If ``R_tv < tau`` and ``R_vt < tau``, all visual tokens of the sample leave the layers that follow.
+
     Args:
         keep: share (float) or count (int) of a picture's tokens that stage 1 keeps; None leaves stage 1 out.
         rule: ``"sum"`` as in the paper's second version, ``"max"`` (k-center) as in the first.

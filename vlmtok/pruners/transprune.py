@@ -83,6 +83,13 @@ class TransPrune(Method):
     keys of the layer that comes next. Where no text follows the pictures, transition counts alone. All pictures of a
     prompt share one budget.
 
+    Algorithm:
+        1. A module (attention, MLP) with input u and output w: ``v_n = (|w_n| / |u_n|) softmax_n(1 - cos(w_n, u_n))``.
+        2. ``V_n`` sums v_n over both modules and over the layers of `accumulate`.
+        3. At a cut ``g_n = mean over heads and text rows of attention[t, n]``, by the layer that comes next.
+        4. ``S_n = alpha V_n / sum V + (1 - alpha) g_n / sum g``.
+        5. The ``max(1, floor(ratio_i * entered))`` tokens of highest S_n stay, in their order.
+
     Args:
         alpha: weight of the transition; 1 is transition only, 0 attention only.
         ratios: share of the visual tokens that entered the decoder, kept from each cut on, rounded down.
