@@ -275,20 +275,31 @@ def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
 
 def argument_docs(cls: type) -> dict[str, str]:
     """What the ``Args:`` section of a class's docstring says of each name."""
-    text = inspect.getdoc(cls) or ""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", text, re.M)
-    if section is None:
-        return {}
     found: dict[str, str] = {}
     name = ""
-    for line in section[1].splitlines():
-        start = re.match(r" {4}(\w+(?:, \w+)*): (.*)", line)
+    for line in docstring_of(cls).get("Args", "").splitlines():
+        start = re.match(r"(\w+(?:, \w+)*): (.*)", line)
         if start:
             name = start[1]
             found[name] = start[2]
         elif name and line.strip():
             found[name] += " " + line.strip()
     return {single: what.replace("``", "") for names, what in found.items() for single in names.split(", ")}
+
+
+def docstring_of(cls: type) -> dict[str, str]:
+    """A class's docstring by section: the text before the first one under an empty name, then those like ``Args``."""
+    found, title = {"": ""}, ""
+    for line in (inspect.getdoc(cls) or "").splitlines():
+        head = re.fullmatch(r"([A-Z]\w+):", line)
+        if head:
+            title = head[1]
+            found[title] = ""
+            continue
+        if line and not line.startswith(" "):  # a section ends where nothing is indented
+            title = ""
+        found[title] += (line.removeprefix("    ") if title else line) + "\n"
+    return {name: text.strip("\n") for name, text in found.items()}
 
 
 def _presets(cls: type[Method]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def family_table() -> str:
     """The vision-language families of transformers as markdown: where tokens can leave, and why not elsewhere.
 
     Two tables, made from the rows that the adapter works with: the families, then those that are refused. Cells of the
-    tower say how: ``slots``, ``spread`` or ``free``.
+    tower say how: ``slots``, ``spread`` or ``free``. Names link to the pages that `vlmtok.lab.pages` makes.
     """
     from ..adapters.language import families as vlm_rows
 
@@ -82,12 +82,12 @@ def family_table() -> str:
         language = f"no: {spec.boundary}" if spec.boundary else "yes"
         positions = "kept" if spec.positions == "mrope" else "kept or renumbered"
         cells = (
-            f"`{name}`",
+            f"[`{name}`]({name}.md)",
             f"`{vlm_rows.EXAMPLES[name]}`",
             tower,
             language,
             "" if spec.boundary else positions,
-            "; ".join(_notes(spec)),
+            "; ".join(notes(spec)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| refused | why |", "|---|---|"]
@@ -95,8 +95,8 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
-def _notes(spec: Any) -> list[str]:
-    """What a row says that users want to know."""
+def notes(spec: Any) -> list[str]:
+    """What a row of `families.ROWS` says that users want to know."""
     parts = {
         "anyres": "thumbnail and canvas of crops",
         "chunks": "crops, thumbnail last",
