@@ -11,6 +11,7 @@ _MODULES = (
     "comparison",
     "doctor",
     "overlay",
+    "pages",
     "prompts",
     "runners",
     "suite",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from . import comparison as comparison
     from . import doctor as doctor
     from . import overlay as overlay
+    from . import pages as pages
     from . import prompts as prompts
     from . import runners as runners
     from . import suite as suite

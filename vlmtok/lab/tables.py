@@ -28,6 +28,11 @@ def paper(entry: Entry) -> str:
     return title + (f", [code]({entry.code})" if entry.code else "")
 
 
+def parity(entry: Entry) -> str:
+    """What a method has been compared with; the patterns of its reference vectors are no emphasis."""
+    return entry.parity.replace("*", "\\*")
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; bars in cells do not end them.
 
@@ -44,7 +49,7 @@ def _papers(found: Sequence[Entry]) -> str:
     for entry in found:
         differs = f"[{len(entry.deviations)}]({entry.name}.md#{DIFFERS})" if entry.deviations else "-"
         free = "yes" if entry.training_free else "no"
-        rows.append((f"[`{entry.name}`]({entry.name}.md)", paper(entry), free, entry.parity, differs))
+        rows.append((f"[`{entry.name}`]({entry.name}.md)", paper(entry), free, parity(entry), differs))
     return table(("method", "paper", "training-free", "compared with its release", "differs in"), rows)
 
 

@@ -13,7 +13,10 @@ from .families import family_pages
 from .measured import Measured
 from .methods import method_pages
 from .names import name_pages
-from .section import Section
+from .root import root_pages
+from .section import Section, filled
+
+__all__ = ["Section", "filled", "root_pages", "sections"]
 
 
 def sections(results: Path, surface: str, commands: Any) -> dict[str, Section]:
@@ -28,7 +31,5 @@ def sections(results: Path, surface: str, commands: Any) -> dict[str, Section]:
         Folder below ``docs/`` to its pages and their order.
     """
     named, page = name_pages(surface), "reference/commands.md"
-    reference = Section(
-        {**named.pages, page: command_page(commands)}, [*named.navigation, {"Command line": page}]
-    )
+    reference = Section({**named.pages, page: command_page(commands)}, [*named.navigation, {"Command line": page}])
     return {"methods/": method_pages(Measured.read(results)), "families/": family_pages(), "reference/": reference}

@@ -20,7 +20,7 @@ from ...loading.models import configured
 from ..catalogue import KINDS, refusal, sites
 from ..family_table import ADAPTERS, family_table, models, notes
 from ..tables import table
-from .methods import grouped
+from .methods import first_clause, grouped
 from .section import Section
 
 CONFIGURED: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def _index(towers: Mapping[str, list[str]]) -> str:
             "reason, before anything is changed. `vlmtok list --models` prints the same.",
             "## Vision-language models of transformers",
             carried,
-            "A family that is not listed may run with `vlmtok.compress(model, method, adapter=\"generic-vlm\")`.",
+            'A family that is not listed may run with `vlmtok.compress(model, method, adapter="generic-vlm")`.',
             "### Refused {#refused}",
             refused,
             "## Towers and dual encoders",
@@ -109,7 +109,10 @@ def family_page(name: str) -> str:
         f"# {name}",
         table(("", ""), facts),
         "## Where tokens can leave",
-        table(("stage", "tokens can leave"), [(f"`{stage}`", _offer(stage, layout, spec)) for stage in STAGES if stage != "text"]),
+        table(
+            ("stage", "tokens can leave"),
+            [(f"`{stage}`", _offer(stage, layout, spec)) for stage in STAGES if stage != "text"],
+        ),
     ]
     if peculiar:
         parts += ["## What is peculiar to it", "\n".join(f"- {one}" for one in peculiar)]
@@ -186,6 +189,6 @@ def _methods(layout: Layout) -> str:
 def _fit(method: Method, layout: Layout) -> str:
     why = refusal(method, layout)
     if why is not None:
-        return f"no: {why}"
+        return f"no: {first_clause(why)}"
     found = [{**row, "scope": "", "positions": "", "needs": ()} for row in sites(method, layout)[1]]
     return "; ".join(row["site"] for row in grouped(found))

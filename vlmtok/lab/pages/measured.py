@@ -79,8 +79,8 @@ class Measured:
         ]
         said = (
             f"tiny-llava, {bare['questions']:,} held-out questions, share right to the letter (bare: "
-            f"{bare['layer_average_tokens']:g} tokens, {_percent(bare['right']['all'])}); `random` at the same budget. It "
-            "says what a method keeps of little pictures of shapes and digits, not how it does on photographs."
+            f"{bare['layer_average_tokens']:g} tokens, {_percent(bare['right']['all'])}); `random` at the same budget. "
+            "It says what a method keeps of little pictures of shapes and digits, not how it does on photographs."
         )
         return f"{said}\n\n{table(('setting', 'visual tokens a layer', 'right', '`random`'), rows)}"
 

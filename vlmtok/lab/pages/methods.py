@@ -9,7 +9,7 @@ from ...core.registry import create_method, method_class
 from ...errors import VlmtokError
 from ...forecast.estimate import estimate
 from ..catalogue import KINDS, Entry, docstring_of, methods, refusal, sites
-from ..tables import DIFFERS, method_table, paper, table
+from ..tables import DIFFERS, method_table, paper, parity, table
 from .measured import Measured
 from .section import Section
 
@@ -70,7 +70,7 @@ def _facts(entry: Entry) -> str:
         ("acts at", ", ".join(f"`{stage}`" for stage in entry.stages)),
         ("one view row is", f"a {entry.scope}"),
         ("`vlmtok.budget` moves", f"`{budget}`" if budget else "nothing"),
-        ("compared with its release", entry.parity),
+        ("compared with its release", parity(entry)),
     ]
     return table(("", ""), [(name, text) for name, text in rows if text])
 
@@ -100,7 +100,9 @@ def grouped(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in found:
         stage, layer, point = _words(row["site"])
-        groups.setdefault((stage, layer and "layers", point, row["scope"], row["positions"], *row["needs"]), []).append(row)
+        groups.setdefault((stage, layer and "layers", point, row["scope"], row["positions"], *row["needs"]), []).append(
+            row
+        )
     for (stage, layered, point, *_), rows in groups.items():
         if len(rows) == 1 or not layered:
             yield dict(rows[0])
@@ -109,6 +111,11 @@ def grouped(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         whole = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
         told = f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
         yield {**rows[0], "site": f"{stage} layers {told}, {point}"}
+
+
+def first_clause(why: str) -> str:
+    """A refusal without the list of what is possible, which a page has beside it."""
+    return why.partition("; it offers")[0]
 
 
 def _words(site: str) -> tuple[str, str, str]:
@@ -132,9 +139,13 @@ def _places(entry: Entry) -> str:
     runs = []
     for kind in KINDS.values():
         why = refusal(method, kind.layout())
-        runs.append((f"{kind.what} (`{kind.shape}`)", "yes" if why is None else f"no: {why}"))
+        runs.append((kind.name, f"{kind.what} (`{kind.shape}`)", "yes" if why is None else f"no: {first_clause(why)}"))
     return "\n\n".join(
-        (said, table(("site", "a view row is a", "positions", "signals"), rows), table(("kind of model", "runs"), runs))
+        (
+            said,
+            table(("site", "a view row is a", "positions", "signals"), rows),
+            table(("kind of model", "for example", "runs"), runs),
+        )
     )
 
 
@@ -147,10 +158,10 @@ def _cost(entry: Entry) -> str:
     parts = []
     for shape in chosen:
         report = estimate(shape, method, text_tokens=TEXT if shape == SHAPES[0] else None)
-        said, *tables = report.to_markdown().split("\n\n")
+        tables = report.to_markdown().split("\n\n")
         counted = [part for part in tables if part.startswith("|  |") and "/ before" in part.splitlines()[0]]
         notes = [part for part in tables if part.startswith("- ")]
-        asked = f', text_tokens={TEXT}' if shape == SHAPES[0] else ""
+        asked = f", text_tokens={TEXT}" if shape == SHAPES[0] else ""
         call = f'`vlmtok.estimate("{shape}", "{entry.name}"{asked})`:'
         parts += [call, *counted, *notes]
     return "\n\n".join(parts)

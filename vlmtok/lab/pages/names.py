@@ -31,16 +31,14 @@ def groups(surface: str) -> dict[str, list[str]]:
     Raises:
         SurfaceError: there is no such table, or names of it are missing in what was found.
     """
-    named = next((node for node in ast.parse(surface).body if _is_home(node)), None)
-    if named is None or not isinstance(named.value, ast.Dict):
-        raise SurfaceError("the surface has no table HOME that is written down as a dict")
+    named = _home(surface)
     within = range(named.lineno, (named.end_lineno or named.lineno) + 1)
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()
         for token in tokenize.generate_tokens(io.StringIO(surface).readline)
         if token.type == tokenize.COMMENT and token.start[0] in within and token.line.lstrip().startswith("#")
     }
-    keys = {key.lineno: key.value for key in named.value.keys if isinstance(key, ast.Constant)}
+    keys = {key.lineno: key.value for key in named.keys if isinstance(key, ast.Constant)}
     found, title = {MODULES: []}, MODULES
     for line in sorted({*comments, *keys}):
         if line in comments:
@@ -48,7 +46,7 @@ def groups(surface: str) -> dict[str, list[str]]:
             found[title] = []
         else:
             found[title].append(str(keys[line]))
-    if sum(map(len, found.values())) != len(named.value.keys):
+    if sum(map(len, found.values())) != len(named.keys):
         raise SurfaceError("names of HOME share a line; each stands on its own")
     return {**{one: names for one, names in found.items() if names}, METHODS: _classes()}
 
@@ -78,9 +76,13 @@ def _classes() -> list[str]:
     return [method_class(name).__name__ for name in list_methods()]
 
 
-def _is_home(node: ast.stmt) -> bool:
-    target = node.target if isinstance(node, ast.AnnAssign) else None
-    return isinstance(target, ast.Name) and target.id == "HOME"
+def _home(surface: str) -> ast.Dict:
+    for node in ast.parse(surface).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
+            continue
+        if isinstance(node.target, ast.Name) and node.target.id == "HOME":
+            return node.value
+    raise SurfaceError("the surface has no table HOME that is written down as a dict")
 
 
 def _title(text: str) -> str:

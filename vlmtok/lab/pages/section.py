@@ -1,4 +1,4 @@
-"""A part of the site."""
+"""A part of the site: pages that stand together, and where the site's navigation names them."""
 
 from __future__ import annotations
 
@@ -18,3 +18,17 @@ class Section:
 
     pages: Mapping[str, str]
     navigation: Sequence[Any]
+
+
+def filled(navigation: Any, sections: Mapping[str, Section]) -> Any:
+    """A navigation in which the folders of sections have become lists of their pages.
+
+    Args:
+        navigation: as it stands in ``mkdocs.yml``.
+        sections: by folder.
+    """
+    if isinstance(navigation, list):
+        return [filled(item, sections) for item in navigation]
+    if isinstance(navigation, dict):
+        return {title: filled(item, sections) for title, item in navigation.items()}
+    return list(sections[navigation].navigation) if navigation in sections else navigation
