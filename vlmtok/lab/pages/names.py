@@ -39,7 +39,8 @@ def groups(surface: str) -> dict[str, list[str]]:
         if token.type == tokenize.COMMENT and token.start[0] in within and token.line.lstrip().startswith("#")
     }
     keys = {key.lineno: key.value for key in named.keys if isinstance(key, ast.Constant)}
-    found, title = {MODULES: []}, MODULES
+    title = MODULES
+    found: dict[str, list[str]] = {MODULES: []}
     for line in sorted({*comments, *keys}):
         if line in comments:
             title = comments[line]
