@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.rows import HELD, PAD, TEXT, Rows
+from ...core.pictures import HELD, PAD, TEXT
+from ...core.rows import Rows
 from ..hosts import Role
 from . import shapes
 from .call import BLOCKS, HOST, Opened, deepstack

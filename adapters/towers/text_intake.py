@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.ledger import StageRun
-from ...core.rows import PAD, TEXT, Picture, Rows
+from ...core.pictures import PAD, TEXT, Picture
+from ...core.rows import Rows
 from ...core.threads import PerThread, Watch
 from ...errors import PassError
 from .. import hosts
