@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -73,8 +73,14 @@ def _text(words: tf.PreTrainedTokenizerFast, layers: int = 4, width: int = 64, *
     )
 
 
-def _save(folder: Path, model: torch.nn.Module, processor: object, gain: float = 4.0) -> Path:
-    """Saves both; greater weights make the picture matter."""
+def save(
+    folder: Path,
+    model: torch.nn.Module,
+    processor: object,
+    gain: float = 4.0,
+    names: Sequence[str] = tuple(WORDS.split()),
+) -> Path:
+    """Saves both; greater weights make the picture matter, and `names`, the last of the vocabulary, are all it says."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +90,7 @@ def _save(folder: Path, model: torch.nn.Module, processor: object, gain: float =
                 parameter.mul_(gain)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:
-            head.weight[: -len(WORDS.split())] = 0  # placeholders and marks are never written
+            head.weight[: -len(names)] = 0  # placeholders and marks are never written
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -120,7 +126,7 @@ def llava(folder: Path, *, template: bool = True, layers: int = 16) -> Path:
         image_token="<image>",
         num_additional_image_tokens=1,
     )
-    return _save(folder, tf.LlavaForConditionalGeneration(config), processor)
+    return save(folder, tf.LlavaForConditionalGeneration(config), processor)
 
 
 def llava_next(folder: Path) -> Path:
@@ -153,7 +159,7 @@ def llava_next(folder: Path) -> Path:
         image_token="<image>",
         num_additional_image_tokens=1,
     )
-    return _save(folder, tf.LlavaNextForConditionalGeneration(config), processor)
+    return save(folder, tf.LlavaNextForConditionalGeneration(config), processor)
 
 
 def qwen2_5_vl(folder: Path) -> Path:
@@ -191,7 +197,7 @@ def qwen2_5_vl(folder: Path) -> Path:
         tf.Qwen2VLVideoProcessor(**sizes, size=edges),
         chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return _save(folder, tf.Qwen2_5_VLForConditionalGeneration(config), processor)
+    return save(folder, tf.Qwen2_5_VLForConditionalGeneration(config), processor)
 
 
 def paligemma(folder: Path) -> Path:
@@ -214,7 +220,7 @@ def paligemma(folder: Path) -> Path:
     )
     pictures = tf.SiglipImageProcessor(size={"height": 32, "width": 32})
     pictures.image_seq_length = 16
-    return _save(folder, tf.PaliGemmaForConditionalGeneration(config), tf.PaliGemmaProcessor(pictures, words))
+    return save(folder, tf.PaliGemmaForConditionalGeneration(config), tf.PaliGemmaProcessor(pictures, words))
 
 
 def idefics3(folder: Path) -> Path:
@@ -240,7 +246,7 @@ def idefics3(folder: Path) -> Path:
     processor = tf.Idefics3Processor(
         pictures, words, image_seq_len=4, chat_template=TEMPLATE.replace("IMAGE", "<image>")
     )
-    return _save(folder, tf.Idefics3ForConditionalGeneration(config), processor)
+    return save(folder, tf.Idefics3ForConditionalGeneration(config), processor)
 
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -266,4 +272,4 @@ def vit(folder: Path) -> Path:
         label2id={name: i for i, name in names.items()},
     )
     pictures = tf.ViTImageProcessor(size={"height": 48, "width": 48})
-    return _save(folder, tf.ViTForImageClassification(config), pictures)
+    return save(folder, tf.ViTForImageClassification(config), pictures)

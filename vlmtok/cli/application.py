@@ -64,7 +64,6 @@ def _line_of(problem: Exception) -> str | None:
 app = typer.Typer(
     cls=OneLine,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune and merge the visual tokens of vision-language models that already exist.",
