@@ -1,4 +1,4 @@
-"""A method of one's own in a file outside the package: see CONTRIBUTING, "Write a method".
+"""A method of one's own in a file outside the package: see docs/howto/own-method.md.
 
 python examples/my_method.py        # registers it, wraps a tiny random ViT, prints the report
 """
