@@ -112,6 +112,7 @@ def run(blocks: Sequence[Block], name: str, folder: Path, home: Path, root: Path
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(root),
         "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         [sys.executable, __file__, str(answer)],
