@@ -62,7 +62,8 @@ def test_what_is_shown_is_compared_line_by_line(shown, printed, fine):
 
 
 def test_a_block_is_read_with_the_text_behind_it():
-    page = "x\n```python\na = 1\n```\n\n```text\n1\n```\n```python no-run\n# not run: wants CUDA\nb\n```\ny\n```text\nz\n```\n"
+    page = "x\n```python\na = 1\n```\n\n```text\n1\n```\n"
+    page += "```python no-run\n# not run: wants CUDA\nb\n```\ny\n```text\nz\n```\n"
     first, second = blocks_of(page)
     assert (first.line, first.code, first.runs, first.shown) == (2, "a = 1\n", True, "1\n")
     assert not second.runs and second.shown is None
