@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from vlmtok.adapters import adapter_for, host_faults
 from vlmtok.adapters.language import families
 
-from vlmtok.cli.app import app as cli
+from vlmtok import cli
 from vlmtok.errors import ParameterError
 from vlmtok.lab import catalogue, doctor
 from vlmtok.lab.doctor import language

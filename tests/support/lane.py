@@ -31,7 +31,7 @@ SAMPLED = {
     "adapters/towers/test_towers.py": 3,
     "adapters/towers/test_tower_combinations.py": 3,
     "adapters/towers/test_tower_gradients.py": 3,
-    "methods/test_matching.py": 3,
+    "methods/test_matching_vectors.py": 3,
     "methods/test_todre_vectors.py": 3,
     "adapters/language/test_llava.py": 3,
     "adapters/language/test_llava_forward.py": 3,
