@@ -14,7 +14,7 @@ from .core.method import Method
 from .core.site import Layout
 from .core.spec import as_methods
 from .core.view import TokenView
-from .dispatcher import Dispatcher, Member, dispatcher_of, reading_host
+from .dispatcher import CompressCall, Dispatcher, dispatcher_of, reading_host
 from .errors import ParameterError, PassError, SiteError
 from .guard import guarded
 
@@ -109,7 +109,7 @@ class Compression:
     `vlmtok.remove(model)` end the compression and give back the exact model.
     """
 
-    def __init__(self, dispatcher: Dispatcher, member: Member) -> None:
+    def __init__(self, dispatcher: Dispatcher, member: CompressCall) -> None:
         self._dispatcher = dispatcher
         self._member = member
         self._last = dispatcher.attachment

@@ -30,7 +30,7 @@ def dispatcher_of(model: nn.Module) -> Dispatcher | None:
 
 
 @dataclass(eq=False)
-class Member:
+class CompressCall:
     """What one `compress` call brought.
 
     Attributes:
@@ -59,12 +59,14 @@ class Dispatcher:
     def __init__(self, model: nn.Module, adapter: str | None) -> None:
         self.model = weakref.ref(model)
         self.adapter = adapter
-        self.members: list[Member] = []
+        self.members: list[CompressCall] = []
         self.attachment: Attachment | None = None
 
-    def add(self, methods: list[Method], signals: dict[str, Callable[[TokenView], Tensor]], trace: bool) -> Member:
+    def add(
+        self, methods: list[Method], signals: dict[str, Callable[[TokenView], Tensor]], trace: bool
+    ) -> CompressCall:
         """Adds a compression; the model is left as it was where that fails."""
-        member = Member(methods, signals, trace)
+        member = CompressCall(methods, signals, trace)
         attachment = self._attach([*self.members, member])
         self._check(attachment, member)
         for index, method in enumerate(methods):
@@ -74,7 +76,7 @@ class Dispatcher:
         self._replace(attachment, [*self.members, member], "compress")
         return member
 
-    def drop(self, member: Member, quiet: bool = False) -> None:
+    def drop(self, member: CompressCall, quiet: bool = False) -> None:
         """Ends a compression; the others go on."""
         if member not in self.members:
             return
@@ -98,14 +100,14 @@ class Dispatcher:
                 stacklevel=5,
             )
 
-    def has_fired(self, member: Member) -> bool:
+    def has_fired(self, member: CompressCall) -> bool:
         """Whether any hook of a member ran."""
         if member.fired or self.attachment is None or self.attachment.compiled:
             return True
         own = range(member.first, member.first + len(member.methods))
         return any(key[3] in own for key in self.attachment.ledger.fired)
 
-    def _attach(self, members: list[Member]) -> Attachment:
+    def _attach(self, members: list[CompressCall]) -> Attachment:
         """The attachment of some members, its hooks not placed yet."""
         from .adapters import adapter_for
 
@@ -115,7 +117,7 @@ class Dispatcher:
             layout = adapter_for(self._model(), self.adapter).layout()
         return Attachment(methods, layout, signals, any(member.trace for member in members), owner=self)
 
-    def _check(self, attachment: Attachment, member: Member) -> None:
+    def _check(self, attachment: Attachment, member: CompressCall) -> None:
         """Refuses a compression that has nothing to do, or acts where another one acts."""
         first = sum(len(other.methods) for other in self.members)
         own = [entry for entry in attachment.entries if entry.index >= first]
@@ -131,7 +133,7 @@ class Dispatcher:
                     "already; remove that one first (vlmtok.remove(model)), or pass both in one list"
                 )
 
-    def _replace(self, attachment: Attachment, members: list[Member], why: str) -> None:
+    def _replace(self, attachment: Attachment, members: list[CompressCall], why: str) -> None:
         """Puts an attachment in the place of the one before."""
         from .adapters import adapter_for
         from .adapters.meter import meter

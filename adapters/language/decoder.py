@@ -15,7 +15,7 @@ from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying, weak
 from ...core.rows import Rows
 from ...core.site import layer_of
-from ...core.stream import ATTRIBUTE, Segment, Stream, file_stream, read_stream, ticket
+from ...core.stream import ATTRIBUTE, Segment, Stream, attachment_number, file_stream, read_stream
 from ...core.threads import PerThread
 from ...errors import CacheError, UnsupportedModel
 from .. import host_objects, hosts
@@ -67,7 +67,7 @@ class Decoder:
         kinds = layer_kinds(lm.config, self.depth)
         # Hosts read the length of the cache from the first layer that keeps keys.
         self.probe = next((i for i, kind in enumerate(kinds) if kind not in RECURRENT), 0)
-        self.owner = ticket()
+        self.owner = attachment_number()
         self.running = PerThread(DecoderRun)
         self.tower_grid = tower_grid
         self.projector = Projector(attachment, spec, tower)

@@ -31,7 +31,7 @@ class Layers:
     Args:
         spec: the family.
         lm: gives the text model; a weak reference.
-        owner: ticket of the attachment, for the past of a cache.
+        owner: number of the attachment, for the past of a cache.
         points: methods by the layer in front of which they stand.
         sites: lets methods act on rows.
         segments: makes masks and position embeddings of what is left.

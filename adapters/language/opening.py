@@ -53,7 +53,7 @@ def uncut_past(owner: int, batch: int, held: int, mask: Tensor | None) -> Stream
     """The past of a cache in which nothing was cut.
 
     Args:
-        owner: ticket of the attachment.
+        owner: number of the attachment.
         batch: B.
         held: columns that the cache holds.
         mask: `[B, past + S]`, or None.

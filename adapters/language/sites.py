@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
-from ...core.row_data import Group, Moved
+from ...core.row_data import ColumnMap, Group
 from ...core.row_state import RowNotes, RowState
 from ...core.rows import Rows
 from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
@@ -106,7 +106,7 @@ class Sites:
         x: Tensor,
         taps: Callable[[Group], DecoderTaps] | None,
         renumber_by_default: bool,
-    ) -> tuple[Tensor, Moved | None]:
+    ) -> tuple[Tensor, ColumnMap | None]:
         """Shows the method its views, group by group, and cuts the rows as it says.
 
         Args:
@@ -228,7 +228,7 @@ def _signal(need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[]
     return None
 
 
-def _note_drop(call: Call, layer: int, moved: Moved) -> None:
+def _note_drop(call: Call, layer: int, moved: ColumnMap) -> None:
     """After a renumbering cut before `layer`: how far positions lie below the host's, gaps of earlier cuts too.
 
     Rows that lost nothing in it keep their count.

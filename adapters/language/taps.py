@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.row_data import Group, Moved
+from ...core.row_data import ColumnMap, Group
 from ...core.signals import DecoderTaps
 from ...core.stream import Segment
 from ...core.threads import PerThread
@@ -62,7 +62,7 @@ class LayerTaps:
         self.back: list[Tensor] = []
         self.renumbered = False
 
-    def follow(self, hidden: Tensor, moved: Moved, renumbered: bool) -> None:
+    def follow(self, hidden: Tensor, moved: ColumnMap, renumbered: bool) -> None:
         """A method cut the rows here; the next one at this boundary sees what is left.
 
         Args:

@@ -12,7 +12,7 @@ from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.ledger import StageRun
 from ...core.sequence import Row, Sequence
-from ...core.threads import PerThread, Watch
+from ...core.threads import BlockOrder, PerThread
 from .. import hosts
 from ..base import TowerSpec
 from ..hosts import Arguments
@@ -54,7 +54,7 @@ class PictureIntake:
             self.maps.mine().size = (shape[-2], shape[-1]) if shape else None
 
     def begin(
-        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Watch
+        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], watch: BlockOrder
     ) -> Pass:
         """Checks the call of block 0 and makes the state of a forward.
 

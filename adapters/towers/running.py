@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.threads import PerThread, Watch
+from ...core.threads import BlockOrder, PerThread
 from ...errors import PassError
 from .tower_pass import LayerRecord, Pass
 
@@ -23,7 +23,7 @@ class ThreadState:
         known: block whose start has just been recognised as one that autograd runs again, or -1.
     """
 
-    watch: Watch
+    watch: BlockOrder
     current: Pass | None = None
     trained: Pass | None = None
     known: int = -1
@@ -38,11 +38,11 @@ class RunningPasses:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.threads = PerThread(lambda: ThreadState(Watch(stage)))
+        self.threads = PerThread(lambda: ThreadState(BlockOrder(stage)))
         self.last_trained: Pass | None = None
 
     @property
-    def watch(self) -> Watch:
+    def watch(self) -> BlockOrder:
         """How far this thread is."""
         return self.threads.mine().watch
 

@@ -13,7 +13,7 @@ from ...core.hooks import replaying
 from ...core.ledger import StageRun
 from ...core.pictures import PAD, TEXT, Picture
 from ...core.rows import Rows
-from ...core.threads import PerThread, Watch
+from ...core.threads import BlockOrder, PerThread
 from ...errors import PassError
 from .. import hosts
 from ..base import TextSpec
@@ -55,7 +55,7 @@ class TextIntake:
         """Text has no map of patches."""
 
     def begin(
-        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Watch
+        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], watch: BlockOrder
     ) -> Pass:
         """Checks the call of block 0 and makes the state of a forward; its causal mask is made anew for each layer.
 

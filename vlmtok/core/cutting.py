@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .pictures import HELD, PAD
 from .reduction import Reduction
-from .row_data import Group, Moved, RowData
+from .row_data import ColumnMap, Group, RowData
 
 
-def cut(rows: RowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool) -> tuple[Tensor, Moved]:
+def cut(rows: RowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool) -> tuple[Tensor, ColumnMap]:
     """`Rows.cut`."""
     device, batch, length = x.device, rows.batch, rows.length
     # One column more takes what invalid slots write.
@@ -55,7 +55,7 @@ def cut(rows: RowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumbe
         first = longest - torch.tensor(rows.lengths, device=device)
         valid = torch.arange(longest, device=device) >= first[:, None]
     dropped = torch.tensor([a - b for a, b in zip(before_lengths, rows.lengths)], device=device)
-    moved = Moved(place, source.gather(1, place), valid, dropped)
+    moved = ColumnMap(place, source.gather(1, place), valid, dropped)
     _move(rows, moved, joined, size, renumber)
     return x.gather(1, moved.source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), moved
 
@@ -79,7 +79,7 @@ def _count_pictures(rows: RowData, pieces: list[tuple[Group, Reduction]]) -> Non
                 picture.n = reduction.slots if certain else None
 
 
-def _move(rows: RowData, moved: Moved, joined: Tensor | None, size: Tensor | None, renumber: bool) -> None:
+def _move(rows: RowData, moved: ColumnMap, joined: Tensor | None, size: Tensor | None, renumber: bool) -> None:
     """Takes every table of the rows along."""
     place, source, valid = moved.place, moved.source, moved.valid
     rows.positions = _positions(rows, moved, renumber)
@@ -101,7 +101,7 @@ def _move(rows: RowData, moved: Moved, joined: Tensor | None, size: Tensor | Non
     rows.length = place.shape[1]
 
 
-def _positions(rows: RowData, moved: Moved, renumber: bool) -> Tensor:
+def _positions(rows: RowData, moved: ColumnMap, renumber: bool) -> Tensor:
     """Position ids of the columns that stay."""
     place, source, valid = moved.place, moved.source, moved.valid
     kept = rows.positions.gather(-1, source.expand(*rows.positions.shape[:-1], -1))
@@ -116,7 +116,7 @@ def _positions(rows: RowData, moved: Moved, renumber: bool) -> Tensor:
     return kept
 
 
-def _owner(owner: Tensor, moved: Moved, joined: Tensor) -> Tensor:
+def _owner(owner: Tensor, moved: ColumnMap, joined: Tensor) -> Tensor:
     """The column that owns each original column now.
 
     Args:

@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
+class ColumnMap:
     """What a cut did to columns.
 
     Attributes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import cutting, grouping
 from .pictures import TEXT, Picture
 from .reduction import Reduction
-from .row_data import Group, Moved, RowData, Snapshot
+from .row_data import ColumnMap, Group, RowData, Snapshot
 
 
 @dataclass(eq=False)
@@ -81,7 +81,7 @@ class Rows(RowData):
         """`[B, L, ...]` at a group's tokens: `[G, N, ...]`."""
         return table[group.index[:, None], group.columns]
 
-    def cut(self, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool) -> tuple[Tensor, Moved]:
+    def cut(self, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool) -> tuple[Tensor, ColumnMap]:
         """Shortens the rows, the only place that does.
 
         Args:

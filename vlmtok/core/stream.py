@@ -16,12 +16,12 @@ from torch import Tensor
 from ..errors import CacheError
 
 ATTRIBUTE = "_vlmtok_stream"
-_tickets = itertools.count()
+_numbers = itertools.count()
 
 
-def ticket() -> int:
+def attachment_number() -> int:
     """A number for one attachment; a cache cut under another one is refused."""
-    return next(_tickets)
+    return next(_numbers)
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Stream:
     """The past of one cache.
 
     Attributes:
-        owner: ticket of the attachment that cut it.
+        owner: number of the attachment that cut it.
         rows: B.
         seen: original columns so far, dropped ones included.
         next: int64 `[B]`, one more than the largest position so far in the host's own count, and
@@ -120,7 +120,7 @@ def read_stream(cache: Any, owner: int, rows: int, held: int, layer: int = 0) ->
 
     Args:
         cache: a cache object, or None.
-        owner: ticket of the attachment that asks.
+        owner: number of the attachment that asks.
         rows: rows of this call.
         held: columns that the cache says it holds, and
         layer: the layer that it reads them from.

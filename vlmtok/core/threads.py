@@ -45,7 +45,7 @@ class PerThread(Generic[S]):
         return self.latest if found is None else found
 
 
-class Watch:
+class BlockOrder:
     """How far a pass is in the thread that runs it; a block out of turn raises."""
 
     __slots__ = ("at", "begun", "stage")

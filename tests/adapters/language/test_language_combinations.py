@@ -150,7 +150,7 @@ class Scattered(Method):
 
 
 @dataclass(eq=False)
-class Watch(Method):
+class BlockOrder(Method):
     """Cuts nothing; notes sizes, keys, and the class token's key, which a picture has once."""
 
     stage: str = "projected"
@@ -168,7 +168,7 @@ class Watch(Method):
 @pytest.mark.parametrize("merge", ["", "tome:r=2+"])
 def test_views_know_the_slots_that_are_real(merge):
     """Sizes and signals of a tower reach the language model slot by slot, behind a cut of any shape."""
-    before, behind, scattered = Watch("features"), Watch(), Scattered()
+    before, behind, scattered = BlockOrder("features"), BlockOrder(), Scattered()
     methods = [*(vlmtok.parse_methods(merge[:-1]) if merge else []), before, scattered, behind]
     batch = Batch.of("^3I5", "2I1I2", "^4I1")
     with torch.no_grad(), vlmtok.compress(llava(), methods):
