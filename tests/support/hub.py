@@ -185,6 +185,7 @@ REPOSITORIES: Mapping[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": _llava,
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen,
     "openai/clip-vit-base-patch32": _clip,
+    "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k": _timm("vit_base_patch16_224"),
     "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k": _timm("vit_tiny_patch16_224"),
 }
 """By id, what saves the repository's files."""
