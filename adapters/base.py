@@ -159,7 +159,7 @@ class Adapter:
         raise NotImplementedError
 
     def account(self) -> Any:
-        """The model's shape as counts and widths (see `vlmtok.cost.flops`)."""
+        """The model's shape as counts and widths (see `vlmtok.core.model_shape`)."""
         raise NotImplementedError
 
     def refuse(self, why: str) -> UnsupportedModel:

@@ -242,7 +242,7 @@ class Arguments:
         Args:
             args: of the call.
             kwargs: of the call.
-            values: by role; a role without an argument goes by the name under which the call has it.
+            values: by role; a role without an argument goes by its first name.
         """
         places, names = list(args), dict(kwargs)
         for role, value in values.items():

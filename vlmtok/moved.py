@@ -20,7 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "ledger": ("core.ledger",),
     "method": ("core.method", "core.site", "core.registry", "core.spec", "core.settings"),
     "overhead": ("cost.overhead", "cost.rehearsal"),
-    "plan": ("cost.plan", "cost.host_rows"),
+    "plan": ("cost.plan", "cost.planned_rows"),
     "presets": ("forecast.presets",),
     "reduction": ("core.reduction",),
     "report": ("cost.report", "cost.assemble", "cost.lines", "cost.render", "cost.units"),

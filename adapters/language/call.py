@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ...core.ledger import StageRun
-from ...core.rows import Picture, Rows, Snapshot
+from ...core.rows import Picture, PromptRows, Snapshot
 from ...core.site import Site
 from ...core.stream import Stream
 from ...errors import UnsupportedModel
 
 HOST = -1
-"""Key, among the states of `Rows`, of what hosts keep for each token."""
+"""Key, among the states of `PromptRows`, of what hosts keep for each token."""
 BLOCKS = (HOST, "blocks")
 """State of bidirectional blocks, int64 `[B, L]`."""
 
@@ -99,7 +99,7 @@ class Call:
 
     cache: Any
     stream: Stream | None
-    rows: Rows | None
+    rows: PromptRows | None
     columns: int
     run: StageRun | None
     positions: Tensor | None = None
@@ -164,7 +164,7 @@ class DecoderRun:
     call: Call | None = None
     held: int = 0
     muted: bool = False
-    last_rows: Rows | None = None
+    last_rows: PromptRows | None = None
     steps: list[tuple[Site, Tensor]] = field(default_factory=list)
 
 
@@ -173,7 +173,7 @@ def flat(positions: Tensor) -> Tensor:
     return positions if positions.dim() == 2 else positions[-3:].amax(0)
 
 
-def top(rows: Rows) -> Tensor:
+def top(rows: PromptRows) -> Tensor:
     """One more than the last position of each row, int64 `[B]`."""
     positions = flat(rows.positions)
     return (positions if rows.valid is None else positions.masked_fill(~rows.valid, -1)).amax(-1) + 1

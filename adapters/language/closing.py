@@ -1,4 +1,4 @@
-"""What a text model gives back: rows of the length that the caller expects, the past filed with the cache."""
+"""What a text model gives back: rows of the length that the caller expects."""
 
 from __future__ import annotations
 

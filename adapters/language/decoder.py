@@ -13,7 +13,7 @@ from torch import nn
 
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying, weak
-from ...core.rows import Rows
+from ...core.rows import PromptRows
 from ...core.site import layer_of
 from ...core.stream import ATTRIBUTE, Segment, Stream, attachment_number, file_stream, read_stream
 from ...core.threads import PerThread
@@ -184,7 +184,7 @@ class Decoder:
         call.blocks = self.segments.blocks(incoming, columns, held, stream)
         return Opened(call, incoming, x, pictures, valid)
 
-    def _rows(self, opened: Opened) -> Rows:
+    def _rows(self, opened: Opened) -> PromptRows:
         """The rows of a prefill with pictures, with what the tower kept for each token."""
         call, running = opened.call, self.running.mine()
         assert call.positions is not None

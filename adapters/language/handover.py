@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.reduction import Reduction
-from ...core.rows import Picture, Rows
+from ...core.rows import Picture, PromptRows
 from ...errors import CacheError
 
 
@@ -78,7 +78,7 @@ def number_pictures(pictures: list[Picture], handover: Handover | None) -> None:
         picture.tower = base + picture.index
 
 
-def carry_signals(rows: Rows, handover: Handover) -> None:
+def carry_signals(rows: PromptRows, handover: Handover) -> None:
     """Sets sizes and signals of the tower beside the language model's columns."""
     if not handover.carried and handover.size is None:
         return

@@ -11,7 +11,7 @@ from ...errors import UnsupportedModel
 from ..base import Adapter, TowerSpec, child
 from ..towers.hf_rows import check_bias, vision_spec
 from ..towers.tower import Tower
-from . import account
+from . import language_account
 from .decoder import Decoder
 from .families import REFUSED, ROWS
 from .layout import language_layout
@@ -106,4 +106,4 @@ class HFVLM(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_hf_vlm(self)
+        return language_account.of_hf_vlm(self)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...core.hooks import weak
 from ...core.pictures import Picture
-from ...core.rows import Rows
+from ...core.rows import PromptRows
 from ...core.threads import PerThread
 from ...errors import CacheError
 from .. import forms, hosts
@@ -153,7 +153,7 @@ class Packing:
         return packed
 
     # ------------------------------------------------------------------ signals of the columns
-    def carry(self, rows: Rows, x: Tensor, encoded: Mapping[int, int]) -> None:
+    def carry(self, rows: PromptRows, x: Tensor, encoded: Mapping[int, int]) -> None:
         """Sets signals of the tower beside the columns of the language model's input; 0 in those of separators.
 
         Args:
@@ -184,7 +184,7 @@ class Packing:
                 self._set(rows, picture, call, packed)
 
     @staticmethod
-    def _set(rows: Rows, picture: Picture, call: Encoded, packed: Tensor) -> None:
+    def _set(rows: PromptRows, picture: Picture, call: Encoded, packed: Tensor) -> None:
         at = (torch.tensor(picture.row), torch.tensor(picture.columns))
         for name, value, axis in call.split(packed):
             if name not in rows.carried:

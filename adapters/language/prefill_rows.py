@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.pictures import HELD, PAD, TEXT
-from ...core.rows import Rows
+from ...core.rows import PromptRows
 from ..hosts import Role
 from . import shapes
 from .call import BLOCKS, HOST, Opened, deepstack
@@ -20,7 +20,7 @@ from .spec import VLMSpec
 
 def prefill_rows(
     spec: VLMSpec, core: Any, opened: Opened, positions: Tensor, tower_sizes: Iterable[Tensor], trace: bool
-) -> Rows:
+) -> PromptRows:
     """The rows of a prefill.
 
     Args:
@@ -50,7 +50,7 @@ def prefill_rows(
     for picture in pictures:
         picture.show()
     place = torch.arange(columns, device=x.device).expand(batch, columns)
-    rows = Rows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
+    rows = PromptRows(batch, columns, counts, pictures, label, part, valid, place, positions, drafts=drafts)
     if blocks is not None:
         rows.states[BLOCKS] = blocks
     if trace:
@@ -58,7 +58,7 @@ def prefill_rows(
     return rows
 
 
-def take_over(spec: VLMSpec, rows: Rows, x: Tensor, given: Callable[[Role], Any]) -> dict[Role, Any]:
+def take_over(spec: VLMSpec, rows: PromptRows, x: Tensor, given: Callable[[Role], Any]) -> dict[Role, Any]:
     """Takes over what hosts keep for each token, so that it follows the cuts.
 
     Args:

@@ -18,7 +18,7 @@ from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying
 from ...core.ledger import Event, Group, StageRun
 from ...core.rows import Picture
-from ...core.sequence import Row, Sequence
+from ...core.sequence import Sequence, TowerRow
 from ...core.signals import Need
 from ...core.threads import PerThread
 from ...core.view import Signal, TokenView
@@ -191,7 +191,7 @@ class Projector:
         if reduction is not None:
             size = sequence.view_size()
             x, sizes = reduction.apply(x, size, protected)
-            sequence.row = Row(0, before)
+            sequence.row = TowerRow(0, before)
             sequence.book(reduction, spare=0 if protected is None else protected.shape[1])
             sequence.resize(sizes if size is not None or reduction.merges else None)
             valid = reduction.valid

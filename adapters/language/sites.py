@@ -14,8 +14,8 @@ from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
 from ...core.row_data import ColumnMap, Group
-from ...core.row_state import RowNotes, RowState
-from ...core.rows import Rows
+from ...core.row_state import RowNotes, TokenState
+from ...core.rows import PromptRows
 from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
 from ...core.site import layer_of
 from ...core.view import Signal, TokenView
@@ -166,7 +166,7 @@ class Sites:
         self,
         entry: Entry,
         x: Tensor,
-        rows: Rows,
+        rows: PromptRows,
         group: Group,
         taps: Callable[[Group], DecoderTaps] | None,
     ) -> TokenView:
@@ -191,7 +191,7 @@ class Sites:
             entered=group.entered,
             columns=rows.relative(group, group.columns),
             signals=signals,
-            state=RowState(rows, group, entry.index),
+            state=TokenState(rows, group, entry.index),
             row=RowNotes(rows, group, entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )
@@ -199,7 +199,7 @@ class Sites:
         return view
 
 
-def _signal(need: Need, x: Tensor, rows: Rows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:
+def _signal(need: Need, x: Tensor, rows: PromptRows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:
     """What a view gets under a need: from the tower, of the text, or of a decoder layer."""
     if need.stage is not None:
         carried = rows.carried.get(f"{need.name}@{need.layer}")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...core.site import Layout
 from ..base import Adapter, TowerSpec
-from . import account
+from . import tower_account
 from .hf_rows import check_bias, text_spec, vision_spec
 from .text_tower import TextTower
 from .tower import Tower
@@ -49,7 +49,7 @@ class HFVision(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_hf_vision(self)
+        return tower_account.of_hf_vision(self)
 
 
 class HFDual(HFVision):

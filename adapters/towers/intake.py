@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.ledger import StageRun
-from ...core.sequence import Row, Sequence
+from ...core.sequence import Sequence, TowerRow
 from ...core.threads import BlockOrder, PerThread
 from .. import hosts
 from ..base import TowerSpec
@@ -82,7 +82,7 @@ class PictureIntake:
         source = None
         if self.attachment.trace or self.returns_grid:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
-        sequence = Sequence(Row(self.num_prefix, n), n, source=source, follow=self.follow)
+        sequence = Sequence(TowerRow(self.num_prefix, n), n, source=source, follow=self.follow)
         autocast = autocast_dtype(x.device.type)
         return Pass(sequence, run, grid=self._grid(n), grad=torch.is_grad_enabled(), autocast=autocast)
 

@@ -13,7 +13,7 @@ from ...core.site import Layout
 from .. import forms, hosts
 from ..base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
 from ..registry import listed
-from . import account
+from . import tower_account
 from .text_tower import TextTower
 from .tower import Tower
 
@@ -93,7 +93,7 @@ class OpenClipVision(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_open_clip_tower(self)
+        return tower_account.of_open_clip_tower(self)
 
 
 def _inner(outer: Adapter, tower: nn.Module) -> Adapter:
@@ -128,7 +128,7 @@ class OpenClipTimm(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_open_clip_timm(self)
+        return tower_account.of_open_clip_timm(self)
 
 
 def text_spec(model: Host) -> TextSpec | None:
@@ -197,4 +197,4 @@ class OpenClip(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_open_clip(self)
+        return tower_account.of_open_clip(self)

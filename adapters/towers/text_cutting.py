@@ -1,6 +1,6 @@
 """What happens to the rows of a text tower where a method acts: views of groups, cuts, tokens put in.
 
-`Rows` keeps the books, as for language models: the token that the head reads stands anywhere in the row.
+`PromptRows` keeps the books, as for language models: the token that the head reads stands anywhere in the row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
-from ...core.row_state import RowNotes, RowState
+from ...core.row_state import RowNotes, TokenState
 from ...core.rows import Group
 from ...core.signals import TOWER_SIGNALS, TowerTaps
 from ...core.view import Signal, TokenView
@@ -145,7 +145,7 @@ class TextCuts:
             entered=group.entered,
             columns=columns,
             signals=signals,
-            state=RowState(rows, group, entry.index),
+            state=TokenState(rows, group, entry.index),
             row=RowNotes(rows, group, entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
         )

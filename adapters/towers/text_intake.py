@@ -12,7 +12,7 @@ from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.ledger import StageRun
 from ...core.pictures import PAD, TEXT, Picture
-from ...core.rows import Rows
+from ...core.rows import PromptRows
 from ...core.threads import BlockOrder, PerThread
 from ...errors import PassError
 from .. import hosts
@@ -100,5 +100,5 @@ class TextIntake:
         counts = (label == 0).sum(1).tolist()
         pictures = [Picture(row, 0, [], n=n, entered=n) for row, n in enumerate(counts)]
         place = torch.arange(length, device=ids.device).expand(batch, length)
-        rows = Rows(batch, length, lengths, pictures, label, None, valid, place, torch.zeros_like(ids))
+        rows = PromptRows(batch, length, lengths, pictures, label, None, valid, place, torch.zeros_like(ids))
         return TextState(rows, length, end)

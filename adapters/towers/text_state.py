@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.reduction import Reduction
-from ...core.rows import Rows
-from ...core.sequence import Row
+from ...core.rows import PromptRows
+from ...core.sequence import TowerRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class TextState:
         masks: attention masks made so far.
     """
 
-    rows: Rows
+    rows: PromptRows
     entered: int
     end: Tensor
     inserted: int = 0
@@ -66,9 +66,9 @@ class TextState:
         return self.cuts > 0
 
     @property
-    def row(self) -> Row:
+    def row(self) -> TowerRow:
         """The row, as far as the block hooks ask."""
-        return Row(0, self.rows.length - self.inserted, self.inserted)
+        return TowerRow(0, self.rows.length - self.inserted, self.inserted)
 
     @property
     def source(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.site import Layout
 from .. import forms, hosts
 from ..base import Adapter, BlockSpec, Host, TowerSpec
-from . import account
+from . import tower_account
 from .tower import Tower
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class TimmViT(Adapter):
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
-        return account.of_timm(self)
+        return tower_account.of_timm(self)
 
 
 class TimmEva(TimmViT):

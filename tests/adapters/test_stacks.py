@@ -21,7 +21,7 @@ from support.towers_by_oracle import ODD, assert_tower_equals_the_oracle, tower_
 import vlmtok
 from vlmtok import Reduction, Site, TokenView
 from vlmtok.core.pictures import Picture
-from vlmtok.core.rows import Rows
+from vlmtok.core.rows import PromptRows
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 
 STEPS = 3
@@ -178,7 +178,7 @@ def test_position_ids_of_each_row():
     positions = torch.tensor([[0, 1, 3, 5, 6, 7], [4, 5, 8, 9, 10, 11]])
     pictures = [Picture(0, 0, [1, 2, 3], n=3, entered=3), Picture(1, 0, [1, 2], n=2, entered=2)]
     place = torch.arange(6).expand(2, 6)
-    rows = Rows(2, 6, [6, 6], pictures, label, None, None, place, positions)
+    rows = PromptRows(2, 6, [6, 6], pictures, label, None, None, place, positions)
     pieces = [(group, Reduction(torch.arange(2)[None])) for group in rows.groups("picture")]
     assert len(pieces) == 2
     _, moved = rows.cut(torch.zeros(2, 6, 1), pieces, renumber=True)

@@ -1,4 +1,4 @@
-"""`Rows`: what a cut does to every table, against plain loops over one row at a time."""
+"""`PromptRows`: what a cut does to every table, against plain loops over one row at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from support.player import written_out
 
 from vlmtok import Reduction
 from vlmtok.core.pictures import HELD, PAD, TEXT, Picture
-from vlmtok.core.row_state import RowNotes, RowState
-from vlmtok.core.rows import Rows
+from vlmtok.core.row_state import RowNotes, TokenState
+from vlmtok.core.rows import PromptRows
 
 WIDTH = 3
 FIELDS = ("keep", "src", "dst", "keep_weight", "src_weight", "valid")
@@ -22,7 +22,7 @@ KINDS = ("prune", "merge", "mean", "weighted", "weights alone", "ragged", "ragge
 
 
 # ---------------------------------------------------------------------- a prompt and a cut, drawn
-def drawn_rows(generator: torch.Generator, parts: bool, padded: bool, hold: bool = False) -> Rows:
+def drawn_rows(generator: torch.Generator, parts: bool, padded: bool, hold: bool = False) -> PromptRows:
     """Three rows of text, pictures and padding on either side; part -1 is a separator."""
 
     def number(low: int, high: int) -> int:
@@ -53,7 +53,7 @@ def drawn_rows(generator: torch.Generator, parts: bool, padded: bool, hold: bool
     positions = (torch.rand(3, length, generator=generator) < 0.3).to(torch.int64).cumsum(1) + torch.arange(length) + 2
     place = torch.arange(length).expand(3, length)
     valid = label != PAD if padded else None
-    rows = Rows(3, length, lengths, pictures, label, part if parts else None, valid, place, positions)
+    rows = PromptRows(3, length, lengths, pictures, label, part if parts else None, valid, place, positions)
     rows.owner = place.clone()
     rows.states[0, "own"] = torch.randn(3, length, 2, generator=generator)
     rows.carried["signal"] = (torch.randn(3, length, generator=generator), 1)
@@ -97,7 +97,7 @@ class Token:
     owns: set[int]
 
 
-def tokens_of(rows: Rows, x: torch.Tensor) -> list[list[Token]]:
+def tokens_of(rows: PromptRows, x: torch.Tensor) -> list[list[Token]]:
     """The rows without padding."""
     found = []
     for row in range(rows.batch):
@@ -142,7 +142,7 @@ def cut_by_loops(line: list[Token], views: list[tuple[list[int], Reduction]]) ->
     return [made.get(place, token) for place, token in enumerate(line) if place in made or place not in gone]
 
 
-def assert_rows_are(rows: Rows, x: torch.Tensor, wanted: list[list[Token]]) -> None:
+def assert_rows_are(rows: PromptRows, x: torch.Tensor, wanted: list[list[Token]]) -> None:
     found = tokens_of(rows, x)
     assert rows.lengths == [len(line) for line in wanted] == [len(line) for line in found]
     assert rows.length == max(rows.lengths) == x.shape[1]
@@ -251,7 +251,7 @@ def test_the_last_token_of_the_prompt_is_held(side, drafts):
     length = label.shape[1]
     valid = None if side == "none" else label != PAD
     place = torch.arange(length)[None]
-    rows = Rows(1, length, [7 + drafts], pictures, label, None, valid, place, place, drafts=drafts)
+    rows = PromptRows(1, length, [7 + drafts], pictures, label, None, valid, place, place, drafts=drafts)
     rows.enter(hold=True)
     assert rows.label[0, first : first + 6].tolist() == [0, 0, 0, 1, 1, HELD]
     assert [p.n for p in pictures] == [3, 2] and [p.entered for p in pictures] == [3, 2]
@@ -261,7 +261,7 @@ def test_counts_are_read_row_by_row():
     label = torch.tensor([[0, 0, 0, 1, TEXT], [0, 1, 1, TEXT, TEXT]])
     pictures = [Picture(row, index, []) for row in (0, 1) for index in (0, 1)]
     place = torch.arange(5).expand(2, 5)
-    rows = Rows(2, 5, [5, 5], pictures, label, None, None, place, place)
+    rows = PromptRows(2, 5, [5, 5], pictures, label, None, None, place, place)
     assert [rows.count(p) for p in pictures] == [3, 1, 1, 2]
 
 
@@ -269,7 +269,7 @@ def test_a_grid_is_one_while_all_its_tokens_are_there():
     label = torch.tensor([[0] * 6 + [TEXT]])
     picture = Picture(0, 0, list(range(6)), grid=(2, 3), n=6)
     place = torch.arange(7)[None]
-    rows = Rows(1, 7, [7], [picture], label, None, None, place, place)
+    rows = PromptRows(1, 7, [7], [picture], label, None, None, place, place)
     (group,) = rows.groups("picture")
     assert group.grid == (2, 3)
     rows.cut(torch.zeros(1, 7, 1), [(group, Reduction(torch.arange(5)[None]))], False)
@@ -294,7 +294,7 @@ def test_what_was_written_for_some_rows_is_not_known_of_others():
     rows = drawn_rows(torch.Generator().manual_seed(1), False, False)
     both = [g for g in rows.groups("picture") if len(g.units) >= 1]
     one, other = both[0], both[1]
-    state, elsewhere = RowState(rows, one, 5), RowState(rows, other, 5)
+    state, elsewhere = TokenState(rows, one, 5), TokenState(rows, other, 5)
     state["score"] = torch.ones(len(one.units), one.n)
     assert "score" in state and list(state) == ["score"] and len(state) == 1
     assert "score" not in elsewhere and not len(elsewhere)
@@ -315,7 +315,7 @@ def test_notes_of_several_rows_are_split():
     label = torch.tensor([[0, 0, TEXT], [0, 0, TEXT]])
     pictures = [Picture(row, 0, [0, 1], n=2, text_after=1, text_after_last=1) for row in (0, 1)]
     place = torch.arange(3).expand(2, 3)
-    rows = Rows(2, 3, [3, 3], pictures, label, None, None, place, place)
+    rows = PromptRows(2, 3, [3, 3], pictures, label, None, None, place, place)
     (group,) = rows.groups("picture")
     notes = RowNotes(rows, group, 0, "picture")
     notes["score"] = torch.tensor([1.0, 2.0])

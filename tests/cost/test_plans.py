@@ -13,15 +13,15 @@ from vlmtok import Random, Reduction, Site
 from vlmtok.core.ledger import Decoding, Event, Group, StageRun
 from vlmtok.core.model_shape import BlockShape, LanguageShape, Part, Tokens
 from vlmtok.core.pictures import TEXT, Picture
-from vlmtok.core.rows import Rows
+from vlmtok.core.rows import PromptRows
 from vlmtok.cost.assemble import uncut
 from vlmtok.cost.flops import Account, count_decoder, tower_profiles
-from vlmtok.cost.host_rows import HostRows, Prompt, share
+from vlmtok.cost.planned_rows import PlannedRows, Prompt, share
 from vlmtok.forecast.estimate import attach, estimate, shape_of
 
 
 # ---------------------------------------------------------------------- rows as counts are the rows that run
-def real_rows(prompt: Prompt) -> Rows:
+def real_rows(prompt: Prompt) -> PromptRows:
     """The row that a prompt describes, with columns."""
     line, pictures = [(TEXT, 0)] * prompt.text[0], []
     for index in range(prompt.pictures):
@@ -34,7 +34,7 @@ def real_rows(prompt: Prompt) -> Rows:
         line += [(TEXT, 0)] * prompt.text[index + 1]
     label, part = (torch.tensor([[one[i] for one in line]]) for i in (0, 1))
     place = torch.arange(len(line))[None]
-    return Rows(1, len(line), [len(line)], pictures, label, part if prompt.parts else None, None, place, place)
+    return PromptRows(1, len(line), [len(line)], pictures, label, part if prompt.parts else None, None, place, place)
 
 
 def seen(groups) -> list[tuple[int, ...]]:
@@ -56,7 +56,7 @@ def test_groups_of_a_plan_are_those_of_the_rows(text, parts, scopes, keep, insid
     assume(sum(text) + sum(parts))
     pieces = tuple(parts) if len(parts) > 1 else ()
     prompt = Prompt(pictures=len(text) - 1, text=tuple(text), visual=sum(parts), parts=pieces)
-    planned, real = HostRows(prompt), real_rows(prompt)
+    planned, real = PlannedRows(prompt), real_rows(prompt)
     for rows in (planned, real):
         rows.enter(hold=inside)
     assert planned.length == real.length
@@ -83,7 +83,7 @@ def test_a_share_adds_up_and_is_even(count, among):
 
 
 def test_a_sample_shortens_all_its_pictures():
-    rows = HostRows(Prompt(pictures=3, text=(1, 1, 1, 1), visual=12))
+    rows = PlannedRows(Prompt(pictures=3, text=(1, 1, 1, 1), visual=12))
     (group,) = rows.groups("sample")
     rows.cut([(group, 9)])
     assert [picture.n for picture in rows.pictures] == [3, 3, 3] and rows.length == 13

@@ -18,7 +18,7 @@ from support.towers_by_oracle import assert_tower_equals_the_oracle
 import vlmtok
 from vlmtok import Layout, Reduction, Site, StageLayout, TokenView
 from vlmtok.core.attachment import Attachment
-from vlmtok.core.sequence import Row, Sequence
+from vlmtok.core.sequence import Sequence, TowerRow
 from vlmtok.core.signals import DECODER_SIGNALS, DecoderTaps, TowerTaps, tower_signal
 from vlmtok.core.trace import PictureTrace
 from vlmtok.forecast.estimate import attach, estimate, shape_of
@@ -163,14 +163,14 @@ def test_attention_is_proportional_from_the_first_method_that_wants_it(name):
 
 @given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=3), sized=st.booleans())
 def test_inserted_tokens_add_up(counts, sized):
-    sequence = Sequence(Row(1, 4), 4, size=torch.full((2, 5), 3.0) if sized else None)
+    sequence = Sequence(TowerRow(1, 4), 4, size=torch.full((2, 5), 3.0) if sized else None)
     for count in counts:
         sequence.insert(count)
-    assert sequence.row == Row(1, 4, sum(counts)) and sequence.row.length == 5 + sum(counts)
+    assert sequence.row == TowerRow(1, 4, sum(counts)) and sequence.row.length == 5 + sum(counts)
     if sized:
         assert sequence.size[:, 5:].eq(1).all() and sequence.size.shape[1] == sequence.row.length
     sequence.discard()
-    assert sequence.row == Row(1, 4) and (not sized or sequence.size.tolist() == [[3.0] * 5] * 2)
+    assert sequence.row == TowerRow(1, 4) and (not sized or sequence.size.tolist() == [[3.0] * 5] * 2)
 
 
 def test_only_what_stands_at_a_start_inserts():
@@ -182,7 +182,7 @@ def test_only_what_stands_at_a_start_inserts():
 # ---------------------------------------------------------------------- what is made of a row
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_log_sizes_in_each_dtype(dtypes):
-    sequence = Sequence(Row(1, 2), 2, size=torch.tensor([[1.0, 2.0, 3.0]]))
+    sequence = Sequence(TowerRow(1, 2), 2, size=torch.tensor([[1.0, 2.0, 3.0]]))
     for dtype in (*dtypes, dtypes[0]):
         found = sequence.key_bias(dtype)
         assert found.dtype == dtype
@@ -262,7 +262,7 @@ def test_text_behind_all_tokens_gets_no_attention_and_costs_none():
 @pytest.mark.parametrize("own", [False, True], ids=["one bias", "a bias for each row"])
 def test_received_attention_counts_sizes_rotations_and_insertions(turned, inserted, own):
     """The mean over heads and all rows of the softmax with log sizes, behind the cuts of the block."""
-    row = Row(1, 5, inserted)
+    row = TowerRow(1, 5, inserted)
     q, k = (torch.randn(2, 3, row.length, 4) for _ in range(2))
     bias = torch.randint(1, 6, (2, 1, row.length if own else 1, row.length)).float().log()
     angle = torch.rand(row.length, 4) + 0.5
@@ -286,7 +286,7 @@ def test_received_attention_counts_sizes_rotations_and_insertions(turned, insert
     left = cut.keep.gather(1, again.keep)[:, None, None].expand(-1, guards.shape[1], 3, -1)
     assert_equal(tower_signal("protected_attention", taps), guards.gather(3, left))
     # Of the rows that are left, not of those that the block saw.
-    shorter = replace(taps, tokens=torch.randn(2, 3 + inserted, 12), left=Row(1, 2, inserted))
+    shorter = replace(taps, tokens=torch.randn(2, 3 + inserted, 12), left=TowerRow(1, 2, inserted))
     assert torch.equal(tower_signal("protected", shorter), shorter.tokens[:, [0, *range(3, 3 + inserted)]])
 
 

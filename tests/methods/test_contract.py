@@ -1,4 +1,4 @@
-"""What is always true (DESIGN.md, section 6), for every method of the registry on every model.
+"""What is always true , for every method of the registry on every model.
 
 `matrix.json` says what runs and what is refused and why. A new method or model needs no line here: write the table
 anew with ``python -m support.matrix`` and look at the difference.

@@ -32,7 +32,7 @@ SPECS: dict[str, BlockSpec] = {
     "HF ViT": hf_rows.VIT_BLOCK,
     "HF DINOv2": hf_rows.DINOV2_BLOCK,
 }
-"""Rows that the surgery of `vit_block` is driven by, and a model for each."""
+"""Rows that the surgery of `towers.tower` is driven by, and a model for each."""
 EVA = [name for name in SPECS if SPECS[name].rope]
 TIMM = [name for name in SPECS if name.startswith("timm")]
 OPEN_CLIP = [name for name in SPECS if name.startswith("open_clip")]

@@ -7,7 +7,7 @@ from types import ModuleType
 from vlmtok.adapters import account, host_objects, hosts
 from vlmtok.adapters.language import checks as decoder_checks
 from vlmtok.adapters.language import decoder, layers, masks
-from vlmtok.adapters.towers import account as tower_account
+from vlmtok.adapters.towers import tower_account
 from vlmtok.adapters.towers.open_clip_vit import MHA_BLOCK, OpenClip, OpenClipTimm, OpenClipVision, text_spec
 from vlmtok.adapters.towers.timm_vit import TimmEva, TimmViT
 

@@ -1,19 +1,12 @@
-"""The command line: ``vlmtok run | list | show | estimate | bench | doctor``. It parses and prints, the rest works.
-
-Whatever is wrong with the input is one line on standard error and exit code 2. With ``--json`` one JSON object goes to
-standard output, and nothing else. Libraries are imported when a command needs them.
-"""
+"""The group of commands: one line for what the user can mend, exit code 2, and the version."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
-
-if TYPE_CHECKING:
-    pass
 
 USAGE_ERROR = 2
 

@@ -92,7 +92,7 @@ def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) ->
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    """Rows of `vlmtok.suite` for people."""
+    """Rows of `vlmtok.lab.suite` for people."""
     console = standard_output()
     measured = any(row["measured"] for row in rows)
     gpu = any(row.get("seconds") is not None for row in rows)

@@ -63,7 +63,7 @@ class Entry:
 
 
 class Attachment:
-    """What one `compress` call put on a model.
+    """What hangs on a model: the methods of all its compressions, their sites and signals, what they remember.
 
     Attributes:
         methods: in list order.

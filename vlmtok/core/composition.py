@@ -11,7 +11,7 @@ from .reduction_data import Fields, ReductionData
 
 
 def compose(first: ReductionData, second: ReductionData, size: Tensor | None) -> Fields:
-    """`Reduction.then`, as fields."""
+    """The fields of one plan that does what two in a row do."""
     if first.valid is not None or second.valid is not None:
         raise ParameterError("Reduction.then takes no ragged reductions (valid)")
     weighted = first.keep_weight is not None or second.keep_weight is not None

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from .pictures import HELD, PAD
 from .reduction import Reduction
-from .row_data import ColumnMap, Group, RowData
+from .row_data import ColumnMap, Group, PromptRowData
 
 
-def cut(rows: RowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool) -> tuple[Tensor, ColumnMap]:
-    """`Rows.cut`."""
+def cut(
+    rows: PromptRowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool
+) -> tuple[Tensor, ColumnMap]:
+    """Applies reductions of view rows to the rows of a prompt, and takes every table along."""
     device, batch, length = x.device, rows.batch, rows.length
     # One column more takes what invalid slots write.
     keep = torch.ones(batch, length + 1, dtype=torch.bool, device=device)
@@ -60,7 +62,7 @@ def cut(rows: RowData, x: Tensor, pieces: list[tuple[Group, Reduction]], renumbe
     return x.gather(1, moved.source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), moved
 
 
-def _lengths_after(rows: RowData, pieces: list[tuple[Group, Reduction]]) -> list[int]:
+def _lengths_after(rows: PromptRowData, pieces: list[tuple[Group, Reduction]]) -> list[int]:
     """Valid columns of each row behind reductions that are not ragged; the device is not asked."""
     left = [0] * rows.batch
     for group, reduction in pieces:
@@ -69,7 +71,7 @@ def _lengths_after(rows: RowData, pieces: list[tuple[Group, Reduction]]) -> list
     return [a - b for a, b in zip(rows.lengths, left)]
 
 
-def _count_pictures(rows: RowData, pieces: list[tuple[Group, Reduction]]) -> None:
+def _count_pictures(rows: PromptRowData, pieces: list[tuple[Group, Reduction]]) -> None:
     """Keeps the host's counts where they are certain."""
     for group, reduction in pieces:
         for row, index, part in group.units:
@@ -79,7 +81,7 @@ def _count_pictures(rows: RowData, pieces: list[tuple[Group, Reduction]]) -> Non
                 picture.n = reduction.slots if certain else None
 
 
-def _move(rows: RowData, moved: ColumnMap, joined: Tensor | None, size: Tensor | None, renumber: bool) -> None:
+def _move(rows: PromptRowData, moved: ColumnMap, joined: Tensor | None, size: Tensor | None, renumber: bool) -> None:
     """Takes every table of the rows along."""
     place, source, valid = moved.place, moved.source, moved.valid
     rows.positions = _positions(rows, moved, renumber)
@@ -101,7 +103,7 @@ def _move(rows: RowData, moved: ColumnMap, joined: Tensor | None, size: Tensor |
     rows.length = place.shape[1]
 
 
-def _positions(rows: RowData, moved: ColumnMap, renumber: bool) -> Tensor:
+def _positions(rows: PromptRowData, moved: ColumnMap, renumber: bool) -> Tensor:
     """Position ids of the columns that stay."""
     place, source, valid = moved.place, moved.source, moved.valid
     kept = rows.positions.gather(-1, source.expand(*rows.positions.shape[:-1], -1))
@@ -134,8 +136,8 @@ def _owner(owner: Tensor, moved: ColumnMap, joined: Tensor) -> Tensor:
     return torch.where(owner >= 0, target.gather(1, owner.clamp(min=0)), -1)
 
 
-def append(rows: RowData, count: int) -> None:
-    """`Rows.append`."""
+def append(rows: PromptRowData, count: int) -> None:
+    """Puts columns at the end that no method sees."""
     batch = rows.batch
     rows.label = torch.cat([rows.label, rows.label.new_full((batch, count), HELD)], 1)
     rows.place = torch.cat([rows.place, rows.place.new_full((batch, count), 1 << 40)], 1)
@@ -150,8 +152,8 @@ def append(rows: RowData, count: int) -> None:
     rows.length += count
 
 
-def discard(rows: RowData, count: int) -> None:
-    """`Rows.discard`."""
+def discard(rows: PromptRowData, count: int) -> None:
+    """Takes columns off the end."""
     end = rows.length - count
     rows.label, rows.place, rows.positions = rows.label[:, :end], rows.place[:, :end], rows.positions[:, :end]
     rows.valid = None if rows.valid is None else rows.valid[:, :end]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from .pictures import HELD, Picture
-from .row_data import Group, RowData
+from .row_data import Group, PromptRowData
 
 Unit = tuple[tuple[int, int, int], list[Picture], int]
 """A view row: row, picture or -1, part or -1; its pictures; its tokens."""
 
 
-def groups(rows: RowData, scope: str, by_text: bool = False, by_length: bool = False) -> list[Group]:
-    """`Rows.groups`."""
+def groups(rows: PromptRowData, scope: str, by_text: bool = False, by_length: bool = False) -> list[Group]:
+    """View rows that can be stacked: those with equal counts, and equal text and lengths where asked."""
     found: dict[tuple[Any, ...], list[Unit]] = {}
     for unit, members, n in _units(rows, scope):
         if n == 0:
@@ -32,7 +32,7 @@ def groups(rows: RowData, scope: str, by_text: bool = False, by_length: bool = F
     return [_group(rows, alike, scope) for alike in found.values()]
 
 
-def _units(rows: RowData, scope: str) -> Iterator[Unit]:
+def _units(rows: PromptRowData, scope: str) -> Iterator[Unit]:
     """All view rows of a scope, in order of rows and pictures."""
     if scope == "sample":
         for row in range(rows.batch):
@@ -50,7 +50,7 @@ def _units(rows: RowData, scope: str) -> Iterator[Unit]:
             yield (picture.row, picture.index, part), [picture], parts.count(part)
 
 
-def _group(rows: RowData, alike: list[Unit], scope: str) -> Group:
+def _group(rows: PromptRowData, alike: list[Unit], scope: str) -> Group:
     """View rows of one key of `groups` as tensors."""
     device = rows.label.device
     units = [unit for unit, _, _ in alike]
@@ -78,8 +78,8 @@ def _group(rows: RowData, alike: list[Unit], scope: str) -> Group:
     )
 
 
-def count(rows: RowData, picture: Picture) -> int:
-    """`Rows.count`."""
+def count(rows: PromptRowData, picture: Picture) -> int:
+    """Tokens of a picture that are here; the device is asked once where the host does not know."""
     if picture.n is None:
         most = max(p.index for p in rows.pictures) + 1
         table = torch.stack([(rows.label == i).sum(1) for i in range(most)]).tolist()
@@ -88,8 +88,8 @@ def count(rows: RowData, picture: Picture) -> int:
     return 0 if picture.n is None else picture.n
 
 
-def enter(rows: RowData, hold: bool = False) -> None:
-    """`Rows.enter`."""
+def enter(rows: PromptRowData, hold: bool = False) -> None:
+    """The pictures enter: counts are noted, and a visual token that ends its row is held back where asked."""
     if hold:
         for picture in rows.pictures:
             ends = picture.text_after_last == 0
@@ -102,7 +102,7 @@ def enter(rows: RowData, hold: bool = False) -> None:
         picture.entered = count(rows, picture)
 
 
-def _last(rows: RowData, row: int) -> int:
+def _last(rows: PromptRowData, row: int) -> int:
     """The last valid column of a row's prompt; rows that were never cut may be padded on the right."""
     if rows.valid is None:
         return rows.length - 1 - rows.drafts

@@ -13,7 +13,7 @@ from .reduction_data import Fields, ReductionData
 def apply(
     plan: ReductionData, tokens: Tensor, size: Tensor | None, protected: Tensor | None, prefix: int, suffix: int
 ) -> tuple[Tensor, Tensor]:
-    """`Reduction.apply`."""
+    """Rows as short as a plan says: each kept token, or the size-weighted mean of it and what joined it."""
     if tokens.dim() != 3 or tokens.shape[0] != plan.keep.shape[0]:
         raise ParameterError(f"tokens must be [B = {plan.keep.shape[0]}, N, C], got {list(tokens.shape)}")
     if protected is not None and (prefix or suffix):
@@ -55,7 +55,7 @@ def apply_biased(
 
 
 def widen(plan: ReductionData, prefix: int, n: int, suffix: int) -> Fields:
-    """`Reduction.widen`, as fields."""
+    """The fields of the plan for rows that have `prefix` tokens in front and `suffix` behind, all of which stay."""
     batch, device = plan.keep.shape[0], plan.keep.device
     head = torch.arange(prefix, device=device).expand(batch, prefix)
     tail = torch.arange(prefix + n, prefix + n + suffix, device=device).expand(batch, suffix)
@@ -73,7 +73,7 @@ def widen(plan: ReductionData, prefix: int, n: int, suffix: int) -> Fields:
 
 
 def assignment(plan: ReductionData, n: int) -> Tensor:
-    """`Reduction.assignment`."""
+    """The slot that each of `n` tokens went to, int64 `[B, n]`; -1 where it left."""
     batch, slots = plan.keep.shape
     owner = plan.keep.new_full((batch, n + 1), -1)  # column n takes what empty entries write
     if plan.src is not None and plan.dst is not None and plan.src.shape[1]:
@@ -88,7 +88,7 @@ def assignment(plan: ReductionData, n: int) -> Tensor:
 
 
 def unmerge(plan: ReductionData, tokens: Tensor, n: int) -> Tensor:
-    """`Reduction.unmerge`."""
+    """Rows of the old length: every token gets the features of its slot, and zeros where it left."""
     owner = assignment(plan, n)
     if tokens.shape[1] == 0:
         return tokens.new_zeros(tokens.shape[0], n, tokens.shape[2])
@@ -97,7 +97,7 @@ def unmerge(plan: ReductionData, tokens: Tensor, n: int) -> Tensor:
 
 
 def gather(plan: ReductionData, table: Tensor, dim: int) -> Tensor:
-    """`Reduction.gather`."""
+    """What belongs to the kept tokens, without merging."""
     shape = [1] * table.dim()
     shape[0], shape[dim] = plan.keep.shape
     target = list(table.shape)

@@ -21,7 +21,7 @@ class Method:
     """Base class of every token-reduction method: settings and tensor maths, no model.
 
     A subclass is a dataclass (``eq=False``) decorated with `register_method`. It names its sites and answers
-    each view with a `Reduction`. See CONTRIBUTING for a worked example.
+    each view with a `Reduction`. `docs/howto/own-method.md` has a worked example.
     """
 
     name: ClassVar[str] = ""

@@ -91,8 +91,8 @@ class Snapshot:
 
 
 @dataclass(eq=False)
-class RowData:
-    """What `Rows` holds.
+class PromptRowData:
+    """What `PromptRows` holds.
 
     Attributes:
         batch: B.

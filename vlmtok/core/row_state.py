@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .row_data import Group
-from .rows import Rows
+from .rows import PromptRows
 
 
-class RowState(MutableMapping[str, Tensor]):
+class TokenState(MutableMapping[str, Tensor]):
     """`TokenView.state` of a group: a window on tensors over all rows."""
 
-    def __init__(self, rows: Rows, group: Group, method: int) -> None:
+    def __init__(self, rows: PromptRows, group: Group, method: int) -> None:
         self._rows, self._group, self._method = rows, group, method
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,7 +50,7 @@ class RowState(MutableMapping[str, Tensor]):
 class RowNotes(MutableMapping[str, Any]):
     """`TokenView.row` of a group: what was noted for its view rows."""
 
-    def __init__(self, rows: Rows, group: Group, method: int, scope: str) -> None:
+    def __init__(self, rows: PromptRows, group: Group, method: int, scope: str) -> None:
         self._units = group.units
         self._notes = rows.notes.setdefault((method, scope), {})
 

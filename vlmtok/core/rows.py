@@ -15,12 +15,12 @@ from torch import Tensor
 from . import cutting, grouping
 from .pictures import TEXT, Picture
 from .reduction import Reduction
-from .row_data import ColumnMap, Group, RowData, Snapshot
+from .row_data import ColumnMap, Group, PromptRowData, Snapshot
 
 
 @dataclass(eq=False)
-class Rows(RowData):
-    """The rows as they are now; `RowData` says what is known of them."""
+class PromptRows(PromptRowData):
+    """The rows as they are now; `PromptRowData` says what is known of them."""
 
     def enter(self, hold: bool = False) -> None:
         """A stage begins: what is here now is what entered.

@@ -1,7 +1,7 @@
 """The state of one stage during one forward, and the only place that shortens anything in a tower.
 
-`Row` says how the tokens of a row split into those a method sees, protected ones and inserted ones. `Sequence` holds
-what travels with the view's tokens and follows every `Reduction`: sizes, sources, state, signals carried to later
+`TowerRow` says how the tokens of a row split into those a method sees, protected ones and inserted ones. `Sequence`
+holds what travels with the view's tokens and follows every `Reduction`: sizes, sources, state, signals carried to later
 sites, places among the tokens that entered.
 """
 
@@ -19,7 +19,7 @@ from .reduction import Reduction
 
 
 @dataclass(frozen=True)
-class Row:
+class TowerRow:
     """A row of a tower: `prefix` protected tokens, `n` tokens of the view, `inserted` ones behind.
 
     Attributes:
@@ -75,7 +75,7 @@ class Step:
     """
 
     reduction: Reduction
-    row: Row
+    row: TowerRow
     size: Tensor | None
 
     @property
@@ -108,7 +108,7 @@ class Sequence:
         cuts: how many reductions were taken; what is made once per cut is keyed by it.
     """
 
-    row: Row
+    row: TowerRow
     entered: int
     size: Tensor | None = None
     place: Tensor | None = None
@@ -147,7 +147,7 @@ class Sequence:
 
     def insert(self, count: int) -> None:
         """Books tokens put at the end of the row."""
-        self.row = Row(self.row.prefix, self.row.n, self.row.inserted + count)
+        self.row = TowerRow(self.row.prefix, self.row.n, self.row.inserted + count)
         if self.size is not None:
             self.resize(torch.cat([self.size, self.size.new_ones(self.size.shape[0], count)], 1))
 
@@ -155,11 +155,11 @@ class Sequence:
         """Books that the inserted tokens are gone."""
         if self.size is not None:
             self.resize(self.size[:, : self.row.prefix + self.row.n])
-        self.row = Row(self.row.prefix, self.row.n)
+        self.row = TowerRow(self.row.prefix, self.row.n)
 
     def restore(self) -> None:
         """Books that every entering token has a place again; what travelled with slots ends here."""
-        self.row = Row(self.row.prefix, self.entered)
+        self.row = TowerRow(self.row.prefix, self.entered)
         self.resize(None)
         self.place = None
         self.states.clear()
@@ -207,7 +207,7 @@ class Sequence:
             owner = reduction.assignment(self.row.n + spare)
             moved = owner.gather(1, self.source.clamp(min=0))
             self.source = torch.where(self.source < 0, -1, moved)
-        self.row = Row(self.row.prefix, reduction.slots, self.row.inserted)
+        self.row = TowerRow(self.row.prefix, reduction.slots, self.row.inserted)
         self.cuts += 1
 
 

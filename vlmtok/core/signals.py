@@ -40,7 +40,7 @@ from .site import LAYERED, STAGES, Layout, Site, layer_of
 
 if TYPE_CHECKING:
     from .reduction import Reduction
-    from .sequence import Row
+    from .sequence import TowerRow
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     if found is None:
         raise MissingSignal(f"{by}: {text!r} is no signal; write name or name@stage:layer")
     name, stage = found["name"], found["stage"]
+    if text in user:
+        return Need(text, text)
     if stage is None:
-        if name in user:
-            return Need(text, name)
         if site.stage == "features" and name == "protected" and layout.gives("vision", name):
             return Need(text, name, "vision", layout.stages["vision"].last)
         if not layout.gives(site.stage, name):
@@ -142,7 +142,7 @@ class TowerTaps:
         cuts: what was taken of the block's row since.
     """
 
-    row: Row
+    row: TowerRow
     tokens: Tensor
     q: Callable[[], Tensor]
     k: Callable[[], Tensor]
@@ -150,7 +150,7 @@ class TowerTaps:
     bias: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     inserted: Tensor | None = None
-    left: Row | None = None
+    left: TowerRow | None = None
     cuts: tuple[Reduction, ...] = ()
 
     def rotated(self) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,8 @@ def _seen(
 
 
 def _planned(attachment: Attachment, shape: ModelShape) -> StageRun:
-    from .host_rows import Prompt
     from .plan import Past, Planner
+    from .planned_rows import Prompt
 
     assert shape.vision is not None
     return Planner(attachment, shape, Prompt(), Past()).vision(StageRun("vision", 1, shape.vision.tokens))

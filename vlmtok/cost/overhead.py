@@ -42,8 +42,7 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
     Returns:
         The MACs of this pass.
     """
-    stage = "decoder" if run.stage == "decoder" else run.stage
-    if all(event.method < 0 for event in run.events) and not attachment.tapped(stage):
+    if all(event.method < 0 for event in run.events) and not attachment.tapped(run.stage):
         return Overhead()
     with rehearsal() as counted:
         again = Rehearsal(attachment, shape, run, counted)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import ModelShape, TowerShape
-from ..core.sequence import Row
+from ..core.sequence import TowerRow
 from ..core.site import Counts
 from ..errors import ParameterError
 from .flops import feature_tokens, tower_profiles
-from .host_rows import HostRows, Prompt
+from .planned_rows import PlannedRows, Prompt
 from .rehearsal import Rehearsal
 
 Key = tuple[str, int | None, str, int]
@@ -114,7 +114,7 @@ class Planner:
         """Books the parts of a tower and the visits of its sites."""
         run.parts.update({part.name: run.rows for part in tower.parts})
         again = Rehearsal(self.attachment, self.shape, run, lambda: 0)
-        row = Row(tower.protected, run.entered - tower.protected)
+        row = TowerRow(tower.protected, run.entered - tower.protected)
         entered, cut = row.n, False
         for layer in range(tower.depth):
             for point in ("start", "mid", "end"):
@@ -123,24 +123,24 @@ class Planner:
                         row = self._insert(run, tower, again, entry, row)
                     slots, kind = self._slots(run, entry, row.n, entered)
                     group = Group(run.rows, row.n, slots, entered, 0, row.length)
-                    left = Row(row.prefix, slots, row.inserted)
+                    left = TowerRow(row.prefix, slots, row.inserted)
                     event = Event(run.stage, layer, point, entry.index, kind, row.length, left.length, (group,))
                     run.events.append(event)
                     row, cut = left, cut or kind == "cut"
             again.settle()
-            row = Row(row.prefix, row.n)
+            row = TowerRow(row.prefix, row.n)
             if tower.spread and cut and layer == self.attachment.layout.stages[run.stage].last:
                 event = Event(run.stage, layer, "end", -1, "spread", row.length, run.entered)
                 run.events.append(event)
-                row, cut = Row(row.prefix, entered), False
+                row, cut = TowerRow(row.prefix, entered), False
 
-    def _insert(self, run: StageRun, tower: TowerShape, again: Rehearsal, entry: Entry, row: Row) -> Row:
+    def _insert(self, run: StageRun, tower: TowerShape, again: Rehearsal, entry: Entry, row: TowerRow) -> TowerRow:
         count = again.inserted(tower, entry, row)
         if not count:
             return row
         event = Event(run.stage, entry.site.layer, "start", entry.index, "insert", row.length, row.length + count)
         run.events.append(event)
-        return Row(row.prefix, row.n, row.inserted + count)
+        return TowerRow(row.prefix, row.n, row.inserted + count)
 
     # ------------------------------------------------------------------ language models
     def language(self, seen: StageRun | None) -> StageRun:
@@ -153,7 +153,7 @@ class Planner:
 
         prompt, shape = self.prompt, self.shape
         assert shape.language is not None
-        rows = HostRows(prompt)
+        rows = PlannedRows(prompt)
         shown = prompt.batch * prompt.pictures
         run = StageRun("decoder", prompt.batch, rows.length, 0, shown, True, shown * prompt.visual)
         if shape.language.head is not None:
@@ -180,7 +180,7 @@ class Planner:
             run.events.append(self._known(event))
         return run
 
-    def _hand_over(self, run: StageRun, rows: HostRows, seen: StageRun, tower: TowerShape) -> None:
+    def _hand_over(self, run: StageRun, rows: PlannedRows, seen: StageRun, tower: TowerShape) -> None:
         """Placeholders that the tower's cuts emptied leave."""
         after = tower_profiles(seen, tower.depth, tower.protected)[1]
         entered, slots = feature_tokens(seen, after, tower.protected)

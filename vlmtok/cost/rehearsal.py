@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import BlockShape, ModelShape, TowerShape
-from ..core.sequence import Row
+from ..core.sequence import TowerRow
 from ..core.signals import DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
 from ..core.view import Signal, TokenView
 from ..kernels import dispatch, exact
@@ -110,7 +110,7 @@ class Rehearsal:
         tower = self.shape.vision if stage == "vision" else self.shape.text
         assert tower is not None
         tapped = self.attachment.tapped(stage) if stage == "vision" else {}
-        row = Row(tower.protected, run.entered - tower.protected)
+        row = TowerRow(tower.protected, run.entered - tower.protected)
         for layer in range(tower.depth):
             events = [e for e in run.events if e.stage == stage and e.layer == layer]
             mid = bool(self.attachment.at(stage, layer, "mid"))
@@ -123,9 +123,9 @@ class Rehearsal:
                 for event in (e for e in events if e.point == point and e.method >= 0):
                     row = self._tower_visit(tower, layer, row, event, met)
             self.settle()
-            row = Row(row.prefix, row.n)
+            row = TowerRow(row.prefix, row.n)
             for event in (e for e in events if e.kind == "spread"):
-                row = Row(row.prefix, event.after - row.prefix)
+                row = TowerRow(row.prefix, event.after - row.prefix)
         for event in (e for e in run.events if e.stage == "features"):
             for group in event.groups:
                 self._ask(event, group, tower.blocks[-1].width, partial(self._brought, group=group))
@@ -151,7 +151,7 @@ class Rehearsal:
                 self._ask(event, group, width, self._decoder_signals(taps, group))
 
     # ------------------------------------------------------------------ towers
-    def _tower_visit(self, tower: TowerShape, layer: int, row: Row, event: Event, met: int | None) -> Row:
+    def _tower_visit(self, tower: TowerShape, layer: int, row: TowerRow, event: Event, met: int | None) -> TowerRow:
         width, length = tower.blocks[layer].width, met or event.before
         if event.kind == "insert":
             added = event.after - event.before
@@ -159,14 +159,14 @@ class Rehearsal:
             give = self._tower_signals(tower, layer, row, event, group, length)
             self._ask(event, group, width, give, insert=True)
             self.pending[event.method] = self.pending.get(event.method, 0) + added
-            return Row(row.prefix, row.n, row.inserted + added)
+            return TowerRow(row.prefix, row.n, row.inserted + added)
         for group in event.groups:
-            own = Row(row.prefix, group.n, row.inserted)
+            own = TowerRow(row.prefix, group.n, row.inserted)
             self._ask(event, group, width, self._tower_signals(tower, layer, own, event, group, length))
-        return Row(row.prefix, event.after - row.prefix - row.inserted, row.inserted)
+        return TowerRow(row.prefix, event.after - row.prefix - row.inserted, row.inserted)
 
     def _taps(
-        self, tower: TowerShape, layer: int, row: Row, rows: int, length: int, captured: bool, method: int = -1
+        self, tower: TowerShape, layer: int, row: TowerRow, rows: int, length: int, captured: bool, method: int = -1
     ) -> TowerTaps:
         """Taps of a block for `rows` view rows; the batch has `length` tokens a row.
 
@@ -195,7 +195,9 @@ class Rehearsal:
             inserted=None if outputs is None else empty(rows, outputs, block.width),
         )
 
-    def _tower_signals(self, tower: TowerShape, layer: int, row: Row, event: Event, group: Group, length: int) -> Give:
+    def _tower_signals(
+        self, tower: TowerShape, layer: int, row: TowerRow, event: Event, group: Group, length: int
+    ) -> Give:
         captured = not tower.recomputed and event.point != "start"
         taps = self._taps(tower, layer, row, group.rows, length, captured, event.method)
 
@@ -208,7 +210,7 @@ class Rehearsal:
 
         return give
 
-    def _carry(self, tower: TowerShape, layer: int, row: Row, needs: list[Need]) -> None:
+    def _carry(self, tower: TowerShape, layer: int, row: TowerRow, needs: list[Need]) -> None:
         """Signals that later sites wait for are made whether or not they are asked for."""
         taps = self._taps(tower, layer, row, self.run.rows, row.length, not tower.recomputed)
         for need in needs:
@@ -220,7 +222,7 @@ class Rehearsal:
         tower = self.shape.vision
         if tower is None or need.name not in TOWER_SIGNALS:
             return None
-        taps = self._taps(tower, need.layer or 0, Row(tower.protected, group.n), group.rows, 0, True)
+        taps = self._taps(tower, need.layer or 0, TowerRow(tower.protected, group.n), group.rows, 0, True)
 
         def signal() -> Tensor | None:
             before = self.counted()
@@ -230,7 +232,7 @@ class Rehearsal:
 
         return signal
 
-    def inserted(self, tower: TowerShape, entry: Entry, row: Row) -> int:
+    def inserted(self, tower: TowerShape, entry: Entry, row: TowerRow) -> int:
         """How many tokens a method would put in at the start of a block."""
         group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
         event = Event(self.run.stage, entry.site.layer, "start", entry.index, "insert", row.length, row.length)

@@ -16,8 +16,8 @@ from ..core.model_shape import ModelShape
 from ..core.settings import check_choice, check_range
 from ..core.spec import as_methods
 from ..core.view import TokenView
-from ..cost.host_rows import Prompt
 from ..cost.plan import Past, check_counts, plan
+from ..cost.planned_rows import Prompt
 from ..cost.report import Report
 from ..errors import ParameterError, SiteError
 from ..guard import guarded

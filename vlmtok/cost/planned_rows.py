@@ -66,7 +66,7 @@ def share(count: int, among: list[int]) -> list[int]:
 
 
 @dataclass(eq=False)
-class HostGroup:
+class PlannedGroup:
     """View rows of equal counts, in one row of the batch.
 
     Attributes:
@@ -90,8 +90,8 @@ class HostGroup:
         return Group(batch * len(self.units), self.n, self.n, self.entered, self.text, self.length, self.mixed)
 
 
-class HostRows:
-    """One row of a language model's batch, as counts; all rows are alike (see `vlmtok.rows` for the real ones)."""
+class PlannedRows:
+    """One row of a language model's batch, as counts; all rows are alike (see `core.rows` for the real ones)."""
 
     def __init__(self, prompt: Prompt) -> None:
         parts = prompt.parts or (prompt.visual,)
@@ -110,9 +110,9 @@ class HostRows:
         for picture in self.pictures:
             picture.entered = picture.n
 
-    def groups(self, scope: str, by_text: bool = False, by_length: bool = False) -> list[HostGroup]:
+    def groups(self, scope: str, by_text: bool = False, by_length: bool = False) -> list[PlannedGroup]:
         """The view rows of a scope, grouped by equal counts."""
-        found: dict[tuple[object, ...], HostGroup] = {}
+        found: dict[tuple[object, ...], PlannedGroup] = {}
         for unit, members, n, entered in self._units(scope):
             if not n:
                 continue
@@ -123,7 +123,7 @@ class HostRows:
                 found[key].units.append(unit)
                 found[key].mixed = found[key].mixed or mixed
             else:
-                found[key] = HostGroup([unit], n, entered, first.after, self.length, mixed)
+                found[key] = PlannedGroup([unit], n, entered, first.after, self.length, mixed)
         return list(found.values())
 
     def _units(self, scope: str) -> Iterable[tuple[tuple[int, int], list[Shown], int, int]]:
@@ -139,7 +139,7 @@ class HostRows:
             for part, n in enumerate(picture.parts):
                 yield (index, part), [picture], n, n
 
-    def cut(self, groups: Iterable[tuple[HostGroup, int]]) -> None:
+    def cut(self, groups: Iterable[tuple[PlannedGroup, int]]) -> None:
         """So many slots are left of each view row."""
         for group, slots in groups:
             for picture, part in group.units:

@@ -11,7 +11,7 @@ from ...core.model_shape import LanguageShape, ModelShape, Part
 from ...errors import UnsupportedModel
 from ..account import block_shape, class_name, heads_of, linear_maps, path_of, weights
 from ..base import child
-from ..towers.account import hf_tower
+from ..towers.tower_account import hf_tower
 from .masks import layer_kinds
 
 
