@@ -177,6 +177,27 @@ def test_a_user_signal_is_seen_and_wins():
         vlmtok.compress(model, Mine(keep=5), signals={"other": signals["mine"]})
 
 
+@pytest.mark.parametrize("need", ["keys@vision:0", "nobody@vision:0"])
+def test_a_user_signal_may_stand_for_one_with_a_place(need):
+    """By the whole name that the method asks for, whether the model could give it or not."""
+    model, tower = models.shared("timm ViT"), models.TOWERS["timm ViT"]
+
+    class Mine(vlmtok.Random):
+        def sites(self, layout):
+            return [Site("vision", 1, "end", (need,))]
+
+        def reduce(self, view):
+            return Reduction(view.signal(need).argsort(dim=1, stable=True)[:, : self.count(view.counts)])
+
+    last = {need: lambda view: -view.columns.float()}
+    with torch.no_grad(), vlmtok.compress(model, Mine(keep=5), signals=last, trace=True) as run:
+        model(tower.pictures(2))
+        assert (run.trace()[0].owner >= 0).tolist() == [False] * 31 + [True] * 5
+    if need.startswith("nobody"):
+        with pytest.raises(vlmtok.errors.MissingSignal, match="nobody@vision:0"):
+            vlmtok.compress(model, Mine(keep=5), signals={"nobody@vision:1": last[need]})
+
+
 def test_a_proportional_method_refuses_a_model_called_with_a_mask():
     model = models.shared("HF ViT")
     mask = torch.ones(1, 37)
