@@ -88,4 +88,4 @@ def test_every_test_that_counts_asks_the_referee():
     found = {
         str(file.relative_to(TESTS)) for file in TESTS.rglob("*.py") if re.search(rf"\b{name}\(", file.read_text())
     }
-    assert found == {"referee.py", "kernels/test_library.py"}
+    assert found == {"support/referee.py", "kernels/test_library.py"}

@@ -56,7 +56,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         vlmtok.create_method("pitome", ration=0.9)
     with pytest.raises(ParameterError, match="tome has no presets"):
         vlmtok.create_method("tome", preset="paper")
-    with pytest.raises(AttributeError, match="vlmtok has no 'PiToMee'; methods: AIM"):
+    with pytest.raises(AttributeError, match="module 'vlmtok' has no attribute 'PiToMee'; did you mean 'PiToMe'"):
         vlmtok.PiToMee  # noqa: B018
     assert vlmtok.create_method("todre", keep=0.1).keep == 0.1
 

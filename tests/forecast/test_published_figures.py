@@ -15,8 +15,8 @@ from vlmtok import (
     ToDRE,
     ToMe,
     TransPrune,
+    estimate,
 )
-from vlmtok.forecast import estimate
 
 T, G = 1e12, 1e9
 LLAVA, NEXT, ONEVISION = "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b"
