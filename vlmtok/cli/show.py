@@ -107,7 +107,7 @@ def _layout(method: Any, model: str | None, adapter: str | None) -> Any:
         kinds = catalogue.kinds_of(method.spec_name())
         return catalogue.KINDS[kinds[0]].layout()
     from ..adapters import adapter_for
-    from ..lab.compare import skeleton
+    from ..loading import skeleton
 
     return adapter_for(skeleton(model).model, adapter).layout()
 

@@ -2,8 +2,8 @@
 
 This is what ``vlmtok run`` does, for notebooks too:
 
-    model = vlmtok.lab.compare.load()                                   # the checkpoint that ships with the package
-    result = vlmtok.lab.compare.compare(model, "cat.jpg", "what is this?", "todre:keep=0.1")
+    model = vlmtok.load()                                   # the checkpoint that ships with the package
+    result = vlmtok.compare(model, "cat.jpg", "what is this?", "todre:keep=0.1")
     print(result.compressed.text, result.report); result.overlay.save("overlay.png")
 """
 
@@ -18,22 +18,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import timing as bench
+from .. import timing
 from ..adapters import adapter_for
 from ..compression import Compression, compress
 from ..core.method import Method
-from ..core.spec import parse_methods
 from ..core.trace import PictureTrace, Trace
 from ..errors import PassError, VlmtokError
 from ..guard import guarded
-from ..loading.models import Loaded, load, skeleton
-from ..loading.pictures import open_picture, samples
-from ..loading.problems import LoadError, quiet
+from ..loading.models import Loaded
+from ..loading.pictures import open_picture
+from ..loading.problems import quiet
 from ..timing import Case, Progress, Ratio
-from . import overlay as viz
 from .comparison import Comparison, VisualTokens
-from .prompts import DEFAULT_PROMPT, encode_prompt
-from .runners import Answer, Looker, Loyalty, Runner, Speaker
+from .overlay import overlay as draw_overlay
+from .overlay import region
+from .runners import Answer, Looker, Runner, Speaker
 
 if TYPE_CHECKING:
     from ..cost.report import Report
@@ -111,7 +110,7 @@ def compare(
         seconds=seconds,
         overlay=overlay,
         overlay_problem=problem,
-        environment=bench.environment(model.device),
+        environment=timing.environment(model.device),
     )
 
 
@@ -165,7 +164,7 @@ def _latency(
     for stage, call in runner.stages().items():
         cases += [Case(f"{stage} bare", call, nullcontext), Case(f"{stage} compressed", call, compressed)]
     # Both answers have been given once: everything is warm but the hooks' first call.
-    found = bench.interleave(cases, rounds=rounds, warmup=1, limit=limit, device=model.device, progress=progress)
+    found = timing.interleave(cases, rounds=rounds, warmup=1, limit=limit, device=model.device, progress=progress)
     ratios, seconds = {}, {}
     for stage in runner.stages():
         bare, short = found[f"{stage} bare"], found[f"{stage} compressed"]
@@ -178,7 +177,7 @@ def _latency(
 def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str | None]:
     """The overlay, or why there is none: a picture that cannot be drawn is no reason to lose the figures."""
     try:
-        return viz.overlay(image, joined(trace, image.size, processor), preprocess=processor), None
+        return draw_overlay(image, joined(trace, image.size, processor), preprocess=processor), None
     except VlmtokError as problem:
         return None, str(problem)
 
@@ -200,7 +199,7 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
     first = 0
     for index, piece in enumerate(trace.pictures):
         owners.append(torch.where(piece.owner < 0, -1, piece.owner + first))
-        left, top, right, bottom = viz.region(size, preprocess, index)
+        left, top, right, bottom = region(size, preprocess, index)
         whole = (right - left) * (bottom - top) > 0.9 * size[0] * size[1]
         number = 0 if whole else next(numbers)
         parts.append(torch.full((piece.patches,), number))
@@ -217,27 +216,3 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
 def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
     if progress is not None:
         progress(what, done, steps)
-
-
-__all__ = [
-    "DEFAULT_METHOD",
-    "DEFAULT_PROMPT",
-    "DEFAULT_TOWER_METHOD",
-    "Answer",
-    "Comparison",
-    "LoadError",
-    "Loaded",
-    "Looker",
-    "Loyalty",
-    "Runner",
-    "Speaker",
-    "compare",
-    "default_method",
-    "encode_prompt",
-    "joined",
-    "load",
-    "open_picture",
-    "parse_methods",
-    "samples",
-    "skeleton",
-]

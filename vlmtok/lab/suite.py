@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import timing as bench
+from .. import timing
 from ..compression import compress
 from ..errors import ParameterError
 from ..loading.problems import quiet
@@ -85,7 +85,7 @@ def bench_pair(
 
 
 def _stamped(rows: list[Row], device: torch.device | None, dtype: torch.dtype) -> list[Row]:
-    where = {} if device is None else bench.environment(device)
+    where = {} if device is None else timing.environment(device)
     return [{**row, "dtype": str(dtype).removeprefix("torch."), **where} for row in rows]
 
 

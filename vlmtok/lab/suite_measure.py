@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import kernels
-from .. import timing as bench
+from .. import kernels, timing
 from ..compression import compress
 from ..timing import Case, Progress, Ratio, Timing
 from .suite_models import Row, Subject
@@ -114,8 +113,8 @@ def measure(
             Case(f"{stage}/{number}", call, lambda one=one: one.on(subject.model))  # type: ignore[misc]
             for stage, call in subject.calls.items()
         ]
-    peaks = {case.name: bench.peak_bytes(case, subject.device) for case in cases}
-    found = bench.interleave(cases, rounds=rounds, limit=limit, device=subject.device, progress=progress)
+    peaks = {case.name: timing.peak_bytes(case, subject.device) for case in cases}
+    found = timing.interleave(cases, rounds=rounds, limit=limit, device=subject.device, progress=progress)
     rows = []
     for number, (one, report) in enumerate(zip(contestants, reports)):
         for stage in subject.calls:
@@ -153,13 +152,13 @@ def measure_graphs(
         A row for each contestant; the stage says that it is a graph.
     """
     stage, call = [*subject.calls.items()][-1]
-    cases, reports = [Case("bare", bench.captured(call))], []
+    cases, reports = [Case("bare", timing.captured(call))], []
     for number, one in enumerate(contestants):
         with one.on(subject.model) as run:
             call()
             reports.append(run.report())
-            cases.append(Case(str(number), bench.captured(call)))
-    found = bench.interleave(cases, rounds=rounds, limit=limit, device=subject.device, progress=progress)
+            cases.append(Case(str(number), timing.captured(call)))
+    found = timing.interleave(cases, rounds=rounds, limit=limit, device=subject.device, progress=progress)
     return [
         {
             **_row(subject, one, report, stage, found["bare"], found[str(number)]),
@@ -191,7 +190,7 @@ def _row(subject: Subject, one: Contestant, report: Report, stage: str, bare: Ti
         rounds=ratio.rounds,
         of_promise=ratio.median / promised,
         # Fewer tokens do not change what weights cost: a decode step has no token count at which it pays.
-        break_even_tokens=None if stage == "decode" else bench.break_even(subject.tokens, ratio.median, promised),
+        break_even_tokens=None if stage == "decode" else timing.break_even(subject.tokens, ratio.median, promised),
         break_even_from="overhead",
         seconds_bare=bare.median if gpu else None,
         seconds=short.median if gpu else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ... import timing as bench
+from ... import timing
 from ...kernels import dispatch
 
 PACKAGES = (
@@ -44,7 +44,7 @@ def versions() -> dict[str, str | None]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """A device as `vlmtok.timing` names it, and the system."""
-    found = bench.environment(device)
+    found = timing.environment(device)
     names = ("device", "device_type", "driver", "cuda", "threads", "cores")
     return {**{name: found[name] for name in names}, "system": f"{platform.system()} {platform.machine()}"}
 
