@@ -36,14 +36,30 @@ def picture(width: int = 120, height: int = 90) -> Image.Image:
     return image
 
 
-def tokenizer(*special: str) -> tf.PreTrainedTokenizerFast:
-    """Words, and special tokens behind ``<pad> <s> </s> <unk>``."""
-    marks = ["<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:", *special]
-    names = [*marks, *WORDS.split()]
+def tokenizer(
+    *special: str,
+    words: str = WORDS,
+    first: Sequence[str] = ("<pad>", "<s>", "</s>", "<unk>"),
+    end: bool = False,
+    length: int = 1024,
+) -> tf.PreTrainedTokenizerFast:
+    """A vocabulary of whole words.
+
+    Args:
+        special: marks of pictures and the like.
+        words: the words that it knows.
+        first: the tokens with the lowest ids, in their order.
+        end: a text ends with ``</s>`` and is padded behind, as CLIP's is.
+        length: tokens that a text may have.
+    """
+    marks = [*first, "USER:", "ASSISTANT:", *special]
+    names = [*marks, *words.split()]
     made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    single = "<s> $A </s>" if end else "<s> $A"
+    ends = [(mark, names.index(mark)) for mark in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",
@@ -51,12 +67,15 @@ def tokenizer(*special: str) -> tf.PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens=["USER:", "ASSISTANT:", *special],
-        padding_side="left",
-        model_max_length=1024,
+        padding_side="right" if end else "left",
+        model_max_length=length,
     )
 
 
-def _text(words: tf.PreTrainedTokenizerFast, layers: int = 4, width: int = 64, **more: object) -> dict[str, object]:
+def text_config(
+    words: tf.PreTrainedTokenizerFast, layers: int = 4, width: int = 64, **more: object
+) -> dict[str, object]:
+    """Settings of a language model for a vocabulary of `tokenizer`."""
     return dict(
         vocab_size=len(words),
         hidden_size=width,
@@ -64,10 +83,10 @@ def _text(words: tf.PreTrainedTokenizerFast, layers: int = 4, width: int = 64, *
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        max_position_embeddings=words.model_max_length,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
         tie_word_embeddings=False,
         **more,
     )
@@ -98,21 +117,47 @@ def save(
 
 def llava(folder: Path, *, template: bool = True, layers: int = 16) -> Path:
     """LLaVA with the layout of the embedded checkpoint: 12 x 12 patches of 8 px."""
+    return llava_of(folder, tokenizer("<image>"), TEMPLATE if template else None, side=96, patch=8, layers=layers)
+
+
+def llava_of(
+    folder: Path,
+    words: tf.PreTrainedTokenizerFast,
+    template: str | None,
+    *,
+    side: int,
+    patch: int,
+    layers: int,
+    width: int = 64,
+    blocks: int = 5,
+    names: Sequence[str] = tuple(WORDS.split()),
+) -> Path:
+    """A LLaVA-1.5 on disk.
+
+    Args:
+        folder: where it goes.
+        words: its vocabulary, which knows ``<image>``.
+        template: of a chat, in which IMAGE stands for the mark, or None.
+        side: of a picture, in pixels.
+        patch: side of a patch.
+        layers: of the language model.
+        width: of the tower.
+        blocks: of the tower.
+        names: the words that it may say.
+    """
     torch.manual_seed(0)
-    words = tokenizer("<image>")
-    side, patch = 96, 8
     config = tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=5,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=blocks,
             num_attention_heads=4,
             image_size=side,
             patch_size=patch,
         ),
-        text_config=tf.LlamaConfig(**_text(words, layers)),
+        text_config=tf.LlamaConfig(**text_config(words, layers)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=144,
+        image_seq_length=(side // patch) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -122,11 +167,11 @@ def llava(folder: Path, *, template: bool = True, layers: int = 16) -> Path:
         tokenizer=words,
         patch_size=patch,
         vision_feature_select_strategy="default",
-        chat_template=TEMPLATE.replace("IMAGE", "<image>") if template else None,
+        chat_template=None if template is None else template.replace("IMAGE", "<image>"),
         image_token="<image>",
         num_additional_image_tokens=1,
     )
-    return save(folder, tf.LlavaForConditionalGeneration(config), processor)
+    return save(folder, tf.LlavaForConditionalGeneration(config), processor, names=names)
 
 
 def llava_next(folder: Path) -> Path:
@@ -143,7 +188,7 @@ def llava_next(folder: Path) -> Path:
             image_size=32,
             patch_size=8,
         ),
-        text_config=tf.LlamaConfig(**_text(words)),
+        text_config=tf.LlamaConfig(**text_config(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=points,
     )
@@ -183,7 +228,7 @@ def qwen2_5_vl(folder: Path) -> Path:
     }
     config = tf.Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config=_text(words, rope_parameters=rope),
+        text_config=text_config(words, rope_parameters=rope),
         image_token_id=ids[0],
         video_token_id=ids[1],
         vision_start_token_id=ids[2],
@@ -214,7 +259,7 @@ def paligemma(folder: Path) -> Path:
             patch_size=8,
             projection_dim=64,
         ),
-        text_config=dict(**_text(words), model_type="gemma", head_dim=16),
+        text_config=dict(**text_config(words), model_type="gemma", head_dim=16),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         projection_dim=64,
     )
@@ -237,7 +282,7 @@ def idefics3(folder: Path) -> Path:
             "image_size": 32,
             "patch_size": 8,
         },
-        text_config=tf.LlamaConfig(**_text(words)),
+        text_config=tf.LlamaConfig(**text_config(words)),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,

@@ -10,12 +10,10 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from . import checkpoints
 
@@ -32,73 +30,15 @@ TEMPLATE = """\
 
 
 def tokenizer(*special: str, end: bool = False) -> tf.PreTrainedTokenizerFast:
-    """Words, and special tokens behind ``<pad> <s> <unk> </s>``; with `end` a text ends with ``</s>``."""
-    marks = ["<pad>", "<s>", "<unk>", "</s>", "USER:", "ASSISTANT:", *special]
-    names = [*marks, *WORDS.split()]
-    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    single = "<s> $A </s>" if end else "<s> $A"
-    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 3)])
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=["USER:", "ASSISTANT:", *special],
-        padding_side="right" if end else "left",
-        model_max_length=77 if end else 4096,
-    )
-
-
-def _text(words: tf.PreTrainedTokenizerFast, layers: int, **more: Any) -> dict[str, Any]:
-    return dict(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=3,
-        tie_word_embeddings=False,
-        **more,
-    )
+    """The words of the pages; CLIP takes an end of text with the id 2 for a config of old, so here it is 3."""
+    first = ("<pad>", "<s>", "<unk>", "</s>")
+    return checkpoints.tokenizer(*special, words=WORDS, first=first, end=end, length=77 if end else 4096)
 
 
 def _llava(folder: Path) -> None:
     """CLIP-L/14 at 336 px (24 x 24 patches) in front of 32 layers."""
-    words = tokenizer("<image>")
-    side, patch = 336, 14
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=24,
-            num_attention_heads=4,
-            image_size=side,
-            patch_size=patch,
-        ),
-        text_config=tf.LlamaConfig(**_text(words, 32)),
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=576,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    pictures = tf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = tf.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=words,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-    checkpoints.save(folder, tf.LlavaForConditionalGeneration(config), processor, names=WORDS.split())
+    size = {"side": 336, "patch": 14, "layers": 32, "width": 32, "blocks": 24}
+    checkpoints.llava_of(folder, tokenizer("<image>"), TEMPLATE, **size, names=WORDS.split())
 
 
 def _qwen(folder: Path) -> None:
@@ -121,7 +61,7 @@ def _qwen(folder: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     config = tf.Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config=_text(words, 28, rope_parameters=rope),
+        text_config=checkpoints.text_config(words, 28, rope_parameters=rope),
         image_token_id=ids[0],
         video_token_id=ids[1],
         vision_start_token_id=ids[2],
@@ -148,9 +88,9 @@ def _clip(folder: Path) -> None:
         num_hidden_layers=12,
         num_attention_heads=4,
         max_position_embeddings=77,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=3,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
     )
     vision = dict(
         hidden_size=32,
