@@ -51,6 +51,7 @@ ROOMS = {
     "vlmtok.__main__": "front",
     "vlmtok.errors": "ground",
     "vlmtok.guard": "ground",
+    "vlmtok.tabular": "ground",
     "vlmtok.timing": "ground",
     "vlmtok.version": "ground",
     "vlmtok.pruners": "methods",

@@ -78,6 +78,7 @@ def _report(
         notes += said
     notes += uncut(attachment, [run for runs in plans for run, _ in runs])
     report = made(shape.name, [str(method) for method in attachment.methods], source)
+    report.settings = [method.settings() for method in attachment.methods]
     report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
     report._shape, report._accounts = shape, tuple(accounts)
     report._runs = tuple(run for run, _ in plans[-1])
@@ -175,6 +176,7 @@ def _layers(low: Account, high: Account) -> Iterator[LayerLine]:
                 span(lambda tokens: tokens.queries),
                 span(lambda tokens: tokens.mlp),
                 span(lambda tokens: tokens.visual),
+                before.visual,
             )
 
 

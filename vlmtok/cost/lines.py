@@ -78,7 +78,8 @@ class LayerLine:
         before: tokens of the bare model.
         attention: tokens that enter.
         mlp: tokens of the MLP.
-        visual: reducible tokens that enter.
+        visual: reducible tokens that enter,
+        visual_before: and of the bare model.
     """
 
     stage: str
@@ -87,6 +88,7 @@ class LayerLine:
     attention: Span
     mlp: Span
     visual: Span
+    visual_before: int
 
 
 @dataclass(frozen=True)

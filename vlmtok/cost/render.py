@@ -1,74 +1,93 @@
-"""A report in words: tables for a terminal, Markdown, CSV and plain text."""
+"""A report in words: tables for a terminal, Markdown, HTML, LaTeX, plain text, and records for CSV and pandas."""
 
 from __future__ import annotations
 
-import csv
-import io
+import html
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .lines import LayerLine, SiteLine
+from ..core.settings import format_value
+from ..tabular import Table, plain
+from .lines import LayerLine, SiteLine, Span
 from .report_data import ReportData, flops_of
 from .units import binary, share, si, whole
 
 
-def csv_text(report: ReportData) -> str:
-    """Every line and layer as a row: kind, name, layer, unit, before, after_low, after_high."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["kind", "name", "layer", "unit", "before", "after_low", "after_high"])
+def records(report: ReportData) -> list[dict[str, Any]]:
+    """Every quantity as a record: what was run, then kind, name, layer, unit, before, after_low, after_high."""
+    what = {
+        "model": report.model,
+        "method": "+".join(report.methods),
+        "settings": "+".join(
+            ":".join(f"{name}={format_value(value)}" for name, value in one.items()) for one in report.settings
+        ),
+        "source": report.source,
+    }
+    made: list[dict[str, Any]] = []
+
+    def add(kind: str, name: str, layer: int | None, unit: str, before: float | None, after: Span | None) -> None:
+        low, high = (None, None) if after is None else after
+        made.append(
+            {**what, "kind": kind, "name": name, "layer": layer, "unit": unit, "before": before}
+            | {"after_low": low, "after_high": high}
+        )
+
     if report.problem is not None:
-        writer.writerow(["problem", report.problem, "", "", "", "", ""])
+        add("problem", report.problem, None, "", None, None)
     for _, item in report.counted():
         for line in (item, flops_of(item)):
-            writer.writerow(["cost", line.name, "", line.unit, line.before, line.after.low, line.after.high])
+            add("cost", line.name, None, line.unit, line.before, line.after)
     for item in report.others():
-        kind = "cache" if item.unit == "bytes" else "convention"
-        writer.writerow([kind, item.name, "", item.unit, item.before, item.after.low, item.after.high])
+        add("cache" if item.unit == "bytes" else "convention", item.name, None, item.unit, item.before, item.after)
     for row in report.layers:
-        for name, value in (("attention", row.attention), ("mlp", row.mlp), ("visual", row.visual)):
-            kind = f"{row.stage} {name}"
-            writer.writerow(["tokens", kind, row.layer, "tokens", row.before, value.low, value.high])
-    return out.getvalue()
+        for name, before, value in (
+            ("attention", row.before, row.attention),
+            ("mlp", row.before, row.mlp),
+            ("visual", row.visual_before, row.visual),
+        ):
+            add("tokens", f"{row.stage} {name}", row.layer, "tokens", before, value)
+    return made
 
 
 def markdown(report: ReportData) -> str:
     """The tables in Markdown."""
     parts = [f"**{_title(report)}**", *([f"**error: {report.problem}**"] if report.problem is not None else [])]
-    for headers, rows in _tables(report):
-        text = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-        text += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append("\n".join(text))
+    parts += [table.markdown() for table in _tables(report)]
     parts += [f"- {note}" for note in _footnotes(report)]
     return "\n\n".join(parts) + "\n"
 
 
+def html_text(report: ReportData) -> str:
+    """The tables in HTML, for notebooks and pages."""
+    parts = [f"<p><b>{html.escape(_title(report))}</b></p>"]
+    if report.problem is not None:
+        parts.append(f'<p style="color:#b00020"><b>error: {html.escape(report.problem)}</b></p>')
+    parts += [table.html() for table in _tables(report)]
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _footnotes(report))
+    return "\n".join([*parts, f"<ul>{notes}</ul>"] if notes else parts)
+
+
+def latex(report: ReportData) -> str:
+    """The tables as ``tabular``, the title and the notes as comments."""
+    said = [_title(report), *([f"error: {report.problem}"] if report.problem is not None else []), *_footnotes(report)]
+    return "\n\n".join(["\n".join(f"% {line}" for line in said), *(table.latex() for table in _tables(report))]) + "\n"
+
+
 def rich_tables(report: ReportData) -> Iterator[Any]:
     """The tables for a rich console."""
-    from rich.table import Table
     from rich.text import Text
 
     yield Text(_title(report), style="bold")
     if report.problem is not None:
         yield Text(f"error: {report.problem}", style="bold red")
-    for headers, rows in _tables(report):
-        table = Table()
-        for index, header in enumerate(headers):
-            table.add_column(header, justify="left" if index == 0 or not _numeric(rows, index) else "right")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+    yield from (table.rich() for table in _tables(report))
     for note in _footnotes(report):
         yield Text(f"- {note}")
 
 
 def plain_text(report: ReportData) -> str:
     """The tables as text, 120 columns wide."""
-    from rich.console import Console, Group
-
-    out = io.StringIO()
-    Console(file=out, width=120, color_system=None).print(Group(*rich_tables(report)))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return plain(*rich_tables(report))
 
 
 def _title(report: ReportData) -> str:
@@ -86,26 +105,27 @@ def _footnotes(report: ReportData) -> Iterator[str]:
         yield f"kernels: {', '.join(calls)}"
 
 
-def _tables(report: ReportData) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Headers and rows of each table that has any."""
+def _tables(report: ReportData) -> Iterator[Table]:
+    """Each table that has any rows."""
     rows = []
     for name, line in report.counted():
         twice = flops_of(line)
         figures = [si(line.before), line.after.show(si), si(twice.before), twice.after.show(si)]
         rows.append([name, *figures, share(line)])
     if rows:
-        yield ["", "MACs before", "MACs after", "FLOPs before", "FLOPs after", "after / before"], rows
+        yield Table(["", "MACs before", "MACs after", "FLOPs before", "FLOPs after", "after / before"], rows)
     rows = []
     for line in report.others():
         form = binary if line.unit == "bytes" else si
         name = line.name if line.unit == "bytes" else f"{line.name} convention, {line.unit}"
         rows.append([name, form(line.before), line.after.show(form), share(line)])
     if rows:
-        yield ["", "before", "after", "after / before"], rows
+        yield Table(["", "before", "after", "after / before"], rows)
     if report.layers:
-        yield ["stage", "layers", "tokens before", "attention", "MLP", "visual"], list(_merged(report.layers))
+        head = ["stage", "layers", "tokens before", "attention", "MLP", "visual"]
+        yield Table(head, list(_merged(report.layers)))
     if report.sites:
-        yield ["site", "method", "visits", "tokens of a row"], list(_merged_sites(report.sites))
+        yield Table(["site", "method", "visits", "tokens of a row"], list(_merged_sites(report.sites)))
 
 
 def _merged(layers: Iterable[LayerLine]) -> Iterator[list[str]]:
@@ -148,7 +168,3 @@ def _alike(one: SiteLine, other: SiteLine) -> bool:
 
 def _tokens(item: LayerLine) -> tuple[Any, ...]:
     return (item.stage, item.before, item.attention, item.mlp, item.visual)
-
-
-def _numeric(rows: list[list[str]], index: int) -> bool:
-    return all(not row[index] or row[index][0].isdigit() for row in rows)

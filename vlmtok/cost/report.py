@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.attachment import Attachment
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
+from ..tabular import csv_of, frame_of
 from . import assemble, render
 from .lines import Line
 from .report_data import ReportData, flops_of
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass
+@dataclass(repr=False)
 class Report(ReportData):
     """What a compression saved and what it cost.
 
-    Print it, or take `to_dict`, `to_json`, `to_markdown`, `to_csv`. MACs are matrix products and convolutions, as
-    torch's FlopCounterMode counts them where it sees all (docs/counting.md); FLOPs are 2 x MACs. Where a count depends
-    on content, estimates give what lies between everything dropped and nothing dropped.
+    Print it, or take `to_dict`, `to_json`, `to_csv`, `to_pandas`, `to_markdown`, `to_latex`, `to_html`. MACs are matrix
+    products and convolutions, as torch's FlopCounterMode counts them where it sees all (docs/counting.md); FLOPs are
+    2 x MACs. Where a count depends on content, estimates give what lies between everything dropped and nothing dropped.
 
     Attributes:
         model: its class, or the preset.
@@ -107,6 +108,7 @@ class Report(ReportData):
                     "before": item.before,
                     "attention": item.attention.plain(),
                     "mlp": item.mlp.plain(),
+                    "visual_before": item.visual_before,
                     "visual": item.visual.plain(),
                 }
                 for item in self.layers
@@ -131,13 +133,36 @@ class Report(ReportData):
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """Every line and layer as a record: model, method, settings, source, kind, name, layer, unit, before, after."""
+        return render.records(self)
+
     def to_csv(self) -> str:
-        """Every line and layer as a row: kind, name, layer, unit, before, after_low, after_high."""
-        return render.csv_text(self)
+        """`to_records` as CSV; whole numbers without a point."""
+        return csv_of(self.to_records())
+
+    def to_pandas(self) -> Any:
+        """`to_records` as a pandas.DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame_of(self.to_records())
 
     def to_markdown(self) -> str:
         """The tables in Markdown."""
         return render.markdown(self)
+
+    def to_latex(self) -> str:
+        """The tables for LaTeX, with the rules of booktabs."""
+        return render.latex(self)
+
+    def to_html(self) -> str:
+        """The tables in HTML."""
+        return render.html_text(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The tables for a rich console."""
@@ -145,3 +170,8 @@ class Report(ReportData):
 
     def __str__(self) -> str:
         return render.plain_text(self)
+
+    def __repr__(self) -> str:
+        share = self.macs.share
+        left = "nothing counted" if share is None else f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
+        return f"<Report of {' + '.join(self.methods)} on {self.model}: {left}>"

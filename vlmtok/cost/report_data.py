@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
@@ -29,6 +30,7 @@ class ReportData:
     kernels: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problem: str | None = None
+    settings: list[dict[str, Any]] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     figure: Line | None = None
     _shape: ModelShape | None = field(default=None, repr=False)

@@ -1,0 +1,126 @@
+"""Tables of words and numbers in the forms that people paste: terminal, Markdown, HTML, LaTeX, CSV, pandas."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, with one header.
+
+    Attributes:
+        head: names of the columns.
+        rows: cells, as many a row as there are columns.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, which are set to the right; the first one holds names."""
+        return column > 0 and all(not row[column] or re.match(r"[-+]?\d", row[column]) for row in self.rows)
+
+    def markdown(self) -> str:
+        """GitHub's Markdown, numbers to the right."""
+        marks = ["---:" if self.numeric(column) else "---" for column in range(len(self.head))]
+        lines = [self.head, marks, *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+    def html(self) -> str:
+        """A ``<table>``, numbers to the right."""
+        side = ["right" if self.numeric(column) else "left" for column in range(len(self.head))]
+
+        def line(tag: str, cells: Sequence[str]) -> str:
+            made = (f'<{tag} style="text-align:{s}">{html.escape(c)}</{tag}>' for s, c in zip(side, cells))
+            return f"<tr>{''.join(made)}</tr>"
+
+        body = "".join(line("td", row) for row in self.rows)
+        return f"<table><thead>{line('th', self.head)}</thead><tbody>{body}</tbody></table>"
+
+    def latex(self) -> str:
+        """A ``tabular`` with the rules of booktabs."""
+        columns = "".join("r" if self.numeric(column) else "l" for column in range(len(self.head)))
+
+        def line(cells: Sequence[str]) -> str:
+            return " & ".join("".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(self.head), r"\midrule"]
+        return "\n".join([*lines, *map(line, self.rows), r"\bottomrule", r"\end{tabular}"])
+
+    def rich(self) -> Any:
+        """A table of rich."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable()
+        for column, name in enumerate(self.head):
+            table.add_column(name, justify="right" if self.numeric(column) else "left")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+
+def plain(*parts: Any, width: int = 120) -> str:
+    """What rich prints of some parts, as text without colours, wherever it is called from.
+
+    Args:
+        parts: what a console of rich prints.
+        width: columns.
+    """
+    from rich.console import Console, Group
+
+    out = io.StringIO()
+    # A notebook's console would display instead of writing.
+    Console(file=out, width=width, color_system=None, force_jupyter=False, force_terminal=False).print(Group(*parts))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as CSV: the columns of the first, whole numbers as such, None as nothing."""
+    out = io.StringIO()
+    if records:
+        writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: number(value) for key, value in record.items()} for record in records)
+    return out.getvalue()
+
+
+def number(value: Any) -> Any:
+    """A whole number as an int, whatever it was counted in."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def frame_of(records: Sequence[Mapping[str, Any]]) -> Any:
+    """Records as a pandas.DataFrame.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ImportError("to_pandas() needs pandas: pip install pandas") from None
+    return pandas.DataFrame([{key: number(value) for key, value in record.items()} for record in records])
