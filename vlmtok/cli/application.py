@@ -35,6 +35,24 @@ class OneLine(typer.core.TyperGroup):
         return code
 
 
+class Once(typer.core.TyperCommand):
+    """A command that takes each option once, unless it may be repeated; the last one would win in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the words of the command.
+
+        Raises:
+            ParameterError: an option is given twice.
+        """
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in order:
+            if param.param_type_name == "option" and not param.multiple and order.count(param) > 1:
+                from ..errors import ParameterError
+
+                raise ParameterError(f"{param.opts[0]} is given {order.count(param)} times; once is all it takes")
+        return super().parse_args(ctx, args)
+
+
 def _line_of(problem: Exception) -> str | None:
     """An error that the user can mend, on one line; None for ours."""
     from ..errors import InternalError, VlmtokError

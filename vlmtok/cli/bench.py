@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer.core
 
-from .application import app
+from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
 from .inputs import check_fit, load_model, picture_and_question
 from .options import Device, Dtype, Json, Method, Model, Picture, Prompt, Random, Rounds, Tokens
 
 
-@app.command()
+@app.command(cls=Once)
 def bench(
     model: Model = None,
     method: Method = None,

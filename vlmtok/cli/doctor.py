@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer.core
 
-from .application import app
+from .application import Once, app
 from .console import at_work, print_json, standard_output
 from .options import Adapter, Json
 
 
-@app.command()
+@app.command(cls=Once)
 def doctor(
     family: Annotated[
         list[str] | None,

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer.core
 
-from .application import app
+from .application import Once, app
 from .console import at_work, print_json, standard_output
 from .options import Json, Method
 
 
-@app.command()
+@app.command(cls=Once)
 def estimate(
     model: Annotated[
         str, typer.Argument(help="A preset (vlmtok list --models), or a model as for vlmtok run.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .application import app
+from .application import Once, app
 from .console import at_work, print_json, standard_output
 from .inputs import compare_inputs, say_overlay, write_overlay
 from .options import Adapter, Device, Dtype, Json, Method, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
 
 
-@app.command()
+@app.command(cls=Once)
 def run(
     model: Model = None,
     image: Picture = None,

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer.core
 
-from .application import app
+from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
 from .inputs import check_fit, compare_inputs, say_overlay, write_overlay
 from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prompt, Random
 
 
-@app.command("list")
+@app.command("list", cls=Once)
 def list_(
     pattern: Annotated[str, typer.Argument(help='Shell wildcards, for instance "*prune*".')] = "*",
     models: Annotated[bool, typer.Option("--models", help="List adapters and model families instead.")] = False,
@@ -56,7 +56,7 @@ def list_(
     print_table(("method", "acts at", "training-free", "adapters", "paper"), listed)
 
 
-@app.command()
+@app.command(cls=Once)
 def show(
     method: Annotated[str, typer.Argument(metavar="METHOD", help='A name or spec string, such as "todre:keep=0.1".')],
     model: Model = None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..errors import ParameterError
+from ..errors import ParameterError, VlmtokWarning
 from .site import Counts
 
 
@@ -114,13 +115,20 @@ def check_flag(value: Any, by: str, name: str) -> None:
 
 
 def check_layers(values: Sequence[Any], depth: int, by: str, name: str) -> None:
-    """Checks a list with one value a layer; a short one says nothing of the later layers.
+    """Checks a list with one value a layer; a short one, which leaves the later layers alone, gets a warning.
 
     Raises:
         ParameterError: it names layers that the tower has not.
     """
     if len(values) > depth:
         raise ParameterError(f"{by}: {name} names {len(values)} layers, and the tower has {depth}")
+    if len(values) < depth:
+        rest = f"layer {depth - 1} merges" if len(values) == depth - 1 else f"layers {len(values)} to {depth - 1} merge"
+        warnings.warn(
+            f"{by}: {name} names {len(values)} of the tower's {depth} layers; {rest} nothing",
+            VlmtokWarning,
+            stacklevel=2,
+        )
 
 
 def check_layer(value: Any, by: str, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -97,6 +97,13 @@ def as_methods(method: Method | str | Sequence[Method | str]) -> list[Method]:
         ParameterError: something else, or none.
         UnknownMethod, SpecError: of spec strings.
     """
+    if isinstance(method, (Mapping, set, frozenset)):
+        names = [name for name in method if isinstance(name, str)]
+        like = f'vlmtok.create_method("{names[0]}", ...)' if names else "vlmtok.create_method(name, ...)"
+        raise ParameterError(
+            f"compress() takes a method, a spec string, or a list of them, got a {type(method).__name__} "
+            f'({method!r}); give settings in a spec string ("name:key=value") or make it: {like}'
+        )
     items = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     methods: list[Method] = []
     for item in items:
