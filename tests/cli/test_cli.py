@@ -69,8 +69,8 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
         "visual tokens",
         "144",
         "14",
-        "prefill MACs",
-        "KV cache",
+        "MACs, total",
+        "key-value cache",
     ):
         assert word in result.stdout
     assert " ms" not in result.stdout and "relative to bare" in result.stdout
@@ -317,7 +317,7 @@ def test_run_as_a_program_on_the_checkpoint_that_ships(tmp_path):
     found = json.loads(result.stdout)
     sample = loading.samples()[0]
     assert found["model"] == "tiny-llava" and found["trained"] and found["bare"]["answer"] == sample.answer
-    assert found["bare"]["visual_tokens"] == 144 and found["compressed"]["prefill_macs"] < found["bare"]["prefill_macs"]
+    assert found["bare"]["visual_tokens"] == 144 and found["compressed"]["total_macs"] < found["bare"]["total_macs"]
     assert (tmp_path / "overlay.png").exists() and result.stderr == ""
 
 

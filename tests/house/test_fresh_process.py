@@ -64,7 +64,7 @@ def test_macs(printed):
     report = printed["report"]
     assert {part: (row["before"], row["after"]) for part, row in report["macs"].items()} == MACS
     before, after = (sum(row[side] for row in MACS.values()) for side in (0, 1))
-    assert (printed["bare"]["prefill_macs"], printed["compressed"]["prefill_macs"]) == (before, after)
+    assert (printed["bare"]["total_macs"], printed["compressed"]["total_macs"]) == (before, after)
     assert before / after > 2
     assert report["macs"]["prefill"]["share"] == MACS["prefill"][1] / MACS["prefill"][0]
 

@@ -91,23 +91,23 @@ def load_model(progress: Progress, model: str | None, device: str, dtype: str, r
     return loading.load(model, device=device, dtype=dtype, random=random)
 
 
-def write_overlay(result: Any, path: str) -> str | None:
-    """Saves the overlay of a comparison; None where none could be drawn."""
+def write_overlay(result: Any, path: str) -> tuple[str | None, str]:
+    """Saves the overlay of a comparison.
+
+    Returns:
+        Where it is and how to read it; or None and why there is none, since a picture is no reason to lose a table.
+    """
     if result.overlay is None:
-        return None
+        return None, f"not drawn: {result.overlay_problem}"
     try:
         result.overlay.save(path)
     except (OSError, ValueError) as problem:
-        from ..loading.problems import LoadError, line_of
+        from ..loading import line_of
 
-        raise LoadError(f"cannot write {path!r}: {line_of(problem)}") from None
-    return path
+        return None, f"not written to {path!r}: {line_of(problem)}"
+    return path, result.overlay_legend
 
 
-def say_overlay(console: Any, result: Any, written: str | None) -> None:
+def say_overlay(console: Any, path: str | None, words: str) -> None:
     """Where the overlay is, and how to read it."""
-    if written is None:
-        console.print(f"overlay  not drawn: {result.overlay_problem}", highlight=False, soft_wrap=True)
-    else:
-        how = "bright patches stayed, one colour is one merged group, dark ones left before the language model"
-        console.print(f"overlay  {written} ({how})", highlight=False, soft_wrap=True)
+    console.print(f"overlay  {path} ({words})" if path else f"overlay  {words}", highlight=False, soft_wrap=True)

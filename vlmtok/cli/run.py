@@ -28,11 +28,11 @@ def run(
         result, picture = compare_inputs(
             progress, model, image, prompt, method, device, dtype, overlay, max_new_tokens, rounds, random, adapter
         )
-        written = write_overlay(result, overlay)
+        path, words = write_overlay(result, overlay)
     if as_json:
-        print_json({**result.to_dict(), "image": picture, "overlay": written})
+        print_json({**result.to_dict(), "image": picture, "overlay": path, "overlay_words": words})
         return
     console = standard_output()
     console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
     console.print(result)
-    say_overlay(console, result, written)
+    say_overlay(console, path, words)

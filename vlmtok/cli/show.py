@@ -84,19 +84,19 @@ def show(
                 progress, model, image, prompt, method, device, dtype, overlay, 1, 1, random, adapter
             )
         sites = [catalogue.sites(one, _layout(one, model, adapter)) for one in made]
-        written = None if result is None else write_overlay(result, overlay)
+        path, words = (None, "") if result is None else write_overlay(result, overlay)
     if as_json:
         found = [
             {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows}
             for entry, one, (place, rows) in zip(entries, made, sites)
         ]
-        print_json({"methods": found, "overlay": written})
+        print_json({"methods": found, "overlay": path})
         return
     console = standard_output()
     for entry, one, (place, rows) in zip(entries, made, sites):
         _show_method(console, entry, one.settings(), place, rows)
     if result is not None:
-        say_overlay(console, result, written)
+        say_overlay(console, path, words)
 
 
 def _layout(method: Any, model: str | None, adapter: str | None) -> Any:

@@ -30,6 +30,7 @@ from ..loading.pictures import open_picture
 from ..loading.problems import quiet
 from ..timing import Case, Progress, Ratio
 from .comparison import Comparison, VisualTokens
+from .legend import legend
 from .overlay import overlay as draw_overlay
 from .overlay import region
 from .runners import Answer, Looker, Runner, Speaker
@@ -92,7 +93,7 @@ def compare(
             report = _checked(run, runner, short)
             trace = run.trace()
             names = methods if isinstance(methods, str) else "+".join(map(str, run.methods))
-            overlay, problem = _overlay(shown, trace, model.processor)
+            overlay, words, problem = _overlay(shown, trace, model.processor)
         _tell(progress, "answering, bare", 1, 2)
         full = runner.answer()
         _tell(progress, "answering, bare", 2, 2)
@@ -109,6 +110,7 @@ def compare(
         latency=latency,
         seconds=seconds,
         overlay=overlay,
+        overlay_legend=words,
         overlay_problem=problem,
         environment=timing.environment(model.device),
     )
@@ -174,12 +176,13 @@ def _latency(
     return ratios, seconds
 
 
-def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str | None]:
-    """The overlay, or why there is none: a picture that cannot be drawn is no reason to lose the figures."""
+def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str, str | None]:
+    """The overlay and how to read it, or why there is none: that is no reason to lose the figures."""
     try:
-        return draw_overlay(image, joined(trace, image.size, processor), preprocess=processor), None
+        found = joined(trace, image.size, processor)
+        return draw_overlay(image, found, preprocess=processor), legend(found), None
     except VlmtokError as problem:
-        return None, str(problem)
+        return None, "", str(problem)
 
 
 def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace:

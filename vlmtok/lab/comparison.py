@@ -10,12 +10,17 @@ from PIL import Image
 
 from ..core.site import layer_of
 from ..core.trace import PictureTrace, Trace
+from ..cost.units import binary, si
 from ..loading.models import Loaded
 from ..timing import Ratio
 from .runners import Answer, Loyalty
 
 if TYPE_CHECKING:
     from ..cost.report import Report
+
+
+ENOUGH = 3
+"""Rounds below which a ratio of times says nothing of which is faster."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Comparison:
         report: tokens, MACs and cache bytes of the compressed pass, before and after.
         latency: how many times faster, by stage: ``prefill`` and ``answer``, or ``forward`` for towers.
         seconds: bare and compressed medians by stage; on a GPU only.
-        overlay: the picture with what became of its patches, or None, and
+        overlay: the picture with what became of its patches, or None.
+        overlay_legend: how to read it.
         overlay_problem: why there is none.
         environment: device and versions.
     """
@@ -96,6 +102,7 @@ class Comparison:
     latency: dict[str, Ratio]
     seconds: dict[str, tuple[float, float]]
     overlay: Image.Image | None
+    overlay_legend: str
     overlay_problem: str | None
     environment: dict[str, Any]
 
@@ -109,9 +116,8 @@ class Comparison:
             return made
 
         macs, cache, tokens = self.report.macs, self.report.cache, self.tokens
-        name = "prefill_macs" if self.model.language else "macs"
-        bare = {**side(self.bare), "visual_tokens": tokens.bare, name: macs.before}
-        short = {**side(self.compressed), "visual_tokens": tokens.first, name: macs.after.high}
+        bare = {**side(self.bare), "visual_tokens": tokens.bare, "total_macs": macs.before}
+        short = {**side(self.compressed), "visual_tokens": tokens.first, "total_macs": macs.after.high}
         short.update(visual_tokens_last_layer=tokens.last, visual_tokens_mean=tokens.mean)
         if cache is not None:
             bare["kv_bytes"], short["kv_bytes"] = cache.before, cache.after.high
@@ -129,6 +135,7 @@ class Comparison:
             "compressed": short,
             "loyalty": asdict(self.loyalty),
             "speedup": {stage: asdict(ratio) for stage, ratio in self.latency.items()},
+            "overlay_legend": self.overlay_legend,
             "overlay_problem": self.overlay_problem,
             "environment": self.environment,
             "report": self.report.to_dict(),
@@ -141,7 +148,7 @@ class Comparison:
 
         loaded, gpu = self.model, self.environment["device_type"] != "cpu"
         dtype = str(loaded.dtype).removeprefix("torch.")
-        size = f"{type(loaded.model).__name__}, {amount(loaded.parameters)} parameters"
+        size = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters"
         where = self.environment["device"] if gpu else "CPU"
         yield Text(f"{loaded.name} ({size}) on {where}, {dtype}", style="bold")
         if not loaded.trained:
@@ -158,12 +165,20 @@ class Comparison:
         rounds = max(ratio.rounds for ratio in self.latency.values())
         how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
         yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
-        if any(ratio.p80 < 1 for ratio in self.latency.values()):
-            yield Text("slower: there are too few tokens for this method to pay here", style="dim")
-        elif any(ratio.p20 < 1 for ratio in self.latency.values()):
-            yield Text("the rounds differ too much to say which is faster", style="dim")
+        for words in self._doubts():
+            yield Text(words, style="dim")
         for note in self.report.notes:
             yield Text(f"note: {note}", style="dim")
+
+    def _doubts(self) -> Iterator[str]:
+        """What the ratios of time do not say."""
+        for stage, ratio in self.latency.items():
+            if ratio.rounds < ENOUGH:
+                yield f"time, {stage}: {ratio.rounds} of {ENOUGH} rounds that a ratio takes to mean anything"
+            elif ratio.p20 < 1 < ratio.p80:
+                yield f"time, {stage}: the rounds differ too much to say which is faster"
+            elif ratio.p80 <= 1:
+                yield f"time, {stage}: hooks and deciding took more than fewer tokens saved, on this machine and input"
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Cells of the table."""
@@ -175,12 +190,11 @@ class Comparison:
         if tokens.last != tokens.first:
             note = f"{tokens.last:g} left at the end, {tokens.mean:.0f} a layer on average"
         yield ("visual tokens", str(tokens.bare), f"{tokens.first:g}", note)
-        name = "prefill MACs" if self.model.language else "MACs"
         fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
-        yield (name, amount(macs.before), amount(macs.after.high), fewer)
+        yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
         if cache is not None and cache.before:
             saved = f"{1 - cache.after.high / cache.before:.0%} saved"
-            yield ("KV cache", f"{amount(cache.before)}B", f"{amount(cache.after.high)}B", saved)
+            yield (cache.name, binary(cache.before), cache.after.show(binary), saved)
         for stage, ratio in self.latency.items():
             if stage in self.seconds:
                 before, after = (f"{1000 * seconds:.2f} ms" for seconds in self.seconds[stage])
@@ -196,14 +210,6 @@ class Comparison:
         if loyalty.divergence is not None:
             said.append(f"KL {loyalty.divergence:.2g}")
         return ", ".join(said)
-
-
-def amount(value: float) -> str:
-    """A number with three digits and a letter for its thousands."""
-    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}" if abs(value) < 1000 * size else f"{value / size:.0f}{letter}"
-    return f"{value:.3g} "
 
 
 def _faster(ratio: Ratio) -> str:

@@ -1,0 +1,39 @@
+"""What an overlay shows, in words, from what ran."""
+
+from __future__ import annotations
+
+from ..core.trace import PictureTrace
+
+WHERE = {
+    "vision": "left inside the tower",
+    "features": "left before the projector",
+    "projected": "left before the language model",
+}
+"""By stage, what became of a patch that was dropped there; between layers of the language model the layers are named."""
+
+
+def legend(trace: PictureTrace) -> str:
+    """How to read the overlay of a picture.
+
+    Args:
+        trace: of the picture.
+
+    Returns:
+        One line: what stayed, what was merged, and where the others left.
+    """
+    kept = trace.owner >= 0
+    said = []
+    if bool(kept.any()):
+        said.append("bright patches stayed")
+    if bool((trace.group_sizes() > 1).any()):
+        said.append("one colour is one merged group")
+    gone = [site for site in trace.dropped_at() if site is not None]
+    for stage, words in WHERE.items():
+        if any(site.stage == stage for site in gone):
+            said.append(f"dark ones {words}")
+    layers = sorted({site.layer for site in gone if site.stage == "decoder" and site.layer is not None})
+    if layers:
+        said.append(f"dim ones left in the language model, at layer {', '.join(map(str, layers))}")
+    if not gone and bool(kept.all()) and len(said) == 1:
+        said = ["every patch stayed"]
+    return "; ".join(said)
