@@ -9,7 +9,7 @@ WHERE = {
     "features": "left before the projector",
     "projected": "left before the language model",
 }
-"""By stage, what became of a patch that was dropped there; between layers of the language model the layers are named."""
+"""By stage, what became of a patch dropped there; between layers of the language model the layers are named."""
 
 
 def legend(trace: PictureTrace) -> str:

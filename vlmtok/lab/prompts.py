@@ -9,6 +9,7 @@ from PIL import Image
 from ..errors import ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
+from ..loading.problems import taken_in
 
 DEFAULT_PROMPT = "Describe this picture."
 
@@ -31,6 +32,7 @@ def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1
 
     Raises:
         ParameterError: an empty prompt, or not one image mark for one picture.
+        LoadError: the processor cannot take the picture.
     """
     processor = model.processor
     if not prompt.strip():
@@ -42,15 +44,22 @@ def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1
         text = prompt if marks else f"{_mark(processor)}{prompt}"
         if getattr(processor, "num_query_tokens", None):  # BLIP's processors put the marks in themselves
             text = text.replace(_mark(processor, text), "").strip()
-        made = processor(images=[[image]] * batch, text=[text] * batch, return_tensors="pt")
+        words = [text] * batch
+        made = taken_in(
+            model.name, image.size, lambda: processor(images=[[image]] * batch, text=words, return_tensors="pt")
+        )
     else:
         content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-        made = processor.apply_chat_template(
-            [[{"role": "user", "content": content}]] * batch,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+        made = taken_in(
+            model.name,
+            image.size,
+            lambda: processor.apply_chat_template(
+                [[{"role": "user", "content": content}]] * batch,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ),
         )
     made = made.to(model.device, model.dtype)  # floating tensors alone take the dtype
     return {name: value for name, value in made.items() if name != "labels"}

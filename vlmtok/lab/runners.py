@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ParameterError
 from ..loading.models import Loaded
+from ..loading.problems import taken_in
 from .prompts import DEFAULT_PROMPT, NO_PROMPT, encode_prompt
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ class Looker(Runner):
         assert model.pixels is not None and model.encode is not None
         self.loaded = model
         self.encode = model.encode
-        pixels = model.pixels(image).to(model.device, model.dtype)
+        prepare = model.pixels
+        pixels = taken_in(model.name, image.size, lambda: prepare(image)).to(model.device, model.dtype)
         self.inputs = pixels.expand(batch, -1, -1, -1).contiguous()
 
     def answer(self) -> Answer:

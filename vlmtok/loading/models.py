@@ -164,7 +164,7 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     if language:
         return Loaded(shown, model, processor, True, not random)
     classes = getattr(config, "num_labels", 0) if type(model).__name__.endswith("Classification") else 0
-    labels = [config.id2label[i] for i in range(classes)] if classes and not random else None
+    labels = None if not classes else numbered(classes) if random else [config.id2label[i] for i in range(classes)]
 
     def pixels(image: Image.Image) -> Tensor:
         made: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -233,19 +233,29 @@ def _timm(name: str, random: bool, bare: bool) -> Loaded:
         return Loaded(shown, model, None, False, False)
     settings = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**settings, is_training=False)
-    labels = None if random else _imagenet(model)
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    labels = None if not classes else numbered(classes) if random else _class_names(model, classes)
     return Loaded(shown, model, transform, False, not random, _one(transform), model, labels)
 
 
-def _imagenet(model: Any) -> list[str] | None:
-    """Names of a timm classifier's classes, where it is one of timm's ImageNet variants."""
+def numbered(classes: int) -> list[str]:
+    """What classes without names are called."""
+    return [f"class {i}" for i in range(classes)]
+
+
+def _class_names(model: Any, classes: int) -> list[str]:
+    """Names of a timm classifier's classes: its own, those of the ImageNet variant that it is one of, or numbers."""
     import timm
 
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if own and len(own) == classes:
+        return [str(name) for name in own]
     subset = timm.data.infer_imagenet_subset(model)
     if not subset:
-        return None
+        return numbered(classes)
     info = timm.data.ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(info.num_classes())]
+    names = [info.index_to_description(i) for i in range(info.num_classes())]
+    return names if len(names) == classes else numbered(classes)
 
 
 def _open_clip(name: str, random: bool, bare: bool) -> Loaded:

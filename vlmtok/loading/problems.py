@@ -66,3 +66,25 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def taken_in(name: str, size: tuple[int, int], make: Callable[[], T]) -> T:
+    """Runs a host's preprocessing on a picture; its errors, of any kind, become one line.
+
+    Args:
+        name: of the model.
+        size: width and height of the picture, in pixels.
+        make: the preprocessing.
+
+    Raises:
+        LoadError: the host cannot take the picture.
+    """
+    try:
+        return make()
+    except (MemoryError, VlmtokError):
+        raise
+    except Exception as problem:
+        what = f"{size[0]} x {size[1]} pixels"
+        raise LoadError(
+            f"the preprocessing of {name!r} cannot take a picture of {what}: {line_of(problem)}"
+        ) from problem
