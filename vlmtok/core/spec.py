@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -85,6 +86,41 @@ def _parse_value(text: str, spec: str) -> Any:
     if _WORD.match(text):
         return text
     raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
+
+
+@guarded
+def expand(spec: str) -> list[str]:
+    """The spec strings that one with swept values stands for: ``"fastv:keep=0.25,0.5"`` is two.
+
+    Args:
+        spec: a spec string, in which values may have alternatives behind commas.
+
+    Returns:
+        One spec string for each combination, the last parameter moving fastest.
+
+    Raises:
+        SpecError: an alternative is missing, or a bracket does not close.
+        ParameterError: alternatives of one parameter are counts and shares, which mean different things.
+    """
+    found = [""]
+    for index, part in enumerate(_split(spec, "+")):
+        pieces = _split(part, ":")
+        ways = [[("+" if index else "") + pieces[0]]]
+        for piece in pieces[1:]:
+            name, equals, values = piece.partition("=")
+            choices = [value.strip() for value in _split(values, ",")]
+            if not all(choices):
+                raise SpecError(f"{piece!r} in {spec!r} has an empty alternative")
+            if len(choices) > 1:
+                kinds = {type(_parse_value(value, spec)) for value in choices} & {int, float}
+                if len(kinds) > 1:
+                    raise ParameterError(
+                        f"{piece!r} sweeps counts (1) beside shares (1.0), which mean different things; write all of "
+                        "them with a point, or none"
+                    )
+            ways.append([f":{name}{equals}{value}" for value in choices])
+        found = [before + "".join(way) for before in found for way in itertools.product(*ways)]
+    return found
 
 
 def as_methods(method: Method | str | Sequence[Method | str]) -> list[Method]:

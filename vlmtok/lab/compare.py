@@ -10,6 +10,7 @@ This is what ``vlmtok run`` does, for notebooks too:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from ..adapters import adapter_for
 from ..compression import Compression, compress
 from ..core.method import Method
 from ..core.trace import PictureTrace, Trace
-from ..errors import PassError, VlmtokError
+from ..errors import PassError, VlmtokError, VlmtokWarning
 from ..guard import guarded
 from ..loading.models import Loaded
 from ..loading.pictures import open_picture
@@ -79,41 +80,108 @@ def compare(
         ParameterError: the prompt does not fit.
         VlmtokError: the methods do not fit the model, see `vlmtok.compress`.
     """
-    shown = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
+    comparing = Comparing(model, image, prompt, max_new_tokens=max_new_tokens, adapter=adapter, progress=progress)
     methods = default_method(model.model, adapter) if method is None else method
-    runner: Runner = Speaker(model, shown, prompt, max_new_tokens) if model.language else Looker(model, shown, prompt)
+    return comparing.with_method(methods, rounds=rounds, limit=limit)
 
-    def compressed(trace: bool = False) -> Any:
-        return compress(model.model, methods, trace=trace, adapter=adapter)
 
-    with torch.inference_mode(), quiet():
-        with compressed(trace=True) as run:
-            _tell(progress, "answering, compressed", 0, 2)
-            short = runner.answer()
-            report = _checked(run, runner, short)
-            trace = run.trace()
-            names = methods if isinstance(methods, str) else "+".join(map(str, run.methods))
-            overlay, words, problem = _overlay(shown, trace, model.processor)
-        _tell(progress, "answering, bare", 1, 2)
-        full = runner.answer()
-        _tell(progress, "answering, bare", 2, 2)
-        latency, seconds = _latency(runner, compressed, model, rounds, limit, progress)
-    return Comparison(
-        model=model,
-        method=names,
-        prompt=runner.prompt,
-        bare=full,
-        compressed=short,
-        loyalty=runner.loyalty(full, short),
-        tokens=VisualTokens.of(report, trace, _depth(model.model, adapter)),
-        report=report,
-        latency=latency,
-        seconds=seconds,
-        overlay=overlay,
-        overlay_legend=words,
-        overlay_problem=problem,
-        environment=timing.environment(model.device),
-    )
+class Comparing:
+    """One picture and prompt in front of one model, whose bare answer is given once.
+
+    Args:
+        model: from `load`.
+        image: a PIL picture or the path of one.
+        prompt: as for `compare`.
+        max_new_tokens: of the answers.
+        adapter: as for `vlmtok.compress`.
+        progress: told what is being done.
+
+    Raises:
+        LoadError: the picture cannot be read.
+        ParameterError: the prompt does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Loaded,
+        image: Image.Image | str | os.PathLike[str],
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 32,
+        adapter: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.adapter, self.progress = model, adapter, progress
+        self.image = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
+        self.runner: Runner
+        if model.language:
+            self.runner = Speaker(model, self.image, prompt, max_new_tokens)
+        else:
+            self.runner = Looker(model, self.image, prompt)
+        self._bare: Answer | None = None
+
+    def check(self, method: str | Method | Sequence[Method | str]) -> None:
+        """Attaches methods and takes them off again.
+
+        Raises:
+            VlmtokError: they do not fit the model, see `vlmtok.compress`.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VlmtokWarning)  # nothing ran, and the run itself says the rest
+            self._compressed(method).remove()
+
+    def bare(self) -> Answer:
+        """The bare model's answer."""
+        if self._bare is None:
+            _tell(self.progress, "answering, bare", 1, 2)
+            with torch.inference_mode(), quiet():
+                self._bare = self.runner.answer()
+        return self._bare
+
+    def with_method(
+        self, method: str | Method | Sequence[Method | str], *, rounds: int = 5, limit: float = 10.0
+    ) -> Comparison:
+        """The model under methods beside the bare one.
+
+        Args:
+            method: as for `vlmtok.compress`.
+            rounds: rounds of the measurement of latency; 0 measures none.
+            limit: seconds after which no further round begins.
+
+        Raises:
+            VlmtokError: the methods do not fit the model; no site fired, or the books are not of this answer.
+        """
+        model, runner = self.model, self.runner
+        with torch.inference_mode(), quiet():
+            with self._compressed(method, trace=True) as run:
+                _tell(self.progress, "answering, compressed", 0, 2)
+                short = runner.answer()
+                report = _checked(run, runner, short)
+                trace = run.trace()
+                names = method if isinstance(method, str) else "+".join(map(str, run.methods))
+                overlay, words, problem = _overlay(self.image, trace, model.processor)
+            full = self.bare()
+            _tell(self.progress, "answering, bare", 2, 2)
+            latency, seconds = _latency(runner, lambda: self._compressed(method), model, rounds, limit, self.progress)
+        return Comparison(
+            model=model,
+            method=names,
+            prompt=runner.prompt,
+            bare=full,
+            compressed=short,
+            loyalty=runner.loyalty(full, short),
+            tokens=VisualTokens.of(report, trace, _depth(model.model, self.adapter)),
+            report=report,
+            latency=latency,
+            seconds=seconds,
+            overlay=overlay,
+            overlay_legend=words,
+            overlay_problem=problem,
+            environment=timing.environment(model.device),
+        )
+
+    def _compressed(self, method: str | Method | Sequence[Method | str], trace: bool = False) -> Compression:
+        return compress(self.model.model, method, trace=trace, adapter=self.adapter)
 
 
 def _checked(run: Compression, runner: Runner, answer: Answer) -> Report:
@@ -162,6 +230,8 @@ def _latency(
     limit: float,
     progress: Progress | None,
 ) -> tuple[dict[str, Ratio], dict[str, tuple[float, float]]]:
+    if not rounds:
+        return {}, {}
     cases = []
     for stage, call in runner.stages().items():
         cases += [Case(f"{stage} bare", call, nullcontext), Case(f"{stage} compressed", call, compressed)]

@@ -162,9 +162,10 @@ class Comparison:
         for row in self._rows():
             table.add_row(*(Text(cell) for cell in row))
         yield table
-        rounds = max(ratio.rounds for ratio in self.latency.values())
-        how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
-        yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
+        if self.latency:
+            rounds = max(ratio.rounds for ratio in self.latency.values())
+            how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
+            yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
         for words in self._doubts():
             yield Text(words, style="dim")
         for note in self.report.notes:
