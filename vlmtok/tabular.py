@@ -6,7 +6,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,48 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
+
+
+class Tabular:
+    """Something that is a table: what it prints, and the forms that people paste, from its records and its cells."""
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Rows as numbers and words by column."""
+        raise NotImplementedError
+
+    def table(self) -> Table:
+        """Rows as people read them."""
+        raise NotImplementedError
+
+    def to_csv(self) -> str:
+        """`to_records` as CSV; whole numbers without a point."""
+        return csv_of(self.to_records())
+
+    def to_pandas(self) -> Any:
+        """`to_records` as a pandas.DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame_of(self.to_records())
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        return self.table().markdown() + "\n"
+
+    def to_latex(self) -> str:
+        """The table for LaTeX, with the rules of booktabs."""
+        return self.table().latex() + "\n"
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """The table for a rich console."""
+        yield self.table().rich()
+
+    def __str__(self) -> str:
+        return plain(self.table().rich(), width=160)
 
 
 def plain(*parts: Any, width: int = 120) -> str:

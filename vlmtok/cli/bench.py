@@ -9,14 +9,14 @@ import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
-from .inputs import check_fit, load_model, picture_and_question
-from .options import Device, Dtype, Json, Method, Model, Picture, Prompt, Random, Rounds, Tokens
+from .inputs import check_fit, load_model, picture_and_question, spec_strings
+from .options import Device, Dtype, Json, Methods, Model, Picture, Prompt, Random, Rounds, Tokens
 
 
 @app.command(cls=Once)
 def bench(
     model: Model = None,
-    method: Method = None,
+    method: Methods = None,
     image: Picture = None,
     prompt: Prompt = None,
     device: Device = "auto",
@@ -34,12 +34,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure a model bare and compressed in turns; without --model, the standard suite of large models on a GPU."""
-    from ..core.spec import parse_methods
     from ..errors import ParameterError
 
-    if method is not None:
-        parse_methods(method)
-    if model is None and (method is not None or image is not None or prompt is not None):
+    specs = spec_strings(method)
+    if model is None and (specs or image is not None or prompt is not None):
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
@@ -55,19 +53,23 @@ def bench(
         if model is not None:
             loading.pick_dtype(dtype, where)
             shown, _, question = picture_and_question(image, prompt, model)
-            language = check_fit(model, method, prompt, None)
+            fits = [check_fit(model, spec, prompt, None) for spec in specs or (None,)]
             loaded = load_model(progress, model, device, dtype, random)
-            rows = suite.bench_pair(
-                loaded,
-                shown,
-                question if language else None,
-                method,
-                batch=batch,
-                max_new_tokens=max_new_tokens,
-                rounds=rounds,
-                limit=limit,
-                progress=progress,
-            )
+            rows = [
+                row
+                for spec in specs or (None,)
+                for row in suite.bench_pair(
+                    loaded,
+                    shown,
+                    question if fits[0] else None,
+                    spec,
+                    batch=batch,
+                    max_new_tokens=max_new_tokens,
+                    rounds=rounds,
+                    limit=limit,
+                    progress=progress,
+                )
+            ]
         elif tiny or where.type == "cuda":
             sizes = suite_models.TINY if tiny else suite_models.FULL
             rows = suite.run_suite(where, sizes=sizes, rounds=rounds, limit=limit, progress=progress)

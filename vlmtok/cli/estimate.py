@@ -8,7 +8,8 @@ import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, standard_output
-from .options import Json, Method
+from .inputs import spec_strings
+from .options import Json, Methods
 
 
 @app.command(cls=Once)
@@ -16,7 +17,7 @@ def estimate(
     model: Annotated[
         str, typer.Argument(help="A preset (vlmtok list --models), or a model as for vlmtok run.")
     ] = "llava-1.5-7b",
-    method: Method = None,
+    method: Methods = None,
     text_tokens: Annotated[int | None, typer.Option(min=0, help="Of the prompt.", show_default=False)] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or pictures of a tower.")] = 1,
@@ -30,35 +31,40 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what a method would save, without running anything and without weights."""
-    from ..core.spec import parse_methods
     from ..errors import ParameterError
 
     if markdown + as_csv + as_json > 1:
         raise ParameterError("one of --json, --markdown and --csv")
-    if method is not None:
-        parse_methods(method)
+    specs = spec_strings(method)
     with at_work() as progress:
         progress("starting", 0, 0)
+        from ..cost.reports import Reports
         from ..forecast.estimate import estimate as estimated
         from ..lab import compare as comparing
 
         subject = _subject(model)
-        report = estimated(
-            subject,
-            method or (comparing.DEFAULT_METHOD if subject.language else comparing.DEFAULT_TOWER_METHOD),
-            text_tokens=text_tokens,
-            pictures=pictures,
-            batch=batch,
-            visual_tokens=visual_tokens,
-            crops=crops,
-            convention=convention,
-        )
+        default = comparing.DEFAULT_METHOD if subject.language else comparing.DEFAULT_TOWER_METHOD
+        reports = [
+            estimated(
+                subject,
+                spec,
+                text_tokens=text_tokens,
+                pictures=pictures,
+                batch=batch,
+                visual_tokens=visual_tokens,
+                crops=crops,
+                convention=convention,
+            )
+            for spec in specs or [default]
+        ]
+    found = reports[0] if len(reports) == 1 else Reports(tuple(reports))
     if as_json:
-        print_json({**report.to_dict(), "convention": convention})
+        rows = {"rows": [report.to_dict() for report in reports]} if len(reports) > 1 else reports[0].to_dict()
+        print_json({**rows, "convention": convention})
     elif markdown or as_csv:
-        print(report.to_markdown() if markdown else report.to_csv(), end="")
+        print(found.to_markdown() if markdown else found.to_csv(), end="")
     else:
-        standard_output().print(report)
+        standard_output().print(found)
 
 
 def _subject(model: str) -> Any:

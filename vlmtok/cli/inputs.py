@@ -2,55 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..timing import Progress
 
 
-def compare_inputs(
+@dataclass(frozen=True)
+class Question:
+    """What `vlmtok run` and `vlmtok show` were asked to look at, checked as far as that goes before weights are read.
+
+    Attributes:
+        shown: the picture.
+        picture: what to call it.
+        words: the question; None for towers.
+        load: reads the model.
+    """
+
+    shown: Any
+    picture: str
+    words: str | None
+    load: Callable[[], Any]
+
+
+def spec_strings(given: list[str] | None) -> list[str]:
+    """Spec strings as typed, swept values spread out; none where nothing was given.
+
+    Raises:
+        VlmtokError: one of them is no spec string of known methods.
+    """
+    from ..core.spec import expand, parse_methods
+
+    found = [spec for text in given or () for spec in expand(text)]
+    for spec in found:
+        parse_methods(spec)
+    return found
+
+
+def question_about(
     progress: Progress,
     model: str | None,
     image: str | None,
     prompt: str | None,
-    method: str | None,
+    specs: Sequence[str],
     device: str,
     dtype: str,
-    overlay: str,
-    max_new_tokens: int,
-    rounds: int,
+    overlay: str | None,
     random: bool,
     adapter: str | None,
-) -> tuple[Any, str]:
-    """Checks everything that can be checked before a model is loaded, then compares."""
-    from ..core.spec import parse_methods
+) -> Question:
+    """Checks everything that can be checked before a model is loaded.
+
+    Args:
+        progress: told what is being done.
+        model: as typed.
+        image: as typed.
+        prompt: as typed.
+        specs: the methods; each must fit the model.
+        device: as typed.
+        dtype: as typed.
+        overlay: where a picture is to be written, or None.
+        random: whether weights are drawn.
+        adapter: as typed.
+
+    Raises:
+        VlmtokError: something does not fit.
+    """
     from ..errors import ParameterError
 
-    if method is not None:
-        parse_methods(method)
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
     progress("starting", 0, 0)
     from .. import loading
-    from ..lab.compare import compare
 
-    loading.check_writable(overlay, picture=True)
+    if overlay is not None:
+        loading.check_writable(overlay, picture=True)
     where = loading.pick_device(device)
     loading.pick_dtype(dtype, where)
-    shown, picture, question = picture_and_question(image, prompt, model)
-    language = check_fit(model, method, prompt, adapter)
-    loaded = load_model(progress, model, device, dtype, random)
-    result = compare(
-        loaded,
-        shown,
-        question if language else None,
-        method,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        adapter=adapter,
-        progress=progress,
+    shown, picture, words = picture_and_question(image, prompt, model)
+    fits = [check_fit(model, spec, prompt, adapter) for spec in specs or (None,)]
+    return Question(
+        shown, picture, words if fits[0] else None, lambda: load_model(progress, model, device, dtype, random)
     )
-    return result, picture
 
 
 def picture_and_question(image: str | None, prompt: str | None, model: str | None) -> tuple[Any, str, str | None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .application import Once, app
 from .console import at_work, print_json, standard_output
-from .inputs import compare_inputs, say_overlay, write_overlay
-from .options import Adapter, Device, Dtype, Json, Method, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
+from .inputs import question_about, say_overlay, spec_strings, write_overlay
+from .options import Adapter, Device, Dtype, Json, Methods, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
 
 
 @app.command(cls=Once)
@@ -13,7 +13,7 @@ def run(
     model: Model = None,
     image: Picture = None,
     prompt: Prompt = None,
-    method: Method = None,
+    method: Methods = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     overlay: Overlay = "overlay.png",
@@ -24,15 +24,35 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture, bare and compressed, side by side."""
+    specs = spec_strings(method)
+    several = len(specs) > 1
     with at_work() as progress:
-        result, picture = compare_inputs(
-            progress, model, image, prompt, method, device, dtype, overlay, max_new_tokens, rounds, random, adapter
+        asked = question_about(
+            progress, model, image, prompt, specs, device, dtype, None if several else overlay, random, adapter
         )
-        path, words = write_overlay(result, overlay)
-    if as_json:
-        print_json({**result.to_dict(), "image": picture, "overlay": path, "overlay_words": words})
-        return
+        loaded = asked.load()
+        from ..lab.compare import compare
+        from ..lab.sweep import sweep
+
+        how = {"max_new_tokens": max_new_tokens, "rounds": rounds, "adapter": adapter, "progress": progress}
+        if several:
+            found = sweep(loaded, asked.shown, specs, asked.words, **how)
+        else:
+            result = compare(loaded, asked.shown, asked.words, specs[0] if specs else None, **how)
+            path, words = write_overlay(result, overlay)
     console = standard_output()
-    console.print(f"picture  {picture}", highlight=False, soft_wrap=True)
-    console.print(result)
-    say_overlay(console, path, words)
+    if several and as_json:
+        print_json({"model": loaded.name, "image": asked.picture, "prompt": asked.words, "rows": found.to_records()})
+    elif several:
+        console.print(
+            f"{loaded.name}, picture {asked.picture}, prompt {asked.words!r}", highlight=False, soft_wrap=True
+        )
+        console.print(found)
+        for line in found.doubts():
+            console.print(line, style="dim", highlight=False)
+    elif as_json:
+        print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words})
+    else:
+        console.print(f"picture  {asked.picture}", highlight=False, soft_wrap=True)
+        console.print(result)
+        say_overlay(console, path, words)

@@ -8,7 +8,7 @@ import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
-from .inputs import check_fit, compare_inputs, say_overlay, write_overlay
+from .inputs import check_fit, question_about, say_overlay, write_overlay
 from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prompt, Random
 
 
@@ -80,8 +80,11 @@ def show(
         if model is not None:
             check_fit(model, method, prompt, adapter)
         if image is not None or prompt is not None:
-            result, _ = compare_inputs(
-                progress, model, image, prompt, method, device, dtype, overlay, 1, 1, random, adapter
+            from ..lab.compare import compare
+
+            asked = question_about(progress, model, image, prompt, [method], device, dtype, overlay, random, adapter)
+            result = compare(
+                asked.load(), asked.shown, asked.words, method, max_new_tokens=1, rounds=0, adapter=adapter
             )
         sites = [catalogue.sites(one, _layout(one, model, adapter)) for one in made]
         path, words = (None, "") if result is None else write_overlay(result, overlay)

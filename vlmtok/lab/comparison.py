@@ -166,12 +166,12 @@ class Comparison:
             rounds = max(ratio.rounds for ratio in self.latency.values())
             how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
             yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
-        for words in self._doubts():
+        for words in self.doubts():
             yield Text(words, style="dim")
         for note in self.report.notes:
             yield Text(f"note: {note}", style="dim")
 
-    def _doubts(self) -> Iterator[str]:
+    def doubts(self) -> Iterator[str]:
         """What the ratios of time do not say."""
         for stage, ratio in self.latency.items():
             if ratio.rounds < ENOUGH:

@@ -15,7 +15,7 @@ from ..cost.units import binary, si
 from ..errors import ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
-from ..tabular import Table, csv_of, frame_of, plain
+from ..tabular import Table, Tabular
 from ..timing import Progress
 from .compare import Comparing
 from .comparison import Comparison
@@ -76,7 +76,7 @@ def sweep(
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Sweep(Tabular):
     """Rows of a sweep; print it, or take one of its forms.
 
     Attributes:
@@ -123,25 +123,10 @@ class Sweep:
             rows.append(cells + [f"{record[name]:.2f} x" for name in stages])
         return Table(head, rows)
 
-    def to_csv(self) -> str:
-        """`to_records` as CSV."""
-        return csv_of(self.to_records())
-
-    def to_pandas(self) -> Any:
-        """`to_records` as a pandas.DataFrame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame_of(self.to_records())
-
-    def to_markdown(self) -> str:
-        """The table in Markdown."""
-        return self.table().markdown() + "\n"
-
-    def to_latex(self) -> str:
-        """The table for LaTeX, with the rules of booktabs."""
-        return self.table().latex() + "\n"
+    def doubts(self) -> list[str]:
+        """What the ratios of time do not say, method by method; what all share is said once."""
+        said = [line for found in self.comparisons for line in dict.fromkeys(found.doubts())]
+        return list(dict.fromkeys(said))
 
     def plot(self, cost: str = "total_macs", ax: Axes | None = None) -> Axes:
         """Agreement with the bare model against a cost, a point for each row.
@@ -172,16 +157,6 @@ class Sweep:
         axes.set_ylabel("cosine with the bare output" if what == "cosine" else "KL divergence from bare, nats")
         axes.legend(fontsize="small")
         return axes
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """The table for a rich console."""
-        yield self.table().rich()
-
-    def __str__(self) -> str:
-        return plain(self.table().rich(), width=160)
 
     def __repr__(self) -> str:
         return f"<Sweep of {', '.join(found.method for found in self.comparisons)}>"

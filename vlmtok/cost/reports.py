@@ -1,0 +1,83 @@
+"""Several reports as one table: a row for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..tabular import Table, Tabular
+from .lines import Line
+from .report import Report
+from .units import binary, share, si, whole
+
+
+@dataclass(frozen=True, eq=False)
+class Reports(Tabular):
+    """Reports of one model under several methods; print it, or take one of its forms.
+
+    Attributes:
+        reports: one for each method, in order.
+    """
+
+    reports: tuple[Report, ...]
+
+    def __iter__(self) -> Iterator[Report]:
+        return iter(self.reports)
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A record for each method: MACs and bytes, before and after; what depends on content as low and high."""
+        return [_record(report) for report in self.reports]
+
+    def table(self) -> Table:
+        """A row for each method, below one for the bare model."""
+        first = self.reports[0]
+        head = ["method", "visual tokens a layer", "MACs, total", "after / before"]
+        head += [] if first.cache is None else [first.cache.name]
+        head += [] if first.step is None else [first.step.name]
+        head += [] if first.figure is None else [f"{first.figure.name} convention, {first.figure.unit}"]
+        rows = [["bare", *_cells(first, before=True)]]
+        rows += [["+".join(report.methods), *_cells(report)] for report in self.reports]
+        return Table(head, rows)
+
+    def __repr__(self) -> str:
+        return f"<Reports of {', '.join('+'.join(report.methods) for report in self.reports)}>"
+
+
+def _tokens(report: Report) -> tuple[float, float] | None:
+    """Visual tokens of a row, mean over the layers of the last stage: bare, and the most that stay."""
+    stages = [line.stage for line in report.layers]
+    stage = "decoder" if "decoder" in stages else stages[0] if stages else None
+    lines = [line for line in report.layers if line.stage == stage]
+    if not lines:
+        return None
+    return sum(line.visual_before for line in lines) / len(lines), sum(line.visual.high for line in lines) / len(lines)
+
+
+def _cells(report: Report, before: bool = False) -> list[str]:
+    tokens = _tokens(report)
+
+    def shown(line: Line) -> str:
+        form = binary if line.unit == "bytes" else si
+        return form(line.before) if before else line.after.show(form)
+
+    cells = ["" if tokens is None else whole(tokens[0] if before else tokens[1])]
+    cells += [shown(report.macs), "" if before else share(report.macs)]
+    return cells + [shown(line) for line in (report.cache, report.step, report.figure) if line is not None]
+
+
+def _record(report: Report) -> dict[str, Any]:
+    tokens = _tokens(report)
+    made: dict[str, Any] = {"model": report.model, "method": "+".join(report.methods)}
+    if tokens is not None:
+        made.update(visual_tokens_before=tokens[0], visual_tokens_after=tokens[1])
+    named = {"total_macs": report.macs, "cache_bytes": report.cache, "decode_step_macs": report.step}
+    if report.figure is not None:
+        named[f"{report.figure.name}_{report.figure.unit.lower()}"] = report.figure
+    for name, line in named.items():
+        if line is not None:
+            made.update({f"{name}_before": line.before, f"{name}_low": line.after.low, f"{name}_high": line.after.high})
+    return made
