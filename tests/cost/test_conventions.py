@@ -6,23 +6,19 @@ import random
 
 import pytest
 
-from vlmtok.core.model_shape import BlockShape, LanguageShape, ModelShape, Tokens, TowerShape
+from vlmtok.core.model_shape import BlockShape, LanguageShape, ModelShape, Part, Tokens, TowerShape
 from vlmtok.core.site import Layout
 from vlmtok.cost.conventions import CONVENTIONS, convention
 from vlmtok.cost.flops import Profile
 from vlmtok.errors import ParameterError
 
 NOWHERE = Layout("nowhere", {})
+PARTS = (Part("pool", 7, 3), Part("head", 11))
 
 
 def _transprune(b, t):
     d, m, n = b.width, b.hidden, t.visual
     return n * d * (4 * d + 2 * n + 3 * m)
-
-
-def _fastv(b, t):
-    d, m, n = b.width, b.hidden, t.visual
-    return n * d * (4 * d + 2 * n + 2 * m)
 
 
 def _todre(b, t):
@@ -59,7 +55,7 @@ def _crossget(b, t):
 BLOCK_FORMULAS = {
     "transprune": _transprune,
     "pyramiddrop": _transprune,
-    "fastv": _fastv,
+    "fastv": _todre,
     "todre": _todre,
     "divprune": _todre,
     "language": _language,
@@ -71,7 +67,7 @@ BLOCK_FORMULAS = {
     "tca": _tome,
     "crossget": _crossget,
 }
-WITH_STEM = ("tca", "crossget")
+WITH_STEM = ("tca", "crossget", "tome")
 
 
 class _Drawn:
@@ -103,7 +99,7 @@ class _Drawn:
     @property
     def shape(self):
         towers = {
-            stage: TowerShape((self.blocks[stage],) * self.depths[stage], 50, self.protected, self.stem)
+            stage: TowerShape((self.blocks[stage],) * self.depths[stage], 50, self.protected, self.stem, PARTS)
             for stage in ("vision", "text")
         }
         language = LanguageShape((self.blocks["decoder"],) * self.depths["decoder"])
@@ -116,6 +112,10 @@ class _Drawn:
             for stage in stages
             for tokens in self.profiles[stage].layers
         )
+        if name == "fastv":
+            total /= len(self.profiles["decoder"].layers)
+        if name == "tome":
+            total += self.rows * sum(part.row + part.token * self.profiles["vision"].left for part in PARTS)
         if name in WITH_STEM:
             total += self.rows * (self.profiles["vision"].entered - self.protected) * self.stem
         return total
