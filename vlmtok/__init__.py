@@ -41,11 +41,14 @@ if TYPE_CHECKING:
     from .core.trace import Trace as Trace
     from .core.view import TokenView as TokenView
     from .cost.report import Report as Report
+    from .cost.reports import Reports as Reports
     from .forecast.budget import budget as budget
     from .forecast.estimate import estimate as estimate
     from .lab.compare import compare as compare
     from .lab.comparison import Comparison as Comparison
     from .lab.overlay import overlay as overlay
+    from .lab.sweep import Sweep as Sweep
+    from .lab.sweep import sweep as sweep
     from .lab.zero_shot import zero_shot as zero_shot
     from .loading import load as load
     from .mergers.aim import AIM as AIM

@@ -19,7 +19,10 @@ HOME: dict[str, str] = {
     "Comparison": "lab.comparison",
     "compare": "lab.compare",
     "load": "loading",
+    "Reports": "cost.reports",
+    "Sweep": "lab.sweep",
     "overlay": "lab.overlay",
+    "sweep": "lab.sweep",
     "zero_shot": "lab.zero_shot",
     # a method of one's own
     "Counts": "core.site",

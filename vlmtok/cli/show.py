@@ -16,11 +16,15 @@ from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prom
 def list_(
     pattern: Annotated[str, typer.Argument(help='Shell wildcards, for instance "*prune*".')] = "*",
     models: Annotated[bool, typer.Option("--models", help="List adapters and model families instead.")] = False,
+    conventions: Annotated[bool, typer.Option("--conventions", help="List ways of counting instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods, or with --models the adapters, families and presets."""
+    """List the methods; with --models the adapters, families and presets, with --conventions how papers count."""
     from ..lab import catalogue, family_table
 
+    if conventions:
+        _list_conventions(as_json)
+        return
     if models:
         from ..forecast.presets import PRESETS
 
@@ -54,6 +58,17 @@ def list_(
         for entry in entries
     ]
     print_table(("method", "acts at", "training-free", "adapters", "paper"), listed)
+
+
+def _list_conventions(as_json: bool) -> None:
+    from ..cost.conventions import CONVENTIONS
+
+    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source) for c in CONVENTIONS.values()]
+    head = ("convention", "unit", "counts", "formula", "source")
+    if as_json:
+        print_json({"conventions": [dict(zip(head, row)) for row in found]})
+    else:
+        print_table(head, found)
 
 
 @app.command(cls=Once)

@@ -27,7 +27,8 @@ class Convention:
         name: what it is called.
         unit: ``MACs`` or ``FLOPs``, as the papers print it.
         stages: what it covers.
-        summary: one line.
+        summary: the formula, in a line; n and N are tokens, d and C the width, m that of the MLP.
+        source: where it is used.
         count: of one pass, all rows.
     """
 
@@ -35,6 +36,7 @@ class Convention:
     unit: str
     stages: tuple[str, ...]
     summary: str
+    source: str
     count: Count
 
 
@@ -42,10 +44,12 @@ CONVENTIONS: dict[str, Convention] = {}
 """By name; several papers may share one."""
 
 
-def _register(name: str, unit: str, stages: tuple[str, ...], summary: str, *others: str) -> Callable[[Count], Count]:
+def _register(
+    name: str, unit: str, stages: tuple[str, ...], summary: str, *others: str, source: str
+) -> Callable[[Count], Count]:
     def add(count: Count) -> Count:
         for known in (name, *others):
-            CONVENTIONS[known] = Convention(known, unit, stages, summary, count)
+            CONVENTIONS[known] = Convention(known, unit, stages, summary, source, count)
         return count
 
     return add
@@ -69,7 +73,14 @@ def _layers(shape: ModelShape, profiles: Profiles) -> tuple[int, list[tuple[Bloc
     return profile.rows, list(zip(shape.language.blocks, profile.layers))
 
 
-@_register("transprune", "MACs", ("decoder",), "visual tokens only; 4nd^2 + 2n^2d + 3ndm a layer", "pyramiddrop")
+@_register(
+    "transprune",
+    "MACs",
+    ("decoder",),
+    "visual tokens only; 4nd^2 + 2n^2d + 3ndm a layer",
+    "pyramiddrop",
+    source="arXiv 2507.20630, 2410.17247 and 2410.04417 (TFLOPs)",
+)
 def transprune(shape: ModelShape, profiles: Profiles) -> float:
     """What TransPrune, PyramidDrop and SparseVLM print as TFLOPs (arXiv 2507.20630, 2410.17247).
 
@@ -84,7 +95,13 @@ def transprune(shape: ModelShape, profiles: Profiles) -> float:
     return rows * total
 
 
-@_register("fastv", "FLOPs", ("decoder",), "all tokens; 4nd^2 + 2n^2d + 2ndm, mean over the layers")
+@_register(
+    "fastv",
+    "FLOPs",
+    ("decoder",),
+    "all tokens; 4nd^2 + 2n^2d + 2ndm, mean over the layers",
+    source="arXiv 2403.06764, table 1",
+)
 def fastv(shape: ModelShape, profiles: Profiles) -> float:
     """What FastV prints as FLOPs (arXiv 2403.06764, table 1): a mean layer, text included, an MLP of two matrices.
 
@@ -93,7 +110,14 @@ def fastv(shape: ModelShape, profiles: Profiles) -> float:
     return todre(shape, profiles) / len(profiles["decoder"].layers)
 
 
-@_register("todre", "FLOPs", ("decoder",), "all tokens; 4nd^2 + 2n^2d + 2ndm a layer", "divprune")
+@_register(
+    "todre",
+    "FLOPs",
+    ("decoder",),
+    "all tokens; 4nd^2 + 2n^2d + 2ndm a layer",
+    "divprune",
+    source="arXiv 2505.18757 v2, 2503.02175",
+)
 def todre(shape: ModelShape, profiles: Profiles) -> float:
     """The formula that ToDRE prints (arXiv 2505.18757v2), and the form of DivPrune's: text included.
 
@@ -108,14 +132,27 @@ def todre(shape: ModelShape, profiles: Profiles) -> float:
     return rows * total
 
 
-@_register("language", "FLOPs", ("decoder",), "all tokens; 2 x MACs of the layers as they are, full n^2 attention")
+@_register(
+    "language",
+    "FLOPs",
+    ("decoder",),
+    "all tokens; 2 x MACs of the layers as they are, full n^2 attention",
+    source="no paper; the layers as they are",
+)
 def language(shape: ModelShape, profiles: Profiles) -> float:
     """2 x the MACs of the language model's layers: grouped keys and values, all MLP matrices, no head."""
     rows, layers = _layers(shape, profiles)
     return 2.0 * rows * sum(block.macs(tokens) for block, tokens in layers)
 
 
-@_register("llm-viewer", "FLOPs", ("decoder",), "as language, and element-wise operations", "aim")
+@_register(
+    "llm-viewer",
+    "FLOPs",
+    ("decoder",),
+    "as language, and element-wise operations",
+    "aim",
+    source="arXiv 2412.03248, by the tool LLM-Viewer",
+)
 def llm_viewer(shape: ModelShape, profiles: Profiles) -> float:
     """What the tool LLM-Viewer counts, and AIM prints as TFLOPs (arXiv 2412.03248).
 
@@ -142,7 +179,13 @@ def _block(c: int, m: int, n: float, mlp: float) -> float:
     return 4 * n * c * c + 2 * n * n * c + 2 * mlp * c * m
 
 
-@_register("pitome", "MACs", ("vision",), "tower blocks; 4NC^2 + 2N^2C + 2NCm, N the tokens that enter")
+@_register(
+    "pitome",
+    "MACs",
+    ("vision",),
+    "tower blocks; 4NC^2 + 2N^2C + 2NCm, N the tokens that enter",
+    source="arXiv 2405.16148",
+)
 def pitome(shape: ModelShape, profiles: Profiles) -> float:
     """What PiToMe prints as GFLOPs (arXiv 2405.16148): MACs of the blocks, the MLP charged before the merge.
 
@@ -152,14 +195,26 @@ def pitome(shape: ModelShape, profiles: Profiles) -> float:
     return rows * sum(_block(b.width, b.hidden, t.queries, t.queries) for b, t in layers)
 
 
-@_register("pitome-post", "MACs", ("vision",), "tower blocks; as pitome, but the MLP after the merge")
+@_register(
+    "pitome-post",
+    "MACs",
+    ("vision",),
+    "tower blocks; as pitome, but the MLP after the merge",
+    source="arXiv 2405.16148, as its code runs",
+)
 def pitome_post(shape: ModelShape, profiles: Profiles) -> float:
     """PiToMe's formula with the tokens that the MLP gets: a merge between attention and MLP as it is."""
     rows, layers = _blocks(shape, profiles)
     return rows * sum(_block(b.width, b.hidden, t.queries, t.mlp) for b, t in layers)
 
 
-@_register("tome", "MACs", ("vision",), "patch embedding, tower blocks with the MLP after the merge, pool and head")
+@_register(
+    "tome",
+    "MACs",
+    ("vision",),
+    "patch embedding, tower blocks with the MLP after the merge, pool and head",
+    source="arXiv 2210.09461",
+)
 def tome(shape: ModelShape, profiles: Profiles) -> float:
     """What ToMe prints as FLOPs (arXiv 2210.09461; fvcore counts MACs): the whole classifier, matching left out."""
     tower, profile = shape.vision, profiles["vision"]
@@ -174,13 +229,25 @@ def _stem(shape: ModelShape, profiles: Profiles) -> float:
     return profile.rows * (profile.entered - tower.protected) * tower.stem
 
 
-@_register("tca", "MACs", ("vision",), "patch embedding and tower blocks, the MLP after condensation")
+@_register(
+    "tca",
+    "MACs",
+    ("vision",),
+    "patch embedding and tower blocks, the MLP after condensation",
+    source="arXiv 2410.14729",
+)
 def tca(shape: ModelShape, profiles: Profiles) -> float:
     """What TCA prints as GFLOPs (arXiv 2410.14729): the image tower with its patch embedding, no projection."""
     return _stem(shape, profiles) + pitome_post(shape, profiles)
 
 
-@_register("crossget", "MACs", ("vision", "text"), "both towers with stem; merging layers add N^2C + NC for matching")
+@_register(
+    "crossget",
+    "MACs",
+    ("vision", "text"),
+    "both towers with stem; merging layers add N^2C + NC for matching",
+    source="arXiv 2305.17455, by fvcore",
+)
 def crossget(shape: ModelShape, profiles: Profiles) -> float:
     """What CrossGET logs as GFLOPs of a CLIP dual encoder (arXiv 2305.17455; fvcore counts MACs).
 

@@ -15,6 +15,7 @@ _MODULES = (
     "prompts",
     "runners",
     "suite",
+    "sweep",
     "tables",
     "tiny",
     "zero_shot",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from . import prompts as prompts
     from . import runners as runners
     from . import suite as suite
+    from . import sweep as sweep
     from . import tables as tables
     from . import tiny as tiny
     from . import zero_shot as zero_shot
