@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-USAGE_ERROR = 2
+USAGE_ERROR, FAILED = 2, 1
+"""Exit codes: the input is wrong; the input was fine, and what was asked did not happen."""
 
 
 class OneLine(typer.core.TyperGroup):
@@ -29,7 +30,9 @@ class OneLine(typer.core.TyperGroup):
                 raise
             if line:  # help was asked for by giving nothing
                 print(f"vlmtok: {line}", file=sys.stderr)
-            code = USAGE_ERROR
+            from ..errors import PassError
+
+            code = FAILED if isinstance(problem, PassError) else USAGE_ERROR
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code

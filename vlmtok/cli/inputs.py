@@ -126,6 +126,26 @@ def load_model(progress: Progress, model: str | None, device: str, dtype: str, r
     return loading.load(model, device=device, dtype=dtype, random=random)
 
 
+def check_reduced(report: Any) -> None:
+    """Refuses to print a comparison in which nothing was left out: a table of 1.00 x looks like a result.
+
+    Args:
+        report: of the compressed pass.
+
+    Raises:
+        PassError: no site of any method left a token out.
+    """
+    from ..errors import PassError
+
+    if not any(
+        site.after is not None and site.before is not None and site.after.low < site.before for site in report.sites
+    ):
+        raise PassError(
+            f"{' + '.join(report.methods)} ran and left every token where it was; "
+            + ("; ".join(report.notes) or "give it fewer tokens to keep, or another place to act")
+        )
+
+
 def write_overlay(result: Any, path: str) -> tuple[str | None, str]:
     """Saves the overlay of a comparison.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .application import Once, app
 from .console import at_work, print_json, standard_output
-from .inputs import question_about, say_overlay, spec_strings, write_overlay
+from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay
 from .options import Adapter, Device, Dtype, Json, Methods, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
 
 
@@ -37,8 +37,11 @@ def run(
         how = {"max_new_tokens": max_new_tokens, "rounds": rounds, "adapter": adapter, "progress": progress}
         if several:
             found = sweep(loaded, asked.shown, specs, asked.words, **how)
+            for one in found:
+                check_reduced(one.report)
         else:
             result = compare(loaded, asked.shown, asked.words, specs[0] if specs else None, **how)
+            check_reduced(result.report)
             path, words = write_overlay(result, overlay)
     console = standard_output()
     if several and as_json:
