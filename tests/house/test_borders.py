@@ -38,7 +38,7 @@ WINGS: dict[str, tuple[str, ...]] = {
         *("ground", "kernels", "core", "adapters", "adapters.language", "adapters.finder"),
         *("cost", "compression", "loading", "forecast", "lab.tiny"),
     ),
-    "cli": ("ground", "core", "adapters.finder", "forecast", "loading", "lab"),
+    "cli": ("ground", "core", "adapters.finder", "cost", "forecast", "loading", "lab"),
     "front": ("ground", "core", "compression", "cost", "forecast", "loading", "lab", "cli", "methods", "kernels")
     + ("adapters.finder",),
 }

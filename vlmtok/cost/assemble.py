@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from .. import kernels
@@ -78,7 +79,7 @@ def _report(
         notes += said
     notes += uncut(attachment, [run for runs in plans for run, _ in runs])
     report = made(shape.name, [str(method) for method in attachment.methods], source)
-    report.settings = [method.settings() for method in attachment.methods]
+    report.settings = [method.settings() if is_dataclass(method) else {} for method in attachment.methods]
     report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
     report._shape, report._accounts = shape, tuple(accounts)
     report._runs = tuple(run for run, _ in plans[-1])
