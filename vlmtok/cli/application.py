@@ -22,7 +22,8 @@ class OneLine(typer.core.TyperGroup):
         except Exception as problem:
             from ..guard import told
 
-            fault = told(problem)
+            # What the command line itself refuses passes through `Once`, and is no fault of ours.
+            fault = None if hasattr(problem, "format_message") else told(problem)
             if fault is not None:
                 raise fault from problem
             line = _line_of(problem)

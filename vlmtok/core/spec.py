@@ -109,7 +109,7 @@ def expand(spec: str) -> list[str]:
         for piece in pieces[1:]:
             name, equals, values = piece.partition("=")
             choices = [value.strip() for value in _split(values, ",")]
-            if not all(choices):
+            if len(choices) > 1 and not all(choices):
                 raise SpecError(f"{piece!r} in {spec!r} has an empty alternative")
             if len(choices) > 1:
                 kinds = {type(_parse_value(value, spec)) for value in choices} & {int, float}
