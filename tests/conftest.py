@@ -14,6 +14,7 @@ from support import lane, since
 from vlmtok.adapters.host_faults import fault_of
 
 from vlmtok.errors import InternalError, UnsupportedModel
+from vlmtok.loading import LoadError
 
 # Files of a seed are the same on every machine and nothing is stored between runs.
 settings.register_profile(
@@ -135,7 +136,7 @@ def _excuse(item):
     for name in named:
         why = fault_of(name) if isinstance(name, str) else None
         if why is not None:
-            item.add_marker(pytest.mark.xfail(reason=why, raises=(AttributeError, UnsupportedModel), strict=False))
+            item.add_marker(pytest.mark.xfail(reason=why, raises=(AttributeError, LoadError, UnsupportedModel), strict=False))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -26,7 +26,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "report": ("cost.report", "cost.assemble", "cost.lines", "cost.render", "cost.units"),
     "rows": ("core.rows", "core.pictures", "core.row_data", "core.row_state"),
     "sequence": ("core.sequence",),
-    "session": ("lab.compare", "lab.comparison", "lab.runners", "lab.prompts", "loading"),
+    "session": ("lab.compare", "lab.comparing", "lab.comparison", "lab.runners", "lab.prompts", "loading"),
     "signals": ("core.signals",),
     "stream": ("core.stream",),
     "suite": ("lab.suite", "lab.suite_measure", "lab.suite_modelled", "lab.suite_models"),

@@ -16,6 +16,7 @@ import vlmtok
 from vlmtok import Layout, Method, Reduction, Site, TokenView, loading
 from vlmtok.lab import compare as comparing
 from vlmtok.lab import prompts
+from vlmtok.lab.comparing import joined
 
 from .build import TOWER_ONLY
 from .checkpoints import READERS, WITHOUT, save
@@ -102,7 +103,7 @@ def test_overlays_land_on_the_right_pixels(name, loaded):
             trace = run.trace()
     finally:
         model.model.load_state_dict(state)
-    found = comparing.joined(trace, SIZE, model.processor)
+    found = joined(trace, SIZE, model.processor)
     drawn = vlmtok.lab.overlay.overlay(image, found, preprocess=model.processor)
     left, top, right, bottom = BLOCK
     inside = [drawn.getpixel((x, y)) for x in range(left + 4, right - 3) for y in range(top + 4, bottom - 3)]

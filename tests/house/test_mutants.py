@@ -33,7 +33,7 @@ def test_every_row_fits_the_code(mutants):
 def test_rows_cover_core_cost_lab_and_adapters(mutants):
     files = {row.file for row in mutants.tables()}
     core = "rows cutting grouping sequence merging signals ledger trace stream attachment view"
-    cost, lab = "flops plan rehearsal assemble conventions", "compare overlay zero_shot suite runners"
+    cost, lab = "flops plan rehearsal assemble conventions", "comparing overlay zero_shot suite runners"
     wings = {"core": core, "cost": cost, "forecast": "estimate budget", "lab": lab}
     assert {f"vlmtok/{wing}/{name}.py" for wing, names in wings.items() for name in names.split()} <= files
     assert sum(file.startswith("adapters/") for file in files) >= 10

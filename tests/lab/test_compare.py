@@ -18,6 +18,7 @@ from vlmtok.core.trace import PictureTrace, Trace
 from vlmtok.errors import ParameterError, SiteError, SpecError, UnknownMethod, UnsupportedModel
 from vlmtok.lab import compare as comparing
 from vlmtok.lab import comparison, prompts, runners
+from vlmtok.lab.comparing import joined
 from vlmtok.loading import LoadError
 from vlmtok.timing import Ratio
 
@@ -55,7 +56,7 @@ def test_keeping_everything_changes_nothing(speaker):
 
 
 def test_the_dict_is_json_and_gives_no_absolute_times_of_a_cpu(speaker):
-    found = compare(speaker, picture(), QUESTION, [vlmtok.ToMe(r=4), "fastv"]).to_dict()
+    found = compare(speaker, picture(), QUESTION, "tome:r=4+fastv").to_dict()
     text = json.dumps(found)
     assert "seconds" not in text and json.loads(text)["method"] == "tome:r=4+fastv"
     assert found["bare"]["visual_tokens"] == 144 and found["compressed"]["visual_tokens"] < 144
@@ -176,7 +177,7 @@ def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp
     inputs = prompts.encode_prompt(model, white, QUESTION)
     with vlmtok.compress(model.model, "random:keep=0.3", trace=True) as run:
         generate(model, inputs)
-    found = comparing.joined(run.trace(), white.size, model.processor)
+    found = joined(run.trace(), white.size, model.processor)
     drawn = [p for part, (_, patches) in found.grids().items() if part or len(found.grids()) == 1 for p in patches]
     kept = sum(int(found.owner[patch]) >= 0 for patch in drawn) / len(drawn)
     result = compare(model, white, QUESTION, "random:keep=0.3")
@@ -198,8 +199,40 @@ def test_crops_that_count_as_pictures_are_joined():
         return torch.stack([tf.to_tensor(part.resize((64, 64))) for part in (left, right, image)])
 
     trace = Trace([piece([0, 1]), piece([-1, 1]), piece([0, -1])])
-    found = comparing.joined(trace, (100, 100), halves)
+    found = joined(trace, (100, 100), halves)
     assert found.owner.tolist() == [0, 1, -1, 3, 4, -1]
     assert found.parts.tolist() == [1, 1, 2, 2, 0, 0]
     assert [site is None for site in found.dropped_at()] == [True, True, False, True, True, False]
-    assert comparing.joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
+    assert joined(Trace([piece([0, 1])]), (100, 100), halves).owner.tolist() == [0, 1]
+
+
+def test_a_list_of_methods_is_compared_one_after_the_other(speaker):
+    short = {"rounds": 0, "max_new_tokens": 2}
+    rows = vlmtok.compare(speaker, picture(), ["todre:keep=0.1,0.5", "fastv"], **short)
+    assert [row.method for row in rows] == ["todre:keep=0.1", "todre:keep=0.5", "fastv"]
+    assert [row.prompt for row in rows] == [prompts.DEFAULT_PROMPT] * 3
+    (both,) = vlmtok.compare(speaker, picture(), QUESTION, [["tome:r=4", vlmtok.FastV(keep=0.5)]], **short)
+    assert [type(method).__name__ for method in vlmtok.parse_methods(both.method)] == ["ToMe", "FastV"]
+    with pytest.raises(ParameterError, match="the prompt is one text"):
+        vlmtok.compare(speaker, picture(), ["todre"], "fastv", **short)
+
+
+def test_a_picture_that_the_bare_model_cannot_answer_is_one_line_and_other_faults_go_up(speaker, monkeypatch):
+    def falls(*args, **kwargs):
+        raise RuntimeError("split sizes\ndo not sum")
+
+    monkeypatch.setattr(speaker.model, "generate", falls)
+    with pytest.raises(LoadError, match=r"cannot answer .* \(120 x 90 pixels\), bare as it is: RuntimeError: split"):
+        compare(speaker, picture(), QUESTION, "todre")
+    monkeypatch.undo()
+    once = iter([True])
+    inner = speaker.model.generate
+
+    def falls_once(*args, **kwargs):
+        return falls() if next(once, False) else inner(*args, **kwargs)
+
+    monkeypatch.setattr(speaker.model, "generate", falls_once)
+    with pytest.raises(RuntimeError, match="do not sum"):
+        compare(speaker, picture(), QUESTION, "todre")
+    monkeypatch.undo()
+    assert not list(hooks_of(speaker.model))

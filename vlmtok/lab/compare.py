@@ -10,34 +10,21 @@ This is what ``vlmtok run`` does, for notebooks too:
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import overload
 
-import torch
 from PIL import Image
 from torch import nn
 
-from .. import timing
 from ..adapters import adapter_for
-from ..compression import Compression, compress
 from ..core.method import Method
-from ..core.trace import PictureTrace, Trace
-from ..errors import PassError, VlmtokError, VlmtokWarning
+from ..errors import ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
-from ..loading.pictures import open_picture
-from ..loading.problems import quiet
-from ..timing import Case, Progress, Ratio
-from .comparison import Comparison, VisualTokens
-from .legend import legend
-from .overlay import overlay as draw_overlay
-from .overlay import region
-from .runners import Answer, Looker, Runner, Speaker
-
-if TYPE_CHECKING:
-    from ..cost.report import Report
+from ..timing import Progress
+from .comparing import Comparing
+from .comparison import Comparison
+from .sweep import Sweep, sweep
 
 DEFAULT_METHOD = "todre:keep=0.1"
 """For models that answer in words."""
@@ -45,27 +32,75 @@ DEFAULT_TOWER_METHOD = "pitome:ratio=0.9"
 """For towers."""
 
 
-@guarded
+Picture = Image.Image | str | os.PathLike[str]
+
+
+@overload
 def compare(
     model: Loaded,
-    image: Image.Image | str | os.PathLike[str],
+    image: Picture,
     prompt: str | None = None,
-    method: str | Method | Sequence[Method | str] | None = None,
+    method: str | Method | None = None,
     *,
     max_new_tokens: int = 32,
     rounds: int = 5,
     limit: float = 10.0,
     adapter: str | None = None,
     progress: Progress | None = None,
-) -> Comparison:
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    model: Loaded,
+    image: Picture,
+    prompt: str | None = None,
+    *,
+    method: Sequence[Method | str | Sequence[Method | str]],
+    max_new_tokens: int = 32,
+    rounds: int = 5,
+    limit: float = 10.0,
+    adapter: str | None = None,
+    progress: Progress | None = None,
+) -> Sweep: ...
+
+
+@overload
+def compare(
+    model: Loaded,
+    image: Picture,
+    prompt: Sequence[Method | str | Sequence[Method | str]],
+    *,
+    max_new_tokens: int = 32,
+    rounds: int = 5,
+    limit: float = 10.0,
+    adapter: str | None = None,
+    progress: Progress | None = None,
+) -> Sweep: ...
+
+
+@guarded
+def compare(
+    model: Loaded,
+    image: Picture,
+    prompt: str | Sequence[Method | str | Sequence[Method | str]] | None = None,
+    method: str | Method | Sequence[Method | str | Sequence[Method | str]] | None = None,
+    *,
+    max_new_tokens: int = 32,
+    rounds: int = 5,
+    limit: float = 10.0,
+    adapter: str | None = None,
+    progress: Progress | None = None,
+) -> Comparison | Sweep:
     """Runs a model bare and compressed on one picture. The model is bare again afterwards.
 
     Args:
         model: from `load`.
         image: a PIL picture or the path of one.
         prompt: what to ask; through the processor's chat template, unless it holds the processor's own image marks.
-            Towers take none.
-        method: as for `vlmtok.compress`; by default what `default_method` says.
+            Towers take none. A list in its place is taken for the methods, and the prompt is the default one.
+        method: a method or spec string (``"todre+fastv:keep=0.5"`` are two at once); by default what `default_method`
+            says. The items of a list are compared one after the other, as `vlmtok.sweep` does.
         max_new_tokens: of the answer, which is greedy.
         rounds: rounds of the measurement of latency.
         limit: seconds after which no further round begins.
@@ -73,138 +108,23 @@ def compare(
         progress: told what is being done.
 
     Returns:
-        Both answers, and what was saved.
+        Both answers, and what was saved; of a list, a row for each method.
 
     Raises:
-        LoadError: the picture cannot be read.
+        LoadError: the picture cannot be read, or the bare model cannot answer it.
         ParameterError: the prompt does not fit.
         VlmtokError: the methods do not fit the model, see `vlmtok.compress`.
     """
-    comparing = Comparing(model, image, prompt, max_new_tokens=max_new_tokens, adapter=adapter, progress=progress)
+    if prompt is not None and not isinstance(prompt, str):
+        if method is not None:
+            raise ParameterError(f"the prompt is one text, and {prompt!r} is {type(prompt).__name__}")
+        prompt, method = None, prompt
+    how = {"max_new_tokens": max_new_tokens, "adapter": adapter, "progress": progress}
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return sweep(model, image, method, prompt, rounds=rounds, limit=limit, **how)  # type: ignore[arg-type]
+    comparing = Comparing(model, image, prompt, **how)  # type: ignore[arg-type]
     methods = default_method(model.model, adapter) if method is None else method
     return comparing.with_method(methods, rounds=rounds, limit=limit)
-
-
-class Comparing:
-    """One picture and prompt in front of one model, whose bare answer is given once.
-
-    Args:
-        model: from `load`.
-        image: a PIL picture or the path of one.
-        prompt: as for `compare`.
-        max_new_tokens: of the answers.
-        adapter: as for `vlmtok.compress`.
-        progress: told what is being done.
-
-    Raises:
-        LoadError: the picture cannot be read.
-        ParameterError: the prompt does not fit.
-    """
-
-    def __init__(
-        self,
-        model: Loaded,
-        image: Image.Image | str | os.PathLike[str],
-        prompt: str | None = None,
-        *,
-        max_new_tokens: int = 32,
-        adapter: str | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.model, self.adapter, self.progress = model, adapter, progress
-        self.image = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
-        self.runner: Runner
-        if model.language:
-            self.runner = Speaker(model, self.image, prompt, max_new_tokens)
-        else:
-            self.runner = Looker(model, self.image, prompt)
-        self._bare: Answer | None = None
-
-    def check(self, method: str | Method | Sequence[Method | str]) -> None:
-        """Attaches methods and takes them off again.
-
-        Raises:
-            VlmtokError: they do not fit the model, see `vlmtok.compress`.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", VlmtokWarning)  # nothing ran, and the run itself says the rest
-            self._compressed(method).remove()
-
-    def bare(self) -> Answer:
-        """The bare model's answer."""
-        if self._bare is None:
-            _tell(self.progress, "answering, bare", 1, 2)
-            with torch.inference_mode(), quiet():
-                self._bare = self.runner.answer()
-        return self._bare
-
-    def with_method(
-        self, method: str | Method | Sequence[Method | str], *, rounds: int = 5, limit: float = 10.0
-    ) -> Comparison:
-        """The model under methods beside the bare one.
-
-        Args:
-            method: as for `vlmtok.compress`.
-            rounds: rounds of the measurement of latency; 0 measures none.
-            limit: seconds after which no further round begins.
-
-        Raises:
-            VlmtokError: the methods do not fit the model; no site fired, or the books are not of this answer.
-        """
-        model, runner = self.model, self.runner
-        with torch.inference_mode(), quiet():
-            with self._compressed(method, trace=True) as run:
-                _tell(self.progress, "answering, compressed", 0, 2)
-                short = runner.answer()
-                report = _checked(run, runner, short)
-                trace = run.trace()
-                names = method if isinstance(method, str) else "+".join(map(str, run.methods))
-                overlay, words, problem = _overlay(self.image, trace, model.processor)
-            full = self.bare()
-            _tell(self.progress, "answering, bare", 2, 2)
-            latency, seconds = _latency(runner, lambda: self._compressed(method), model, rounds, limit, self.progress)
-        return Comparison(
-            model=model,
-            method=names,
-            prompt=runner.prompt,
-            bare=full,
-            compressed=short,
-            loyalty=runner.loyalty(full, short),
-            tokens=VisualTokens.of(report, trace, _depth(model.model, self.adapter)),
-            report=report,
-            latency=latency,
-            seconds=seconds,
-            overlay=overlay,
-            overlay_legend=words,
-            overlay_problem=problem,
-            environment=timing.environment(model.device),
-        )
-
-    def _compressed(self, method: str | Method | Sequence[Method | str], trace: bool = False) -> Compression:
-        return compress(self.model.model, method, trace=trace, adapter=self.adapter)
-
-
-def _checked(run: Compression, runner: Runner, answer: Answer) -> Report:
-    """The report of the answer, held against what was asked: figures of a pass that was not understood are none.
-
-    Raises:
-        PassError: no method was asked, or the books do not show one prefill with all pictures and a step for each
-            further token.
-    """
-    report = run.report()
-    problem = report.problem or runner.doubt(report, answer)
-    if problem is not None:
-        raise PassError(
-            f"{' + '.join(map(str, run.methods))}: {problem}; no figures can be given. `vlmtok doctor` tells whether "
-            "this version of the host library is understood"
-        )
-    return report
-
-
-def _depth(model: nn.Module, adapter: str | None) -> int | None:
-    """Layers of the language model, or None where none can be cut."""
-    decoder = adapter_for(model, adapter).layout().stages.get("decoder")
-    return None if decoder is None else decoder.depth
 
 
 @guarded
@@ -220,72 +140,3 @@ def default_method(model: nn.Module, adapter: str | None = None) -> str:
     """
     stages = adapter_for(model, adapter).layout().stages
     return DEFAULT_METHOD if "decoder" in stages else DEFAULT_TOWER_METHOD
-
-
-def _latency(
-    runner: Runner,
-    compressed: Callable[[], AbstractContextManager[Any]],
-    model: Loaded,
-    rounds: int,
-    limit: float,
-    progress: Progress | None,
-) -> tuple[dict[str, Ratio], dict[str, tuple[float, float]]]:
-    if not rounds:
-        return {}, {}
-    cases = []
-    for stage, call in runner.stages().items():
-        cases += [Case(f"{stage} bare", call, nullcontext), Case(f"{stage} compressed", call, compressed)]
-    # Both answers have been given once: everything is warm but the hooks' first call.
-    found = timing.interleave(cases, rounds=rounds, warmup=1, limit=limit, device=model.device, progress=progress)
-    ratios, seconds = {}, {}
-    for stage in runner.stages():
-        bare, short = found[f"{stage} bare"], found[f"{stage} compressed"]
-        ratios[stage] = Ratio.of(bare, short)
-        if model.device.type == "cuda":
-            seconds[stage] = (bare.median, short.median)
-    return ratios, seconds
-
-
-def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str, str | None]:
-    """The overlay and how to read it, or why there is none: that is no reason to lose the figures."""
-    try:
-        found = joined(trace, image.size, processor)
-        return draw_overlay(image, found, preprocess=processor), legend(found), None
-    except VlmtokError as problem:
-        return None, "", str(problem)
-
-
-def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace:
-    """One picture's trace, where the model has taken its crops for pictures of their own.
-
-    Args:
-        trace: of a pass with one picture.
-        size: width and height of the picture.
-        preprocess: as for `vlmtok.lab.overlay.region`.
-
-    Returns:
-        All its patches, with crops as parts 1.. and the crop that shows the whole picture as part 0.
-    """
-    if len(trace) == 1:
-        return trace[0]
-    owners, parts, shapes, numbers = [], [], {}, iter(range(1, len(trace) + 1))
-    first = 0
-    for index, piece in enumerate(trace.pictures):
-        owners.append(torch.where(piece.owner < 0, -1, piece.owner + first))
-        left, top, right, bottom = region(size, preprocess, index)
-        whole = (right - left) * (bottom - top) > 0.9 * size[0] * size[1]
-        number = 0 if whole else next(numbers)
-        parts.append(torch.full((piece.patches,), number))
-        if piece.grid is not None:
-            shapes[number] = piece.grid
-        first += piece.patches
-    steps = []
-    for step, (site, _) in enumerate(trace[0].steps):
-        places = [piece.steps[step][1] for piece in trace.pictures]
-        steps.append((site, torch.cat(places)))  # who was dropped is all that is read of them
-    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes)
-
-
-def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
-    if progress is not None:
-        progress(what, done, steps)

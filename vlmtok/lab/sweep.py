@@ -17,7 +17,7 @@ from ..guard import guarded
 from ..loading.models import Loaded
 from ..tabular import Table, Tabular
 from ..timing import Progress
-from .compare import Comparing
+from .comparing import Comparing
 from .comparison import Comparison
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ COSTS = ("total_macs", "kv_bytes", "visual_tokens_mean")
 def sweep(
     model: Loaded,
     image: Image.Image | str | os.PathLike[str],
-    methods: str | Method | Sequence[str | Method],
+    methods: str | Method | Sequence[str | Method | Sequence[str | Method]],
     prompt: str | None = None,
     *,
     max_new_tokens: int = 32,
@@ -46,6 +46,7 @@ def sweep(
         model: from `vlmtok.load`.
         image: a PIL picture or the path of one.
         methods: one row each: methods or spec strings, whose values may be swept: ``"todre:keep=0.1,0.25,0.5"``.
+            A list inside the list is several methods at once, as ``"tome:r=8+fastv"`` is.
         prompt: as for `vlmtok.compare`.
         max_new_tokens: of the answers, which are greedy.
         rounds: rounds of the measurement of latency, for each row; 0 measures none.
@@ -61,7 +62,9 @@ def sweep(
         VlmtokError: a method does not fit the model, before any answer is given.
     """
     given = [methods] if isinstance(methods, (str, Method)) else list(methods)
-    listed = [one for item in given for one in (expand(item) if isinstance(item, str) else [item])]
+    listed: list[str | Method | Sequence[str | Method]] = []
+    for item in given:
+        listed += expand(item) if isinstance(item, str) else [item]
     if not listed:
         raise ParameterError("sweep() needs at least one method")
     comparing = Comparing(model, image, prompt, max_new_tokens=max_new_tokens, adapter=adapter)
