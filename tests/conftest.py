@@ -136,7 +136,9 @@ def _excuse(item):
     for name in named:
         why = fault_of(name) if isinstance(name, str) else None
         if why is not None:
-            item.add_marker(pytest.mark.xfail(reason=why, raises=(AttributeError, LoadError, UnsupportedModel), strict=False))
+            item.add_marker(
+                pytest.mark.xfail(reason=why, raises=(AttributeError, LoadError, UnsupportedModel), strict=False)
+            )
 
 
 def pytest_collection_modifyitems(config, items):
