@@ -88,6 +88,7 @@ class TowerSpec:
         carries: whether its signals reach the language model's boundary, or which do.
         has_class_token: whether the first protected token is a class token; registers alone say nothing of the picture.
         masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
+        padded: whether the host itself hides patches of padding from the attention of a picture's others.
         maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
     """
 
@@ -104,6 +105,7 @@ class TowerSpec:
     carries: bool | frozenset[str] = True
     has_class_token: bool = True
     masked: bool = False
+    padded: bool = False
     maps: tuple[Callable[..., Any], ...] = ()
 
 

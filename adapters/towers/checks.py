@@ -76,8 +76,13 @@ def _refuse_symbols(x: Any) -> None:
         x = functorch.get_unwrapped(x)
 
 
-def check_masks(stage: str, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], masked: bool) -> None:
-    """Refuses masks: a tower's rows are whole pictures, and a method would take what a mask hides for patches.
+def visible_keys(
+    stage: str, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], masked: bool, padded: bool
+) -> Tensor | None:
+    """Which keys a tower's mask shows.
+
+    Masks are refused but where the host hides padding itself: a tower's rows are whole pictures, and a method would
+    take what a mask hides for patches.
 
     Args:
         stage: of the tower, for messages.
@@ -85,24 +90,48 @@ def check_masks(stage: str, arguments: Arguments, args: tuple[Any, ...], kwargs:
         args: of its call.
         kwargs: of its call.
         masked: whether the host makes a mask of its own that hides nothing.
+        padded: whether it makes one that hides padding.
+
+    Returns:
+        bool `[B, L]`, or None where every token is seen.
 
     Raises:
-        PassError: the blocks get a mask that hides something, or the causal switch.
+        PassError: the blocks get another mask that hides something, or the causal switch.
     """
     mask = arguments.get(hosts.BIAS, args, kwargs)
     if arguments.get(hosts.CAUSAL, args, kwargs):
         raise PassError(f"the {stage} tower was called as a causal one; call the compressed model without that")
     if mask is None or (masked and isinstance(mask, Tensor) and _hides_nothing(mask)):
-        return
+        return None
+    visible = _by_key(mask) if padded and isinstance(mask, Tensor) else None
+    if visible is not None:
+        return visible
     raise PassError(
         f"the {stage} tower was called with an attention mask that hides tokens (patches of padding, or your "
         "own); a compression cannot be combined with it: call the model without a mask, with pictures of one size"
     )
 
 
+def _by_key(mask: Tensor) -> Tensor | None:
+    """The keys that a mask shows to every row alike, bool `[B, L]`; None where rows see different ones, or none."""
+    if mask.dim() == 2:
+        shown = mask.bool()
+    elif mask.dim() == 4 and mask.shape[1] == 1:
+        whole = mask if mask.dtype == torch.bool else mask == 0
+        shown = whole[:, 0, 0]
+        if not bool((whole == shown[:, None, None]).all()):
+            return None
+    else:
+        return None
+    return shown if bool(shown.any(1).all()) else None
+
+
 def _hides_nothing(mask: Tensor) -> bool:
     """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
-    seen = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
+    if mask.dtype == torch.bool or mask.dim() == 2:  # flash attention takes one number a token, not what is added
+        seen = mask.bool().all()
+    else:
+        seen = (mask == 0).all()
     if torch.compiler.is_compiling():
         torch._assert_async(seen, "an attention mask hides tokens of a compressed tower")
         return True

@@ -119,11 +119,13 @@ class VisionRow:
         layer: class name of its blocks, which finds them wherever a version keeps them.
         block: hook points.
         num_prefix: protected tokens in front.
+        padded: whether its host hides patches of padding.
     """
 
     layer: str
     block: BlockSpec
     num_prefix: int
+    padded: bool = False
 
 
 ROWS: dict[str, VisionRow] = {
@@ -134,8 +136,8 @@ ROWS: dict[str, VisionRow] = {
     "blip_2_vision_model": VisionRow("Blip2EncoderLayer", BLIP2_BLOCK, 1),
     "instructblip_vision_model": VisionRow("InstructBlipEncoderLayer", BLIP2_BLOCK, 1),
     "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
-    "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0),
-    "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0),
+    "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0, padded=True),
+    "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0, padded=True),
 }
 """By ``config.model_type``."""
 
@@ -176,6 +178,7 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
         stem=next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None),
         last=last,
         masked=True,
+        padded=row.padded,
     )
 
 

@@ -16,7 +16,7 @@ from ...core.threads import BlockOrder, PerThread
 from .. import hosts
 from ..base import TowerSpec
 from ..hosts import Arguments
-from .checks import check_input, check_masks
+from .checks import check_input, visible_keys
 from .tower_pass import Pass, autocast_dtype
 
 
@@ -40,7 +40,7 @@ class PictureIntake:
         self.stage = spec.stage
         self.num_prefix = spec.num_prefix
         self.width = spec.width
-        self.masked = spec.masked
+        self.masked, self.padded = spec.masked, spec.padded
         self.configured = spec.grid
         self.stem = spec.stem is not None
         self.follow = bool(spec.block.rope)
@@ -71,7 +71,7 @@ class PictureIntake:
         """
         x = arguments.get(hosts.HIDDEN, args, kwargs)
         check_input(module, x, self.width)
-        check_masks(self.stage, arguments, args, kwargs, self.masked)
+        visible = visible_keys(self.stage, arguments, args, kwargs, self.masked, self.padded)
         run = StageRun(self.stage, x.shape[0], x.shape[1])
         if torch.compiler.is_compiling():
             self.attachment.compiled = True  # no books: each number in them would be a guard, and a call a new graph
@@ -82,9 +82,11 @@ class PictureIntake:
         source = None
         if self.attachment.trace or self.returns_grid:
             source = torch.arange(n, device=x.device).expand(x.shape[0], n)
-        sequence = Sequence(TowerRow(self.num_prefix, n), n, source=source, follow=self.follow)
+        follow = self.follow or visible is not None
+        sequence = Sequence(TowerRow(self.num_prefix, n), n, source=source, follow=follow)
         autocast = autocast_dtype(x.device.type)
-        return Pass(sequence, run, grid=self._grid(n), grad=torch.is_grad_enabled(), autocast=autocast)
+        grid = self._grid(n)
+        return Pass(sequence, run, grid=grid, grad=torch.is_grad_enabled(), autocast=autocast, visible=visible)
 
     def _grid(self, n: int) -> tuple[int, int] | None:
         """Rows and columns of the `n` patches of this pass, from the map of its pixels; None where they do not fit."""

@@ -28,7 +28,7 @@ from .running import RunningPasses, probe
 from .spreading import book_spread, spread
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
-from .tower_pass import LayerRecord, Pass
+from .tower_pass import LayerRecord, Pass, hiding
 from .tower_taps import BlockTaps
 
 
@@ -65,7 +65,8 @@ class Tower:
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.running = RunningPasses(spec.stage)
-        self.reader = BlockTaps(spec.block, self.running)
+        classed = self.stage == "text" or bool(spec.num_prefix and spec.has_class_token)
+        self.reader = BlockTaps(spec.block, self.running, classed)
         self.intake = PictureIntake(attachment, spec) if intake is None else intake
         self.cuts = PictureCuts(attachment, spec) if cuts is None else cuts
         self.inputs: dict[int, Arguments] = {}
@@ -177,7 +178,8 @@ class Tower:
         self.running.recognise(record, layer, x, again)
         if not again:
             sequence = self.running.now.sequence
-            record.taps.update(attn=module, row=sequence.row, cuts=())
+            shown = self.running.now.shown()
+            record.taps.update(attn=module, row=sequence.row, cuts=(), visible=shown)
             record.moved = sequence.cuts > 0 or sequence.row.inserted > 0
             if self.block.q is None:
                 record.taps["x"] = x
@@ -185,8 +187,12 @@ class Tower:
                 record.taps["rope"] = arguments.get(self.block.rope, args, kwargs)
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
+            record.shown = shown if record.moved or record.bias is not None else None
+        if record.shown is not None and self.block.bias is not None:
+            bias = hiding(record.bias, record.shown, arguments.get(hosts.BIAS, args, kwargs), x.dtype)
+            return arguments.put(args, kwargs, {self.block.bias: bias})
         if record.bias is None or self.block.bias is None:
-            # The host's own mask hides nothing (see `check_masks`), but has the length of the whole row.
+            # The host's own mask hides nothing (see `visible_keys`), but has the length of the whole row.
             if record.moved and arguments.get(hosts.BIAS, args, kwargs) is not None:
                 return arguments.put(args, kwargs, {hosts.BIAS: None})
             return None

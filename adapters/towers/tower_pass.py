@@ -17,7 +17,8 @@ class LayerRecord:
     """What a pass decided in one layer; a block that autograd runs again follows it.
 
     Attributes:
-        bias: what was added to the attention logits, or None.
+        bias: what proportional attention adds to the logits, or None.
+        shown: bool `[B, L]`, keys that the block's own mask must show in place of the host's, or None.
         moved: whether the row is no longer the host's, so that its mask does not fit.
         rope: the rotary table that the block got, or None.
         inserted: how many tokens were put at the end of the row.
@@ -33,6 +34,7 @@ class LayerRecord:
     """
 
     bias: Tensor | None = None
+    shown: Tensor | None = None
     moved: bool = False
     rope: Tensor | None = None
     inserted: int = 0
@@ -61,6 +63,7 @@ class Pass:
         grad: whether gradients were on.
         autocast: dtype of the caller's autocast, or None.
         handed: whether a projector has taken what it left.
+        visible: bool `[B, L0]`, tokens of the row that entered which the host's mask shows, or None where it shows all.
     """
 
     sequence: Any
@@ -72,12 +75,26 @@ class Pass:
     grad: bool = False
     autocast: torch.dtype | None = None
     handed: bool = False
+    visible: Tensor | None = None
 
     def record(self, layer: int) -> LayerRecord:
         """The record of a layer."""
         if layer not in self.records:
             self.records[layer] = LayerRecord()
         return self.records[layer]
+
+    def shown(self) -> Tensor | None:
+        """Which tokens of the row as it is now the host shows to others, bool `[B, L]`; None where it shows all.
+
+        A slot is shown or hidden like the token that represents it; inserted tokens are shown.
+        """
+        if self.visible is None:
+            return None
+        row, place = self.sequence.row, self.sequence.place
+        front, patches = self.visible[:, : row.prefix], self.visible[:, row.prefix :]
+        patches = patches if place is None else patches.gather(1, place)
+        behind = patches.new_ones(patches.shape[0], row.inserted)
+        return torch.cat([front, patches, behind], 1)
 
     def rotary(self, table: Tensor, batch: int) -> Tensor | None:
         """The rotary table of the tokens that are left: a slot keeps the rotation of the token that represents it.
@@ -110,6 +127,21 @@ class Pass:
             rows = torch.cat([rows, still.expand(*rows.shape[:2], inserted, -1)], 2)
         self.tables[key] = (table, rows)  # the table is held, so that its id is not given out again
         return rows
+
+
+def hiding(bias: Tensor | None, shown: Tensor, host: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The mask of a block whose row got shorter: what proportional attention adds, and nothing of hidden keys.
+
+    Args:
+        bias: `[B, 1, 1, L]`, or None.
+        shown: bool `[B, L]`.
+        host: the mask that the host gave, whose form is kept where it is one number a token.
+        dtype: of the rows.
+    """
+    if host is not None and host.dim() == 2:
+        return shown.to(host.dtype)
+    start = torch.zeros_like(shown[:, None, None], dtype=dtype) if bias is None else bias
+    return start.masked_fill(~shown[:, None, None], torch.finfo(dtype).min)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

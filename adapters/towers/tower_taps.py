@@ -31,10 +31,12 @@ class BlockTaps:
     Args:
         block: where its blocks can be tapped.
         running: the passes through the tower.
+        classed: whether the first protected token is a class token.
     """
 
-    def __init__(self, block: BlockSpec, running: RunningPasses) -> None:
+    def __init__(self, block: BlockSpec, running: RunningPasses, classed: bool = True) -> None:
         self.block = block
+        self.classed = classed
         self.running = running
         self._mute = PerThread(Mute)
 
@@ -89,6 +91,8 @@ class BlockTaps:
             self._rotate(attn, caught.get("rope")),
             left=run.sequence.row,
             cuts=caught.get("cuts", ()),
+            visible=caught.get("visible"),
+            classed=self.classed,
         )
 
     def ahead(self, run: Pass, module: nn.Module, x: Tensor, bias: Tensor | None, table: Tensor | None) -> TowerTaps:
@@ -119,7 +123,15 @@ class BlockTaps:
             table = table if moved is None else moved
         rotate = self._rotate(attn, table)
         return TowerTaps(
-            run.sequence.row, x, lambda: made("q"), lambda: made("k"), self.block.scale(attn), bias, rotate
+            run.sequence.row,
+            x,
+            lambda: made("q"),
+            lambda: made("k"),
+            self.block.scale(attn),
+            bias,
+            rotate,
+            visible=run.shown(),
+            classed=self.classed,
         )
 
     def _rotate(self, attn: nn.Module, table: Tensor | None) -> Callable[[Tensor], Tensor] | None:

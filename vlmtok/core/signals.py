@@ -6,14 +6,15 @@ the whole row, T text rows, H heads, d head width, C channels.
 
 | name | shape | meaning |
 |---|---|---|
-| keys | B, N, d | mean over heads, before rope |
-| keys_full | B, N, H d | all heads, before rope |
+| keys, keys_full | B, N, d / B, N, H d | mean over heads, all heads; before rope |
+| turned_keys, turned_keys_full | B, N, d / B, N, H d | the same after rope; equal where there is none |
 | protected | B, P, C | protected tokens: first the one the head reads, inserted ones last |
 | protected_queries, protected_keys | B, P, H d | their projections |
 | inserted | B, E, C | outputs of the tokens this method inserted at its previous insert |
 | protected_attention | B, P, H, N | their attention rows |
 | cls_attention | B, H, N | row 0 of it |
 | received_attention | B, N | mean over heads and rows of the attention a token receives |
+| flat_attention | B, N | one head over the full width: the class token's row, or the mean over rows without one |
 | text | B, T, C | input embeddings of the text behind the view's first token |
 | text_attention | B, H, T, N | attention rows of that text |
 | last_attention | B, H, N | attention row of the prompt's last token |
@@ -21,7 +22,8 @@ the whole row, T text rows, H heads, d head width, C channels.
 | transition | B, 2, 2, L | (attention, MLP) x (norm ratio, cosine) of the modules' input and output |
 | attention_logits | B, H, L, L | scaled and masked logits; dense |
 
-Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised.
+Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised. Rows that the
+host hides as padding count in no mean, and get none.
 """
 
 from __future__ import annotations
@@ -140,6 +142,8 @@ class TowerTaps:
         inserted: outputs of the method's previous insert, or None.
         left: how the row at the site splits, or None while it is the row that the block saw.
         cuts: what was taken of the block's row since.
+        visible: bool `[B, L]`, tokens that the host shows to others, or None where none is padding.
+        classed: whether the first protected token is a class token.
     """
 
     row: TowerRow
@@ -152,11 +156,36 @@ class TowerTaps:
     inserted: Tensor | None = None
     left: TowerRow | None = None
     cuts: tuple[Reduction, ...] = ()
+    visible: Tensor | None = None
+    classed: bool = True
 
     def rotated(self) -> tuple[Tensor, Tensor]:
         """q and k as the attention uses them."""
         q, k = self.q(), self.k()
         return (q, k) if self.rotate is None else (self.rotate(q), self.rotate(k))
+
+    def turned(self) -> Tensor:
+        """k as the attention uses it."""
+        k = self.k()
+        return k if self.rotate is None else self.rotate(k)
+
+    def seen(self) -> Tensor | None:
+        """The bias with -inf on keys that the host hides."""
+        if self.visible is None:
+            return self.bias
+        start = self.tokens.new_zeros(()) if self.bias is None else self.bias
+        return start.masked_fill(~self.visible[:, None, None], float("-inf"))
+
+    def column_mean(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Mean over heads and rows of what each token receives, fp32 `[B, L]`; padding neither gives nor gets."""
+        if self.visible is None:
+            return kernels.received_attention(q, k, scale=scale, bias=self.bias)
+        # Rows of padding look at padding alone, so that what they give is easily taken off.
+        apart = self.visible[:, None, :, None] != self.visible[:, None, None, :]
+        start = self.tokens.new_zeros(()) if self.bias is None else self.bias
+        sums = kernels.received_attention(q, k, scale=scale, bias=start.masked_fill(apart, float("-inf")))
+        rows = self.visible.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(self.visible, sums * (q.shape[2] / rows), 0.0)
 
 
 def _flat(heads: Tensor) -> Tensor:
@@ -164,28 +193,36 @@ def _flat(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def _protected_attention(taps: TowerTaps, first_only: bool = False) -> Tensor | None:
-    if not taps.row.guarded:
-        return None
-    q, k = taps.rotated()
-    rows = taps.row.guard(q, 2)
-    if first_only:
-        rows = rows[:, :, :1]
-    bias = taps.bias
+def _guard_rows(taps: TowerTaps, q: Tensor, k: Tensor, scale: float, rows: int) -> Tensor:
+    """Attention of the first protected rows on the view's tokens, `[B, H, P, N]`."""
+    bias = taps.seen()
     if bias is not None and bias.shape[-2] > 1:
-        bias = taps.row.guard(bias, -2)[..., : rows.shape[2], :]
-    attention = kernels.attention_rows(rows, k, scale=taps.scale, bias=bias)
-    return taps.row.inner(attention, 3).transpose(1, 2)
+        bias = taps.row.guard(bias, -2)[..., :rows, :]
+    attention = kernels.attention_rows(taps.row.guard(q, 2)[:, :, :rows], k, scale=scale, bias=bias)
+    return taps.row.inner(attention, 3)
+
+
+def _protected_attention(taps: TowerTaps, rows: int | None = None) -> Tensor | None:
+    rows = taps.row.guarded if rows is None else rows
+    return _guard_rows(taps, *taps.rotated(), taps.scale, rows).transpose(1, 2) if taps.row.guarded else None
 
 
 def _cls_attention(taps: TowerTaps) -> Tensor | None:
-    rows = _protected_attention(taps, first_only=True)
+    rows = _protected_attention(taps, 1)
     return None if rows is None else rows[:, 0]
 
 
 def _received(taps: TowerTaps) -> Tensor:
     q, k = taps.rotated()
-    return taps.row.inner(kernels.received_attention(q, k, scale=taps.scale, bias=taps.bias), 1)
+    return taps.row.inner(taps.column_mean(q, k, taps.scale), 1)
+
+
+def _flat_attention(taps: TowerTaps) -> Tensor:
+    q, k = (_flat(heads).unsqueeze(1) for heads in taps.rotated())
+    scale = q.shape[-1] ** -0.5
+    if taps.classed and taps.row.guarded:
+        return _guard_rows(taps, q, k, scale, 1)[:, 0, 0]
+    return taps.row.inner(taps.column_mean(q, k, scale), 1)
 
 
 @dataclass(frozen=True)
@@ -208,6 +245,8 @@ class TowerSignal:
 TOWER_SIGNALS: dict[str, TowerSignal] = {
     "keys": TowerSignal(lambda taps: taps.row.inner(taps.k(), 2).mean(1), 1, "k"),
     "keys_full": TowerSignal(lambda taps: _flat(taps.row.inner(taps.k(), 2)), 1, "k"),
+    "turned_keys": TowerSignal(lambda taps: taps.row.inner(taps.turned(), 2).mean(1), 1, "k"),
+    "turned_keys_full": TowerSignal(lambda taps: _flat(taps.row.inner(taps.turned(), 2)), 1, "k"),
     "protected": TowerSignal(lambda taps: (taps.left or taps.row).guard(taps.tokens, 1)),
     "protected_queries": TowerSignal(lambda taps: _flat(taps.row.guard(taps.q(), 2)), None, "q"),
     "protected_keys": TowerSignal(lambda taps: _flat(taps.row.guard(taps.k(), 2)), None, "k"),
@@ -215,6 +254,7 @@ TOWER_SIGNALS: dict[str, TowerSignal] = {
     "protected_attention": TowerSignal(_protected_attention, 3, "qk"),
     "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
     "received_attention": TowerSignal(_received, 1, "qk"),
+    "flat_attention": TowerSignal(_flat_attention, 1, "qk"),
 }
 
 PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.axis is not None)
@@ -223,8 +263,7 @@ PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.a
 
 def tower_signal(name: str, taps: TowerTaps) -> Tensor | None:
     """A signal of the tokens that are left at the site; it comes from all that the block saw."""
-    signal = TOWER_SIGNALS[name]
-    value = signal.make(taps)
+    signal, value = TOWER_SIGNALS[name], TOWER_SIGNALS[name].make(taps)
     if value is not None and signal.axis is not None:
         for reduction in taps.cuts:
             value = reduction.gather(value, signal.axis)
