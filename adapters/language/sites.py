@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
+from ...core.reduction import Reduction
 from ...core.row_data import ColumnMap, Group
 from ...core.row_state import RowNotes, TokenState
 from ...core.rows import PromptRows
@@ -160,7 +161,31 @@ class Sites:
             held - sum(rows.lengths) if ragged else None,
         )
         self.attachment.ledger.visit(call.run, event)
+        if pieces and entry.site.separators == "drop":
+            x = self._drop_separators(call, entry, x, pieces, renumber)
         return x, moved
+
+    def _drop_separators(
+        self, call: Call, entry: Entry, x: Tensor, pieces: list[tuple[Group, Reduction]], renumber: bool
+    ) -> Tensor:
+        """What stands between rows of patches leaves with a picture that was cut; a cut of its own in the books."""
+        rows = call.rows
+        assert rows is not None and call.run is not None
+        groups = rows.separators({unit[:2] for group, _ in pieces for unit in group.units})
+        if not groups:
+            return x
+        before, held = rows.length, sum(rows.lengths)
+        nothing = [(group, Reduction(group.columns[:, :0])) for group in groups]
+        x, moved = rows.cut(x, nothing, renumber)
+        if renumber:
+            _note_drop(call, 0, moved)
+        if rows.owner is not None:
+            call.steps.append((entry.site, rows.owner))
+        booked = tuple(Booked(len(group.units), group.n, 0, group.n) for group in groups)
+        gone = held - sum(rows.lengths)
+        event = Event("projected", None, "end", -1, "cut", before, rows.length, booked, True, gone)
+        self.attachment.ledger.visit(call.run, event)
+        return x
 
     def _view(
         self,

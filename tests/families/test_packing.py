@@ -18,13 +18,13 @@ from vlmtok.errors import CacheError, MissingSignal, SiteError
 from vlmtok.mergers.aim import merged_count
 
 from .build import FAMILIES, llava_onevision, shared
+from .canvas import EDGE, attention_of, canvas_by_hand, crops_of, halved
 from .harness import NOISE, STEPS, generate
 from .methods import InTower, Look
 from .oracle import oracle
 from .prompts import IMAGE, write
-from .shots import PATCH, SIDE, AnyRes
+from .shots import AnyRes
 
-EDGE = SIDE // PATCH
 NAMES = {"llava_next": "cls_attention", "llava_onevision": "received_attention"}
 PICTURES = {
     "wide": AnyRes(30, 62, (32, 64)),
@@ -65,40 +65,6 @@ def heard(model, inputs, name, layer="feature", forward=False, methods=()):
     return listen.seen
 
 
-def attention_of(name, pixels, layer):
-    """The signal of each crop by the tower's own attention: `[crops, H, N]` of the class token, or `[crops, 1, N]`."""
-    model = shared(name, "eager")
-    with torch.no_grad():
-        tower = model.model.vision_tower(pixels, output_attentions=True)
-    depth = len(tower.attentions)
-    feature = model.config.vision_feature_layer
-    index = (depth + feature if feature < 0 else feature - 1) if layer == "feature" else depth - 1
-    attention = tower.attentions[index]
-    return attention[:, :, 0, 1:] if name == "llava_next" else attention.mean((1, 2)).unsqueeze(1)
-
-
-def canvas_by_hand(crops, picture):
-    """`[crops, H, N]` as a thumbnail and a canvas `[H, n]`: crops side by side, padding cut off, 0 behind each row."""
-    heads = crops.shape[1]
-    tiles = crops.unflatten(-1, (EDGE, EDGE))
-    down, across = (side // SIDE for side in picture.canvas)
-    whole = torch.zeros(heads, down * EDGE, across * EDGE)
-    for i in range(down * across):
-        top, left = i // across * EDGE, i % across * EDGE
-        whole[:, top : top + EDGE, left : left + EDGE] = tiles[1 + i]
-    rows, columns = picture.unpadded()
-    top, left = (whole.shape[1] - rows) // 2, (whole.shape[2] - columns) // 2
-    shown = whole[:, top : top + rows, left : left + columns]
-    lines = torch.cat([shown, torch.zeros(heads, rows, 1)], -1).flatten(1)
-    return torch.cat([crops[0], lines], 1)
-
-
-def crops_of(name, picture, layer="feature"):
-    """The signal of each crop of a picture, without those that fill the batch, `[crops, H, N]`."""
-    pixels = picture.shot.arrays["pixel_values"][0]
-    return attention_of(name, pixels[pixels.flatten(1).abs().sum(1) > 0], layer)
-
-
 @pytest.mark.parametrize("forward", [False, True], ids=["generate", "forward"])
 @pytest.mark.parametrize("layer", ["feature", "-1"])
 @pytest.mark.parametrize("shape", PICTURES)
@@ -129,11 +95,6 @@ def test_every_picture_of_a_batch_has_its_own(options):
     for one in wanted:
         same = [s for s in listen.seen if s.shape == one.shape and torch.allclose(s, one, atol=1e-6)]
         assert len(same) >= beams
-
-
-def halved(values):
-    """Means of 2 x 2 neighbours, which is what bilinear interpolation to half the size takes: `[..., 2 r, 2 c]`."""
-    return sum(values[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
 
 
 def test_a_shrunk_canvas():
@@ -215,7 +176,7 @@ def scope_by_loops(tokens, saliency, k):
     ("name", "pattern"), [("llava_next", "2I3J5"), ("llava_onevision", "2I3"), ("llava_onevision", "3W5")]
 )
 def test_scope_chooses_in_every_crop_and_frame(name, pattern):
-    """Equal to the oracle on the tokens that plain loops keep: crop by crop, separators always."""
+    """Equal to the oracle on the tokens that plain loops keep: crop by crop; separators stay where that is asked."""
     family, model = FAMILIES[name], shared(name)
     prompt = family.prompt(pattern, 3)
     look, signals = Look("picture"), heard(model, family.collect(prompt).inputs(), name)
@@ -241,7 +202,7 @@ def test_scope_chooses_in_every_crop_and_frame(name, pattern):
             rows.append(asked.logits(replace(row, positions=torch.arange(len(row))[None]), ()))
             written = torch.cat([written, rows[-1].argmax()[None]])
     assert not stays.all()
-    with vlmtok.compress(model, vlmtok.SCOPE(keep=0.5)):
+    with vlmtok.compress(model, vlmtok.SCOPE(keep=0.5, separators="keep")):
         for options in ({}, {"use_cache": False}):
             tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
             assert torch.equal(tokens[0], written)
@@ -250,6 +211,7 @@ def test_scope_chooses_in_every_crop_and_frame(name, pattern):
 
 PER_PART = {
     "scope": (vlmtok.SCOPE(keep=0.25), lambda n: keep_count(0.25, n)),
+    "scope, separators kept": (vlmtok.SCOPE(keep=0.25, separators="keep"), lambda n: keep_count(0.25, n)),
     "cdpruner": (vlmtok.CDPruner(keep=0.25), lambda n: keep_count(0.25, n)),
     "aim": (vlmtok.AIM(prune=False), merged_count),
 }
@@ -258,7 +220,7 @@ PER_PART = {
 @pytest.mark.parametrize("method", PER_PART)
 @pytest.mark.parametrize(("name", "which"), [("llava_next", "several"), ("llava_onevision", "clips")])
 def test_methods_of_parts(name, which, method):
-    """Thumbnails, crops and frames are cut one by one; separators stay."""
+    """Thumbnails, crops and frames are cut one by one; separators go where a method says so, or stay."""
     family, model = FAMILIES[name], shared(name)
     batch = family.batch(*getattr(family, which))
     look, (one, count) = Look("picture"), PER_PART[method]
@@ -268,7 +230,7 @@ def test_methods_of_parts(name, which, method):
     for seen in look.seen:
         parts = seen.part.tolist()
         left = sum(count(parts.count(part)) for part in set(parts) - {-1})
-        wanted.append((len(parts), left + parts.count(-1)))
+        wanted.append((len(parts), left + (0 if method == "scope" else parts.count(-1))))
     with vlmtok.compress(model, one, trace=True) as run:
         generate(model, batch.inputs(), 1)
         assert sorted((found.patches, found.kept) for found in run.trace().pictures) == sorted(wanted)

@@ -15,8 +15,8 @@ from vlmtok.core.signals import tower_signals
 from vlmtok.core.site import Layout, Site, StageLayout
 from vlmtok.core.spec import parse_methods
 from vlmtok.core.view import TokenView
-from vlmtok.errors import MissingSignal, ParameterError
-from vlmtok.mergers.prumerge import PruMerge, adaptive_choice, class_scores, outlier_count, prune_and_merge
+from vlmtok.errors import ParameterError, SiteError
+from vlmtok.mergers.prumerge import LATE, PruMerge, adaptive_choice, class_scores, outlier_count, prune_and_merge
 
 NEEDS = ("protected_queries@vision:-1", "protected_keys@vision:-1", "keys_full@vision:-1")
 
@@ -151,6 +151,43 @@ def test_slots():
     assert not (reduction.src[0, :2] == 3).any() and not (reduction.src[0, 2:4] == 6).any()
 
 
+@pytest.mark.parametrize("form", [{}, {"keep": 6}, {"plus": True}], ids=str)
+def test_behind_the_projector_slots_lie_in_the_pictures_order(form):
+    seen = random_view(3, 40)
+    score = class_scores(seen.signals[NEEDS[0]][:, 0], seen.signals[NEEDS[2]], seen.signals[NEEDS[1]])
+    signals = {LATE[0]: score, LATE[1]: seen.signals[NEEDS[2]]}
+    late = TokenView(seen.tokens, Site("projected"), signals=signals)
+    found, plain = PruMerge(**form).reduce(late), PruMerge(**form).reduce(seen)
+    (tokens, size), (unordered, sizes) = found.apply(seen.tokens), plain.apply(seen.tokens)
+    for row in range(3):
+        real = slice(None) if found.valid is None else found.valid[row]
+        same = slice(None) if plain.valid is None else plain.valid[row]
+        assert (found.keep[row][real].diff() > 0).all()
+        order = plain.keep[row][same].argsort()
+        torch.testing.assert_close(tokens[row][real], unordered[row][same][order])
+        assert torch.equal(size[row][real], sizes[row][same][order])
+    if found.valid is not None:
+        assert (found.valid.to(torch.int8).diff(dim=1) <= 0).all()
+
+
+def test_one_head_over_the_full_width_is_what_the_class_token_sees():
+    """`flat_attention` gives the scores that the released formula has of queries and keys, bit for bit."""
+    model, heard = models.shared("HF LLaVA"), []
+
+    class Both(PruMerge):
+        def sites(self, layout):
+            return [Site("features", needs=(*NEEDS, *LATE))]
+
+        def reduce(self, view):
+            query, protected, keys = (view.signal(name) for name in NEEDS)
+            heard.append((class_scores(query[:, 0], keys, protected), *(view.signal(name) for name in LATE), keys))
+
+    with torch.no_grad(), vlmtok.compress(model, Both()):
+        model(**models.Batch.of("^3I5", "2I2").inputs())
+    ((wanted, flat, turned, keys),) = heard
+    assert torch.equal(flat, wanted) and torch.equal(turned, keys)
+
+
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 40), keep=st.one_of(st.none(), st.integers(1, 50), st.floats(0.01, 1.0)), plus=st.booleans())
 def test_count_is_what_reduce_keeps(n, keep, plus):
@@ -218,9 +255,15 @@ def test_sites_and_parameters():
         )
 
     assert PruMerge().sites(layout(1)) == [Site("features", needs=NEEDS)]
-    with pytest.raises(MissingSignal, match="class token"):
-        PruMerge().sites(layout(0))
-    for wrong in ({"keep": 0}, {"plus": 2}, {"neighbours": 0}):
+    assert PruMerge().sites(layout(0)) == [Site("features", needs=LATE)]
+    assert "no class token" in PruMerge().remarks(layout(0))[0] and PruMerge().remarks(layout(1)) == []
+    packed = Layout("packed", {"vision": layout(1).stages["vision"], "projected": StageLayout(1, 8, 0, 0)})
+    assert PruMerge().sites(packed) == [Site("projected", needs=LATE, separators="drop")]
+    assert PruMerge(separators="keep").sites(packed) == [Site("projected", needs=LATE)]
+    assert "projected" in PruMerge().remarks(packed)[0]
+    with pytest.raises(SiteError, match="features"):
+        PruMerge().sites(Layout("no tower", {"projected": StageLayout(1, 8, 0, 0)}))
+    for wrong in ({"keep": 0}, {"plus": 2}, {"neighbours": 0}, {"separators": "all"}):
         with pytest.raises(ParameterError):
             PruMerge(**wrong)
     for spec in ("prumerge", "prumerge:plus=true", "prumerge:keep=0.125:neighbours=16"):

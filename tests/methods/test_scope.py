@@ -132,7 +132,10 @@ def test_sites_and_parameters():
     spread = dict(layout(1).stages, projected=StageLayout(1, 8, 0, 0))
     assert SCOPE().sites(Layout("both", spread)) == [Site("features", needs=(NAME,))]
     del spread["features"]
-    assert SCOPE().sites(Layout("packed crops", spread)) == [Site("projected", needs=(NAME,))]
+    packed = Layout("packed crops", spread)
+    assert SCOPE().sites(packed) == [Site("projected", needs=(NAME,), separators="drop")]
+    assert SCOPE(separators="keep").sites(packed) == [Site("projected", needs=(NAME,))]
+    assert "projected" in SCOPE().remarks(packed)[0] and SCOPE().remarks(layout(1)) == []
     spread["vision"] = replace(spread["vision"], carries=frozenset({"keys"}))
     for stages in (spread, {"projected": spread["projected"]}):
         with pytest.raises(SiteError, match="features"):
@@ -141,8 +144,8 @@ def test_sites_and_parameters():
     assert torch.equal(
         SCOPE(keep=4).reduce(view(x, received, name)).keep, SCOPE(keep=4).reduce(view(x, received.unsqueeze(1))).keep
     )
-    for wrong in ({"keep": 0}, {"alpha": -1}, {"alpha": "1"}):
+    for wrong in ({"keep": 0}, {"alpha": -1}, {"alpha": "1"}, {"separators": "none"}):
         with pytest.raises(ParameterError):
             SCOPE(**wrong)
-    for spec in ("scope", "scope:keep=64:alpha=0.5"):
+    for spec in ("scope", "scope:keep=64:alpha=0.5", "scope:separators=keep"):
         assert str(parse_methods(spec)[0]) == spec

@@ -11,10 +11,10 @@ from vlmtok.core.signals import tower_signals
 from vlmtok.core.site import Counts, Layout, Site, StageLayout
 from vlmtok.core.spec import parse_methods
 from vlmtok.core.view import TokenView
-from vlmtok.errors import ParameterError
+from vlmtok.errors import ParameterError, SiteError
 from vlmtok.mergers.visionzip import VisionZip, dominant_and_contextual
 
-CLS, KEYS = "cls_attention@vision:feature", "keys@vision:feature"
+CLS, KEYS, TURNED = (f"{name}@vision:feature" for name in ("cls_attention", "keys", "turned_keys"))
 
 
 def view(x, attention, keys, name=CLS):
@@ -108,6 +108,23 @@ def test_without_a_class_token_received_attention_decides():
     assert (reduction.keep < 30).all()
 
 
+def test_behind_the_projector_tokens_keep_their_order():
+    g = torch.Generator().manual_seed(3)
+    x, attention, keys = torch.randn(2, 20, 6), torch.rand(2, 3, 20, generator=g), torch.randn(2, 20, 4, generator=g)
+    method = VisionZip(keep=9, contextual=3)
+    late = TokenView(x, Site("projected"), signals={CLS: attention, TURNED: keys})
+    early = TokenView(x, Site("features"), signals={"received_attention@vision:feature": attention.sum(1), KEYS: keys})
+    found, plain = method.reduce(late), method.reduce(early)
+    assert (found.keep.diff(dim=1) > 0).all() and (found.keep < 20).all()
+    order = plain.keep.argsort(dim=1)
+    assert torch.equal(plain.keep.gather(1, order), found.keep)
+    (tokens, size), (unordered, sizes) = found.apply(x), plain.apply(x)
+    torch.testing.assert_close(tokens, unordered.gather(1, order.unsqueeze(-1).expand(-1, -1, 6)))
+    assert torch.equal(size, sizes.gather(1, order))
+    pruned = VisionZip(keep=6, contextual=0).reduce(late).keep
+    assert torch.equal(pruned, attention.sum(1).argsort(dim=1, descending=True)[:, :6].sort(dim=1).values)
+
+
 def test_ties_nan_and_zero_keys():
     x, keys = torch.randn(1, 12, 3), torch.randn(1, 12, 4)
     attention = torch.full((1, 2, 12), 0.05)
@@ -165,8 +182,16 @@ def test_sites_and_parameters():
 
     assert VisionZip().sites(layout(1)) == [Site("features", needs=(CLS, KEYS, "protected"))]
     assert VisionZip().sites(layout(0)) == [Site("features", needs=("received_attention@vision:feature", KEYS))]
+    later = {"vision": layout(1).stages["vision"], "projected": StageLayout(1, 8, 0, 0)}
+    packed = Layout("packed crops", later)
+    assert VisionZip().sites(packed) == [Site("projected", needs=(CLS, TURNED), separators="drop")]
+    assert VisionZip(separators="keep").sites(packed) == [Site("projected", needs=(CLS, TURNED))]
+    assert "projected" in VisionZip().remarks(packed)[0] and VisionZip().remarks(layout(1)) == []
+    with pytest.raises(SiteError, match="features"):
+        VisionZip().sites(Layout("no tower", {"projected": later["projected"]}))
     for wrong in (
         {"keep": 0},
+        {"separators": True},
         {"contextual": -1},
         {"contextual": 1.5},
         {"keep": 8, "contextual": 8},

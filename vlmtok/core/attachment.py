@@ -120,6 +120,7 @@ class Attachment:
                 needs = tuple(resolve_need(need, site, self.layout, known, by) for need in site.needs)
                 entries.append(Entry(index, method, site, needs))
             self._say_positions(method, sites)
+            self.said += method.remarks(self.layout)
         entries.sort(key=Entry.order)
         features = [entry for entry in entries if entry.site.stage == "features"]
         for first, second in pairwise(features):

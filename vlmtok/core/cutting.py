@@ -76,7 +76,7 @@ def _count_pictures(rows: PromptRowData, pieces: list[tuple[Group, Reduction]]) 
     for group, reduction in pieces:
         for row, index, part in group.units:
             members = [p for p in rows.pictures if p.row == row and (index < 0 or p.index == index)]
-            certain = len(members) == 1 and part < 0 and reduction.valid is None
+            certain = len(members) == 1 and part == -1 and reduction.valid is None
             for picture in members:
                 picture.n = reduction.slots if certain else None
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
-from .pictures import HELD, Picture
+from .pictures import HELD, SEPARATOR, Picture
 from .row_data import Group, PromptRowData
 
 Unit = tuple[tuple[int, int, int], list[Picture], int]
 """A view row: row, picture or -1, part or -1; its pictures; its tokens."""
+BETWEEN = -2
+"""The part of a unit that holds a picture's separators."""
 
 
 def groups(rows: PromptRowData, scope: str, by_text: bool = False, by_length: bool = False) -> list[Group]:
@@ -50,6 +52,25 @@ def _units(rows: PromptRowData, scope: str) -> Iterator[Unit]:
             yield (picture.row, picture.index, part), [picture], parts.count(part)
 
 
+def separators(rows: PromptRowData, of: Collection[tuple[int, int]]) -> list[Group]:
+    """The separators of some pictures, grouped by equal counts; methods never see these groups.
+
+    Args:
+        rows: as they are.
+        of: (row, picture); a picture of -1 means all of the row.
+    """
+    if rows.part is None:
+        return []
+    found: dict[int, list[Unit]] = {}
+    for picture in rows.pictures:
+        if (picture.row, picture.index) not in of and (picture.row, -1) not in of:
+            continue
+        n = int(((rows.label[picture.row] == picture.index) & (rows.part[picture.row] == SEPARATOR)).sum())
+        if n:
+            found.setdefault(n, []).append(((picture.row, picture.index, BETWEEN), [picture], n))
+    return [_group(rows, alike, "separators") for alike in found.values()]
+
+
 def _group(rows: PromptRowData, alike: list[Unit], scope: str) -> Group:
     """View rows of one key of `groups` as tensors."""
     device = rows.label.device
@@ -61,7 +82,9 @@ def _group(rows: PromptRowData, alike: list[Unit], scope: str) -> Group:
         mask = label >= 0
     else:
         mask = label == torch.tensor([unit[1] for unit in units], device=device)[:, None]
-        if scope == "part" and rows.part is not None:
+        if scope == "separators" and rows.part is not None:
+            mask &= rows.part[index] == SEPARATOR
+        elif scope == "part" and rows.part is not None:
             mask &= rows.part[index] == torch.tensor([unit[2] for unit in units], device=device)[:, None]
     column = torch.arange(rows.length, device=device)
     columns = torch.where(mask, column, rows.length).sort(1).values[:, :n]

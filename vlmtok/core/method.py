@@ -87,6 +87,17 @@ class Method:
         """
         return counts.n
 
+    def remarks(self, layout: Layout) -> list[str]:
+        """What a reader of reports must know about how the method acts on a model: choices that it made by itself.
+
+        Args:
+            layout: what the model offers.
+
+        Returns:
+            Sentences; none by default.
+        """
+        return []
+
     def insert(self, view: TokenView) -> Tensor | None:
         """Tokens to put at the end of the row for one block; asked at ``start`` sites.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 TEXT, PAD, HELD = -1, -2, -3
 """Labels of columns that belong to no picture. HELD is read and never cut: a visual token that ends its row, what was
 appended, drafts of speculative decoding."""
+SEPARATOR = -1
+"""The part of tokens that a host puts between rows of patches."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ rest, and aligns rows to the right, since hosts read the last column.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ class PromptRows(PromptRowData):
             Groups in a fixed order; view rows without tokens are left out.
         """
         return grouping.groups(self, scope, by_text, by_length)
+
+    def separators(self, of: Collection[tuple[int, int]]) -> list[Group]:
+        """The separators of some pictures, see `grouping.separators`."""
+        return grouping.separators(self, of)
 
     def of_pictures(self, group: Group) -> Tensor:
         """Place of each view row's (first) picture among `pictures`, int64 `[G]`."""

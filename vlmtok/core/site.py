@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ SCOPES = ("picture", "part", "sample")
 
 POSITIONS = ("keep", "renumber")
 
+SEPARATORS = ("keep", "drop")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -33,6 +35,8 @@ class Site:
         positions: ``keep`` or ``renumber``, what happens to the position ids of what stays; None means the stage's
             default: renumber at ``features`` and ``projected``, keep in the decoder.
         scope: what one view row is; None means the method's.
+        separators: what becomes of the tokens that a host puts between rows of patches (newlines) when their picture is
+            cut here: ``keep`` or, at ``projected`` alone, ``drop``.
     """
 
     stage: str
@@ -41,6 +45,7 @@ class Site:
     needs: tuple[str, ...] = ()
     positions: str | None = None
     scope: str | None = None
+    separators: str = "keep"
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -53,6 +58,10 @@ class Site:
             raise SiteError(f"positions {self.positions!r}: one of {', '.join(POSITIONS)}")
         if self.scope not in (None, *SCOPES):
             raise SiteError(f"scope {self.scope!r}: one of {', '.join(SCOPES)}")
+        if self.separators not in SEPARATORS:
+            raise SiteError(f"separators {self.separators!r}: one of {', '.join(SEPARATORS)}")
+        if self.separators == "drop" and self.stage != "projected":
+            raise SiteError(f"separators='drop' is for the stage 'projected'; at {self} there are none")
 
     def __str__(self) -> str:
         return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
@@ -162,6 +171,35 @@ class Layout:
         if later and not (signal in reach if isinstance(reach, frozenset) else reach):
             return False
         return signal in self.stages[stage].provides
+
+    def feature_stage(self, by: str, signals: Iterable[str]) -> str:
+        """Where a method that papers place before the projector acts.
+
+        Args:
+            by: the method, for the error.
+            signals: of the tower, that it decides on.
+
+        Returns:
+            ``features`` where the model offers it, else ``projected`` where the signals reach it.
+
+        Raises:
+            SiteError: neither; the message is that of `stage`.
+        """
+        later = self.has("projected") and all(self.gives("vision", name, later=True) for name in signals)
+        if later and not self.has("features"):
+            return "projected"
+        self.stage("features", by)
+        return "features"
+
+    def said_of_stage(self, by: str, stage: str) -> list[str]:
+        """What a report says of a method's place from `feature_stage`: nothing where it is the papers' own."""
+        if stage != "projected":
+            return []
+        why = self.without.get("features") or self.without.get("vision") or "nothing can leave before its projector"
+        return [
+            f"{by} acts at 'projected', on what the projector made of each crop or frame: {self.family} offers no "
+            f"'features' ({why})"
+        ]
 
     def positions(self, stage: str, asked: str | None, released: str = "renumber") -> str:
         """What becomes of position ids at a stage, for a method that leaves it to the model unless asked.

@@ -11,10 +11,13 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_flag, check_keep, check_range
-from ..core.site import Counts, Layout, Site
+from ..core.settings import check_choice, check_flag, check_keep, check_range
+from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
-from ..errors import MissingSignal
+
+CLASSED = tuple(f"{name}@vision:-1" for name in ("protected_queries", "protected_keys", "keys_full"))
+LATE = ("flat_attention@vision:-1", "turned_keys_full@vision:-1")
+"""What a class token's scores are made of, and scores and keys of towers without one, and behind the projector."""
 
 
 def class_scores(query: Tensor, keys: Tensor, protected_keys: Tensor) -> Tensor:
@@ -122,6 +125,25 @@ def prune_and_merge(
     return Reduction(kept, src, dst, keep_weight, score.gather(1, src), slot <= limit)
 
 
+def in_order(reduction: Reduction) -> Reduction:
+    """The same with its slots by the places of the tokens that represent them, invalid ones last.
+
+    Args:
+        reduction: from `prune_and_merge`.
+    """
+    keep, src, dst, valid = reduction.keep, reduction.src, reduction.dst, reduction.valid
+    assert src is not None and dst is not None and valid is not None and reduction.keep_weight is not None
+    order = torch.where(valid, keep, keep.amax() + 1).argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1)
+    return replace(
+        reduction,
+        keep=keep.gather(1, order),
+        dst=torch.where(dst >= 0, rank.gather(1, dst.clamp(min=0)), -1),
+        keep_weight=reduction.keep_weight.gather(1, order),
+        valid=valid.gather(1, order),
+    )
+
+
 @register_method
 @dataclass(eq=False)
 class PruMerge(Method):
@@ -130,6 +152,11 @@ class PruMerge(Method):
     Outliers of the class token's attention in the tower's last layer stay, by falling attention. Each adds its 32
     neighbours by key, weighted by their attention, and one more token is the sum of all that do not stay. The class
     token itself does not go on. Features are those that the projector reads.
+
+    A tower without a class token gives the mean attention that a token receives, of one head over the full width, as
+    released ports do. Where nothing can leave before the projector, tokens are chosen and merged at the language
+    model's input, one thumbnail, crop or frame at a time: in the picture's order, the merged token at the place of the
+    best one that does not stay.
 
     Algorithm:
         1. In the tower's last layer ``a = softmax(q_cls K^T / sqrt(D))``, one head of full width D, cut to the patches.
@@ -143,6 +170,8 @@ class PruMerge(Method):
             or a count (int) of tokens fixes it. One merged token comes on top.
         plus: PruMerge+: also keep evenly spaced tokens, about three times as many.
         neighbours: tokens that join each kept one.
+        separators: what becomes of a host's newlines between rows of patches (LLaVA-NeXT, OneVision): ``"drop"`` or
+            ``"keep"``.
     """
 
     paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (ICCV 2025)"
@@ -156,6 +185,8 @@ class PruMerge(Method):
         "Fewer than 32 other tokens all join; the release fails. Where every token stays, there is no merged one.",
         "Spaced tokens reach to the end of any grid; the release stops at patch 575.",
         "plus=True with a fixed keep uses the spacing of the adaptive form; the release's training branch differs.",
+        "Ports to Qwen2-VL and Qwen2.5-VL leave the merged token out, fill a fixed number with spaced ones and rank "
+        "all pictures of a call together; here the rules are the same on every model.",
     )
     scope = "part"
     budget_parameter = "keep"
@@ -163,20 +194,32 @@ class PruMerge(Method):
     keep: float | int | None = None
     plus: bool = False
     neighbours: int = 32
+    separators: str = "drop"
 
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep, "PruMerge")
         check_flag(self.plus, "PruMerge", "plus")
+        check_choice(self.separators, "PruMerge", "separators", SEPARATORS)
         check_range(self.neighbours, "PruMerge", "neighbours", 1, kind=int)
 
     def sites(self, layout: Layout) -> list[Site]:
-        """What the projector gets, with projections of the tower's last layer."""
-        layout.stage("features", "PruMerge")
-        if not layout.gives("vision", "cls_attention") and not layout.stages["vision"].why:
-            raise MissingSignal(f"PruMerge scores tokens with the class token, and {layout.family} has none")
-        names = ("protected_queries", "protected_keys", "keys_full")
-        return [Site("features", needs=tuple(f"{name}@vision:-1" for name in names))]
+        """What the projector gets, or what it made, with projections of the tower's last layer."""
+        stage = layout.feature_stage("PruMerge", [name.partition("@")[0] for name in LATE])
+        if stage == "projected":
+            return [Site(stage, needs=LATE, separators=self.separators)]
+        return [Site(stage, needs=CLASSED if layout.gives("vision", "cls_attention") else LATE)]
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """Which stage it took where that is not the papers', and who scores where no class token does."""
+        stage = layout.feature_stage("PruMerge", [name.partition("@")[0] for name in LATE])
+        said = layout.said_of_stage("PruMerge", stage)
+        if not layout.gives("vision", "cls_attention"):
+            said.append(
+                f"PruMerge scores tokens by the attention that they receive: the tower of {layout.family} has no class "
+                "token"
+            )
+        return said
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Slots: kept tokens, the merged one, and invalid ones where rows are ragged."""
@@ -184,9 +227,12 @@ class PruMerge(Method):
         fixed = self._fixed(n)
         if n < 2 or fixed == n:
             return None
-        keys = view.signal("keys_full@vision:-1")
-        query = view.signal("protected_queries@vision:-1")[:, 0]
-        score = class_scores(query, keys, view.signal("protected_keys@vision:-1"))
+        if view.has(LATE[0]):
+            score, keys = view.signal(LATE[0]).float(), view.signal(LATE[1])
+        else:
+            keys = view.signal("keys_full@vision:-1")
+            query = view.signal("protected_queries@vision:-1")[:, 0]
+            score = class_scores(query, keys, view.signal("protected_keys@vision:-1"))
         if fixed is None:
             # N * (count / N) in float64 as released: for a few N that is one less than the count.
             ratio = outlier_count(score).to(torch.float64) / n
@@ -196,6 +242,8 @@ class PruMerge(Method):
         order, count = adaptive_choice(score, count, self.plus)
         most = n if self.plus else (n // 4 if fixed is None else fixed) + 1
         reduction = prune_and_merge(keys, score, order, count, most, self.neighbours)
+        if view.site.stage == "projected":
+            reduction = in_order(reduction)
         return reduction if self.count(view.counts) is None else replace(reduction, valid=None)
 
     def count(self, counts: Counts) -> int | None:

@@ -12,10 +12,13 @@ from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
-from ..core.settings import check_keep, check_range, keep_count
-from ..core.site import Counts, Layout, Site
+from ..core.settings import check_choice, check_keep, check_range, keep_count
+from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
+
+KEYS, TURNED = "keys@vision:feature", "turned_keys@vision:feature"
+"""Keys before rope, as the release has them, and after it, as ports to towers with rope compare them."""
 
 Choice = tuple[Tensor, Tensor, Tensor, Tensor]
 """dominant `[B, D]`, targets `[B, T]`, joining `[B, R]`, and the target (0 to T - 1) that each joins `[B, R]`."""
@@ -54,11 +57,16 @@ def dominant_and_contextual(score: Tensor, keys: Tensor, dominant: int, contextu
 @register_method
 @dataclass(eq=False)
 class VisionZip(Method):
-    """Shortens each crop before the projector to dominant tokens and contextual ones; the text plays no part.
+    """Shortens each crop to dominant tokens and contextual ones, before the projector; the text plays no part.
 
     Dominant tokens are the class token, which then goes on to the language model, and the patches it attends to most,
     in the layer whose output the projector reads. A contextual token is the sum of a target patch and the mean of the
     patches that join it.
+
+    Where nothing can leave before the projector (crops that the host reassembles, patches that it joins), both are
+    chosen at the language model's input, one thumbnail, crop or frame at a time, as ports to such models do: scores and
+    keys (as attention compares them, after rope) follow the host's way from patches to tokens, no class token goes on,
+    and a contextual token is the same sum of projected tokens, at its target's place.
 
     Algorithm:
         1. ``s_i = sum_h`` of class-token attention on patch i, in the layer whose output the projector reads.
@@ -72,6 +80,8 @@ class VisionZip(Method):
             together.
         contextual: of these, a share or a count that are contextual; 0 merges nothing. 5/32 gives the paper's 10 of
             64, 20 of 128 and 30 of 192. The paper's `dominant` is the rest.
+        separators: what becomes of a host's newlines between rows of patches (LLaVA-NeXT, OneVision): ``"drop"``, so
+            that `keep` counts all tokens, as released, or ``"keep"``.
     """
 
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025)"
@@ -82,17 +92,21 @@ class VisionZip(Method):
         "A tower without a class token is scored by the attention that each token receives; the release knows CLIP.",
         "Similarity is computed in fp32; equal scores go to the lowest index.",
         "Few patches left over merge into fewer targets or none; the release fails.",
-        "Slots of a crop stay together, class token first; the release moves the crops' class and contextual tokens "
-        "behind all patches of a LLaVA-NeXT picture.",
+        "Where it acts behind the projector, tokens keep the picture's order and no class token goes on; the release "
+        "merges LLaVA-NeXT's crops before it and moves their class and contextual tokens behind the picture.",
+        "Each picture, crop or frame has tokens of its own; released ports to Qwen2.5-VL rank all pictures of a call "
+        "together.",
     )
     scope = "part"
     budget_parameter = "keep"
 
     keep: float | int = 0.111
     contextual: float | int = 0.15625
+    separators: str = "drop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "VisionZip")
+        check_choice(self.separators, "VisionZip", "separators", SEPARATORS)
         if isinstance(self.contextual, int):
             check_range(self.contextual, "VisionZip", "contextual", 0, kind=int)
         else:
@@ -104,35 +118,50 @@ class VisionZip(Method):
             )
 
     def sites(self, layout: Layout) -> list[Site]:
-        """What the projector gets."""
-        layout.stage("features", "VisionZip")
-        if layout.gives("vision", "cls_attention"):
-            return [Site("features", needs=("cls_attention@vision:feature", "keys@vision:feature", "protected"))]
-        return [Site("features", needs=("received_attention@vision:feature", "keys@vision:feature"))]
+        """What the projector gets, or what it made where that reaches the language model with its attention."""
+        score, stage = self._place(layout)
+        if stage == "projected":
+            return [Site(stage, needs=(f"{score}@vision:feature", TURNED), separators=self.separators)]
+        protected = ("protected",) if score == "cls_attention" else ()
+        return [Site(stage, needs=(f"{score}@vision:feature", KEYS, *protected))]
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """Which stage it took where that is not the papers'."""
+        return layout.said_of_stage("VisionZip", self._place(layout)[1])
+
+    @staticmethod
+    def _place(layout: Layout) -> tuple[str, str]:
+        score = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
+        return score, layout.feature_stage("VisionZip", [score, "turned_keys"])
 
     def reduce(self, view: TokenView) -> Reduction | None:
-        """Slots: the class token, dominant patches, contextual tokens."""
+        """Slots: the class token, dominant patches, contextual tokens; behind the projector in the picture's order."""
         batch, n, _ = view.tokens.shape
         k = self.count(view.counts)
         if k == n:
             return None
         contextual = self._contextual(k)
+        late = view.site.stage == "projected"
         classed = view.has("cls_attention@vision:feature")
         if classed:
             score = view.signal("cls_attention@vision:feature").float().sum(1)
         else:
             score = view.signal("received_attention@vision:feature")
+        classed = classed and not late  # only before the projector there is a class token that can go on
         kept, targets, joining, target = dominant_and_contextual(
-            score, view.signal("keys@vision:feature"), k - contextual - classed, contextual
+            score, view.signal(TURNED if late else KEYS), k - contextual - classed, contextual
         )
         head = kept.new_full((batch, int(classed)), n)  # the first protected token
         keep = torch.cat([head, kept, targets], 1)
+        order = keep.argsort(dim=1) if late else None
         if not contextual:
-            return Reduction(keep)
+            return Reduction(keep if order is None else keep.gather(1, order))
         one = torch.ones_like(joining, dtype=torch.float32)
         members = one.new_zeros(batch, contextual).scatter_add(1, target, one)
         weight = 1.0 / members.gather(1, target)
         slot = target + (k - contextual)
+        if order is not None:
+            keep, slot = keep.gather(1, order), order.argsort(dim=1).gather(1, slot)
         return Reduction(keep, joining, slot, torch.ones_like(keep, dtype=torch.float32), weight)
 
     def count(self, counts: Counts) -> int:

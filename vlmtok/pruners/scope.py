@@ -11,8 +11,8 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_keep, check_range, keep_count
-from ..core.site import Counts, Layout, Site
+from ..core.settings import check_choice, check_keep, check_range, keep_count
+from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 
 
@@ -59,7 +59,7 @@ class SCOPE(Method):
     Both are taken where the projector reads: features and attention of that tower layer. A tower without a class token
     gives the attention that a token receives from all others instead. Where the projector wants whole crops (AnyRes,
     pooled frames), the choice is made at the language model's input, one thumbnail, crop or frame at a time: coverage
-    is that of the projected tokens, attention follows the host's packing, and row separators stay.
+    is that of the projected tokens, and attention follows the host's packing.
 
     Algorithm:
         1. ``s_ij = cos(x_i, x_j)``; saliency ``a_j = sum_h`` of class-token attention; ``cover_i = 0``.
@@ -70,6 +70,8 @@ class SCOPE(Method):
     Args:
         keep: share (float) or count (int) of a crop's tokens that stay.
         alpha: power of the attention; 0 leaves coverage alone.
+        separators: what becomes of a host's newlines between rows of patches (LLaVA-NeXT, OneVision): ``"drop"``, so
+            that `keep` counts all tokens, as released, or ``"keep"``.
     """
 
     paper = "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs (NeurIPS 2025)"
@@ -87,21 +89,27 @@ class SCOPE(Method):
 
     keep: float | int = 0.111
     alpha: float = 1.0
+    separators: str = "drop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "SCOPE")
+        check_choice(self.separators, "SCOPE", "separators", SEPARATORS)
         check_range(self.alpha, "SCOPE", "alpha", 0)
 
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets, or what it made where that reaches the language model with its attention."""
+        name, stage = self._place(layout)
+        separators = self.separators if stage == "projected" else "keep"
+        return [Site(stage, needs=(f"{name}@vision:feature",), separators=separators)]
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """Which stage it took where that is not the papers'."""
+        return layout.said_of_stage("SCOPE", self._place(layout)[1])
+
+    @staticmethod
+    def _place(layout: Layout) -> tuple[str, str]:
         name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        later = layout.has("projected") and layout.gives("vision", name, later=True)
-        if layout.has("features") or not later:
-            stage = "features"
-            layout.stage(stage, "SCOPE")
-        else:
-            stage = "projected"
-        return [Site(stage, needs=(f"{name}@vision:feature",))]
+        return name, layout.feature_stage("SCOPE", [name])
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Greedy choice; slots in the order of the tokens."""

@@ -1,0 +1,156 @@
+"""Methods that papers place before the projector, at the language model's input: against loops in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vlmtok
+from vlmtok.core.settings import keep_count
+
+from .build import FAMILIES, shared
+from .canvas import placed, projections_of, real_crops
+from .harness import NOISE, STEPS, generate
+from .methods import Look
+from .oracle import oracle
+
+CASES = [("llava_next", "2I3J5"), ("llava_onevision", "2I3"), ("llava_onevision", "3W5")]
+"""Two canvases in a row, one canvas, and a clip; a class token or none."""
+
+Slots = dict[int, Tensor]
+"""The slots of a part: place of the token that represents each, and what becomes of it."""
+
+
+def channels(name: str, picture, layer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score of each head, score of one head over the full width, keys, keys of all heads: `[crops, c, N]` each."""
+    arrays = picture.shot.arrays
+    pixels = arrays["pixel_values_videos"][0] if picture.shot.video else real_crops(arrays["pixel_values"][0])
+    heads = shared(name).config.vision_config.num_attention_heads
+    q, k = projections_of(name, pixels, layer)
+    prefix = int(name == "llava_next")
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        """Of the class token, summed over heads, or received: `[crops, N]`."""
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return weights[:, :, 0, 1:].sum(1) if prefix else weights.mean((1, 2))
+
+    by_head = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)]
+    keys = by_head[1][:, :, prefix:]
+    return (
+        scores(*by_head).unsqueeze(1),
+        scores(q.unsqueeze(1), k.unsqueeze(1)).unsqueeze(1),
+        keys.mean(1).transpose(1, 2),
+        k[:, prefix:].transpose(1, 2),
+    )
+
+
+def visionzip(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
+    """VisionZip on one part by loops: targets stay where they are and gather what is most like them."""
+    n = len(x)
+    k = keep_count(0.5, n)
+    if k == n:
+        return {i: x[i] for i in range(n)}
+    contextual = min(keep_count(0.15625, k), k - 1)
+    kept = score.argsort(descending=True, stable=True)[: k - contextual].tolist()
+    rest = [i for i in range(n) if i not in kept]
+    targets = rest[:: len(rest) // contextual][:contextual]
+    members: dict[int, list[int]] = {target: [] for target in targets}
+    for i in rest:
+        if i not in targets:
+            alike = F.cosine_similarity(keys[i][None].double(), keys[targets].double(), dim=-1)
+            members[targets[int(alike.argmax())]].append(i)
+    out = {i: x[i] for i in kept}
+    for target, joined in members.items():
+        out[target] = x[target] + x[joined].mean(0) if joined else x[target]
+    return out
+
+
+def prumerge(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
+    """PruMerge on one part by loops: outliers gather their neighbours, the best that does not stay the rest."""
+    n = len(x)
+    first, third = torch.quantile(flat, torch.tensor([0.25, 0.75]))
+    count = int((flat > third + 1.5 * (third - first)).sum())
+    order = flat.argsort(descending=True, stable=True).tolist()
+    unit, out = F.normalize(wide.double(), dim=-1), {}
+    for i in order[:count]:
+        others = sorted((j for j in range(n) if j != i), key=lambda j: -float(unit[i] @ unit[j]))[:32]
+        out[i] = x[i] + (flat[others, None] * x[others]).sum(0)
+    out[order[count]] = (flat[order[count:], None] * x[order[count:]]).sum(0)
+    return out
+
+
+METHODS = {"visionzip": (visionzip, {"keep": 0.5}, "feature"), "prumerge": (prumerge, {}, "-1")}
+
+
+@pytest.mark.parametrize("separators", ["drop", "keep"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, separators: str) -> None:
+    """Answers equal the oracle's on the tokens that loops keep and merge, with a cache and without."""
+    family, model = FAMILIES[name], shared(name)
+    by_loops, settings, layer = METHODS[method]
+    prompt = family.prompt(pattern, 3)
+    look = Look("picture")
+    with vlmtok.compress(model, look):
+        generate(model, family.collect(prompt).inputs(), 1)
+    asked = oracle(name, shared(name, "eager"))
+    with torch.no_grad():
+        encoded = asked.encode(prompt)
+        hidden = asked.row(prompt, prompt.ids[:0], encoded).hidden.clone()
+        stays = torch.ones(len(prompt.ids), dtype=torch.bool)
+        merged = 0
+        for seen, picture, letter in zip(look.seen, prompt.pictures, filter(str.isalpha, pattern), strict=True):
+            made = channels(name, picture, layer)
+            shot = None if picture.shot.video else family.shots[letter]
+            score, flat, keys, wide = (placed(picture, shot, one).T for one in made)
+            for part in set(seen.part.tolist()):
+                here = (seen.part == part).nonzero()[:, 0]
+                columns = seen.columns[here]
+                if part == -1:
+                    stays[columns] = separators == "keep"
+                    continue
+                before = hidden[columns]
+                slots = by_loops(before, score[here, 0], flat[here, 0], keys[here], wide[here])
+                stays[columns] = False
+                for place, token in slots.items():
+                    merged += not torch.equal(token, before[place])
+                    stays[columns[place]] = True
+                    hidden[columns[place]] = token
+        written, rows = prompt.ids[:0], []
+        for _ in range(STEPS):
+            row = asked.row(prompt, written, encoded)
+            whole = torch.cat([hidden, row.hidden[len(hidden) :]])
+            kept = torch.cat([stays, torch.ones(len(written), dtype=torch.bool)]).nonzero()[:, 0]
+            row = replace(row, hidden=whole).take(kept)
+            rows.append(asked.logits(replace(row, positions=torch.arange(len(row))[None]), ()))
+            written = torch.cat([written, rows[-1].argmax()[None]])
+    assert merged and not stays.all()
+    made = vlmtok.create_method(method, separators=separators, **settings)
+    with vlmtok.compress(model, made, trace=True) as run:
+        for options in ({}, {"use_cache": False}):
+            tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
+            assert (logits[0] - torch.stack(rows)).abs().max() <= NOISE
+            assert torch.equal(tokens[0], written)
+        left = int(stays.sum()) - sum(prompt.kinds == 0)
+        assert run.report().visual("decoder")[1] == left
+        assert sum(found.kept for found in run.trace().pictures) == left
+        assert any("acts at 'projected'" in note for note in run.report().notes)
+
+
+@pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
+@pytest.mark.parametrize(("name", "which"), [("llava_next", "several"), ("llava_onevision", "clips")])
+def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
+    """Left padding, different pictures in the rows, beams."""
+    family, model = FAMILIES[name], shared(name)
+    batch = family.batch(*getattr(family, which))
+    with vlmtok.compress(model, method):
+        tokens, logits = generate(model, batch.inputs())
+        for i, prompt in enumerate(batch.prompts):
+            alone, one = generate(model, family.collect(prompt).inputs())
+            assert torch.equal(alone[0], tokens[i])
+            assert (one[0] - logits[i]).abs().max() <= NOISE
+        model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, num_beams=2)
