@@ -165,6 +165,14 @@ def test_show_names_paper_parameters_sites_and_deviations(vlmtok_):
         assert entry.summary and entry.paper and bool(entry.presets) == hasattr(method_class(name), "preset")
 
 
+def test_show_says_what_a_method_chose_by_itself(vlmtok_):
+    text = " ".join(vlmtok_("show", "crossget", "--model", "timm:vit_base_patch16_siglip_224").stdout.split())
+    assert "chosen for this model" in text and "no class token" in text
+    found = data_of(vlmtok_("show", "crossget+tca+tome", "--model", "timm:vit_base_patch16_siglip_224", "--json"))
+    said = [method["remarks"] for method in found["methods"]]
+    assert "guidance=None" in said[0][0] and "reservoir_size=0" in said[1][0] and said[2] == []
+
+
 def test_show_on_a_model_draws_its_overlay(vlmtok_, package, tmp_path):
     picture().save(tmp_path / "mine.png")
     model = package / loading.EMBEDDED

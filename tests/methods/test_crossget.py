@@ -223,6 +223,15 @@ def test_important_tokens_merge_later():
     assert {6, 7} & set(CrossGET(rv=5, guidance="cross").reduce(view).src[0].tolist())  # the cross token does not
 
 
+def test_who_guides_is_chosen_by_what_the_tower_has():
+    view = mid_view(2, 16)
+    auto, told = CrossGET(rv=4).reduce(view), CrossGET(rv=4, guidance="cls").reduce(view)
+    assert torch.equal(auto.src, told.src) and torch.equal(auto.src_weight, told.src_weight)
+    bare = TokenView(view.tokens, view.site, signals={"keys_full": view.signals["keys_full"]})
+    auto, told = CrossGET(rv=4).reduce(bare), CrossGET(rv=4, guidance=None).reduce(bare)
+    assert torch.equal(auto.src, told.src) and torch.equal(auto.dst, told.dst) and auto.keep_weight is None
+
+
 def test_half_precision_is_compared_in_fp32():
     view = mid_view(2, 16, dtype=torch.bfloat16)
     wide = {name: value.float() for name, value in view.signals.items()}
@@ -244,9 +253,13 @@ def test_sites():
     assert listed(CrossGET(rv=0)) == []
     assert listed(CrossGET(guidance=None), layout(prefix=0)) == [("vision", i, "mid") for i in range(4)]
     with pytest.raises(MissingSignal, match="guidance=None"):
-        CrossGET().sites(layout(prefix=0))
+        CrossGET(guidance="cls").sites(layout(prefix=0))
     with pytest.raises(SiteError, match="text"):
         CrossGET(rl=2).sites(layout(stages=("vision",)))
+    assert CrossGET().sites(layout()) == CrossGET(guidance="cls").sites(layout())
+    assert CrossGET().sites(layout(prefix=0)) == CrossGET(guidance=None).sites(layout(prefix=0))
+    assert "guidance=None" in CrossGET().remarks(layout(prefix=0))[0]
+    assert CrossGET().remarks(layout()) == [] == CrossGET(guidance=None).remarks(layout(prefix=0))
     assert CrossGET().build(layout()) is None
     assert CrossGET.preset("llava").build(layout()).cross_text is None
 

@@ -239,11 +239,16 @@ def test_compiles_whole(form):
 
 def test_without_a_class_token_it_only_condenses():
     with pytest.raises(MissingSignal, match="reservoir_size=0"):
-        TCA().sites(layout(prefix=0))
+        TCA(reservoir_size=3).sites(layout(prefix=0))
     method = TCA.preset("condense", ratio=0.6)
-    assert [(s.layer, s.point, s.needs) for s in method.sites(layout(prefix=0))] == [
-        (layer, "mid", ("received_attention",)) for layer in (3, 6, 9)
-    ]
+    for one in (method, TCA(ratio=0.6)):
+        assert [(s.layer, s.point, s.needs) for s in one.sites(layout(prefix=0))] == [
+            (layer, "mid", ("received_attention",)) for layer in (3, 6, 9)
+        ]
+        assert one.build(layout(prefix=0)) is None
+    assert method.remarks(layout(prefix=0)) == [] == TCA().remarks(layout())
+    assert "reservoir_size=0" in TCA().remarks(layout(prefix=0))[0]
+    assert TCA().build(layout()).capacity == TCA(reservoir_size=3).build(layout()).capacity == 3
     assert method.build(layout()) is None
     x, received = torch.randn(1, 40, 5), torch.rand(1, 40)
     view = TokenView(x, Site("vision", 3, "mid"), signals={"received_attention": received})

@@ -101,18 +101,20 @@ def show(
             result = compare(
                 asked.load(), asked.shown, asked.words, method, max_new_tokens=1, rounds=0, adapter=adapter
             )
-        sites = [catalogue.sites(one, _layout(one, model, adapter)) for one in made]
+        layouts = [_layout(one, model, adapter) for one in made]
+        sites = [catalogue.sites(one, layout) for one, layout in zip(made, layouts)]
+        said = [catalogue.remarks(one, layout) for one, layout in zip(made, layouts)]
         path, words = (None, "") if result is None else write_overlay(result, overlay)
     if as_json:
         found = [
-            {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows}
-            for entry, one, (place, rows) in zip(entries, made, sites)
+            {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows, "remarks": remarks}
+            for entry, one, (place, rows), remarks in zip(entries, made, sites, said)
         ]
         print_json({"methods": found, "overlay": path})
         return
     console = standard_output()
-    for entry, one, (place, rows) in zip(entries, made, sites):
-        _show_method(console, entry, one.settings(), place, rows)
+    for entry, one, (place, rows), remarks in zip(entries, made, sites, said):
+        _show_method(console, entry, one.settings(), place, rows, remarks)
     if result is not None:
         say_overlay(console, path, words)
 
@@ -130,7 +132,9 @@ def _layout(method: Any, model: str | None, adapter: str | None) -> Any:
     return adapter_for(skeleton(model).model, adapter).layout()
 
 
-def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str, sites: list[dict[str, Any]]) -> None:
+def _show_method(
+    console: Any, entry: Any, settings: dict[str, Any], place: str, sites: list[dict[str, Any]], remarks: list[str]
+) -> None:
     from ..core.settings import format_value
 
     console.print(f"{entry.title} ({entry.name})", style="bold", highlight=False)
@@ -151,7 +155,12 @@ def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str,
     print_table(("parameter", "here", "default", "what it does"), rows)
     listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
     print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
-    for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):
+    told = (
+        ("chosen for this model", remarks),
+        ("does badly", entry.caveats),
+        ("differs from the released code", entry.deviations),
+    )
+    for title, sentences in told:
         if sentences:
             console.print(title, style="bold")
         for sentence in sentences:

@@ -246,6 +246,19 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
     return layout.family, rows
 
 
+def remarks(method: Method, layout: Layout) -> list[str]:
+    """What reports say of how a method acts on a model: stages and settings that it chose by itself.
+
+    Args:
+        method: the method.
+        layout: what the model offers.
+
+    Raises:
+        VlmtokError: it does not run there.
+    """
+    return Attachment([method], layout).said
+
+
 def limits(found: Entry) -> str:
     """What a table adds to a method's adapters: the models of theirs on which it does not run."""
     said = []

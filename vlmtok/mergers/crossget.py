@@ -19,7 +19,7 @@ from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
 
-GUIDANCE = ("cls", "cross", "attention", None)
+GUIDANCE = ("auto", "cls", "cross", "attention", None)
 
 
 def ensemble(keep: Tensor, src: Tensor, dst: Tensor, importance: Tensor, size: Tensor | None = None) -> Reduction:
@@ -133,12 +133,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class CrossGET(Method):
     """Merges a fixed number of tokens in every layer of the vision tower, the text tower, or both.
 
-    Who says what is important is `guidance`. ``"cls"`` asks the class token (EOT in text), needs no training and is the
-    default for any checkpoint. ``"cross"`` inserts a learnable cross token and asks that one; the published accuracy is
-    that of trained cross tokens (`run.parameters()`, `cross_tokens`, `cross_loss`), mostly with the whole model
-    fine-tuned. Untrained ones equal the class token, which attention then sees twice. ``"attention"`` is the form for
-    LLaVA: attention received, keys averaged over heads, and the cross token goes on to the language model. None is
-    complete-graph matching (`vlmtok.kernels.complete_match`) alone.
+    Who says what is important is `guidance`. ``"cls"`` asks the class token (EOT in text), needs no training and is
+    what ``"auto"``, the default, takes; in a tower without a class token that is None. ``"cross"`` inserts a learnable
+    cross token and asks that one; the published accuracy is that of trained cross tokens (`run.parameters()`,
+    `cross_tokens`, `cross_loss`), mostly with the whole model fine-tuned. Untrained ones equal the class token, which
+    attention then sees twice. ``"attention"`` is the form for LLaVA: attention received, keys averaged over heads, and
+    the cross token goes on to the language model. None is complete-graph matching (`vlmtok.kernels.complete_match`)
+    alone.
 
     Nothing of the other modality is read: a trained cross token predicts it.
 
@@ -156,7 +157,7 @@ class CrossGET(Method):
         rv: tokens merged in a layer of the vision tower, capped at half; 0 merges nothing, None leaves the tower alone.
         rl: the same for the text tower; its first token and EOT stay. A slot may hold a later token's content, which
             makes causality approximate.
-        guidance: ``"cls"``, ``"cross"``, ``"attention"`` or None.
+        guidance: ``"auto"``, ``"cls"``, ``"cross"``, ``"attention"`` or None.
         prop_attn: add log(size) to the attention logits.
     """
 
@@ -185,7 +186,7 @@ class CrossGET(Method):
 
     rv: int | None = 16
     rl: int | None = None
-    guidance: str | None = "cls"
+    guidance: str | None = "auto"
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
@@ -234,14 +235,15 @@ class CrossGET(Method):
             "cross": ("keys_full", "protected_queries"),
             "attention": ("keys", "received_attention", "protected_attention"),
             None: ("keys_full",),
-        }[self.guidance]
+        }
         sites = []
         for stage, r in (("vision", self.rv), ("text", self.rl)):
             if r is None:
                 continue
             layout.stage(stage, "CrossGET")
             classed = layout.gives(stage, "cls_attention") or layout.stages[stage].why  # then the signals say so
-            if stage == "vision" and self.guidance is not None and not classed:
+            guidance = self._guidance(layout, stage)
+            if stage == "vision" and guidance is not None and not classed:
                 raise MissingSignal(
                     f"CrossGET with guidance={self.guidance!r} needs a class token, and the tower of {layout.family} "
                     "has none; guidance=None works there"
@@ -252,10 +254,23 @@ class CrossGET(Method):
                     carried = ("protected", "inserted") if stage == "vision" else ("protected",)
                     sites.append(Site(stage, layer, "start", carried))
                 if r:
-                    sites.append(Site(stage, layer, "mid", needs))
+                    sites.append(Site(stage, layer, "mid", needs[guidance]))
         if self.guidance == "attention" and layout.has("features"):
             sites.append(Site("features", needs=("protected",)))
         return sites
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """That nobody guides it where it chose so by itself."""
+        if self.rv is None or self.guidance != "auto" or self._guidance(layout, "vision") is not None:
+            return []
+        return [f"CrossGET merges without guidance (guidance=None): the tower of {layout.family} has no class token"]
+
+    def _guidance(self, layout: Layout, stage: str) -> str | None:
+        """Who says what is important in a tower."""
+        if self.guidance != "auto":
+            return self.guidance
+        classed = layout.gives(stage, "cls_attention") or layout.stages[stage].why
+        return "cls" if classed else None
 
     def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
         """Moves `rv`."""
@@ -273,7 +288,8 @@ class CrossGET(Method):
         r = n - self.count(view.counts)
         if r <= 0:
             return None
-        if self.guidance is None:  # equal importance is the size-weighted mean
+        alone = self.guidance == "auto" and not view.has("protected_queries")
+        if alone or self.guidance is None:  # equal importance is the size-weighted mean
             return Reduction(*kernels.complete_match(view.signal("keys_full"), None, r))
         if self.guidance == "attention":
             rows = view.signal("protected_attention")

@@ -21,6 +21,9 @@ from ..errors import MissingSignal, ParameterError
 from .condensation import Condensation, condensation, condense, cross_head_rank, from_drop_rate, from_ratio
 from .reservoir import POLICIES, Reservoir, layer_weights
 
+RELEASED_SIZE = 3
+"""Items of a class, where nothing else is asked for."""
+
 _CONFIG: dict[str, tuple[int, float, float, float]] = {  # reservoir_size, scale, lambd, beta
     "caltech101": (3, 1.0, 7.0, 6.0),
     "dtd": (3, 1.0, 2.0, 6.0),
@@ -80,7 +83,8 @@ class TCA(Method):
         first: the coreset's first centre: ``"top"``, the patch of highest score; ``"random"``, one draw by `seed` for
             each layer and size; an index among the condensed patches by falling score; or one index a layer.
         seed: of that draw.
-        reservoir_size: items of a class; 0 leaves reservoir, anchors and correction out.
+        reservoir_size: items of a class; 0 leaves reservoir, anchors and correction out. None is the release's 3 in a
+            tower with a class token, and 0 in one without.
         policy: who leaves a full class: ``"diversity"`` or ``"similarity"`` (released, `div` on and off),
             ``"entropy"`` (paper) or ``"fifo"``.
         similarity: compare items by the mean of their class ``"tokens"`` over layers, or by the picture ``"features"``.
@@ -115,7 +119,7 @@ class TCA(Method):
         "A batch is several pictures; the release takes it for views of one.",
         "Equal entropies and similarities evict the lowest index; the release divides by zero.",
         "Logits with NaN change nothing.",
-        "Towers without a class token condense by received attention (reservoir_size=0).",
+        "Towers without a class token condense by received attention, without a reservoir.",
     )
 
     budget_parameter = "ratio"
@@ -128,7 +132,7 @@ class TCA(Method):
     fuse: bool = True
     first: str | int | tuple[int, ...] | list[int] = "top"
     seed: int = 0
-    reservoir_size: int = 3
+    reservoir_size: int | None = None
     policy: str = "diversity"
     similarity: str = "tokens"
     anchor_gate: str = "all_classes"
@@ -156,7 +160,8 @@ class TCA(Method):
             for index in self.first if isinstance(self.first, (tuple, list)) else [self.first]:
                 check_range(index, "TCA", "first", 0, kind=int)
         check_range(self.seed, "TCA", "seed", kind=int)
-        check_range(self.reservoir_size, "TCA", "reservoir_size", 0, kind=int)
+        if self.reservoir_size is not None:
+            check_range(self.reservoir_size, "TCA", "reservoir_size", 0, kind=int)
         check_choice(self.policy, "TCA", "policy", POLICIES)
         check_choice(self.similarity, "TCA", "similarity", ("tokens", "features"))
         check_choice(self.anchor_gate, "TCA", "anchor_gate", ("all_classes", "per_class"))
@@ -200,16 +205,32 @@ class TCA(Method):
         depth = layout.stage("vision", "TCA").depth
         condensing = layout.layers("vision", self._layers(depth), "TCA")
         classed = layout.gives("vision", "cls_attention")
-        if not classed and self.reservoir_size and not layout.stages["vision"].why:
+        if not classed and self._items(layout) and not layout.stages["vision"].why:
             raise MissingSignal(
                 f"TCA keeps class tokens, and the tower of {layout.family} has none; reservoir_size=0 condenses there"
             )
         score = "cls_attention" if classed else "received_attention"
         sites = [Site("vision", layer, "mid", (score,)) for layer in condensing]
-        if self.reservoir_size:
+        if self._items(layout):
             sites += [Site("vision", layer, "start", ("protected",)) for layer in condensing if layer > 0]
             sites += [Site("vision", layer, "end", ("protected",)) for layer in layout.layers("vision")]
         return sites
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """That there is no reservoir where it chose so by itself."""
+        if self.reservoir_size is not None or self._items(layout):
+            return []
+        return [
+            f"TCA condenses by received attention and corrects nothing (reservoir_size=0): the tower of "
+            f"{layout.family} has no class token"
+        ]
+
+    def _items(self, layout: Layout) -> int:
+        """Items of a class on a model; what its signals are missing for is for others to say."""
+        if self.reservoir_size is not None:
+            return self.reservoir_size
+        vision = layout.stage("vision", "TCA")
+        return RELEASED_SIZE if layout.gives("vision", "cls_attention") or vision.why else 0
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Condenses between attention and MLP; notes the class token behind a layer."""
@@ -244,9 +265,10 @@ class TCA(Method):
 
     def build(self, layout: Layout) -> nn.Module | None:
         """The reservoir, empty."""
-        if not self.reservoir_size:
+        size = self._items(layout)
+        if not size:
             return None
-        return Reservoir(self.reservoir_size, self.anchor_gate, frozen=not self.update)
+        return Reservoir(size, self.anchor_gate, frozen=not self.update)
 
     # ------------------------------------------------------------------ adaptation
     def finish(self, logits: Tensor, row: MutableMapping[str, Any], memory: nn.Module | None) -> Tensor:
@@ -304,7 +326,7 @@ class TCA(Method):
         if self.correction == "exp":
             vote = torch.exp(-self.beta * (1.0 - alike))
         else:
-            vote = alike / self.reservoir_size
+            vote = alike / (self.reservoir_size or RELEASED_SIZE)
         if not self.include_self and place is not None:
             vote = torch.where((where[:, 0] == label) & (where[:, 1] == place), 0.0, vote)
         votes = torch.zeros_like(log_p).index_add(0, where[:, 0].to(log_p.device), vote.to(log_p.device))
