@@ -198,8 +198,7 @@ class Decoder:
             self.attachment.trace,
         )
         running.steps, running.last_rows = call.steps, None
-        if self.projector.packing is not None:
-            self.projector.packing.carry(rows, opened.x.detach(), opened.incoming.encoded)
+        self.projector.carry(rows, opened.x.detach(), opened.incoming.encoded)
         call.top = top(rows)
         return rows
 

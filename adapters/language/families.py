@@ -41,6 +41,7 @@ _SMOLVLM = VLMSpec(
     parts="runs",
     thumbnail="last",
     tower_cut="spread",
+    patches="raster",
 )
 _BLIP = VLMSpec(
     core="",
@@ -79,7 +80,7 @@ ROWS: dict[str, VLMSpec] = {
     "glm4v": _QWEN,
     "glm46v": _QWEN,
     "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
-    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
+    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread", patches="raster"),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
@@ -89,7 +90,13 @@ ROWS: dict[str, VLMSpec] = {
         whole="all pictures share one row, whose patches are merged in squares",
     ),
     "gemma3": VLMSpec(
-        mask="dict", types=hosts.TOKEN_TYPES, block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
+        mask="dict",
+        types=hosts.TOKEN_TYPES,
+        block=BlockRule(),
+        feature=None,
+        parts="runs",
+        tower_cut="spread",
+        patches="raster",
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
@@ -119,8 +126,8 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread"),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread"),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", patches="raster"),
+    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread", patches="raster"),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(

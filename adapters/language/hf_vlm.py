@@ -65,7 +65,8 @@ class HFVLM(Adapter):
         if last < 0:
             return None
         grid = self.spec.tower_cut == "spread"
-        return replace(spec, returns_grid=grid, carries=PER_TOKEN if self.spec.packing_methods else not grid)
+        later = self.spec.packing_methods or self.spec.patches
+        return replace(spec, returns_grid=grid, carries=PER_TOKEN if later else not grid)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""
@@ -100,7 +101,7 @@ class HFVLM(Adapter):
         if self.lm is None:
             return
         grid = None if spec is None else spec.grid
-        waited = bool(self.spec.packing_methods and attachment.tapped("vision"))
+        waited = bool((self.spec.packing_methods or self.spec.patches) and attachment.awaited("vision"))
         reader = tower if self.spec.tower_cut == "slots" or waited else None
         attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.model, self.core, reader, grid)
 

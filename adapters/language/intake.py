@@ -117,11 +117,11 @@ class Intake:
         lengths: dict[int, list[int]] | None
         if pixels:
             running.tower_sizes.clear()  # the tower is about to be called
+            self.projector.forget()
             packing = self.projector.packing
             if packing is None:
                 lengths = shapes.lengths(self.grid_arguments, given, module.config)
             else:
-                packing.calls.clear()
                 lengths = packing.lengths(given, self.arguments.called(args, kwargs))
         else:
             lengths = {code: [len(part) for part in parts] for code, parts in features.items() if parts is not None}

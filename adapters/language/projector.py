@@ -8,6 +8,7 @@ show them again at each step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying
 from ...core.ledger import Event, Group, StageRun
-from ...core.rows import Picture
+from ...core.rows import Picture, PromptRows
 from ...core.sequence import Sequence, TowerRow
 from ...core.signals import Need
 from ...core.threads import PerThread
@@ -29,9 +30,16 @@ from ..hosts import Arguments
 from ..towers.tower import Tower
 from .handover import Handover, number_pictures
 from .packing import PROBE, Packing
+from .parts import square
+from .patches import fits, token_means
+from .signal_queue import SignalQueue
 from .spans import IMAGE
 from .spec import VLMSpec
 
+UNSEEN = (
+    "the projector was called without a pass of the tower before it: what the tower left of the last pictures has been "
+    "handed over already; encode pictures with the model's get_image_features"
+)
 ALIKE = 2e-3
 """How far features may lie from those that are known, as a share of their norm: what half precision rounds away."""
 
@@ -61,6 +69,7 @@ class Projector:
         self.entries = attachment.at("features")
         self.running = PerThread(ProjectorRun)
         self.packing: Packing | None = None
+        self.queue = SignalQueue() if spec.patches is not None and tower is not None else None
 
     @property
     def handover(self) -> Handover | None:
@@ -74,7 +83,7 @@ class Projector:
         if not self.spec.projector:
             return
         module = child(core, self.spec.projector)
-        if self.tower is not None:
+        if self.tower is not None and self.queue is None:
             self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
         self.attachment.hook(module, "post", self.fill)
@@ -91,10 +100,7 @@ class Projector:
         if current is None or x.dim() != 3:
             return None
         if current.handed:
-            raise PassError(
-                "the projector was called without a pass of the tower before it: what the tower left of the last "
-                "pictures has been handed over already; encode pictures with the model's get_image_features"
-            )
+            raise PassError(UNSEEN)
         current.handed = True
         sequence = current.sequence
         if x.shape[:2] != (current.run.rows, sequence.row.n):
@@ -113,7 +119,11 @@ class Projector:
 
     def fill(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Projector hook: features take the picture's first placeholders, zeros fill the rest."""
-        if replaying() or not isinstance(output, Tensor) or output.dim() != 3:
+        if replaying() or not isinstance(output, Tensor):
+            return None
+        if self.queue is not None:
+            self._wait(module, output, self.queue)
+        if output.dim() != 3:
             return None
         running = self.running.mine()
         pending, running.pending = running.pending, None
@@ -136,10 +146,53 @@ class Projector:
         running.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried, probe)
         return None if whole is output else whole
 
+    def _wait(self, module: nn.Module, output: Tensor, queue: SignalQueue) -> None:
+        """Signals of the tower's patches wait as those of the tokens `[B, ..., C]` that the projector made of them."""
+        assert self.tower is not None and self.spec.patches is not None
+        current = self.tower.running.mine
+        if current is None or current.handed:
+            raise PassError(UNSEEN)
+        current.handed = True
+        output = output.flatten(1, -2)
+        row, n = current.sequence.row, output.shape[1]
+        grid = current.grid or square(row.n)
+        if output.shape[0] != current.run.rows or grid is None or not fits(grid, n):
+            raise hosts.changed(
+                module,
+                f"it made {list(output.shape[:2])} tokens of [{current.run.rows}, {row.n}] patches, which squares of "
+                "them do not give",
+            )
+        waiting = {
+            name: (token_means(self.spec.patches, value, axis, grid, n), axis)
+            for name, (value, axis) in current.sequence.carried.items()
+            if value is not None and axis is not None
+        }
+        queue.record(output, waiting)
+
+    def carry(self, rows: PromptRows, x: Tensor, encoded: Mapping[int, int]) -> None:
+        """Sets signals that were packed or wait beside the columns of the language model's input.
+
+        Args:
+            rows: as they arrive.
+            x: `[B, L, C]`, their embeddings.
+            encoded: by code, how many pictures the host encoded.
+        """
+        if self.packing is not None:
+            self.packing.carry(rows, x, encoded)
+        if self.queue is not None:
+            self.queue.carry(rows, x)
+
+    def forget(self) -> None:
+        """Pictures are about to be encoded: what waited belongs to others."""
+        for calls in (self.packing, self.queue):
+            if calls is not None:
+                calls.calls.clear()
+
     def waits(self) -> bool:
         """Whether something of the tower waits for the placeholders of this thread's prompt."""
-        if self.packing is not None:
-            return any(call.signals for call in self.packing.calls)
+        waiting = self.packing or self.queue
+        if waiting is not None:
+            return any(call.signals for call in waiting.calls)
         handover = self.running.mine().handover
         if handover is None:
             return False
@@ -152,8 +205,8 @@ class Projector:
         Args:
             features: of pictures, `[N, C]` each, as they came with a prompt.
         """
-        if self.tower is None or self.packing is not None:
-            return None
+        if self.tower is None or self.packing is not None or self.queue is not None:
+            return None  # what waits is held against the tokens that arrive
         handover, parts = self.running.mine().handover, list({id(part): part for part in features}.values())
         if handover is None or handover.probe is None or not parts:
             return torch.zeros((), dtype=torch.bool)

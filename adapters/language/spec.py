@@ -65,6 +65,8 @@ class VLMSpec:
             model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
+        patches: how a row's patches become the tokens that the projector gives (see `patches`), where each patch has
+            no token of its own and signals of the tower are to reach the language model; or None.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -93,4 +95,5 @@ class VLMSpec:
     projects_late: bool = False
     boundary: str | None = None
     whole: str | None = None
+    patches: str | None = None
     packing_methods: tuple[str, str] | None = None

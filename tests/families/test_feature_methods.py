@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,9 +18,12 @@ from .canvas import placed, projections_of, real_crops
 from .harness import NOISE, STEPS, generate
 from .methods import Look
 from .oracle import oracle
+from .towers_by_hand import PREFIX, SQUARES, crops_of_prompt, signals
 
-CASES = [("llava_next", "2I3J5"), ("llava_onevision", "2I3"), ("llava_onevision", "3W5")]
+CANVASES = [("llava_next", "2I3J5"), ("llava_onevision", "2I3"), ("llava_onevision", "3W5")]
 """Two canvases in a row, one canvas, and a clip; a class token or none."""
+CROPS = [(name, "2M3J5") for name in SQUARES]
+"""A picture in crops and a single one."""
 
 Slots = dict[int, Tensor]
 """The slots of a part: place of the token that represents each, and what becomes of it."""
@@ -46,6 +50,20 @@ def channels(name: str, picture, layer: str) -> tuple[Tensor, Tensor, Tensor, Te
         keys.mean(1).transpose(1, 2),
         k[:, prefix:].transpose(1, 2),
     )
+
+
+def signals_of(name: str, prompt, pattern: str, look: Look, layer: str) -> Iterator[tuple[Tensor, ...]]:
+    """Score, flat score, keys, and keys of all heads for the tokens of every picture that a view shows, `[n, c]`."""
+    if name in SQUARES:
+        made = signals(name, crops_of_prompt(prompt))
+        score = made["cls_attention"].sum(-1, keepdim=True) if name in PREFIX else made["received_attention"]
+        columns = (score, made["flat_attention"], made["turned_keys"], made["turned_keys_full"])
+        counts = [len(seen.tokens) for seen in look.seen]
+        yield from zip(*(one.flatten(0, 1).split(counts) for one in columns), strict=True)
+        return
+    for picture, letter in zip(prompt.pictures, filter(str.isalpha, pattern), strict=True):
+        shot = None if picture.shot.video else FAMILIES[name].shots[letter]
+        yield tuple(placed(picture, shot, one).T for one in channels(name, picture, layer))
 
 
 def visionzip(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
@@ -86,9 +104,11 @@ def prumerge(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor)
 METHODS = {"visionzip": (visionzip, {"keep": 0.5}, "feature"), "prumerge": (prumerge, {}, "-1")}
 
 
-@pytest.mark.parametrize("separators", ["drop", "keep"])
+@pytest.mark.parametrize(
+    ("name", "pattern", "separators"),
+    [*((*case, how) for case in CANVASES for how in ("drop", "keep")), *((*case, "drop") for case in CROPS)],
+)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "pattern"), CASES)
 def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, separators: str) -> None:
     """Answers equal the oracle's on the tokens that loops keep and merge, with a cache and without."""
     family, model = FAMILIES[name], shared(name)
@@ -103,10 +123,8 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
         hidden = asked.row(prompt, prompt.ids[:0], encoded).hidden.clone()
         stays = torch.ones(len(prompt.ids), dtype=torch.bool)
         merged = 0
-        for seen, picture, letter in zip(look.seen, prompt.pictures, filter(str.isalpha, pattern), strict=True):
-            made = channels(name, picture, layer)
-            shot = None if picture.shot.video else family.shots[letter]
-            score, flat, keys, wide = (placed(picture, shot, one).T for one in made)
+        for seen, made in zip(look.seen, signals_of(name, prompt, pattern, look, layer), strict=True):
+            score, flat, keys, wide = made
             for part in set(seen.part.tolist()):
                 here = (seen.part == part).nonzero()[:, 0]
                 columns = seen.columns[here]
@@ -142,7 +160,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
 
 
 @pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
-@pytest.mark.parametrize(("name", "which"), [("llava_next", "several"), ("llava_onevision", "clips")])
+@pytest.mark.parametrize(
+    ("name", "which"), [("llava_next", "several"), ("llava_onevision", "clips"), *((n, "several") for n in SQUARES)]
+)
 def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
     """Left padding, different pictures in the rows, beams."""
     family, model = FAMILIES[name], shared(name)

@@ -165,6 +165,10 @@ class Attachment:
                     wanted.append(need)
         return found
 
+    def awaited(self, stage: str) -> bool:
+        """Whether sites of other stages wait for signals of this one."""
+        return any(need.stage == stage != entry.site.stage for entry in self.entries for need in entry.needs)
+
     # ------------------------------------------------------------------ hooks
     @property
     def live(self) -> bool:
