@@ -51,7 +51,7 @@ def test_places_are_those_where_methods_run():
     towers, dual, language = (
         heads.index(next(h for h in heads if a in h)) for a in ("timm-vit", "open_clip", "transformers-vlm")
     )
-    assert by_name["tome"][towers] == "vision" and by_name["tca"][towers] == "vision (CLS)"
+    assert by_name["tome"][towers] == "vision" and by_name["tca"][towers] == "vision"
     assert by_name["crossget"][dual] == "vision, text" and by_name["crossget"][language] == "vision, features"
     assert by_name["todre"][language] == "projected, decoder" and by_name["todre"][towers] == "-"
 

@@ -67,5 +67,7 @@ def _places(found: Sequence[Entry]) -> str:
             cells.append(f"{stages} (CLS)" if stages and classed else stages or "-")
         rows.append(cells)
     heads = ["acts at", *("<br>".join(adapters) for adapters in columns.values())]
-    note = "(CLS): towers with a class token only. Which stages a vision-language family offers is in its own table."
+    note = "Which stages a vision-language family offers is in its own table."
+    if any("(CLS)" in cell for row in rows for cell in row):
+        note = f"(CLS): towers with a class token only. {note}"
     return f"{table(heads, rows)}\n\n{note}"
