@@ -84,14 +84,21 @@ class TowerRun:
                     table[name] = (cut.follow(value, axis), axis)
 
 
-def _tower_signals(run: TowerRun, q: Tensor, k: Tensor, logits: Tensor) -> Signals:
+def _tower_signals(
+    run: TowerRun, q: Tensor, k: Tensor, turned: tuple[Tensor, Tensor], logits: Tensor, bias: Tensor | float
+) -> Signals:
     """Everything that a block's attention tells of the row as it is; logits [H, L, L]."""
     n, lo = run.n, run.prefix
     rows = logits.softmax(-1)
+    wide_q, wide_k = (flat(part).double() for part in turned)
+    one = ((wide_q @ wide_k.T) * wide_q.shape[-1] ** -0.5 + bias).softmax(-1)
     guarded = torch.cat([rows[:, :lo], rows[:, lo + n :]], 1)[:, :, lo : lo + n]
     found: Signals = {
         "keys": (k[:, lo : lo + n].mean(0), 0),
         "keys_full": (flat(k)[lo : lo + n], 0),
+        "turned_keys": (turned[1][:, lo : lo + n].mean(0), 0),
+        "turned_keys_full": (flat(turned[1])[lo : lo + n], 0),
+        "flat_attention": ((one[0] if lo else one.mean(0))[lo : lo + n], 0),
         "protected_queries": (run.guard(flat(q)), None),
         "protected_keys": (run.guard(flat(k)), None),
         "received_attention": (rows.mean((0, 1))[lo : lo + n], 0),
@@ -129,10 +136,10 @@ def run_tower(vision: Vision, pixels: Tensor, decider: Decider, unit: tuple[int,
 
     def attention(layer: int, block: Block) -> tuple[Tensor, Tensor]:
         q, k, v = block.qkv(block.norm1(run.x))
-        logits = (turn(q).double() @ turn(k).double().transpose(1, 2)) * block.scale
-        if layer >= decider.bias_from():
-            logits = logits + run.size.double().log()
-        run.own = _tower_signals(run, q, k, logits)
+        turned = turn(q), turn(k)
+        bias = run.size.double().log() if layer >= decider.bias_from() else 0.0
+        logits = (turned[0].double() @ turned[1].double().transpose(1, 2)) * block.scale + bias
+        run.own = _tower_signals(run, q, k, turned, logits, bias)
         return logits, v
 
     def visit_all(layer: int, point: str) -> None:
