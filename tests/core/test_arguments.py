@@ -91,10 +91,10 @@ def test_a_name_is_a_word():
 def test_registers_are_no_class_token():
     model = small("vit_medium_patch16_reg4_gap_256")
     assert model.num_prefix_tokens == 4 and not model.has_class_token
-    for spec in ("crossget", "tca"):
+    for spec in ("crossget:guidance=cls", "tca:reservoir_size=3"):
         with pytest.raises(MissingSignal):
             vlmtok.compress(model, spec)
-    for spec in ("tome:r=2", "crossget:guidance=none", "tca:reservoir_size=0"):
+    for spec in ("tome:r=2", "crossget", "crossget:guidance=none", "tca", "tca:reservoir_size=0"):
         with vlmtok.compress(model, spec) as run:
             model(X)
             assert run.report().visual("vision")[1] <= 16

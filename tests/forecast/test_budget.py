@@ -232,7 +232,7 @@ def test_models_that_a_method_does_not_fit_are_refused_as_compress_refuses_them(
     with pytest.raises(SiteError, match="does not offer"):
         budget(FastV(), VIT, tokens=64)
     with pytest.raises(MissingSignal):
-        budget(CrossGET(), "siglip-so400m-14-384", tokens=64)
+        budget(CrossGET(guidance="cls"), "siglip-so400m-14-384", tokens=64)
     assert budget(CDPruner(), LLAVA, tokens=64, signals=["relevance"]).keep == pytest.approx(0.111, abs=1e-3)
 
 
