@@ -86,7 +86,7 @@ class HFVLM(Adapter):
         if self.spec.boundary:
             why.update(projected=self.spec.boundary, decoder=self.spec.boundary)
         if self.spec.whole:
-            why["vision"] = self.spec.whole
+            why["vision"] = why["features"] = self.spec.whole
         if self.spec.tower_cut == "spread":
             why["features"] = "its projector reads the whole grid"
         return {name: reason for name, reason in why.items() if name not in stages}

@@ -109,6 +109,8 @@ def notes(spec: Any) -> list[str]:
         said.append(parts[spec.parts])
     elif spec.thumbnail and spec.parts == "runs":
         said.append("marks stand between crops, so each crop counts as a picture")
+    if spec.patches:
+        said.append("signals of the tower arrive as means over the patches of each token")
     if spec.positions == "mrope":
         said.append("M-RoPE")
     if spec.deepstack:
