@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,7 +18,7 @@ from vlmtok.errors import CacheError, HostChanged
 from .build import FAMILIES, shared
 from .harness import generate
 from .methods import InTower
-from .towers_by_hand import PREFIX, SQUARES, blocks_of, crops_of_prompt, members, signals
+from .towers_by_hand import PREFIX, SQUARES, blocks_of, crops_of_prompt, members, members_in, signals
 
 NAMES = ("received_attention", "flat_attention", "turned_keys", "turned_keys_full")
 
@@ -53,12 +54,43 @@ def token_first(need: str, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SQUARES)
 def test_a_token_is_made_of_the_patches_of_its_square(name: str) -> None:
     """Of which patches the gradients of every token speak."""
-    mine = members(name)
+    assert_squares(members(name))
+
+
+def assert_squares(mine: Tensor) -> None:
     n, patches = mine.shape
     side = int(patches**0.5)
     assert fits((side, side), n) and (mine.sum(1) == patches // n).all() and (mine.sum(0) == 1).all()
     single = torch.eye(patches).unsqueeze(0)  # patch p's signal is the p-th unit vector
     assert torch.equal(token_means("raster", single, 1, (side, side), n)[0] > 0, mine)
+
+
+LARGER = {
+    "smolvlm": (4, 12, lambda config: setattr(config, "scale_factor", 4)),
+    "idefics3": (3, 9, lambda config: setattr(config, "scale_factor", 3)),
+    "gemma3": (4, 12, lambda config: setattr(config, "mm_tokens_per_image", 9)),
+    "internvl": (4, 12, lambda config: setattr(config, "downsample_ratio", 0.25)),
+}
+"""Squares of more patches a side, as released SmolVLM and Gemma 3 have: patches of square and picture, and a change."""
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_squares(name: str) -> None:
+    """Nine tokens in three rows: an order of columns shows."""
+    square, side, change = LARGER[name]
+    config = copy.deepcopy(shared(name).config)
+    vision = config.vision_config
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    size = side * patch
+    vision.image_size = size if isinstance(vision.image_size, int) else [size, size]
+    change(config)
+    model = type(shared(name))(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():  # hosts begin some with zeros
+        weight.data.normal_(0, 0.1, generator=generator)
+    mine = members_in(name, model)
+    assert mine.shape == (9, side * side) and int(mine[0].sum()) == square * square
+    assert_squares(mine)
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])

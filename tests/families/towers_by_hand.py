@@ -21,10 +21,11 @@ def tower_of(name: str) -> nn.Module:
     return shared(name, "eager").model.get_submodule(ROWS[name].tower)
 
 
-def blocks_of(name: str) -> list[nn.Module]:
-    """Its blocks."""
+def blocks_of(name: str, tower: nn.Module | None = None) -> list[nn.Module]:
+    """The blocks of a tower; None takes that of the family's eager model."""
     endings = ("EncoderLayer", "VisionLayer")
-    return [module for module in tower_of(name).modules() if type(module).__name__.endswith(endings)]
+    whole = tower_of(name) if tower is None else tower
+    return [module for module in whole.modules() if type(module).__name__.endswith(endings)]
 
 
 def crops_of_prompt(prompt) -> Tensor:
@@ -34,8 +35,12 @@ def crops_of_prompt(prompt) -> Tensor:
 
 @functools.cache
 def members(name: str) -> Tensor:
-    """Patches that a token is made of, bool `[n, N]`, from the gradients of every token of one crop."""
-    model, tower = shared(name, "eager"), tower_of(name)
+    """Patches that a token of the family's model is made of, bool `[n, N]`."""
+    return members_in(name, shared(name, "eager"))
+
+
+def members_in(name: str, model: nn.Module) -> Tensor:
+    """Patches that each token of one crop is made of, bool `[n, N]`: those of which its gradients speak."""
     side = model.config.vision_config.image_size
     side = side if isinstance(side, int) else side[0]
     kept: list[Tensor] = []
@@ -44,17 +49,15 @@ def members(name: str) -> Tensor:
         kept.append(output.detach().requires_grad_())
         return kept[0]
 
-    hook = blocks_of(name)[-1].register_forward_hook(leaf)
+    hook = blocks_of(name, model.model.get_submodule(ROWS[name].tower))[-1].register_forward_hook(leaf)
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(5))
     pixels = pixels.unsqueeze(0) if ROWS[name].lengths_of == "crops" else pixels
     features = model.model.get_image_features(pixels, return_dict=True).pooler_output
     hook.remove()
-    tokens = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
     found = []
-    for token in tokens:
+    for token in torch.cat([part.reshape(-1, part.shape[-1]) for part in features]):
         (gradient,) = torch.autograd.grad(token.square().sum(), kept[0], retain_graph=True)
         found.append(gradient[0, PREFIX.get(name, 0) :].abs().sum(-1) > 0)
-    assert tower is not None
     return torch.stack(found)
 
 
