@@ -11,6 +11,7 @@ from ..core.model_shape import ModelShape
 from ..core.spec import as_methods
 from ..cost.conventions import convention as named
 from ..cost.report import Report
+from ..cost.units import quantity, whole
 from ..errors import ParameterError, SiteError, TargetError
 from ..guard import guarded
 from .estimate import estimate, shape_of
@@ -48,9 +49,10 @@ class Budget:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        reached = f"{self.what} = {self.reached:g} {self.unit} on {self.model}, {self.asked:g} asked"
-        tokens = f"visual tokens: {self.tokens:g} at the end, {self.layer_average_tokens:.1f} on average over layers"
-        return "; ".join((reached, tokens, *self.notes))
+        reached, asked = quantity(self.reached, self.unit), quantity(self.asked, self.unit)
+        mean = whole(self.layer_average_tokens)
+        tokens = f"visual tokens: {whole(self.tokens)} at the end, {mean} on average over layers"
+        return "; ".join((f"{self.what} = {reached} on {self.model}, {asked} asked", tokens, *self.notes))
 
 
 @guarded
@@ -127,6 +129,7 @@ class _Search:
         self.what = what
         self.convention = convention
         self.prompt = prompt
+        self.unit = _UNITS[what] if convention is None else named(convention).unit
         self.deciding = what == "macs" and convention is None
         self.extra = 0.0
         self.tokens = int(prompt.get("visual_tokens") or shape.visual or _patches(shape))
@@ -152,14 +155,14 @@ class _Search:
         if abs(best.reached - target) > WITHIN * target:
             low = ends[0].reached if ends[0].report is not None else best.reached
             raise TargetError(
-                f"{self.method} on {self.shape.name} cannot be set to {self.what} = {target:g} by "
-                f"{self.method.budget_parameter}: the nearest is {best.reached:g} with {best.method} "
-                f"(possible: {low:g} to {bare:g})"
+                f"{self.method} on {self.shape.name} cannot be set to {self.what} = {quantity(target, self.unit)} by "
+                f"{self.method.budget_parameter}: the nearest is {quantity(best.reached, self.unit)} with "
+                f"{best.method} (possible: {quantity(low, self.unit)} to {quantity(bare, self.unit)})"
             )
         made = dataclasses.replace(best.method)  # type: ignore[type-var]
         made.budget = Budget(
             self.what if self.convention is None else f"{self.what} by {self.convention}",
-            _UNITS[self.what] if self.convention is None else named(self.convention).unit,
+            self.unit,
             target,
             best.reached,
             bare,
