@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer.core
@@ -95,6 +96,8 @@ def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) ->
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     """Rows of `vlmtok.lab.suite` for people."""
+    from ..cost.units import binary
+
     console = standard_output()
     measured = any(row["measured"] for row in rows)
     gpu = any(row.get("seconds") is not None for row in rows)
@@ -102,8 +105,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     if measured:
         head += ["measured", "of promise", "pays from"]
     if gpu:
-        head += ["ms", "peak MB"]
-    head += ["cache MB"]
+        head += ["ms", "peak memory"]
+    head += ["key-value cache"]
     if not measured:
         head += ["floor ms", "floor ratio"]
     table = []
@@ -116,10 +119,10 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             cells += [_cell(row["speedup"], "{:.2f} x") + spread, _cell(row["of_promise"], "{:.0%}")]
             cells.append(_cell(row["break_even_tokens"], "{:.0f} tokens"))
         if gpu:
-            cells += [_two(row, "seconds", 1e3, "{:.2f}"), _two(row, "peak_bytes", 1e-6, "{:.0f}")]
-        cells.append(_two(row, "kv_bytes", 1e-6, "{:.0f}" if not measured or gpu else "{:.3g}"))
+            cells += [_two(row, "seconds", _milliseconds), _two(row, "peak_bytes", binary)]
+        cells.append(_two(row, "kv_bytes", binary))
         if not measured:
-            cells += [_two(row, "floor_seconds", 1e3, "{:.2f}"), f"{row['floor_speedup']:.2f} x"]
+            cells += [_two(row, "floor_seconds", _milliseconds), f"{row['floor_speedup']:.2f} x"]
         table.append(cells)
     print_table(head, table)
     if measured:
@@ -142,7 +145,11 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _two(row: dict[str, Any], name: str, factor: float, form: str) -> str:
+def _two(row: dict[str, Any], name: str, show: Callable[[float], str]) -> str:
     """Bare and compressed in one cell."""
     bare, short = row.get(f"{name}_bare"), row.get(name)
-    return "" if bare is None or short is None else f"{form.format(factor * bare)} > {form.format(factor * short)}"
+    return "" if bare is None or short is None else f"{show(bare)} > {show(short)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"

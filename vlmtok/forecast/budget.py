@@ -154,10 +154,11 @@ class _Search:
         assert best.report is not None
         if abs(best.reached - target) > WITHIN * target:
             low = ends[0].reached if ends[0].report is not None else best.reached
+            lowest = quantity(low, self.unit).removesuffix(" tokens")
             raise TargetError(
                 f"{self.method} on {self.shape.name} cannot be set to {self.what} = {quantity(target, self.unit)} by "
                 f"{self.method.budget_parameter}: the nearest is {quantity(best.reached, self.unit)} with "
-                f"{best.method} (possible: {quantity(low, self.unit)} to {quantity(bare, self.unit)})"
+                f"{best.method} (possible: {lowest} to {quantity(bare, self.unit)})"
             )
         made = dataclasses.replace(best.method)  # type: ignore[type-var]
         made.budget = Budget(
