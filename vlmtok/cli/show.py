@@ -149,6 +149,9 @@ def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str,
             console.print(f"{name:<14}{text}" if name else text, highlight=False, markup=False)
     rows = [(p.name, format_value(settings[p.name]), p.default, p.what) for p in entry.parameters]
     print_table(("parameter", "here", "default", "what it does"), rows)
+    if entry.other_names:
+        named = [(one.name, one.stands_for, one.whose) for one in entry.other_names]
+        print_table(("also read", "stands for", "name in"), named)
     listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
     print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
     for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):

@@ -136,6 +136,21 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class OtherName:
+    """What a paper or its code calls a parameter; spec strings take it.
+
+    Attributes:
+        name: as typed.
+        stands_for: the parameter, and how it follows where the name is another quantity; else what to write instead.
+        whose: who calls it that; empty where it is no parameter's.
+    """
+
+    name: str
+    stands_for: str
+    whose: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A method as tables show it.
 
@@ -153,6 +168,7 @@ class Entry:
         caveats: where it does badly, and why.
         scope: what one row of a view is.
         parameters: its settings.
+        other_names: names that its paper and the released code have for them.
         presets: names of its presets.
         kinds: kinds of models on which it runs.
         adapters: adapters that can run it.
@@ -171,6 +187,7 @@ class Entry:
     caveats: tuple[str, ...]
     scope: str
     parameters: tuple[Parameter, ...]
+    other_names: tuple[OtherName, ...]
     presets: tuple[str, ...]
     kinds: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -213,6 +230,12 @@ def entry(name: str) -> Entry:
         caveats=tuple(cls.caveats),
         scope=cls.scope,
         parameters=_parameters(cls),
+        other_names=tuple(
+            OtherName(one.name, one.meaning, one.whose)
+            if one.parameter
+            else OtherName(one.name, f"no single parameter: {one.instead}", "")
+            for one in cls.aliases
+        ),
         presets=_presets(cls),
         kinds=kinds_of(name),
         adapters=tuple(adapters_of(name)),

@@ -77,7 +77,11 @@ def _facts(entry: Entry) -> str:
 
 def _parameters(entry: Entry) -> str:
     rows = [(f"`{item.name}`", f"`{item.default}`", item.what) for item in entry.parameters]
-    return table(("name", "default", "meaning"), rows)
+    own = table(("name", "default", "meaning"), rows)
+    if not entry.other_names:
+        return own
+    others = [(f"`{one.name}`", one.stands_for, one.whose) for one in entry.other_names]
+    return f"{own}\n\nSpec strings and `create_method` also read:\n\n{table(('', 'stands for', 'name in'), others)}"
 
 
 def _presets(entry: Entry) -> str:
