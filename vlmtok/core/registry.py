@@ -35,7 +35,7 @@ def register_method(cls: M) -> M:
         raise ParameterError(f"method name {name!r} of {cls.__module__} is already taken by {other.__module__}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ParameterError(f"method name {name!r} must be lower-case letters, digits and _")
-    known = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set()
+    known: set[str] = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set()
     for alias in cls.aliases:
         if alias.name in known or alias.parameter not in {*known, ""}:
             raise ParameterError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..core.attachment import Attachment
+from ..core.attachment import Attachment, looks_on
 from ..core.method import Method
 from ..core.registry import create_method, list_methods, method_class
 from ..core.settings import format_value
@@ -250,19 +250,19 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
         layout: what the model offers.
 
     Returns:
-        What the model is called, and a row for each site: its name, scope, positions and signals.
+        What the model is called, and a row for each site: its name, scope, signals, and what becomes of the language
+        model's position ids (empty where it only looks on).
 
     Raises:
         VlmtokError: it does not run there.
     """
     rows = []
     for visit in Attachment([method], layout).entries:
-        late = visit.site.stage in ("features", "projected") and layout.stages[visit.site.stage].renumbers
         rows.append(
             {
                 "site": str(visit.site),
                 "scope": visit.scope,
-                "positions": visit.site.positions or ("renumber" if late else "keep"),
+                "positions": "" if looks_on(method, visit.site, layout) else layout.positions_at(visit.site),
                 "needs": list(visit.site.needs),
             }
         )
