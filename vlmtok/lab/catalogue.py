@@ -16,7 +16,7 @@ from typing import Any
 from ..core.attachment import Attachment, looks_on
 from ..core.method import Method
 from ..core.registry import create_method, list_methods, method_class
-from ..core.settings import format_value
+from ..core.settings import choices_noted, format_value
 from ..core.site import STAGES, Layout
 from ..errors import VlmtokError
 from ..forecast.presets import preset
@@ -256,17 +256,50 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
     Raises:
         VlmtokError: it does not run there.
     """
+    return layout.family, [
+        {
+            "site": str(visit.site),
+            "scope": visit.scope,
+            "positions": "" if looks_on(method, visit.site, layout) else layout.positions_at(visit.site),
+            "needs": list(visit.site.needs),
+        }
+        for visit in Attachment([method], layout).entries
+    ]
+
+
+def refused_settings(method: Method, layout: Layout) -> list[dict[str, str]]:
+    """Words and switches that a method takes elsewhere and a model refuses, where all else stays as it is.
+
+    Args:
+        method: it runs on the model.
+        layout: what the model offers.
+
+    Returns:
+        A row for each: ``setting`` as a spec string has it, and ``why``.
+    """
+    with choices_noted() as choices:
+        dataclasses.replace(method)  # type: ignore[type-var]
     rows = []
-    for visit in Attachment([method], layout).entries:
-        rows.append(
-            {
-                "site": str(visit.site),
-                "scope": visit.scope,
-                "positions": "" if looks_on(method, visit.site, layout) else layout.positions_at(visit.site),
-                "needs": list(visit.site.needs),
-            }
-        )
-    return layout.family, rows
+    for name, offered in choices.items():
+        for choice in offered:
+            try:
+                changed = dataclasses.replace(method, **{name: choice})  # type: ignore[type-var]
+            except VlmtokError:
+                continue  # it does not go with the method's other settings, on any model
+            why = refusal(changed, layout)
+            if why is not None:
+                rows.append({"setting": f"{name}={format_value(choice)}", "why": why})
+    return rows
+
+
+def said_of(method: Method, layout: Layout) -> list[str]:
+    """What reports of a method on a model say of how it acts there.
+
+    Args:
+        method: it runs on the model.
+        layout: what the model offers.
+    """
+    return Attachment([method], layout).said
 
 
 def limits(found: Entry) -> str:
