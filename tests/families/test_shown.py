@@ -15,6 +15,7 @@ from vlmtok import cli
 from vlmtok.adapters import adapter_for
 from vlmtok.adapters.language.sites import Sites
 from vlmtok.core.settings import format_value
+from vlmtok.errors import VlmtokError
 from vlmtok.lab import catalogue
 
 from .build import FAMILIES, TOWER_ONLY, shared
@@ -86,7 +87,7 @@ def outcomes(model, method, inputs, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_positions_are_what_show_says(name, monkeypatch):
-    model = shared(name, "eager")
+    model = shared(name, FAMILIES[name].attentions[0])
     inputs = batch(name).alone(0).inputs(mask=False)
     layout = adapter_for(model).layout()
     left = 0
@@ -106,6 +107,7 @@ def test_positions_are_what_show_says(name, monkeypatch):
     assert left >= 3 or name in TOWER_ONLY or FAMILIES[name].positions == "mrope" and left >= 1
 
 
+@pytest.mark.filterwarnings("ignore:the hooks of")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_that_show_calls_refused_are_and_no_others(name):
     model = shared(name)
@@ -120,7 +122,7 @@ def test_settings_that_show_calls_refused_are_and_no_others(name):
                 continue
             try:
                 vlmtok.compress(model, dataclasses.replace(method, **{key: value})).remove()
-            except vlmtok.VlmtokError as problem:
+            except VlmtokError as problem:
                 assert refused[f"{key}={format_value(value)}"] == str(problem)
             else:
                 assert f"{key}={value}" not in refused
