@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.methods import METHODS
 from typer.testing import CliRunner
+from vlmtok.adapters import adapter_for
+from vlmtok.adapters.language.sites import Sites
 
 import vlmtok
 from vlmtok import cli
-from vlmtok.adapters import adapter_for
-from vlmtok.adapters.language.sites import Sites
 from vlmtok.core.settings import format_value
 from vlmtok.errors import VlmtokError
 from vlmtok.lab import catalogue
@@ -104,7 +104,7 @@ def test_positions_are_what_show_says(name, monkeypatch):
         if inside == {"renumber"}:
             assert "vision" in found, (str(method), found)
         left += bool(found)
-    assert left >= 3 or name in TOWER_ONLY or FAMILIES[name].positions == "mrope" and left >= 1
+    assert left >= 3 or name in TOWER_ONLY or (FAMILIES[name].positions == "mrope" and left >= 1)
 
 
 @pytest.mark.filterwarnings("ignore:the hooks of")

@@ -63,8 +63,8 @@ def list_(
 def _list_conventions(as_json: bool) -> None:
     from ..cost.conventions import CONVENTIONS
 
-    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source) for c in CONVENTIONS.values()]
-    head = ("convention", "unit", "counts", "formula", "source")
+    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source, c.gives) for c in CONVENTIONS.values()]
+    head = ("convention", "unit", "counts", "formula", "source", "published figures that it gives")
     if as_json:
         print_json({"conventions": [dict(zip(head, row)) for row in found]})
     else:
