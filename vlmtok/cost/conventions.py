@@ -154,8 +154,8 @@ def todre(shape: ModelShape, profiles: Profiles) -> float:
     ("decoder",),
     "all tokens; 2 x MACs of the layers as they are, full n^2 attention",
     source="no paper; the layers as they are",
-    gives="2 of 4 that others print: 8.5 T of LLaVA-1.5 at 576 + 64 (arXiv 2409.01179), AIM's 99.63 T within 0.2 %; not MACs "
-    "without text (3.82 T), nor ToDRE's 31.4 T, which has the tower in it",
+    gives="2 of 4 that others print: 8.5 T of LLaVA-1.5 at 576 + 64 (arXiv 2409.01179), AIM's 99.63 T within 0.2 %; "
+    "not MACs without text (3.82 T), nor ToDRE's 31.4 T, which has the tower in it",
 )
 def language(shape: ModelShape, profiles: Profiles) -> float:
     """2 x the MACs of the language model's layers: grouped keys and values, all MLP matrices, no head."""
