@@ -110,7 +110,7 @@ def test_positions_are_what_show_says(name, monkeypatch):
 @pytest.mark.filterwarnings("ignore:the hooks of")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_that_show_calls_refused_are_and_no_others(name):
-    model = shared(name)
+    model = shared(name, FAMILIES[name].attentions[0])
     layout = adapter_for(model).layout()
     for method in fits(layout):
         refused = {row["setting"]: row["why"] for row in catalogue.refused_settings(method, layout)}
