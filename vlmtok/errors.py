@@ -83,10 +83,13 @@ def hint(name: str, known: Iterable[str], most: int = 1, alike: float = 0.5) -> 
     """What goes behind a name that is not known: those like it, or a full stop.
 
     Args:
-        name: as given.
+        name: as given; capitals make no difference.
         known: the names there are.
         most: how many to offer.
         alike: how much they must have in common, from 0 to 1.
     """
-    near = difflib.get_close_matches(name, known, most, alike)
+    by_letters: dict[str, str] = {}
+    for one in known:
+        by_letters.setdefault(one.lower(), one)
+    near = [by_letters[one] for one in difflib.get_close_matches(name.lower(), by_letters, most, alike)]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

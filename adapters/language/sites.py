@@ -67,7 +67,7 @@ class Sites:
             x = self._hand_over(call, handover, x)
         rows.enter()
         for entry in self.projected:
-            x, _ = self.visit(call, entry, x, None, renumber_by_default=self.spec.positions == "1d")
+            x, _ = self.visit(call, entry, x, None)
         call.moved = x is not before
         if self.inside:
             rows.enter(hold=True)
@@ -105,7 +105,6 @@ class Sites:
         entry: Entry,
         x: Tensor,
         taps: Callable[[Group], DecoderTaps] | None,
-        renumber_by_default: bool,
     ) -> tuple[Tensor, ColumnMap | None]:
         """Shows the method its views, group by group, and cuts the rows as it says.
 
@@ -114,7 +113,6 @@ class Sites:
             entry: the method at its site.
             x: `[B, L, C]`, the rows there.
             taps: gives what was tapped of a layer, inside the language model.
-            renumber_by_default: whether positions close up where the site does not say.
 
         Returns:
             The rows and how their columns moved, or None where they stay.
@@ -137,8 +135,7 @@ class Sites:
         moved, renumber = None, False
         if pieces:
             call.check_cut()
-            wanted = entry.site.positions
-            renumber = renumber_by_default if wanted is None else wanted == "renumber"
+            renumber = self.attachment.layout.positions_at(entry.site) == "renumber"
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
                 layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)

@@ -63,8 +63,8 @@ def list_(
 def _list_conventions(as_json: bool) -> None:
     from ..cost.conventions import CONVENTIONS
 
-    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source) for c in CONVENTIONS.values()]
-    head = ("convention", "unit", "counts", "formula", "source")
+    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source, c.gives) for c in CONVENTIONS.values()]
+    head = ("convention", "unit", "counts", "formula", "source", "published figures that it gives")
     if as_json:
         print_json({"conventions": [dict(zip(head, row)) for row in found]})
     else:
@@ -101,18 +101,30 @@ def show(
             result = compare(
                 asked.load(), asked.shown, asked.words, method, max_new_tokens=1, rounds=0, adapter=adapter
             )
-        sites = [catalogue.sites(one, _layout(one, model, adapter)) for one in made]
+        layouts = [_layout(one, model, adapter) for one in made]
+        sites = [catalogue.sites(one, layout) for one, layout in zip(made, layouts)]
+        refused = [catalogue.refused_settings(one, layout) for one, layout in zip(made, layouts)]
+        said = [catalogue.said_of(one, layout) for one, layout in zip(made, layouts)]
         path, words = (None, "") if result is None else write_overlay(result, overlay)
     if as_json:
         found = [
-            {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows}
-            for entry, one, (place, rows) in zip(entries, made, sites)
+            {
+                **entry.to_dict(),
+                "settings": one.settings(),
+                "sites_on": place,
+                "sites": rows,
+                "refused_settings": cannot,
+                "notes": notes,
+            }
+            for entry, one, (place, rows), cannot, notes in zip(entries, made, sites, refused, said)
         ]
         print_json({"methods": found, "overlay": path})
         return
     console = standard_output()
-    for entry, one, (place, rows) in zip(entries, made, sites):
+    for entry, one, (place, rows), cannot, notes in zip(entries, made, sites, refused, said):
         _show_method(console, entry, one.settings(), place, rows)
+        _show_limits(console, place, cannot, notes)
+        _show_doubts(console, entry)
     if result is not None:
         say_overlay(console, path, words)
 
@@ -149,8 +161,22 @@ def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str,
             console.print(f"{name:<14}{text}" if name else text, highlight=False, markup=False)
     rows = [(p.name, format_value(settings[p.name]), p.default, p.what) for p in entry.parameters]
     print_table(("parameter", "here", "default", "what it does"), rows)
+    if entry.other_names:
+        named = [(one.name, one.stands_for, one.whose) for one in entry.other_names]
+        print_table(("also read", "stands for", "name in"), named)
     listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
     print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
+
+
+def _show_limits(console: Any, place: str, refused: list[dict[str, str]], notes: list[str]) -> None:
+    """What a model refuses of a method's settings, and what else holds there."""
+    if refused:
+        print_table(("setting", "why"), [(row["setting"], row["why"]) for row in refused], f"refused on {place}")
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _show_doubts(console: Any, entry: Any) -> None:
     for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):
         if sentences:
             console.print(title, style="bold")

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ParameterError, SpecError
+from ..errors import ParameterError, SpecError, hint
 from ..guard import guarded
 from .method import Method
-from .registry import create_method
+from .registry import create_method, list_methods
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 
@@ -23,8 +23,9 @@ _WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
 def parse_methods(spec: str) -> list[Method]:
     """Makes the methods that a spec string names: ``name[:key=value]*[+name...]``.
 
-    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable. ``+``
-    separates methods only outside values and before a letter. There are no commas.
+    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable; inside
+    brackets a comma does for a semicolon. ``+`` separates methods only outside values and before a letter. Spaces
+    around marks count for nothing. A setting may have the name that the paper gives it (`Method.aliases`).
 
     Args:
         spec: for instance ``"pitome:ratio=0.9:margin=0.5+todre:keep=0.1"``.
@@ -41,10 +42,11 @@ def parse_methods(spec: str) -> list[Method]:
     for part in _split(spec, "+"):
         name, *settings = _split(part, ":")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise SpecError(f"{name!r} in {spec!r} is no method name; write name:key=value:key=value+name")
+            like = hint(name.partition(" ")[0], list_methods()).rstrip(".")
+            raise SpecError(f"{name!r} in {spec!r} is no method name{like}; write name:key=value:key=value+name")
         values: dict[str, Any] = {}
         for item in settings:
-            key, equals, text = item.partition("=")
+            key, equals, text = (piece.strip() for piece in item.partition("="))
             if not equals or not key.isidentifier():
                 raise SpecError(f"{item!r} in {spec!r} is no setting; write key=value")
             if key in values:
@@ -61,7 +63,7 @@ def _split(text: str, mark: str) -> list[str]:
         depth += (letter in "([") - (letter in ")]")
         if depth < 0:
             raise SpecError(f"bracket closed but not opened in {text!r}")
-        follows = text[i + 1 : i + 2]
+        follows = text[i + 1 :].lstrip()[:1]
         if letter == mark and depth == 0 and (mark != "+" or follows.isalpha() or follows == "_"):
             parts.append(text[at:i])
             at = i + 1
@@ -79,7 +81,8 @@ def _parse_value(text: str, spec: str) -> Any:
         if {"(": ")", "[": "]"}[text[0]] != text[-1]:
             raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
         inside = text[1:-1].strip()
-        items = [_parse_value(item, spec) for item in _split(inside.rstrip(";"), ";")] if inside else []
+        parts = [item for part in _split(inside, ";") for item in _split(part, ",")]
+        items = [_parse_value(item, spec) for item in (parts if parts[-1] else parts[:-1])]
         return tuple(items) if text[0] == "(" else items
     if _NUMBER.match(text):
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
@@ -107,7 +110,7 @@ def expand(spec: str) -> list[str]:
         pieces = _split(part, ":")
         ways = [[("+" if index else "") + pieces[0]]]
         for piece in pieces[1:]:
-            name, equals, values = piece.partition("=")
+            name, equals, values = (text.strip() for text in piece.partition("="))
             choices = [value.strip() for value in _split(values, ",")]
             if len(choices) > 1 and not all(choices):
                 raise SpecError(f"{piece!r} in {spec!r} has an empty alternative")

@@ -24,8 +24,9 @@ class Report(ReportData):
     """What a compression saved and what it cost.
 
     Print it, or take `to_dict`, `to_json`, `to_csv`, `to_pandas`, `to_markdown`, `to_latex`, `to_html`. MACs are matrix
-    products and convolutions, as torch's FlopCounterMode counts them where it sees all (docs/counting.md); FLOPs are
-    2 x MACs. Where a count depends on content, estimates give what lies between everything dropped and nothing dropped.
+    products and convolutions, as torch's FlopCounterMode counts them where it sees all: under math or eager attention
+    (docs/counting.md). FLOPs are 2 x MACs. Where a count depends on content, estimates give what lies between
+    everything dropped and nothing dropped.
 
     Attributes:
         model: its class, or the preset.

@@ -39,7 +39,11 @@ class ReportData:
 
     @property
     def macs(self) -> Line:
-        """All lines together: MACs of the model before, of the model with signals and methods after."""
+        """All lines together: MACs of the model before, of the model with signals and methods after.
+
+        Twice as many are what torch's FlopCounterMode says under math or eager attention. Fused attention counts as
+        nothing on a CPU before torch 2.15, and by its shapes alone on a GPU; a causal half counts in full everywhere.
+        """
         before = sum(line.before for line in self.lines)
         low, high = sum(line.after.low for line in self.lines), sum(line.after.high for line in self.lines)
         return Line("total", "MACs", before, Span(low, high))

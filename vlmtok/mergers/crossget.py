@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -181,6 +182,7 @@ class CrossGET(Method):
         "The BLIP and BLIP-2 forms exist in the paper only and are left out.",
     )
 
+    aliases = (Alias("r", instead="rv is that of the vision tower, rl that of the text tower"),)
     budget_parameter = "rv"
 
     rv: int | None = 16

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -78,6 +79,7 @@ class PiToMe(Method):
         "preset('paper') is the paper's.",
     )
 
+    aliases = (Alias("r", "ratio"), Alias("m", "margin"))
     budget_parameter = "ratio"
 
     ratio: float | list[float] = 0.9

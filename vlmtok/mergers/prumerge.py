@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -158,6 +159,7 @@ class PruMerge(Method):
         "plus=True with a fixed keep uses the spacing of the adaptive form; the release's training branch differs.",
     )
     scope = "part"
+    aliases = (Alias("k", "neighbours"), Alias("reduction_ratio", "keep", "the released code"))
     budget_parameter = "keep"
 
     keep: float | int | None = None

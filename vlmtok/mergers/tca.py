@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -118,6 +119,7 @@ class TCA(Method):
         "Towers without a class token condense by received attention (reservoir_size=0).",
     )
 
+    aliases = (Alias("R", "ratio"), Alias("M", "reservoir_size"), Alias("lambda", "lambd"))
     budget_parameter = "ratio"
 
     ratio: float = 0.9
