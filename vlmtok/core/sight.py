@@ -1,4 +1,4 @@
-"""What a processor makes of pictures, as counts: tokens and parts in the language model, rows and patches in the tower."""
+"""What a processor makes of pictures, as counts: tokens and parts in the language model, rows of the tower."""
 
 from __future__ import annotations
 

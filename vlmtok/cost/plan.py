@@ -99,7 +99,7 @@ class Planner:
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
-            run.parts[part.name] = run.rows * n
+            run.parts[part.name] = run.rows * (self.shape.tile or n)  # some join squares of patches in front of it
         return run
 
     def text(self, run: StageRun) -> StageRun:

@@ -170,8 +170,7 @@ def _crops(shape: ModelShape, asked: Asked) -> tuple[int, int]:
             )
     if not visual:
         raise ParameterError(
-            f"estimate: {shape.name} does not say how many tokens a picture has; pass image_size= (--image-size) or "
-            "visual_tokens= (--visual-tokens)"
+            f"estimate: {shape.name} does not say how many tokens a picture has; pass visual_tokens= or image_size="
         )
     return rows, visual
 
