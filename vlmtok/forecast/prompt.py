@@ -79,7 +79,7 @@ def _sizes(asked: Asked) -> tuple[tuple[int, int], ...] | None:
 # ---------------------------------------------------------------------- what a processor makes of pictures
 def _shown(shape: ModelShape, asked: Asked, sight: Sight) -> Prompt:
     """The prompt of pictures that a processor has seen."""
-    if shape.language is None:
+    if _is_tower(shape):
         return Prompt(asked.batch, sight.crops, (), 0, (), 1, sight.patches, grids=sight.grids)
     texts = texts_of(asked.text_tokens, len(sight.pictures))
     text, seen = [texts[0]], []
@@ -101,6 +101,11 @@ def _shown(shape: ModelShape, asked: Asked, sight: Sight) -> Prompt:
     )
 
 
+def _is_tower(shape: ModelShape) -> bool:
+    """Whether no language model reads what the tower gives, or none in which tokens can be found."""
+    return shape.language is None and not shape.layout.has("decoder")
+
+
 def _sentence(sizes: tuple[tuple[int, int], ...], asked: Asked, sight: Sight) -> str:
     """What pictures became, in words."""
     kind = "picture" if asked.frames is None else f"clip of {asked.frames} frames"
@@ -113,7 +118,7 @@ def _sentence(sizes: tuple[tuple[int, int], ...], asked: Asked, sight: Sight) ->
         said[0] += f", {apart} of them separators"
     if sight.grids:
         grids = [" x ".join(map(str, grid[1:] if grid[0] == 1 else grid)) for grid in dict.fromkeys(sight.grids)]
-        said.append(f"grids of {', '.join(grids)} patches")
+        said.append(f"{'grid' if len(sight.grids) == 1 else 'grids'} of {', '.join(grids)} patches")
     rows = "row" if sight.crops == 1 else "rows"
     said.append(f"{sight.crops} {rows} of the tower with {sight.patches:,} patches")
     return f"{many} of {size} pixels, by the model's processor: {'; '.join(said)}"
@@ -123,7 +128,7 @@ def _sentence(sizes: tuple[tuple[int, int], ...], asked: Asked, sight: Sight) ->
 def _told(shape: ModelShape, asked: Asked) -> Prompt:
     """The prompt of pictures whose tokens are given, or those of the model."""
     patches = 0 if shape.vision is None else shape.vision.tokens - shape.vision.protected
-    if shape.language is None:
+    if _is_tower(shape):
         if asked.crops is not None or asked.parts is not None:
             raise ParameterError(f"estimate: crops and parts are for vision-language models; {shape.name} is a tower")
         words = 0

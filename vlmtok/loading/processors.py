@@ -126,16 +126,19 @@ def reader(name: str | None, config: Any) -> Reader:
     import transformers
 
     shown, place = place_of(name)
+    local, problem = os.path.isdir(place), None
     with quiet():
-        try:
-            found = transformers.AutoProcessor.from_pretrained(place)
-            if hasattr(found, "image_processor"):
-                return Reader(shown, found)
-            problem: Exception | None = None  # what transformers gives where a part is missing
-        except Exception as raised:
-            problem = raised
-            if not os.path.isdir(place):
-                raise LoadError(f"cannot load the processor of {shown!r}: {line_of(raised)}") from raised
+        # Where a tokenizer's files are missing, transformers makes some of them empty and says nothing.
+        if not local or any(word in file for file in os.listdir(place) for word in ("token", "vocab", "piece")):
+            try:
+                found = transformers.AutoProcessor.from_pretrained(place)
+                if hasattr(found, "image_processor"):  # else it is what transformers gives where a part is missing
+                    return Reader(shown, found)
+            except Exception as raised:
+                problem = raised
+        if not local:
+            why = "it has no image processor" if problem is None else line_of(problem)
+            raise LoadError(f"cannot load the processor of {shown!r}: {why}") from problem
         return _without_words(shown, place, config, problem)
 
 
