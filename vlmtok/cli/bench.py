@@ -45,7 +45,7 @@ def bench(
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
     if image_size is not None and model is None:
         raise ParameterError("--image-size needs --model; without it the standard suite runs")
-    sizes = sizes_of(None if image_size is None else [image_size])
+    resized = sizes_of(None if image_size is None else [image_size])
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
     with at_work() as progress:
@@ -60,7 +60,7 @@ def bench(
         if model is not None:
             loading.pick_dtype(dtype, where)
             shown, _, question = picture_and_question(image, prompt, model)
-            shown = shown if sizes is None else shown.resize(sizes[0])
+            shown = shown if resized is None else shown.resize(resized[0])
             fits = [check_fit(model, spec, prompt, None) for spec in specs or (None,)]
             loaded = load_model(progress, model, device, dtype, random)
             rows = [

@@ -205,9 +205,11 @@ _QWEN3_SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "de
 _QWEN3_LARGE = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 
 
-def _qwen3(size: str, tower: Mapping[str, Any], width: int, *language: int, tied: bool = False) -> Published:
+def _qwen3(
+    size: str, tower: Mapping[str, Any], width: int, hidden: int, depth: int, heads: int, tied: bool = False
+) -> Published:
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
-    text = _text("qwen3_vl_text", width, *language, 8, 151936, head_dim=128, rope_parameters=rope)
+    text = _text("qwen3_vl_text", width, hidden, depth, heads, 8, 151936, head_dim=128, rope_parameters=rope)
     vision = {
         **tower,
         "num_heads": 16,
