@@ -154,25 +154,23 @@ def _crops(shape: ModelShape, asked: Asked) -> tuple[int, int]:
     visual, crops, tile = asked.visual_tokens, asked.crops, shape.tile
     if tile is None:
         rows = crops or shape.crops
-        visual = visual or shape.visual * rows // shape.crops
     elif tile:
         rows = crops or (visual or shape.visual) // tile
-        visual = visual or shape.visual * rows // shape.crops or tile * rows
-        if visual != tile * rows:
-            told = f"visual_tokens={visual}" + ("" if crops is None else f" with crops={crops}")
-            raise ParameterError(
-                f"estimate: {shape.name} makes {tile} visual tokens of each row of its tower, so {told} is not "
-                f"possible; nearest: {max(1, round(visual / tile)) * tile}, or pass image_size="
-            )
     else:
         known = visual in (None, shape.visual)
         rows = crops or (shape.crops if known else 0)
-        visual = visual or shape.visual * rows // shape.crops
-        if visual and not rows:
+        if not rows:
             raise ParameterError(
                 f"estimate: pictures of {shape.name} are several rows of its tower (crops), and visual_tokens={visual} "
                 "does not say how many: pass crops= (--crops), or image_size= (--image-size) in place of both"
             )
+    visual = visual or shape.visual * rows // shape.crops or (tile or 0) * rows
+    if tile and visual != tile * rows:
+        told = f"visual_tokens={visual}" + ("" if crops is None else f" with crops={crops}")
+        raise ParameterError(
+            f"estimate: {shape.name} makes {tile} visual tokens of each row of its tower, so {told} is not possible; "
+            f"nearest: {max(1, round(visual / tile)) * tile}, or pass image_size="
+        )
     if not visual:
         raise ParameterError(
             f"estimate: {shape.name} does not say how many tokens a picture has; pass visual_tokens= or image_size="
