@@ -203,6 +203,15 @@ def test_estimate_takes_sizes_of_pictures_and_frames(vlmtok_, folder_of_next):
     assert told["layers"][0]["before"] == 17 and "5 rows of the tower" in told["notes"][0]
 
 
+def test_bench_shows_the_picture_in_a_size(vlmtok_, folder_of_next):
+    words = ("bench", "--model", folder_of_next, "--method", "divprune:keep=0.5", "--rounds", 1, "--limit", 0)
+    found = [
+        data_of(vlmtok_(*words, "--max-new-tokens", 1, "--image-size", size, "--json"))["rows"][0]["visual_tokens"]
+        for size in ("128x96", "40x200")
+    ]
+    assert found == [70, 40]  # as their processor says
+
+
 @pytest.fixture
 def folder_of_next(tmp_path):
     return str(llava_next(tmp_path / "next"))
