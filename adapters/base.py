@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.sight import Sight
 from ..core.site import Layout
 from ..errors import UnsupportedModel
 from .hosts import Host, Role, library_of
@@ -160,6 +161,15 @@ class Adapter:
 
     def account(self) -> Any:
         """The model's shape as counts and widths (see `vlmtok.core.model_shape`)."""
+        raise NotImplementedError
+
+    def preview(self, inputs: Mapping[str, Any], between: int | None = None) -> Sight:
+        """What a processor's output will be in the model, as counts.
+
+        Args:
+            inputs: of one prompt, by the host's names.
+            between: id of a token that stands between its pictures.
+        """
         raise NotImplementedError
 
     def refuse(self, why: str) -> UnsupportedModel:

@@ -19,6 +19,27 @@ def _first_storing_layer(config: Any) -> int:
     return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
 
 
+def _patches(config: Any) -> int:
+    """Patches of a row of the tower."""
+    vision = config.vision_config
+    sides = [(one, one) if isinstance(one, int) else tuple(one) for one in (vision.image_size, vision.patch_size)]
+    return int((sides[0][0] // sides[1][0]) * (sides[0][1] // sides[1][1]))
+
+
+def _varies(config: Any) -> int:
+    """Crops are cut off or pooled, so that rows of the tower differ."""
+    return 0
+
+
+def _shuffled(config: Any) -> int:
+    """Squares of patches become one token."""
+    return _patches(config) // int(config.scale_factor) ** 2
+
+
+def _downsampled(config: Any) -> int:
+    return _patches(config) // int(config.downsample_factor) ** 2
+
+
 _BOTH = ("image_token_id", "video_token_id")
 _QWEN = VLMSpec(
     tower="visual",
@@ -41,6 +62,7 @@ _SMOLVLM = VLMSpec(
     parts="runs",
     thumbnail="last",
     tower_cut="spread",
+    tile=_shuffled,
 )
 _BLIP = VLMSpec(
     core="",
@@ -61,7 +83,11 @@ _PALIGEMMA = VLMSpec(
 ROWS: dict[str, VLMSpec] = {
     "llava": VLMSpec(tower_cut="slots"),
     "llava_next": VLMSpec(
-        parts="anyres", thumbnail="first", tower_cut="spread", packing_methods=("pack_image_features", "")
+        parts="anyres",
+        thumbnail="first",
+        tower_cut="spread",
+        packing_methods=("pack_image_features", ""),
+        tile=_varies,
     ),
     "llava_onevision": VLMSpec(
         ids=_BOTH,
@@ -69,6 +95,7 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="first",
         tower_cut="spread",
         packing_methods=("pack_image_features", "apply_pooling"),
+        tile=_varies,
     ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -79,7 +106,13 @@ ROWS: dict[str, VLMSpec] = {
     "glm4v": _QWEN,
     "glm46v": _QWEN,
     "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
-    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
+    "internvl": VLMSpec(
+        lengths_of="crop",
+        parts="chunks",
+        thumbnail="last",
+        tower_cut="spread",
+        tile=lambda config: round(_patches(config) * float(config.downsample_ratio) ** 2),
+    ),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
@@ -89,7 +122,13 @@ ROWS: dict[str, VLMSpec] = {
         whole="all pictures share one row, whose patches are merged in squares",
     ),
     "gemma3": VLMSpec(
-        mask="dict", types=hosts.TOKEN_TYPES, block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
+        mask="dict",
+        types=hosts.TOKEN_TYPES,
+        block=BlockRule(),
+        feature=None,
+        parts="runs",
+        tower_cut="spread",
+        tile=lambda config: int(config.mm_tokens_per_image),
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
@@ -118,9 +157,10 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
+        tile=lambda config: round(_patches(config) * float(config.vision_config.pixel_shuffle_ratio) ** 2),
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread"),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread"),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", tile=_downsampled),
+    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread", tile=_downsampled),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(
@@ -130,6 +170,7 @@ ROWS: dict[str, VLMSpec] = {
         grid_arguments=(hosts.PATCH_SHAPES,),
         tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
+        tile=_varies,
     ),
 }
 """By ``config.model_type``."""

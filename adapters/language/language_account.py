@@ -39,7 +39,10 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     # Where tokens are pooled, or a picture has several crops, only the prompt tells how many there are.
     visual = vision.tokens - vision.protected if vision is not None and adapter.spec.tower_cut == "slots" else 0
     layout = adapter.layout()
-    return ModelShape(class_name(model), layout, vision, None, tuple(projector), language, visual, notes=tuple(notes))
+    tile = None if adapter.spec.tile is None else adapter.spec.tile(core.config)
+    return ModelShape(
+        class_name(model), layout, vision, None, tuple(projector), language, visual, notes=tuple(notes), tile=tile
+    )
 
 
 def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:

@@ -65,6 +65,8 @@ class VLMSpec:
             model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
+        tile: visual tokens of each row of the tower, from the configuration of the inner model, where pictures are
+            several rows; it gives 0 where that varies. None where a picture is one row.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -94,3 +96,4 @@ class VLMSpec:
     boundary: str | None = None
     whole: str | None = None
     packing_methods: tuple[str, str] | None = None
+    tile: Callable[[Any], int] | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from support.checkpoints import llava, picture, vit
+from support.checkpoints import llava, llava_next, picture, vit
 from support.places import ROOT
 from typer.testing import CliRunner
 
@@ -189,6 +189,34 @@ def test_estimate_gives_what_the_function_gives(vlmtok_, tower):
     )
 
 
+def test_estimate_takes_sizes_of_pictures_and_frames(vlmtok_, folder_of_next):
+    words = ("estimate", "qwen2.5-vl-7b", "--method", "divprune:keep=0.25", "--image-size")
+    one = data_of(vlmtok_(*words, "896x896", "--json"))
+    assert one["layers"][0]["before"] == 1024 + 64 and "1,024 visual tokens" in one["notes"][0]
+    two = data_of(vlmtok_(*words, "896x896", "--image-size", "448x448", "--json"))
+    assert two["layers"][0]["before"] == 1024 + 256 + 64
+    clip = data_of(vlmtok_(*words, "448X448", "--frames", 8, "--json"))
+    assert clip["layers"][0]["before"] == 4 * 256 + 64
+    asked = vlmtok_("estimate", folder_of_next, "--method", "fastv", "--visual-tokens", 60)
+    assert asked.exit_code == 2 and "pass crops= (--crops), or image_size= (--image-size)" in asked.stderr
+    told = data_of(vlmtok_("estimate", folder_of_next, "--method", "fastv", "--image-size", "128x96", "--json"))
+    assert told["layers"][0]["before"] == 17 and "5 rows of the tower" in told["notes"][0]
+
+
+def test_bench_shows_the_picture_in_a_size(vlmtok_, folder_of_next):
+    words = ("bench", "--model", folder_of_next, "--method", "divprune:keep=0.5", "--rounds", 1, "--limit", 0)
+    found = [
+        data_of(vlmtok_(*words, "--max-new-tokens", 1, "--image-size", size, "--json"))["rows"][0]["visual_tokens"]
+        for size in ("128x96", "40x200")
+    ]
+    assert found == [70, 40]  # as their processor says
+
+
+@pytest.fixture
+def folder_of_next(tmp_path):
+    return str(llava_next(tmp_path / "next"))
+
+
 # ---------------------------------------------------------------------- bench
 def test_bench_of_one_model(vlmtok_, tower, tmp_path):
     words = (
@@ -267,6 +295,11 @@ BAD = {
     "list of nothing": ("list *frob*", "no method matches"),
     "no such preset": ("estimate llava-9", "no preset 'llava-9'"),
     "no such convention": ("estimate llava-1.5-7b --method fastv --convention frob", "no convention 'frob'"),
+    "no size": ("estimate llava-1.5-7b --image-size 896", "width and height in pixels, for instance 896x672"),
+    "a size of nothing": ("estimate llava-1.5-7b --image-size 0x5", "width and height in pixels"),
+    "frames without a size": ("estimate qwen2.5-vl-7b --frames 4", "image_size=(width, height) says how large"),
+    "frames of a picture": ("estimate gemma3-4b --frames 4 --image-size 9x9", "takes pictures and no video"),
+    "size without model": ("bench --image-size 9x9", "needs --model"),
     "two forms": ("estimate llava-1.5-7b --json --csv", "one of"),
     "method without model": ("bench --method tome", "need --model"),
     "no batch": ("bench --model TOWER --batch 0", "--batch"),

@@ -10,7 +10,7 @@ import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
-from .inputs import check_fit, load_model, picture_and_question, spec_strings
+from .inputs import check_fit, load_model, picture_and_question, sizes_of, spec_strings
 from .options import Device, Dtype, Json, Methods, Model, Picture, Prompt, Random, Rounds, Tokens
 
 
@@ -20,6 +20,10 @@ def bench(
     method: Methods = None,
     image: Picture = None,
     prompt: Prompt = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Width and height in pixels that the picture gets first.", show_default=False),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
@@ -40,6 +44,9 @@ def bench(
     specs = spec_strings(method)
     if model is None and (specs or image is not None or prompt is not None):
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
+    if image_size is not None and model is None:
+        raise ParameterError("--image-size needs --model; without it the standard suite runs")
+    resized = sizes_of(None if image_size is None else [image_size])
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
     with at_work() as progress:
@@ -54,6 +61,7 @@ def bench(
         if model is not None:
             loading.pick_dtype(dtype, where)
             shown, _, question = picture_and_question(image, prompt, model)
+            shown = shown if resized is None else shown.resize(resized[0])
             fits = [check_fit(model, spec, prompt, None) for spec in specs or (None,)]
             loaded = load_model(progress, model, device, dtype, random)
             rows = [

@@ -41,6 +41,23 @@ def spec_strings(given: list[str] | None) -> list[str]:
     return found
 
 
+def sizes_of(given: list[str] | None) -> list[tuple[int, int]] | None:
+    """Sizes of pictures as typed, ``896x672``; None where nothing was given.
+
+    Raises:
+        ParameterError: one is not of that form.
+    """
+    from ..errors import ParameterError
+
+    found = []
+    for text in given or ():
+        sides = text.lower().replace("\u00d7", "x").split("x")
+        if len(sides) != 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+            raise ParameterError(f"--image-size {text!r}: width and height in pixels, for instance 896x672")
+        found.append((int(sides[0]), int(sides[1])))
+    return found or None
+
+
 def question_about(
     progress: Progress,
     model: str | None,

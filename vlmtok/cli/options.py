@@ -48,3 +48,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds of the measurement.")]
 
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the answer, which is greedy.")]
+
+ImageSize = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-size",
+        metavar="WxH",
+        help="Width and height of a picture in pixels, for instance 896x672; give several for several pictures.",
+        show_default=False,
+    ),
+]

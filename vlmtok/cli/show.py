@@ -27,6 +27,7 @@ def list_(
         return
     if models:
         from ..forecast.presets import PRESETS
+        from ..forecast.published import PUBLISHED
 
         adapters, families = family_table.models(), family_table.families()
         if as_json:
@@ -37,7 +38,8 @@ def list_(
         )
         rows = [(row["family"], ", ".join(row["stages"]) or "-", row["refused"] or "") for row in families]
         print_table(("family", "tokens can leave at", "if not: why"), rows, "families")
-        standard_output().print(f"presets of vlmtok estimate: {', '.join(PRESETS)}", highlight=False)
+        known = [(name, PUBLISHED[name].checkpoint if name in PUBLISHED else "") for name in PRESETS]
+        print_table(("preset", "checkpoint"), known, "presets of vlmtok estimate")
         return
     entries = catalogue.methods(pattern)
     if not entries:

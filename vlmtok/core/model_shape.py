@@ -189,6 +189,8 @@ class ModelShape:
         crops: rows of the tower that make one picture.
         parts: visual tokens of a picture's parts (thumbnail, crops), or empty where it is one.
         notes: what could not be counted.
+        tile: visual tokens of each row of the tower where pictures are several rows, 0 where that varies; None where a
+            picture is one row.
     """
 
     name: str
@@ -201,6 +203,7 @@ class ModelShape:
     crops: int = 1
     parts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    tile: int | None = None
 
 
 @dataclass(frozen=True)

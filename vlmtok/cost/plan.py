@@ -63,9 +63,8 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
     """
     planner = Planner(attachment, shape, prompt, past or Past())
     runs = []
-    pictures = prompt.batch * prompt.pictures
     if shape.vision is not None:
-        seen = StageRun("vision", pictures * prompt.crops, shape.vision.protected + prompt.patches)
+        seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
         runs.append(planner.vision(seen))
     if shape.text is not None and prompt.words:
         runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
@@ -100,7 +99,7 @@ class Planner:
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
-            run.parts[part.name] = run.rows * n
+            run.parts[part.name] = run.rows * (self.shape.tile or n)  # some join squares of patches in front of it
         return run
 
     def text(self, run: StageRun) -> StageRun:
@@ -154,8 +153,8 @@ class Planner:
         prompt, shape = self.prompt, self.shape
         assert shape.language is not None
         rows = PlannedRows(prompt)
-        shown = prompt.batch * prompt.pictures
-        run = StageRun("decoder", prompt.batch, rows.length, 0, shown, True, shown * prompt.visual)
+        visual = prompt.batch * sum(picture.tokens for picture in prompt.shown)
+        run = StageRun("decoder", prompt.batch, rows.length, 0, prompt.batch * prompt.pictures, True, visual)
         if shape.language.head is not None:
             run.parts[shape.language.head.name] = prompt.batch * (rows.length if prompt.every else 1)
         if seen is not None and shape.vision is not None and "features" in self.attachment.layout.stages:
@@ -190,7 +189,8 @@ class Planner:
             gone = recorded.before - recorded.after
             groups = [(group, group.n - gone) for group in rows.groups("sample")]
         elif slots != entered:
-            groups = [(group, slots * self.prompt.crops) for group in rows.groups("picture")]
+            crops = 1 if self.prompt.seen else self.prompt.crops
+            groups = [(group, slots * crops) for group in rows.groups("picture")]
         else:
             return
         rows.cut(groups)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.method import Method
-from ..core.model_shape import ModelShape
 from ..core.spec import as_methods
 from ..cost.conventions import convention as named
 from ..cost.report import Report
 from ..cost.units import quantity, whole
 from ..errors import ParameterError, SiteError, TargetError
 from ..guard import guarded
-from .estimate import estimate, shape_of
+from .estimate import estimate
+from .prompt import Asked, prompt_of
+from .subject import Subject, subject_of
 
 WITHIN = 0.01
 """How far from its target a budget may be, as a share of it."""
@@ -83,7 +84,7 @@ def budget(
             figure of that convention, in its unit.
         kv_bytes: bytes of the key-value cache behind the prefill, all rows.
         convention: how `macs` are counted, see `vlmtok.cost.conventions`.
-        prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, ...).
+        prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, `image_size`, ...).
 
     Returns:
         A new method that meets the target within 1 percent; its attribute `budget` (see `Budget`) says what it reaches.
@@ -106,7 +107,8 @@ def budget(
         raise ParameterError(f"budget: {what}={value!r} is not possible; a number above 0, or a share in (0, 1]")
     if convention is not None and what != "macs":
         raise ParameterError(f"budget: a convention counts macs, not {what}")
-    return _Search(methods[0], shape_of(model), what, convention, prompt).run(value)
+    subject = subject_of(model, prompt.pop("processor", None))
+    return _Search(methods[0], subject, what, convention, prompt).run(value)
 
 
 @dataclass
@@ -122,17 +124,20 @@ class _Search:
     """Bisection over `Method.at_level`."""
 
     def __init__(
-        self, method: Method, shape: ModelShape, what: str, convention: str | None, prompt: dict[str, Any]
+        self, method: Method, subject: Subject, what: str, convention: str | None, prompt: dict[str, Any]
     ) -> None:
         self.method = method
-        self.shape = shape
+        self.subject = subject
+        self.shape = subject.shape
         self.what = what
         self.convention = convention
         self.prompt = prompt
         self.unit = _UNITS[what] if convention is None else named(convention).unit
         self.deciding = what == "macs" and convention is None
         self.extra = 0.0
-        self.tokens = int(prompt.get("visual_tokens") or shape.visual or _patches(shape))
+        known = {name: value for name, value in prompt.items() if name in Asked.__dataclass_fields__}
+        laid = prompt_of(subject, Asked(**known))[0]
+        self.tokens = max(picture.tokens for picture in laid.shown) or laid.patches
 
     def run(self, value: float | int) -> Method:
         """The method that meets the target."""
@@ -231,7 +236,7 @@ class _Search:
         return _Try(made, report, reached if deciding else reached + self.extra)
 
     def _estimate(self, made: Method, deciding: bool = False) -> Report:
-        return estimate(self.shape, made, deciding=deciding, **self.prompt)
+        return estimate(self.subject, made, deciding=deciding, **self.prompt)
 
 
 def measure(report: Report, what: str, convention: str | None = None) -> tuple[float, float]:
@@ -262,10 +267,6 @@ def measure(report: Report, what: str, convention: str | None = None) -> tuple[f
 
 def _apart(tried: _Try, target: float) -> float:
     return abs(tried.reached - target)
-
-
-def _patches(shape: ModelShape) -> int:
-    return 0 if shape.vision is None else shape.vision.tokens - shape.vision.protected
 
 
 def _rounded(value: Any, digits: int) -> Any:

@@ -149,7 +149,7 @@ def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool 
 def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool) -> Loaded:
     import transformers
 
-    shown, place = _place(name)
+    shown, place = place_of(name)
     config = one_line_errors(shown, lambda: transformers.AutoConfig.from_pretrained(place))
     language = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     maker: Any = transformers.AutoModelForImageTextToText if language else _tower_class(config)
@@ -173,7 +173,7 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     return Loaded(shown, model, processor, False, not random, pixels, _encoder(model), labels)
 
 
-def _place(name: str | None) -> tuple[str, str]:
+def place_of(name: str | None) -> tuple[str, str]:
     """What to call a checkpoint, and where it is."""
     if name is None or name == EMBEDDED:
         folder = names.DATA / EMBEDDED
