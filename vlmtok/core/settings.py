@@ -11,6 +11,9 @@ from typing import Any
 from ..errors import ParameterError, VlmtokWarning
 from .site import Counts
 
+POOLINGS = ("size", "plain", "attention")
+"""What a merged token counts in heads that pool: its size in means; one; its size in means and attention pools."""
+
 
 def plain_numbers(value: Any) -> Any:
     """A setting with Python's numbers in place of NumPy's."""
