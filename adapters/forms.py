@@ -54,7 +54,7 @@ def maker(module: Host, method: str) -> str:
     if method in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate only moves tensors around it
         return ""
     # Asked of the function, since hosts put a wrapped copy into every subclass, and others put theirs into a class.
-    made = inspect.unwrap(getattr(type(module), method))
+    made = inspect.unwrap(getattr(type(module), method, type))
     name, _, last = str(getattr(made, "__qualname__", "")).rpartition(".")
     return f"{made.__module__}:{name}" if name and last == method else ""
 

@@ -165,7 +165,7 @@ def test_the_released_mae_patch(variant, method):
         {key.replace("norm.", "fc_norm.") if key[:5] == "norm." else key: v for key, v in state.items()}
     )
     model.eval()
-    tokens, size = golden("e2e_micro_mae.npz")[f"{variant}.block5"], data[f"{variant}.size"]
+    tokens, size = golden("e2e_micro_vit_mae.npz")[f"{variant}.block5"], data[f"{variant}.size"]
     pooled = (tokens * size)[:, 1:].sum(1) / 64
     with torch.no_grad():
         head = nn.functional.layer_norm(pooled, (48,), state["norm.weight"], state["norm.bias"], model.fc_norm.eps)
