@@ -146,17 +146,22 @@ def test_methods_that_disagree_are_refused(mae):
         assert "pooling=plain" in str(run.report())
 
 
-@pytest.mark.parametrize("changes", [{"global_pool": "prr"}, {}])
-def test_a_pool_that_cannot_take_sizes_is_said(changes):
-    """timm's refinement of patches takes no bias; a class with a pool of its own is not looked into."""
-    model = towers.timm_vit("vit_tiny_patch16_224", **{"global_pool": "avg", **changes})
-    if not changes:
+@pytest.mark.parametrize("kind", ["avg", "map"])
+def test_a_pool_that_cannot_take_sizes_is_said(kind):
+    """A class with a pool of its own, and an attention pool of another class, are not looked into."""
+    model = towers.timm_vit("vit_tiny_patch16_224", global_pool=kind)
 
-        class Own(type(model)):
-            def pool(self, x, pool_type=None):
-                return x[:, 1:].median(1).values
+    class Own(type(model)):
+        def pool(self, x, pool_type=None):
+            return x[:, 1:].median(1).values
 
+    class OwnAttention(type(model.attn_pool)):
+        pass
+
+    if kind == "avg":
         model.__class__ = Own
+    else:
+        model.attn_pool.__class__ = OwnAttention
     with torch.no_grad(), vlmtok.compress(model, "tome:r=6") as run:
         found = model(towers.pictures(2))
         assert_equal(found, model.forward_head(model.forward_features(towers.pictures(2))))
