@@ -70,6 +70,49 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class MeanPool:
+    """A mean over a tower's tokens that a module reads, where a merged token counts by its size.
+
+    Attributes:
+        whole: module whose forward runs the tower, the pool and what is behind it.
+        tokens: module whose output is what the pool reads.
+        reader: module behind the pool, which reads its vector `[B, D]`.
+        make: that vector from the pooled tokens `[B, L, C]` and their sizes, fp32 `[B, L]`; None are ones, and the
+            vector the host's own.
+        loose: whether the pool may be called behind another pass than the last, so that a vector must be recognised.
+        same: whether the host still pools as it did when hooks were placed, from `whole`.
+    """
+
+    whole: nn.Module
+    tokens: nn.Module
+    reader: nn.Module
+    make: Callable[[Tensor, Tensor | None], Tensor]
+    loose: bool = False
+    same: Callable[[Host], bool] = lambda whole: True
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """An attention with queries of its own over a tower's tokens, which can take log(size) on its keys.
+
+    Attributes:
+        whole: module whose forward runs the tower and the pool.
+        reader: the attention.
+        bias: its argument that takes a float bias on the keys.
+        bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
+        skip: protected tokens that it leaves out.
+        tokens: where calls outside `whole` are to be recognised, module whose output it reads, as its first argument.
+    """
+
+    whole: nn.Module
+    reader: nn.Module
+    bias: Role
+    bias_rank: int = 2
+    skip: int = 0
+    tokens: nn.Module | None = None
+
+
+@dataclass(frozen=True)
 class TowerSpec:
     """A tower as data.
 
@@ -90,6 +133,8 @@ class TowerSpec:
         has_class_token: whether the first protected token is a class token; registers alone say nothing of the picture.
         masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
         maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
+        pools: where its tokens become one vector a picture and sizes can count.
+        unpooled: why sizes cannot count in its pool; empty where they can, or where there is none.
     """
 
     block: BlockSpec
@@ -106,6 +151,8 @@ class TowerSpec:
     has_class_token: bool = True
     masked: bool = False
     maps: tuple[Callable[..., Any], ...] = ()
+    pools: tuple[MeanPool | AttentionPool, ...] = ()
+    unpooled: str = ""
 
 
 @dataclass(frozen=True)

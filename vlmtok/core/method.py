@@ -47,6 +47,8 @@ class Method:
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
     proportional: bool = False
     """Whether attention logits get + log(size) in towers after a merge."""
+    pooling: str | None = None
+    """What a merged token counts in a head that pools a tower's tokens, of `POOLINGS`; None leaves it: ``"size"``."""
     budget_parameter: ClassVar[str] = ""
     """The parameter that `vlmtok.budget` moves; empty where there is none."""
     budget: Any = None

@@ -13,6 +13,9 @@ from typing import Any
 from ..errors import ParameterError, VlmtokWarning
 from .site import Counts
 
+POOLINGS = ("size", "plain", "attention")
+"""What a merged token counts in heads that pool: its size in means; one; its size in means and attention pools."""
+
 _CHOICES: ContextVar[dict[str, tuple[Any, ...]] | None] = ContextVar("choices", default=None)
 
 

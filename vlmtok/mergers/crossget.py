@@ -15,7 +15,7 @@ from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_choice, check_flag, check_range
+from ..core.settings import POOLINGS, check_choice, check_flag, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
@@ -159,6 +159,8 @@ class CrossGET(Method):
             makes causality approximate.
         guidance: ``"cls"``, ``"cross"``, ``"attention"`` or None.
         prop_attn: add log(size) to the attention logits.
+        pooling: what a merged token counts in a head that pools tokens: ``"size"`` weights means by size; ``"plain"``
+            counts it once; ``"attention"`` also adds log(size) to an attention pool's logits.
     """
 
     paper = "CrossGET: Cross-Guided Ensemble of Tokens for Accelerating Vision-Language Transformers (ICML 2024)"
@@ -189,6 +191,7 @@ class CrossGET(Method):
     rl: int | None = None
     guidance: str | None = "cls"
     prop_attn: bool = True
+    pooling: str = "size"
 
     def __post_init__(self) -> None:
         for name in ("rv", "rl"):
@@ -196,6 +199,7 @@ class CrossGET(Method):
                 check_range(getattr(self, name), "CrossGET", name, 0, kind=int)
         check_choice(self.guidance, "CrossGET", "guidance", GUIDANCE)
         check_flag(self.prop_attn, "CrossGET", "prop_attn")
+        check_choice(self.pooling, "CrossGET", "pooling", POOLINGS)
         if self.rv is None and self.rl is None:
             raise ParameterError("CrossGET: rv=None and rl=None leave nothing to do")
         if self.guidance == "attention" and (self.rv is None or self.rl is not None):
