@@ -85,10 +85,12 @@ class Comparison:
         report: tokens, MACs and cache bytes of the compressed pass, before and after.
         latency: how many times faster, by stage: ``prefill`` and ``answer``, or ``forward`` for towers.
         seconds: bare and compressed medians by stage; on a GPU only.
-        overlay: the picture with what became of its patches, or None.
+        overlay: the picture and what became of its patches, a panel a cut, or None.
         overlay_legend: how to read it.
         overlay_problem: why there is none.
         environment: device and versions.
+        image: the picture, RGB.
+        trace: what became of its patches, for `vlmtok.overlay`; None where there is no overlay.
     """
 
     model: Loaded
@@ -105,6 +107,8 @@ class Comparison:
     overlay_legend: str
     overlay_problem: str | None
     environment: dict[str, Any]
+    image: Image.Image
+    trace: PictureTrace | None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts; no absolute times of a CPU."""

@@ -24,9 +24,9 @@ def legend(trace: PictureTrace) -> str:
     kept = trace.owner >= 0
     said = []
     if bool(kept.any()):
-        said.append("bright patches stayed")
+        said.append("clear patches stayed")
     if bool((trace.group_sizes() > 1).any()):
-        said.append("one colour is one merged group")
+        said.append("one colour and outline is one merged group")
     gone = [site for site in trace.dropped_at() if site is not None]
     for stage, words in WHERE.items():
         if any(site.stage == stage for site in gone):
