@@ -93,7 +93,7 @@ class Call:
         top: int64 `[B]`, one more than the last position of each row as it entered, in the count of the first segment.
         position_drop: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         drop_by_segment: the same by segment, as it held there.
-        steps: sites that cut, the owners of the original columns behind each, and whose cut it was; kept only for traces.
+        steps: sites that cut, the owners of the original columns behind each, and whose cut it was; for traces only.
         places: (first layer, where its columns stood) of each run of layers that see the same rows.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,10 @@ from ..core.site import layer_of
 from ..core.trace import PictureTrace, Trace
 from ..cost.units import binary, si
 from ..loading.models import Loaded
+from ..loading.pictures import check_writable
+from ..tabular import Table
 from ..timing import Ratio
+from .page import Entry, Side, page
 from .runners import Answer, Loyalty
 
 if TYPE_CHECKING:
@@ -174,6 +178,59 @@ class Comparison:
             yield Text(words, style="dim")
         for note in self.report.notes:
             yield Text(f"note: {note}", style="dim")
+
+    def table(self) -> Table:
+        """The two side by side, row by row."""
+        return Table(["", "bare", "compressed", ""], list(self._rows()))
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: the picture with a slider over stages and layers, answers, figures, report.
+
+        Nothing is fetched when it is opened.
+        """
+        return page(
+            f"{self.method} on {self.model.name}",
+            self.facts(),
+            self.image,
+            self.model.processor,
+            [self.entry()],
+            self.environment,
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What was asked of what, as names and values."""
+        loaded = self.model
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        what = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters, {dtype}"
+        found = [("model", f"{loaded.name} ({what})")]
+        if not loaded.trained:
+            found.append(("weights", "random: what it says means nothing"))
+        return found if self.prompt is None else [*found, ("prompt", self.prompt)]
+
+    def entry(self) -> Entry:
+        """What a page says of this method."""
+
+        def side(title: str, answer: Answer) -> Side:
+            return Side(title, answer.text, [f"{share:.1%} {label}" for label, share in answer.classes])
+
+        return Entry(
+            self.method,
+            self.trace,
+            self.overlay_problem,
+            [side("bare", self.bare), side("compressed", self.compressed)],
+            self._agreement(),
+            self.table(),
+            [*self.doubts(), *self.report.notes],
+            self.report.to_html(),
+        )
 
     def doubts(self) -> Iterator[str]:
         """What the ratios of time do not say."""

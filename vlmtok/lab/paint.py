@@ -1,4 +1,4 @@
-"""What became of each patch, painted on the picture: kept ones clear, merged ones tinted and outlined, lost ones dim."""
+"""What became of each patch, painted on the picture: kept clear, merged tinted and outlined, lost dim."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from PIL import Image, ImageDraw
 from .pieces import Piece
 from .states import State, gone_at
 
-EARLY, LATE = 0.3, 0.5
+EARLY, LATE = 0.35, 0.55
 """Brightness of what was dropped before the language model, and inside it: both can still be made out."""
 TINT = 90
 """Of 255, how strongly a merged group is coloured."""
-LINE = (255, 255, 255)
+LINES = ((255, 255, 255), (25, 25, 25))
+"""Of borders: on what is dark, and on what is bright."""
+BRIGHT = 150
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def unseen(image: Image.Image) -> Image.Image:
 
 
 def colour(group: int) -> tuple[int, int, int]:
-    """A colour of its own for each group: steps of the golden angle around the wheel."""
-    red, green, blue = colorsys.hsv_to_rgb((group * 0.381966) % 1.0, 0.75, 1.0)
+    """A colour of its own for each group: steps of the golden angle around the wheel, pale and full in turns."""
+    red, green, blue = colorsys.hsv_to_rgb((group * 0.381966) % 1.0, (0.9, 0.6, 0.75)[group % 3], (1.0, 0.8)[group % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -115,13 +117,16 @@ def _outline(image: Image.Image, piece: Piece, fates: Fates) -> None:
     """Thin lines along the borders, at the right and lower edge of a cell."""
     pen = ImageDraw.Draw(image)
     rows, columns = piece.grid
+    cells = image.convert("L").crop((*map(round, piece.box[:2]), *piece.cell(rows * columns - 1)[2:]))
+    bright = list(cells.resize((columns, rows), Image.Resampling.BOX).tobytes())
     for place, patch in enumerate(piece.patches):
         row, column = divmod(place, columns)
         x0, y0, x1, y1 = piece.cell(place)
+        line = LINES[bright[place] > BRIGHT]
         if column + 1 < columns and fates.line_between(patch, piece.patches[place + 1]):
-            pen.line((x1, y0, x1, y1), fill=LINE)
+            pen.line((x1, y0, x1, y1), fill=line)
         if row + 1 < rows and fates.line_between(patch, piece.patches[place + columns]):
-            pen.line((x0, y1, x1, y1), fill=LINE)
+            pen.line((x0, y1, x1, y1), fill=line)
 
 
 def room_for(size: tuple[int, int], pieces: Sequence[Piece], least: float, most: int) -> tuple[float, float]:

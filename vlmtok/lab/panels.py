@@ -8,20 +8,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core.trace import PictureTrace
 from .legend import legend
-from .paint import EARLY, LATE, LINE, TINT, Fates, colour, dimmed, paint, room_for, seen_mask, unseen
-from .pieces import Piece
+from .paint import EARLY, LATE, LINES, TINT, Fates, colour, dimmed, paint, room_for, seen_mask, unseen
+from .pieces import Piece, worth_showing
 from .states import State, spread
 
 PANELS = 6
 """Cuts that are drawn; where there are more, so many of them, evenly spaced."""
 SMALL, LARGE, LARGEST = 320, 640, 1600
 """Pixels of a panel's longer side: what small pictures are brought to, large ones, and those of very many patches."""
+NOTHING = 0.01
+"""Share of a picture that is lost to rounding."""
 CELL = 6
 """Pixels that a patch has at least."""
 WIDTH, GAP, NARROW = 1440, 14, 200
 """Of the sheet: how wide it may become, between panels, and for the words below a narrow one."""
 TEXT, SWATCH = 15, 22
-PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
+FRAME = (214, 40, 40)
+PAPER, INK, FAINT, EDGE = (255, 255, 255), (20, 20, 20), (90, 90, 90), (190, 190, 190)
 
 
 def panel_size(size: tuple[int, int], pieces: Sequence[Piece]) -> tuple[int, int]:
@@ -60,23 +63,44 @@ def panels(
         step: the one state to draw, or None for one each cut.
         title: above; by default the names of the methods.
     """
-    size = panel_size(image.size, pieces)
-    across, down = size[0] / image.width, size[1] / image.height
-    enlarging = Image.Resampling.NEAREST if min(across, down) >= 4 else Image.Resampling.LANCZOS
-    base = image.resize(size, enlarging)
-    placed = [piece.scaled(across, down) for piece in pieces]
+    part = worth_showing(image.size, pieces)
+    near, inside = image.crop(part), [piece.moved(*part[:2]) for piece in pieces]
+    size = panel_size(near.size, inside)
+    across, down = size[0] / near.width, size[1] / near.height
+    base = near.resize(size, _how(min(across, down)))
+    placed = [piece.scaled(across, down) for piece in inside]
     cuts = range(1, len(states)) if len(states) > 1 else range(1)
     numbers = [step] if step is not None else [cuts[i] for i in spread(len(cuts), PANELS)]
     fates = [Fates.of(states, number) for number in numbers]
-    shown = [(base, f"the picture, {image.width} x {image.height} pixels")]
+    original = base if near.size == image.size else _framed(image, part, size)
+    shown = [(original, f"the picture, {image.width} x {image.height} pixels")]
     shown += [(paint(base, placed, fate), states[number].title) for fate, number in zip(fates, numbers)]
     notes = [legend(trace)]
+    if near.size != image.size:
+        notes.append("the frame is the part that is drawn: the model saw no more of the picture")
     if step is None and len(numbers) < len(cuts):
         notes.append(f"{len(numbers)} of {len(cuts)} cuts are drawn, evenly spaced; the last one is the end")
     if abs(across / down - 1) > 0.05:
         notes.append(f"drawn {max(across / down, down / across):.1f} times as thick as it is, so that patches show")
     head = title or " + ".join(dict.fromkeys(state.method for state in states if state.method))
     return _sheet(shown, head, list(_swatches(base, placed, fates)), "; ".join(notes))
+
+
+def _how(times: float) -> Image.Resampling:
+    """Pixels stay pixels where they are enlarged a lot."""
+    return Image.Resampling.NEAREST if times >= 4 else Image.Resampling.LANCZOS
+
+
+def _framed(image: Image.Image, part: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+    """The whole picture within a panel, with a frame around the part that the others show."""
+    times = min(size[0] / image.width, size[1] / image.height)
+    small = image.resize((max(1, round(image.width * times)), max(1, round(image.height * times))), _how(times))
+    panel = Image.new("RGB", size, PAPER)
+    x, y = (size[0] - small.width) // 2, (size[1] - small.height) // 2
+    panel.paste(small, (x, y))
+    left, top, right, bottom = (round(value * times) for value in part)
+    ImageDraw.Draw(panel).rectangle((x + left - 1, y + top - 1, x + right, y + bottom), outline=FRAME, width=2)
+    return panel
 
 
 def _swatches(base: Image.Image, pieces: Sequence[Piece], fates: Sequence[Fates]) -> Iterator[tuple[Image.Image, str]]:
@@ -87,14 +111,14 @@ def _swatches(base: Image.Image, pieces: Sequence[Piece], fates: Sequence[Fates]
         yield small, "kept"
     if any(fate.sizes[patch] > 1 for fate, patch in drawn):
         tinted = Image.blend(small, Image.new("RGB", small.size, colour(0)), TINT / 255)
-        ImageDraw.Draw(tinted).rectangle((0, 0, SWATCH - 1, SWATCH - 1), outline=LINE)
+        ImageDraw.Draw(tinted).rectangle((0, 0, SWATCH - 1, SWATCH - 1), outline=LINES[1])
         yield tinted, "merged, a colour a group"
     lost = {fate.late[patch] for fate, patch in drawn if fate.owner[patch] < 0}
     if False in lost:
         yield dimmed(small, EARLY), "dropped before the language model" if True in lost else "dropped"
     if True in lost:
         yield dimmed(small, LATE), "dropped inside the language model"
-    if seen_mask(base.size, pieces).getextrema()[0] == 0:
+    if seen_mask(base.size, pieces).histogram()[0] > NOTHING * base.width * base.height:
         yield unseen(small), "never seen by the model"
 
 
@@ -123,6 +147,7 @@ def _sheet(
         row, place = divmod(index, columns)
         x, y = GAP + place * (column + GAP), top + row * (high + band + GAP)
         sheet.paste(picture, (x, y))
+        pen.rectangle((x - 1, y - 1, x + picture.width, y + high), outline=EDGE)
         for number, line in enumerate(lines):
             pen.text((x, y + high + 4 + number * (TEXT + 4)), line, INK, font)
     for number, line in enumerate(key):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +11,8 @@ from ..core.trace import PictureTrace
 from ..errors import ParameterError
 from .region import Box, region
 
+LITTLE, MARGIN = 0.5, 0.08
+"""Share of the picture below which only what the model saw is drawn, with so much of its sides around it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Piece:
         """The same on a picture that was made larger or smaller."""
         left, top, right, bottom = self.box
         return replace(self, box=(left * across, top * down, right * across, bottom * down))
+
+    def moved(self, left: float, top: float) -> Piece:
+        """The same on a part of the picture that begins there."""
+        x0, y0, x1, y1 = self.box
+        return replace(self, box=(x0 - left, y0 - top, x1 - left, y1 - top))
 
     @property
     def side(self) -> tuple[float, float]:
@@ -86,6 +95,30 @@ def pieces_of(found: PictureTrace, size: tuple[int, int], preprocess: Any, part:
             box = region(size, preprocess, 0 if found.video else _crop_index(found, number))
         pieces.append(Piece(box, grid, patches.tolist()))
     return pieces
+
+
+def worth_showing(size: tuple[int, int], pieces: Sequence[Piece]) -> tuple[int, int, int, int]:
+    """The part of a picture that is worth drawing large: all of it, or what little of it the model saw.
+
+    Args:
+        size: of the picture.
+        pieces: the grids on it.
+
+    Returns:
+        Left, top, right and bottom in pixels of the picture.
+    """
+    left, top = (max(0.0, min(piece.box[i] for piece in pieces)) for i in (0, 1))
+    right, bottom = (min(float(size[i - 2]), max(piece.box[i] for piece in pieces)) for i in (2, 3))
+    wide, high = right - left, bottom - top
+    if wide <= 0 or high <= 0 or wide * high > LITTLE * size[0] * size[1]:
+        return (0, 0, *size)
+    x, y = MARGIN * wide, MARGIN * high
+    return (
+        max(0, math.floor(left - x)),
+        max(0, math.floor(top - y)),
+        min(size[0], math.ceil(right + x)),
+        min(size[1], math.ceil(bottom + y)),
+    )
 
 
 def field(size: tuple[int, int], grid: tuple[int, int], place: tuple[int, int, int, int]) -> Box:

@@ -43,6 +43,11 @@ class State:
         return int(self.owner[self.owner >= 0].unique().numel())
 
     @property
+    def where(self) -> str:
+        """Where the cut was, as the end of a sentence."""
+        return f"in the {self.label}" if self.site is not None and self.site.layer is not None else self.label
+
+    @property
     def title(self) -> str:
         """Where, and how many tokens were left."""
         by = f" ({self.method})" if self.method else ""
