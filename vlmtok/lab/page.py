@@ -25,7 +25,9 @@ FOLDER = Path(__file__).parents[1] / "data" / "page"
 LARGEST = 1024
 """Pixels of the longer side of the picture in a page; larger ones are shrunk."""
 PIXELS = 96
-"""Pixels of the longer side up to which a picture is shown as the pixels that it is."""
+"""Pixels of the longer side up to which a picture is kept as the pixels that it is."""
+ENLARGED = 4
+"""Times from which on pixels stay pixels."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,6 @@ def page(
     data = {
         "width": image.width,
         "height": image.height,
-        "pixels": max(image.size) <= PIXELS,
         "methods": [_patches(entry, image.size, preprocess) for entry in entries],
     }
     times = 1 if max(image.size) > PIXELS else max(1, 320 // max(image.size))
@@ -181,6 +182,7 @@ def _views(trace: PictureTrace, size: tuple[int, int], preprocess: Any) -> Itera
             "name": name,
             "part": [left, top, right, bottom],
             "shown": list(shown),
+            "pixels": shown[0] >= ENLARGED * (right - left),
             "pieces": [
                 {
                     "box": [round(value, 3) for value in piece.box],
@@ -210,12 +212,12 @@ def _method(number: int, entry: Entry) -> str:
     return "\n".join(
         [
             f'<section class="method" id="method-{number}" aria-label="{html.escape(entry.name)}">',
-            f"<h2>Answers: {html.escape(entry.agreement)}</h2>",
+            f"<h2>{html.escape(entry.name)}: {html.escape(entry.agreement)}</h2>",
             f'<div class="answers">{"".join(map(_side, entry.sides))}</div>',
-            "<h2>Bare and compressed</h2>",
+            "<h3>Bare and compressed</h3>",
             _wide(entry.table.html()),
             f'<ul class="notes">{notes}</ul>' if notes else "",
-            "<h2>Report</h2>",
+            "<h3>Report</h3>",
             _wide(entry.report),
             "</section>",
         ]

@@ -12,7 +12,7 @@ from ..cost.units import si
 
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 92, 24, 24, 52
 RADIUS = 11
-FLOOR = 1e-6
+FLOOR = 1e-12
 """Divergence in nats below which two rows are drawn alike."""
 
 

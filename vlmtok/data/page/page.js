@@ -73,7 +73,7 @@
     svg.setAttribute("viewBox", `${left} ${top} ${right - left} ${bottom - top}`);
     const [wide, high] = view().shown;
     board.style.aspectRatio = `${wide} / ${high}`;
-    board.style.width = `min(100%, ${Math.max(wide, 480)}px, ${(80 * wide) / high}vh)`;
+    board.style.width = `min(100%, ${(80 * wide) / high}vh)`;
   };
 
   const paint = () => {
@@ -84,7 +84,7 @@
       if (!path && !whole) return;
       if (!whole) make("path", { d: path, "clip-rule": "evenodd" }, make("clipPath", { id: `clip-${name}` }, defs));
       make("image", { href: source, x: 0, y: 0, width: data.width, height: data.height, preserveAspectRatio: "none",
-        class: name + (data.pixels ? " pixels" : ""), ...(whole ? {} : { "clip-path": `url(#clip-${name})` }) }, svg);
+        class: name + (view().pixels ? " pixels" : ""), ...(whole ? {} : { "clip-path": `url(#clip-${name})` }) }, svg);
     };
     const inside = view().pieces.map(({ box: [l, t, r, b] }) => `M${l} ${t}H${r}V${b}H${l}z`).join("");
     layer("clear", "", true);
