@@ -17,9 +17,9 @@ from vlmtok import Site
 from vlmtok.core.trace import PictureTrace, Trace
 from vlmtok.cost.report import Report
 from vlmtok.lab import overlay as viz
+from vlmtok.lab.comparison import VisualTokens
 from vlmtok.lab.paint import LINES
 from vlmtok.lab.pieces import field
-from vlmtok.lab.comparison import VisualTokens
 from vlmtok.lab.runners import Answer, Looker, Speaker
 from vlmtok.lab.runners import divergence as computed_divergence
 from vlmtok.lab.suite_measure import seconds_per_step
