@@ -323,3 +323,10 @@ def test_what_little_the_model_saw_is_drawn_large():
 def test_a_sheet_holds_long_words():
     sheet = viz.overlay(Image.new("RGB", (40, 40), KEPT), trace([0, -1, 2, 3]), title="x" * 400 + " y")
     assert sheet.width < 1000 and sheet.height > 500
+
+
+def test_a_cell_smaller_than_a_pixel_has_one():
+    piece = pieces.Piece((0.0, 0.0, 3.0, 2.0), (6, 9), list(range(54)))
+    for place in range(54):
+        left, top, right, bottom = piece.cell(place)
+        assert (left, top) <= (right, bottom) and left <= right and top <= bottom
