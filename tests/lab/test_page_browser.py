@@ -17,6 +17,7 @@ from support.page import browser, driven, open_page
 
 import vlmtok
 from vlmtok import loading
+from vlmtok.lab.pieces import pieces_of, worth_showing
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine (chromium, google-chrome)")
 
@@ -25,7 +26,8 @@ const by = (id) => document.getElementById(id), box = by("board").getBoundingCli
 const slide = (to) => { by("step").value = to; by("step").dispatchEvent(new Event("input")); };
 const over = (across, down) => by("board").dispatchEvent(new PointerEvent("pointermove",
   { clientX: box.left + box.width * across, clientY: box.top + box.height * down, bubbles: true }));
-const press = (key) => by("board").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+const press = (key) => by("board").dispatchEvent(
+  new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 """
 
 
@@ -43,7 +45,8 @@ def fate(trace, patch, step):
             words = "in front of the language model"
         else:
             stage = "language model" if site.stage == "decoder" else "vision tower"
-            words = f"in the {stage}, {dict(start='in front of', mid='inside', end='behind')[site.point]} layer {site.layer}"
+            point = {"start": "in front of", "mid": "inside", "end": "behind"}[site.point]
+            words = f"in the {stage}, {point} layer {site.layer}"
         return f"{words} by {trace.methods[i - 1]}"
 
     if gone is not None and gone <= step:
@@ -62,26 +65,27 @@ def fate(trace, patch, step):
 def test_the_slider_the_pointer_and_the_keyboard_show_the_trace(speaker, tmp_path):
     found = compare(speaker, picture(), QUESTION, "tome:r=4+fastv:K=2:keep=0.3")
     trace = found.trace
-    rows, columns = trace.grid
-    steps = len(trace.steps)
+    columns, steps = trace.grid[1], len(trace.steps)
     assert steps > 2 and all(not torch.equal(a, b) for (_, a), (_, b) in zip(trace.steps, trace.steps[1:]))
+    (piece,) = pieces_of(trace, found.image.size, speaker.processor, None)
+    left, top, right, bottom = worth_showing(found.image.size, [piece])
+    spots = []
+    for patch in range(trace.patches):
+        row, column = divmod(patch, columns)
+        x, y = piece.box[0] + (column + 0.5) * piece.side[0], piece.box[1] + (row + 0.5) * piece.side[1]
+        spots.append(((x - left) / (right - left), (y - top) / (bottom - top)))
     script = f"""{TOOLS}
-    const said = [];
+    const said = [], spots = {[list(spot) for spot in spots]};
     for (let step = 0; step <= {steps}; step++) {{
       slide(step);
       const fates = [];
-      for (let row = 0; row < {rows}; row++) for (let column = 0; column < {columns}; column++) {{
-        over((column + 0.5) / {columns}, (row + 0.5) / {rows});
-        fates.push(by("fate").textContent);
-      }}
+      for (const spot of spots) {{ over(...spot); fates.push(by("fate").textContent); }}
       said.push({{ moment: by("moment").textContent, spoken: by("step").getAttribute("aria-valuetext"), fates,
         groups: document.querySelectorAll(".group").length }});
     }}
     slide(0);
-    const keys = [];
-    for (const key of ["Home", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "ArrowUp", "Escape"]) {{
-      press(key); keys.push(by("fate").textContent);
-    }}
+    const keys = [], pressed = "Home ArrowRight ArrowDown ArrowDown ArrowLeft ArrowLeft ArrowUp Escape".split(" ");
+    for (const key of pressed) {{ press(key); keys.push(by("fate").textContent); }}
     return {{ said, keys, max: by("step").max, wide: document.documentElement.scrollWidth, window: innerWidth,
       scripts: document.scripts.length }};"""
     result = driven(found.to_html(), script, tmp_path)
