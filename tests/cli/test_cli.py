@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 from support.checkpoints import llava, picture, vit
+from support.page import read
 from support.places import ROOT
 from typer.testing import CliRunner
 
@@ -76,6 +77,26 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
     assert " ms" not in result.stdout and "relative to bare" in result.stdout
     assert Image.open(tmp_path / "overlay.png").width > 2 * picture().width  # the original beside it
     assert os.listdir(tmp_path) == ["overlay.png"]
+
+
+def test_run_writes_a_page(vlmtok_, tmp_path, monkeypatch):
+    words = ("run", "--max-new-tokens", 2, "--rounds", 1, "--html", "page.html")
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "page     page.html" in result.stdout
+    (data,) = read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]
+    assert data["name"] == comparing.DEFAULT_METHOD and len(data["states"]) == 2
+    several = data_of(vlmtok_(*words, "--method", "todre:keep=0.1,0.5", "--method", "fastv", "--json"))
+    assert several["page"] == "page.html" and len(several["rows"]) == 4
+    names = [one["name"] for one in read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]]
+    assert names == ["todre:keep=0.1", "todre:keep=0.5", "fastv"]
+
+    def full(*given, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "not written to 'page.html': no space left" in result.stdout
+    assert "visual tokens" in result.stdout  # a page is no reason to lose a table
 
 
 def test_run_with_everything_said(vlmtok_, package, tmp_path):
