@@ -117,7 +117,8 @@ def _outline(image: Image.Image, piece: Piece, fates: Fates) -> None:
     """Thin lines along the borders, at the right and lower edge of a cell."""
     pen = ImageDraw.Draw(image)
     rows, columns = piece.grid
-    cells = image.convert("L").crop((*map(round, piece.box[:2]), *piece.cell(rows * columns - 1)[2:]))
+    (left, top, _, _), (_, _, right, bottom) = piece.cell(0), piece.cell(rows * columns - 1)
+    cells = image.convert("L").crop((left, top, right, bottom))
     bright = list(cells.resize((columns, rows), Image.Resampling.BOX).tobytes())
     for place, patch in enumerate(piece.patches):
         row, column = divmod(place, columns)

@@ -150,8 +150,8 @@ def _sheet(
         pen.rectangle((x - 1, y - 1, x + picture.width, y + high), outline=EDGE)
         for number, line in enumerate(lines):
             pen.text((x, y + high + 4 + number * (TEXT + 4)), line, INK, font)
-    for number, line in enumerate(key):
-        for x, swatch, text in line:
+    for number, entries in enumerate(key):
+        for x, swatch, text in entries:
             y = foot + number * (SWATCH + 8)
             sheet.paste(swatch, (GAP + x, y))
             pen.rectangle((GAP + x - 1, y - 1, GAP + x + SWATCH, y + SWATCH), outline=FAINT)
