@@ -141,7 +141,7 @@ class Sites:
                 layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)
                 _note_drop(call, layer, moved)
             if rows.owner is not None:
-                call.steps.append((entry.site, rows.owner))
+                call.steps.append((entry.site, rows.owner, entry.method))
         kind = "cut" if pieces else "observe"
         ragged = any(reduction.valid is not None for _, reduction in pieces)
         event = Event(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 from support.checkpoints import llava, llava_next, picture, vit
+from support.page import read
 from support.places import ROOT
 from typer.testing import CliRunner
 
@@ -74,8 +75,28 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
     ):
         assert word in result.stdout
     assert " ms" not in result.stdout and "relative to bare" in result.stdout
-    assert Image.open(tmp_path / "overlay.png").size == picture().size
+    assert Image.open(tmp_path / "overlay.png").width > 2 * picture().width  # the original beside it
     assert os.listdir(tmp_path) == ["overlay.png"]
+
+
+def test_run_writes_a_page(vlmtok_, tmp_path, monkeypatch):
+    words = ("run", "--max-new-tokens", 2, "--rounds", 1, "--html", "page.html")
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "page     page.html" in result.stdout
+    (data,) = read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]
+    assert data["name"] == comparing.DEFAULT_METHOD and len(data["states"]) == 2
+    several = data_of(vlmtok_(*words, "--method", "todre:keep=0.1,0.5", "--method", "fastv", "--json"))
+    assert several["page"] == "page.html" and len(several["rows"]) == 4
+    names = [one["name"] for one in read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]]
+    assert names == ["todre:keep=0.1", "todre:keep=0.5", "fastv"]
+
+    def full(*given, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "not written to 'page.html': no space left" in result.stdout
+    assert "visual tokens" in result.stdout  # a page is no reason to lose a table
 
 
 def test_run_with_everything_said(vlmtok_, package, tmp_path):
@@ -90,7 +111,7 @@ def test_run_with_everything_said(vlmtok_, package, tmp_path):
     assert (
         found["report"]["layers"] and found["environment"]["torch"] and set(found["speedup"]) == {"prefill", "answer"}
     )
-    assert Image.open(tmp_path / "drawn.png").size == (200, 100)
+    assert Image.open(tmp_path / "drawn.png").width > 640
     loaded = loading.load(str(model), dtype="bfloat16")
     asked = comparing.compare(
         loaded, picture(200, 100), "how many circle ?", "tome:r=4+fastv", max_new_tokens=2, rounds=1
@@ -278,6 +299,7 @@ BAD = {
     "prompt for a tower": ("run --model TOWER --image mine.png --prompt hello", "takes a picture and no prompt"),
     "two marks": ("run --image mine.png --prompt <image><image>?", "2 image marks"),
     "unwritable overlay": ("run --overlay nowhere/overlay.png", "no folder 'nowhere'"),
+    "unwritable page": ("run --html nowhere/page.html", "no folder 'nowhere'"),
     "overlay in a file": ("run --overlay words.png/overlay.png", "cannot write"),
     "overlay without format": ("run --overlay overlay.xyz", "use .png"),
     "unwritable table": ("bench --model TOWER --csv nowhere/rows.csv", "no folder 'nowhere'"),

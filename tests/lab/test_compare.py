@@ -81,7 +81,7 @@ def test_timm_and_open_clip_towers_with_random_weights():
     for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
         model = loading.load(name, random=True)
         found = compare(model, picture(), None, "pitome:ratio=0.9")
-        assert not model.trained and found.overlay.size == picture().size
+        assert not model.trained and found.overlay.width > 2 * picture().width
         named = found.bare.text.startswith("class ") and len(found.bare.classes) == runners.TOP
         assert named if name.startswith("timm") else not found.bare.classes
         assert found.loyalty.cosine > 0 and found.report.macs.after.high < found.report.macs.before
@@ -182,7 +182,8 @@ def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp
     kept = sum(int(found.owner[patch]) >= 0 for patch in drawn) / len(drawn)
     result = compare(model, white, QUESTION, "random:keep=0.3")
     assert result.overlay is not None, result.overlay_problem
-    shown = torch.frombuffer(bytearray(result.overlay.convert("L").tobytes()), dtype=torch.uint8)
+    alone = vlmtok.overlay(white, result.trace, preprocess=model.processor, plain=True)
+    shown = torch.frombuffer(bytearray(alone.convert("L").tobytes()), dtype=torch.uint8)
     # All of these show the whole picture, and patches of a part are equally large: bright is what was kept.
     assert float((shown > 200).float().mean()) == pytest.approx(kept, abs=0.03)
     assert 0.05 < kept < 0.9 and result.tokens.bare == sum(p.patches for p in run.trace().pictures)

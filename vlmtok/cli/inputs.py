@@ -69,6 +69,7 @@ def question_about(
     overlay: str | None,
     random: bool,
     adapter: str | None,
+    page: str | None = None,
 ) -> Question:
     """Checks everything that can be checked before a model is loaded.
 
@@ -83,6 +84,7 @@ def question_about(
         overlay: where a picture is to be written, or None.
         random: whether weights are drawn.
         adapter: as typed.
+        page: where a page is to be written, or None.
 
     Raises:
         VlmtokError: something does not fit.
@@ -96,6 +98,8 @@ def question_about(
 
     if overlay is not None:
         loading.check_writable(overlay, picture=True)
+    if page is not None:
+        loading.check_writable(page)
     where = loading.pick_device(device)
     loading.pick_dtype(dtype, where)
     shown, picture, words = picture_and_question(image, prompt, model)
@@ -178,6 +182,22 @@ def write_overlay(result: Any, path: str) -> tuple[str | None, str]:
 
         return None, f"not written to {path!r}: {line_of(problem)}"
     return path, result.overlay_legend
+
+
+def write_page(result: Any, path: str) -> tuple[str | None, str]:
+    """Saves the page of a comparison or sweep.
+
+    Returns:
+        Where it is; or None and why there is none, since a page is no reason to lose a table.
+    """
+    from ..errors import VlmtokError
+    from ..loading import line_of
+
+    try:
+        result.save_html(path)
+    except (OSError, ValueError, VlmtokError) as problem:
+        return None, f"not written to {path!r}: {line_of(problem)}"
+    return path, ""
 
 
 def say_overlay(console: Any, path: str | None, words: str) -> None:

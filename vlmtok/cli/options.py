@@ -43,6 +43,15 @@ Adapter = Annotated[
 
 Overlay = Annotated[str, typer.Option(help="Where the picture with what became of its patches goes.")]
 
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html",
+        help="Where one self-contained page goes: the picture with a slider over stages and layers, answers, report.",
+        show_default=False,
+    ),
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds of the measurement.")]

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from .application import Once, app
 from .console import at_work, print_json, standard_output
-from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay
-from .options import Adapter, Device, Dtype, Json, Methods, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
+from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay, write_page
+from .options import (
+    Adapter,
+    Device,
+    Dtype,
+    Html,
+    Json,
+    Methods,
+    Model,
+    Overlay,
+    Picture,
+    Prompt,
+    Random,
+    Rounds,
+    Tokens,
+)
 
 
 @app.command(cls=Once)
@@ -17,6 +31,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     overlay: Overlay = "overlay.png",
+    html: Html = None,
     max_new_tokens: Tokens = 32,
     rounds: Rounds = 5,
     random: Random = False,
@@ -28,7 +43,7 @@ def run(
     several = len(specs) > 1
     with at_work() as progress:
         asked = question_about(
-            progress, model, image, prompt, specs, device, dtype, None if several else overlay, random, adapter
+            progress, model, image, prompt, specs, device, dtype, None if several else overlay, random, adapter, html
         )
         loaded = asked.load()
         from ..lab.compare import compare
@@ -43,9 +58,11 @@ def run(
             result = compare(loaded, asked.shown, asked.words, specs[0] if specs else None, **how)
             check_reduced(result.report)
             path, words = write_overlay(result, overlay)
+        page, problem = (None, "") if html is None else write_page(found if several else result, html)
     console = standard_output()
     if several and as_json:
-        print_json({"model": loaded.name, "image": asked.picture, "prompt": asked.words, "rows": found.to_records()})
+        said = {"model": loaded.name, "image": asked.picture, "prompt": asked.words, "rows": found.to_records()}
+        print_json({**said, "page": page})
     elif several:
         console.print(
             f"{loaded.name}, picture {asked.picture}, prompt {asked.words!r}", highlight=False, soft_wrap=True
@@ -54,8 +71,10 @@ def run(
         for line in found.doubts():
             console.print(line, style="dim", highlight=False)
     elif as_json:
-        print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words})
+        print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words, "page": page})
     else:
         console.print(f"picture  {asked.picture}", highlight=False, soft_wrap=True)
         console.print(result)
         say_overlay(console, path, words)
+    if html is not None and not as_json:
+        console.print(f"page     {page or problem}", highlight=False, soft_wrap=True)

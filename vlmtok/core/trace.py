@@ -33,6 +33,7 @@ class PictureTrace:
         slots: of a tower alone, with each step, int64 `[patches]`: the token behind the protected ones that holds each
             patch, -1 where it was dropped.
         prefix: protected tokens in front of them.
+        methods: with each step, the name of the method that cut; empty where it was not recorded.
     """
 
     owner: Tensor
@@ -43,6 +44,7 @@ class PictureTrace:
     shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     slots: tuple[Tensor, ...] = ()
     prefix: int = 0
+    methods: tuple[str, ...] = ()
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
@@ -223,7 +225,8 @@ def _tower(tower: Any) -> list[PictureTrace]:
     run = tower.current
     source = run.sequence.source.cpu()
     grid = run.grid
-    steps = [(site, owner.cpu()) for site, owner in run.steps]
+    steps = [(site, owner.cpu()) for site, owner, _ in run.steps]
+    methods = tuple(method.spec_name() for *_, method in run.steps)
     return [
         PictureTrace(
             _first_patch(source[i]),
@@ -231,6 +234,7 @@ def _tower(tower: Any) -> list[PictureTrace]:
             grid,
             slots=tuple(owner[i] for _, owner in steps),
             prefix=tower.num_prefix,
+            methods=methods,
         )
         for i in range(source.shape[0])
     ]
@@ -247,23 +251,26 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         columns = torch.tensor(picture.columns)
         slot = torch.arange(len(columns))
         steps: list[tuple[Site, Tensor]] = []
+        methods: tuple[str, ...] = ()
         if before is not None and sources is not None:
             slot = sources[picture.tower]
             if handover.valid is not None:
                 real = handover.valid[picture.tower].cpu()
                 slot = torch.where((slot >= 0) & real[slot.clamp(min=0)], slot, -1)
             steps += before[picture.tower].steps
+            methods = before[picture.tower].methods
 
         def at(owner: Tensor, slot: Tensor = slot, columns: Tensor = columns, row: int = picture.row) -> Tensor:
             there = owner[row].cpu()[columns]
             return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
 
-        steps += [(site, at(owner)) for site, owner in running.steps]
+        steps += [(site, at(owner)) for site, owner, _ in running.steps]
+        methods += tuple(method.spec_name() for *_, method in running.steps)
         parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
         if before is not None and before[picture.tower].patches == len(slot):
             grid = before[picture.tower].grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
-        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))
+        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,10 @@ from ..core.site import layer_of
 from ..core.trace import PictureTrace, Trace
 from ..cost.units import binary, si
 from ..loading.models import Loaded
+from ..loading.pictures import check_writable
+from ..tabular import Table
 from ..timing import Ratio
+from .page import Entry, Side, page
 from .runners import Answer, Loyalty
 
 if TYPE_CHECKING:
@@ -85,10 +89,12 @@ class Comparison:
         report: tokens, MACs and cache bytes of the compressed pass, before and after.
         latency: how many times faster, by stage: ``prefill`` and ``answer``, or ``forward`` for towers.
         seconds: bare and compressed medians by stage; on a GPU only.
-        overlay: the picture with what became of its patches, or None.
+        overlay: the picture and what became of its patches, a panel a cut, or None.
         overlay_legend: how to read it.
         overlay_problem: why there is none.
         environment: device and versions.
+        image: the picture, RGB.
+        trace: what became of its patches, for `vlmtok.overlay`; None where there is no overlay.
     """
 
     model: Loaded
@@ -105,6 +111,8 @@ class Comparison:
     overlay_legend: str
     overlay_problem: str | None
     environment: dict[str, Any]
+    image: Image.Image
+    trace: PictureTrace | None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts; no absolute times of a CPU."""
@@ -170,6 +178,59 @@ class Comparison:
             yield Text(words, style="dim")
         for note in self.report.notes:
             yield Text(f"note: {note}", style="dim")
+
+    def table(self) -> Table:
+        """The two side by side, row by row."""
+        return Table(["", "bare", "compressed", ""], list(self._rows()))
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: the picture with a slider over stages and layers, answers, figures, report.
+
+        Nothing is fetched when it is opened.
+        """
+        return page(
+            f"{self.method} on {self.model.name}",
+            self.facts(),
+            self.image,
+            self.model.processor,
+            [self.entry()],
+            self.environment,
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What was asked of what, as names and values."""
+        loaded = self.model
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        what = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters, {dtype}"
+        found = [("model", f"{loaded.name} ({what})")]
+        if not loaded.trained:
+            found.append(("weights", "random: what it says means nothing"))
+        return found if self.prompt is None else [*found, ("prompt", self.prompt)]
+
+    def entry(self) -> Entry:
+        """What a page says of this method."""
+
+        def side(title: str, answer: Answer) -> Side:
+            return Side(title, answer.text, [f"{share:.1%} {label}" for label, share in answer.classes])
+
+        return Entry(
+            self.method,
+            self.trace,
+            self.overlay_problem,
+            [side("bare", self.bare), side("compressed", self.compressed)],
+            self._agreement(),
+            self.table(),
+            [*self.doubts(), *self.report.notes],
+            self.report.to_html(),
+        )
 
     def doubts(self) -> Iterator[str]:
         """What the ratios of time do not say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from ..cost.units import binary, si
 from ..errors import ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
+from ..loading.pictures import check_writable
 from ..tabular import Table, Tabular
 from ..timing import Progress
 from .comparing import Comparing
 from .comparison import Comparison
+from .page import page
+from .plot_svg import pareto_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,6 +164,39 @@ class Sweep(Tabular):
         axes.set_ylabel("cosine with the bare output" if what == "cosine" else "KL divergence from bare, nats")
         axes.legend(fontsize="small")
         return axes
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: each method to choose from, a table of all and their Pareto plot.
+
+        Nothing is fetched when it is opened.
+        """
+        first = next(iter(self))
+        notes = "".join(f"<li>{html.escape(line)}</li>" for line in self.doubts())
+        plot = pareto_svg(self.to_records())
+        parts = [
+            "<section><h2>All methods</h2>",
+            f'<div class="wide" tabindex="0" role="group" aria-label="table">{self.table().html()}</div>',
+            f'<ul class="notes">{notes}</ul>' if notes else "",
+            f"<h2>Cost against agreement</h2>{plot}" if plot else "",
+            "</section>",
+        ]
+        return page(
+            f"{len(self)} methods on {first.model.name}",
+            first.facts(),
+            first.image,
+            first.model.processor,
+            [found.entry() for found in self],
+            first.environment,
+            "".join(parts),
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
 
     def __repr__(self) -> str:
         return f"<Sweep of {', '.join(found.method for found in self.comparisons)}>"
