@@ -13,6 +13,8 @@ from ..cost.conventions import convention as named
 from ..cost.report import Report
 from ..errors import ParameterError, SiteError, TargetError
 from ..guard import guarded
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from .estimate import estimate, shape_of
 
 WITHIN = 0.01
@@ -22,7 +24,7 @@ _UNITS = {"tokens": "tokens", "layer_average_tokens": "tokens", "macs": "MACs", 
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Shown):
     """What was asked of `budget`, and what its method reaches.
 
     Attributes:
@@ -51,6 +53,16 @@ class Budget:
         reached = f"{self.what} = {self.reached:g} {self.unit} on {self.model}, {self.asked:g} asked"
         tokens = f"visual tokens: {self.tokens:g} at the end, {self.layer_average_tokens:.1f} on average over layers"
         return "; ".join((reached, tokens, *self.notes))
+
+    def sheet(self) -> Sheet:
+        """What was asked and reached."""
+        cells = [self.what, *(f"{value:g} {self.unit}" for value in (self.bare, self.asked, self.reached))]
+        left = [f"{self.tokens:g}", f"{self.layer_average_tokens:.1f}"]
+        head = ["", "bare", "asked", "reached", "tokens at the end", "tokens, mean over layers"]
+        return Sheet(f"a budget on {self.model}", tables=[Table(head, [[*cells, *left]])], notes=self.notes)
+
+    def __repr__(self) -> str:
+        return f"<Budget: {self.what} = {self.reached:g} {self.unit} on {self.model}, {self.asked:g} asked>"
 
 
 @guarded
