@@ -27,7 +27,7 @@ class Sheet:
         tables: below those.
         notes: at the end.
         picture: shown in notebooks, above the tables.
-        caption: how to read the picture.
+        caption: how to read the picture, or why there is none.
     """
 
     title: str
@@ -59,9 +59,10 @@ class Sheet:
         parts = [f"<p><b>{html.escape(self.title)}</b></p>"]
         if self.lines:
             parts.append(f"<p>{'<br>'.join(map(html.escape, self.lines))}</p>")
-        if self.picture is not None:
-            caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
-            parts.append(f'<figure style="margin:0.5em 0">{_img(self.picture, self.caption)}{caption}</figure>')
+        if self.picture is not None or self.caption:
+            shown = "" if self.picture is None else _img(self.picture, self.caption)
+            caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"
+            parts.append(f'<figure style="margin:0.5em 0">{shown}{caption}</figure>')
         parts += [table.html() for table in self.tables]
         if self.notes:
             parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in self.notes)}</ul>")

@@ -152,8 +152,6 @@ class Comparison(Shown):
         lines = [] if loaded.trained else ["the weights are random: what it says means nothing"]
         lines += [] if self.prompt is None else [f"prompt   {self.prompt}"]
         notes = [*self.doubts(), *(f"note: {note}" for note in self.report.notes)]
-        if self.overlay_problem is not None:
-            notes.append(f"no overlay: {self.overlay_problem}")
         if self.latency:
             rounds = max(ratio.rounds for ratio in self.latency.values())
             how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
@@ -164,7 +162,7 @@ class Comparison(Shown):
             [Table(["", "bare", "compressed", ""], list(self._rows()))],
             notes,
             self.overlay,
-            self.overlay_legend,
+            self.overlay_legend if self.overlay_problem is None else f"no overlay: {self.overlay_problem}",
         )
 
     def __repr__(self) -> str:
