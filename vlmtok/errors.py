@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VlmtokError(Exception):
@@ -14,7 +15,13 @@ class VlmtokError(Exception):
 
 
 class ParameterError(VlmtokError, ValueError):
-    """A parameter of a method or a function is out of its range."""
+    """A parameter of a method or a function is out of its range.
+
+    Attributes:
+        choices: all values that are possible, where they are a few.
+    """
+
+    choices: tuple[Any, ...] = ()
 
 
 class UnknownMethod(VlmtokError, LookupError):

@@ -87,10 +87,10 @@ def test_values_of_each_kind():
         for pair in ("1->int", "1.0->float", "1e-3->float", "+2->int", "-.5->float", "True->bool", "NONE->NoneType")
     )
     for text, kind in values.items():
-        assert type(spec_strings._parse_value(text, "")).__name__ == kind, text
-    assert spec_strings._parse_value("(1;)", "") == (1,)
-    assert spec_strings._parse_value("()", "") == ()
-    assert spec_strings._parse_value("[(1;a);[none;2.5]]", "") == [(1, "a"), [None, 2.5]]
+        assert type(spec_strings.parse_value(text, "")).__name__ == kind, text
+    assert spec_strings.parse_value("(1;)", "") == (1,)
+    assert spec_strings.parse_value("()", "") == ()
+    assert spec_strings.parse_value("[(1;a);[none;2.5]]", "") == [(1, "a"), [None, 2.5]]
     assert parse_methods("tome:r=[1;2]")[0].r == [1, 2]
     assert parse_methods("tome:r=(4;-1)")[0].r == (4, -1)
     assert parse_methods("TOME:r=4")[0].r == 4, "names in capitals"
