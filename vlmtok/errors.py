@@ -60,6 +60,13 @@ class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
 
 
+class MissingPackage(VlmtokError, ImportError):
+    """A package that only some forms and panels need is not installed; the message names the extra that brings it."""
+
+    def __init__(self, asked: str, package: str, extra: str = "notebooks") -> None:
+        super().__init__(f"{asked} needs {package}: pip install 'vlmtok[{extra}]'")
+
+
 class InternalError(VlmtokError, RuntimeError):
     """A fault of vlmtok itself: the one error that nobody raises on purpose.
 

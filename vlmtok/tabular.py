@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import MissingPackage
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -114,7 +116,7 @@ class Tabular:
         """`to_records` as a pandas.DataFrame.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingPackage: pandas is not installed.
         """
         return frame_of(self.to_records())
 
@@ -184,12 +186,12 @@ def frame_of(records: Sequence[Mapping[str, Any]]) -> Any:
     """Records as a pandas.DataFrame; whole numbers stay such where some are missing.
 
     Raises:
-        ImportError: pandas is not installed.
+        MissingPackage: pandas is not installed.
     """
     try:
         import pandas
     except ImportError:
-        raise ImportError("to_pandas() needs pandas: pip install 'vlmtok[notebooks]'") from None
+        raise MissingPackage("to_pandas()", "pandas") from None
     columns: dict[str, Any] = {}
     for name in columns_of(records):
         values = [number(record.get(name)) for record in records]

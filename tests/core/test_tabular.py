@@ -181,7 +181,9 @@ def test_notes_follow_the_table_in_every_form():
 
 # ---------------------------------------------------------------------- sheets
 def test_a_sheet_is_text_and_html():
-    found = Sheet("a <title>", ["x & y"], [Table(["<h>"], [["<c>"]])], ["<n>"], Image.new("RGB", (4, 2)), 'the "legend"')
+    found = Sheet(
+        "a <title>", ["x & y"], [Table(["<h>"], [["<c>"]])], ["<n>"], Image.new("RGB", (4, 2)), 'the "legend"'
+    )
     text = found.text()
     assert [word in text for word in ("a <title>", "x & y", "<h>", "<c>", "<n>")] == [True] * 5 and "\x1b" not in text
     page = found.html()

@@ -81,13 +81,13 @@ def parse_value(text: str, spec: str | None = None) -> Any:
         SpecError: it is none.
     """
     text = text.strip()
-    spec = text if spec is None else spec
+    where = repr(text) if spec is None else f"{text!r} in {spec!r}"
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
     if text[:1] in "([" and text[-1:] in ")]" and text:
         if {"(": ")", "[": "]"}[text[0]] != text[-1]:
-            raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
+            raise SpecError(f"{where} opens and closes with different brackets")
         inside = text[1:-1].strip()
         items = [parse_value(item, spec) for item in _split(inside.rstrip(";"), ";")] if inside else []
         return tuple(items) if text[0] == "(" else items
@@ -95,7 +95,7 @@ def parse_value(text: str, spec: str | None = None) -> Any:
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     if _WORD.match(text):
         return text
-    raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
+    raise SpecError(f"{where} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
 
 
 @guarded

@@ -16,7 +16,7 @@ from ..adapters import adapter_for
 from ..core.method import Method
 from ..core.registry import create_method
 from ..core.spec import as_methods
-from ..errors import ParameterError, VlmtokWarning
+from ..errors import MissingPackage, ParameterError, VlmtokWarning
 from ..guard import guarded
 from ..loading.models import Loaded
 from ..loading.problems import line_of
@@ -55,7 +55,7 @@ def explore(
         The panel, which a notebook shows.
 
     Raises:
-        ImportError: ipywidgets is not installed.
+        MissingPackage: ipywidgets is not installed.
         ParameterError: several methods to begin with, or the prompt does not fit.
         LoadError: the picture cannot be read.
         VlmtokError: the method does not fit the model.
@@ -63,7 +63,7 @@ def explore(
     try:
         import ipywidgets  # noqa: F401
     except ImportError:
-        raise ImportError("explore() needs ipywidgets: pip install 'vlmtok[notebooks]'") from None
+        raise MissingPackage("explore()", "ipywidgets") from None
     begin = as_methods(default_method(model.model, adapter) if method is None else method)
     if len(begin) != 1:
         raise ParameterError(f"explore() turns one method, got {len(begin)}: {' + '.join(map(str, begin))}")

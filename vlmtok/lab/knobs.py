@@ -1,4 +1,4 @@
-"""What can be turned at a method on a model: read off its fields, and asked of its own checks; nothing is written down."""
+"""What can be turned at a method on a model: read off its fields, asked of its own checks, nothing written down."""
 
 from __future__ import annotations
 
@@ -91,9 +91,13 @@ def knobs(method: Method, layout: Layout) -> list[Knob]:
     acts = max(layout.stages[site.stage].depth for site in method.sites(layout))
     # A method that acts at no layer may be sent to one.
     depth = acts if acts > 1 else max(stage.depth for stage in layout.stages.values())
+    try:
+        bases: tuple[Method, ...] = (method, type(method)())
+    except (VlmtokError, TypeError):
+        bases = (method,)
     found: list[Knob] = []
     for name, value in method.settings().items():
-        asks = _Asks(method, layout, name, _kinds(hints.get(name), value), depth)
+        asks = _Asks(bases, layout, name, _kinds(hints.get(name), value), depth)
         made = asks.items(value) if isinstance(value, tuple) else [asks.knob(value)]
         strong = name == method.budget_parameter
         found += [dataclasses.replace(one, strength=strong, what=told.get(name, "")) for one in made]
@@ -104,26 +108,34 @@ def knobs(method: Method, layout: Layout) -> list[Knob]:
 class _Asks:
     """Asks a method which values one of its fields may have."""
 
-    method: Method
+    bases: tuple[Method, ...]
     layout: Layout
     name: str
     kinds: frozenset[type]
     depth: int
 
     def takes(self, value: Any) -> bool:
+        """Whether a value is possible, with the other settings as they are or as they are by default."""
+        return any(self._fits(base, value) for base in self.bases)
+
+    def _fits(self, base: Method, value: Any) -> bool:
         try:
-            made = dataclasses.replace(self.method, **{self.name: value})  # type: ignore[type-var]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                made.sites(self.layout)
+            made = dataclasses.replace(base, **{self.name: value})  # type: ignore[type-var]
         except (VlmtokError, ValueError, TypeError):
             return False
-        return True
+        # Counts may be layers, of which the model has so many.
+        counts = value if isinstance(value, tuple) else (value,)
+        return any(type(one) is not int for one in counts) or self._runs(made)
+
+    def _runs(self, made: Method) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return refusal(made, self.layout) is None
 
     def choices(self) -> tuple[Any, ...]:
         """What the method's own check names where it gets something that is nothing."""
         try:
-            dataclasses.replace(self.method, **{self.name: "?"})  # type: ignore[type-var]
+            dataclasses.replace(self.bases[0], **{self.name: "?"})  # type: ignore[type-var]
         except ParameterError as problem:
             return problem.choices
         except (ValueError, TypeError):
@@ -145,7 +157,7 @@ class _Asks:
         return Knob(self.name, "typed", format_value(value))
 
     def items(self, value: tuple[Any, ...]) -> list[Knob]:
-        """A knob for each number of a tuple; how far one can go is tried with the others where they are, and after it."""
+        """A knob for each number of a tuple, tried with the others where they are, and with them going along."""
         if not value or any(type(one) not in (int, float) for one in value):
             return [Knob(self.name, "typed", format_value(value))]
         made = []
@@ -157,7 +169,9 @@ class _Asks:
                 in_turn = tuple(trial + i - place for i in range(len(value)))
                 if self.takes(alone) or self.takes(alike) or (isinstance(one, int) and self.takes(in_turn)):
                     values.append(trial)
-            made.append(Knob(self.name, "share" if isinstance(one, float) else "count", one, tuple(values), place=place))
+            made.append(
+                Knob(self.name, "share" if isinstance(one, float) else "count", one, tuple(values), place=place)
+            )
         return made
 
     def _numbers(self, kind: type, value: Any) -> Sequence[Any]:

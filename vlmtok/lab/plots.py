@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cost.units import binary, si
-from ..errors import ParameterError
+from ..errors import MissingPackage, ParameterError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
 
     Raises:
         ParameterError: no such cost, or no row has it.
-        ImportError: matplotlib is not installed.
+        MissingPackage: matplotlib is not installed.
     """
     if cost not in COSTS:
         raise ParameterError(f"no cost {cost!r} to plot; one of {', '.join(COSTS)}")
@@ -51,7 +51,7 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise ImportError("plot() needs matplotlib: pip install 'vlmtok[notebooks]'") from None
+        raise MissingPackage("plot()", "matplotlib") from None
     axes = plt.subplots(figsize=(8, 5), layout="constrained")[1] if ax is None else ax
     names = list(dict.fromkeys(name_of(record) for record in shown))
     colours: dict[str, Any] = {}

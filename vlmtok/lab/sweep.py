@@ -180,7 +180,7 @@ class Sweep(Tabular):
 
         Raises:
             ParameterError: no such cost, or no row has it.
-            ImportError: matplotlib is not installed.
+            MissingPackage: matplotlib is not installed.
         """
         return pareto(self.to_records(), cost, ax)
 
