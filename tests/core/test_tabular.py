@@ -1,7 +1,6 @@
 """`vlmtok.tabular` and `vlmtok.sheet`: what is pasted elsewhere reads back as what it was."""
 
 import csv
-import html.parser
 import io
 import re
 import sys
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.tables import Reader
 
 from vlmtok import sheet, tabular
 from vlmtok.sheet import Sheet, Shown
@@ -25,31 +25,6 @@ CELLS = st.integers(1, 4).flatmap(
 
 def squeezed(text):
     return " ".join(text.split())
-
-
-class Reader(html.parser.HTMLParser):
-    """Cells and tags of a page; fails where a tag is closed that is not open."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.cells, self.tags, self.open = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("img", "br"):
-            self.open.append(tag)
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells[-1] += data
 
 
 # ---------------------------------------------------------------------- CSV

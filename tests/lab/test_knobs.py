@@ -72,7 +72,9 @@ def test_ranges_are_those_of_the_checks_and_of_the_depth(speaker):
     deep = by_key("fastv", preset("llava-1.5-7b").layout)
     assert deep["K"].values == tuple(range(1, 32))
     todre = by_key("todre", layout(speaker))
-    assert todre["check_layer"].optional and todre["check_layer"].values == tuple(range(15))  # the last is cut by nobody
+    assert todre["check_layer"].optional and todre["check_layer"].values == tuple(
+        range(15)
+    )  # the last is cut by nobody
     assert todre["check_layer"].value is None and todre["tau"].optional and todre["keep"].optional
     assert by_key(vlmtok.ToDRE(keep=14), layout(speaker))["keep"].kind == "count"
 
