@@ -45,9 +45,7 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     measure = "cosine" if records[0]["cosine"] is not None else "divergence"
     shown = [r for r in records if r[cost] is not None and r[measure] is not None and math.isfinite(r[measure])]
     if len(shown) < 2:
-        raise ParameterError(
-            f"no row besides the bare model has both {cost!r} and {measure!r}; there is nothing to plot"
-        )
+        raise ParameterError(f"nothing to plot: no row besides the bare model has {cost!r} and {measure!r}")
     try:
         import matplotlib.pyplot as plt
     except ImportError:
