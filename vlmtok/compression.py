@@ -282,3 +282,5 @@ class Compression(Shown):
 
     def __repr__(self) -> str:
         return f"<Compression of {' + '.join(map(str, self.methods))} on {self.layout.family}, {self._state}>"
+
+    __str__ = __repr__  # it is printed in the middle of other lines

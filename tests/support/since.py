@@ -30,6 +30,7 @@ SINCE = {
 
 WANTS = {
     "lab/test_explore.py": "ipywidgets",
+    "docs/tutorials/notebook.md": "ipywidgets",
     "to_pandas": "pandas",
 }
 """From a part of a test's id to a package of the extra ``test`` without which there is nothing to test: where it is not

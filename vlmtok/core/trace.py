@@ -133,7 +133,8 @@ class PictureTrace(Shown):
 
     def _title(self) -> str:
         grid = "" if self.grid is None else f" on a grid of {self.grid[0]} x {self.grid[1]}"
-        return f"{self.kept} tokens left of {self.patches} patches{grid}, {len(self.steps)} cuts"
+        cuts = f"{len(self.steps)} cut{'s' if len(self.steps) != 1 else ''}"
+        return f"{self.kept} tokens left of {self.patches} patches{grid}, {cuts}"
 
     def __repr__(self) -> str:
         return f"<PictureTrace: {self._title()}>"
@@ -236,6 +237,8 @@ class Trace(Shown):
     def __repr__(self) -> str:
         many = f"{len(self)} picture{'s' if len(self) != 1 else ''}"
         return f"<Trace of {many}: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+
+    __str__ = __repr__  # a picture of it prints its table
 
     @classmethod
     def of(cls, attachment: Attachment) -> Trace:
