@@ -1,4 +1,4 @@
-"""Handles and traces show themselves: HTML in notebooks, one line as repr, text as str; handles and traces of several pictures are one line there too."""
+"""Handles and traces show themselves: HTML in notebooks, a line as repr; a picture's trace is a table as str."""
 
 import pytest
 import torch
