@@ -57,7 +57,9 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
         of_it = [record for record in shown if name_of(record) == name]
         of_it.sort(key=lambda record: record[cost])
         at = [record[cost] for record in of_it], [record[measure] for record in of_it]
-        form = {"marker": "*", "color": "black", "markersize": 12} if name == "bare" else {"marker": "o", "alpha": 0.8}
+        form: dict[str, Any] = (
+            {"marker": "*", "color": "black", "markersize": 12} if name == "bare" else {"marker": "o", "alpha": 0.8}
+        )
         (drawn,) = axes.plot(*at, linewidth=0.8, label=name, zorder=3, **form)
         colours[name] = drawn.get_color()
     best = [shown[i] for i in front([(r[cost], r[measure] * (1 if measure == "divergence" else -1)) for r in shown])]
@@ -108,8 +110,9 @@ def settings_of(record: Mapping[str, Any]) -> str:
 
 def _label(axes: Axes, labels: Sequence[tuple[float, float, str, Any]]) -> None:
     """Writes beside points in their colour; where words would lie on each other, later ones go down, with a line."""
-    axes.figure.draw_without_rendering()  # places are known only then
-    scale = axes.figure.dpi / 72
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # places are known only then
+    scale = figure.dpi / 72
     points = [axes.transData.transform((x, y)) / scale for x, y, _, _ in labels]
     taken: list[tuple[float, float, float]] = [(x - 4, x + 4, y - 3) for x, y in points]
     placed = [(*axes.transData.transform((x, y)), x, y, words, colour) for x, y, words, colour in labels if words]
