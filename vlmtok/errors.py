@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VlmtokError(Exception):
@@ -14,7 +15,13 @@ class VlmtokError(Exception):
 
 
 class ParameterError(VlmtokError, ValueError):
-    """A parameter of a method or a function is out of its range."""
+    """A parameter of a method or a function is out of its range.
+
+    Attributes:
+        choices: all values that are possible, where they are a few.
+    """
+
+    choices: tuple[Any, ...] = ()
 
 
 class UnknownMethod(VlmtokError, LookupError):
@@ -51,6 +58,13 @@ class HostChanged(VlmtokError, RuntimeError):
 
 class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
+
+
+class MissingPackage(VlmtokError, ImportError):
+    """A package that only some forms and panels need is not installed; the message names the extra that brings it."""
+
+    def __init__(self, asked: str, package: str, extra: str = "notebooks") -> None:
+        super().__init__(f"{asked} needs {package}: pip install 'vlmtok[{extra}]'")
 
 
 class InternalError(VlmtokError, RuntimeError):

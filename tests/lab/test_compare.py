@@ -1,14 +1,18 @@
 """`vlmtok.lab.compare`: what is asked and compared, families and their pictures; and that the model stays bare."""
 
+import base64
 import dataclasses
+import html
 import io
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 from support.checkpoints import FAMILIES, picture, vit
 from support.comparing import QUESTION, compare
+from support.tables import cells
 
 import vlmtok
 from vlmtok import loading
@@ -237,3 +241,25 @@ def test_a_picture_that_the_bare_model_cannot_answer_is_one_line_and_other_fault
         compare(speaker, picture(), QUESTION, "todre")
     monkeypatch.undo()
     assert not list(hooks_of(speaker.model))
+
+
+# ---------------------------------------------------------------------- how it is shown
+def test_a_notebook_gets_answers_figures_and_the_picture(speaker):
+    found = compare(speaker, picture(), "what <b> ?", "todre:keep=0.1")
+    page = found._repr_html_()
+    shown = cells(page)
+    assert shown[:4] == ["", "bare", "compressed", ""] and "visual tokens" in shown
+    assert found.bare.text in shown and found.compressed.text in shown
+    data = re.search(r'<img src="data:image/png;base64,([^"]+)"', page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.convert("RGB").tobytes() == found.overlay.tobytes()
+    assert html.escape(found.overlay_legend) in page and "what &lt;b&gt; ?" in page and "color" not in page
+    same = "same answer" if found.loyalty.same else "another answer"
+    assert repr(found) == f"<Comparison of todre:keep=0.1 on {speaker.name}: {same}, 14 of 144 visual tokens>"
+    assert "what <b> ?" in str(found) and "visual tokens" in str(found) and "\x1b" not in str(found)
+
+
+def test_where_there_is_no_overlay_a_notebook_says_why(classifier):
+    found = compare(classifier, picture(), None, "tome:r=3")
+    without = dataclasses.replace(found, overlay=None, overlay_legend="", overlay_problem="no <grid>")
+    assert "no overlay: no &lt;grid&gt;" in without._repr_html_() and "<img" not in without._repr_html_()

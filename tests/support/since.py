@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -26,6 +27,19 @@ SINCE = {
     "test_a_second_turn_by_generate[gemma3-bare": ("transformers", "5.23"),
 }
 """From a part of a test's id to the package and the release since which it holds."""
+
+WANTS = {
+    "lab/test_explore.py": "ipywidgets",
+    "docs/tutorials/notebook.md": "ipywidgets",
+    "to_pandas": "pandas",
+}
+"""From a part of a test's id to a package of the extra ``test`` without which there is nothing to test: where it is not
+installed those tests are left out, and pytest says how many."""
+
+
+def lacking(nodeid: str) -> bool:
+    """Whether a test is of a form that needs a package which is not installed."""
+    return any(find_spec(package) is None for part, package in WANTS.items() if part in nodeid)
 
 
 def too_old(nodeid: str, installed: dict[str, str] | None = None) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .application import Once, app
+import typer
+
+from .application import FAILED, Once, app
 from .console import at_work, print_json, standard_output
 from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay, write_page
 from .options import (
@@ -68,8 +70,6 @@ def run(
             f"{loaded.name}, picture {asked.picture}, prompt {asked.words!r}", highlight=False, soft_wrap=True
         )
         console.print(found)
-        for line in found.doubts():
-            console.print(line, style="dim", highlight=False)
     elif as_json:
         print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words, "page": page})
     else:
@@ -78,3 +78,5 @@ def run(
         say_overlay(console, path, words)
     if html is not None and not as_json:
         console.print(f"page     {page or problem}", highlight=False, soft_wrap=True)
+    if several and found.failed:
+        raise typer.Exit(FAILED)  # the table says why

@@ -221,7 +221,9 @@ def check_choice(value: Any, by: str, name: str, choices: tuple[Any, ...]) -> No
     """
     _note(name, choices)
     if value not in choices:
-        raise ParameterError(f"{by}: {name}={value!r} is not possible; one of {', '.join(map(repr, choices))}")
+        problem = ParameterError(f"{by}: {name}={value!r} is not possible; one of {', '.join(map(repr, choices))}")
+        problem.choices = choices
+        raise problem
 
 
 def format_value(value: Any) -> str:

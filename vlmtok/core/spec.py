@@ -51,7 +51,7 @@ def parse_methods(spec: str) -> list[Method]:
                 raise SpecError(f"{item!r} in {spec!r} is no setting; write key=value")
             if key in values:
                 raise SpecError(f"{key!r} is given twice in {spec!r}")
-            values[key] = _parse_value(text, spec)
+            values[key] = parse_value(text, spec)
         methods.append(create_method(name.lower(), **values))
     return methods
 
@@ -72,23 +72,33 @@ def _split(text: str, mark: str) -> list[str]:
     return [part.strip() for part in (*parts, text[at:])]
 
 
-def _parse_value(text: str, spec: str) -> Any:
+def parse_value(text: str, spec: str | None = None) -> Any:
+    """A value as it stands in spec strings.
+
+    Args:
+        text: the value.
+        spec: where it stands, for the error.
+
+    Raises:
+        SpecError: it is none.
+    """
     text = text.strip()
+    where = repr(text) if spec is None else f"{text!r} in {spec!r}"
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
     if text[:1] in "([" and text[-1:] in ")]" and text:
         if {"(": ")", "[": "]"}[text[0]] != text[-1]:
-            raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
+            raise SpecError(f"{where} opens and closes with different brackets")
         inside = text[1:-1].strip()
         parts = [item for part in _split(inside, ";") for item in _split(part, ",")]
-        items = [_parse_value(item, spec) for item in (parts if parts[-1] else parts[:-1])]
+        items = [parse_value(item, spec) for item in (parts if parts[-1] else parts[:-1])]
         return tuple(items) if text[0] == "(" else items
     if _NUMBER.match(text):
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     if _WORD.match(text):
         return text
-    raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
+    raise SpecError(f"{where} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
 
 
 @guarded
@@ -115,7 +125,7 @@ def expand(spec: str) -> list[str]:
             if len(choices) > 1 and not all(choices):
                 raise SpecError(f"{piece!r} in {spec!r} has an empty alternative")
             if len(choices) > 1:
-                kinds = {type(_parse_value(value, spec)) for value in choices} & {int, float}
+                kinds = {type(parse_value(value, spec)) for value in choices} & {int, float}
                 if len(kinds) > 1:
                     raise ParameterError(
                         f"{piece!r} sweeps counts (1) beside shares (1.0), which mean different things; write all of "

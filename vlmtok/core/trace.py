@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError, PassError
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from .site import Site
 
 if TYPE_CHECKING:
     from .attachment import Attachment
 
 
+MOST = 6
+"""Pictures of a pass that a table shows one by one."""
+
+
 @dataclass(frozen=True, eq=False)
-class PictureTrace:
+class PictureTrace(Shown):
     """One picture's patches.
 
     Attributes:
@@ -113,6 +119,28 @@ class PictureTrace:
         """Slots that are left."""
         return int(self.owner[self.owner >= 0].unique().numel())
 
+    def left(self) -> list[tuple[str, int, int]]:
+        """By step: the site, tokens that are left behind it, and patches that are dropped by then."""
+        return [
+            (str(site), int(owner[owner >= 0].unique().numel()), int((owner < 0).sum())) for site, owner in self.steps
+        ]
+
+    def sheet(self) -> Sheet:
+        """What was left behind each cut."""
+        rows = [["all", str(self.patches), "0", "0"]]
+        rows += [
+            [site, str(tokens), str(self.patches - gone - tokens), str(gone)] for site, tokens, gone in self.left()
+        ]
+        return Sheet(self._title(), tables=[Table(["behind", "tokens", "merged away", "patches dropped"], rows)])
+
+    def _title(self) -> str:
+        grid = "" if self.grid is None else f" on a grid of {self.grid[0]} x {self.grid[1]}"
+        cuts = f"{len(self.steps)} cut{'s' if len(self.steps) != 1 else ''}"
+        return f"{self.kept} tokens left of {self.patches} patches{grid}, {cuts}"
+
+    def __repr__(self) -> str:
+        return f"<PictureTrace: {self._title()}>"
+
     def group_sizes(self) -> Tensor:
         """Patches of each patch's slot, int64 `[patches]`; 0 where it was dropped."""
         counts = torch.bincount(self.owner.clamp(min=0)[self.owner >= 0], minlength=self.patches)
@@ -176,7 +204,7 @@ class PictureTrace:
         return found * (slots >= 0).to(found)[:, None]
 
 
-class Trace:
+class Trace(Shown):
     """The pictures of the last pass.
 
     Attributes:
@@ -192,8 +220,27 @@ class Trace:
     def __getitem__(self, index: int) -> PictureTrace:
         return self.pictures[index]
 
+    def sheet(self) -> Sheet:
+        """What was left behind each cut, picture by picture; of many pictures the least and the most."""
+        if len(self) == 1:
+            return self[0].sheet()
+        by_site: dict[str, dict[int, int]] = {"all": {i: picture.patches for i, picture in enumerate(self.pictures)}}
+        for i, picture in enumerate(self.pictures):
+            for site, tokens, _ in picture.left():
+                by_site.setdefault(site, {})[i] = tokens
+        title = f"{len(self)} pictures: {sum(p.kept for p in self.pictures)} tokens left of "
+        title += f"{sum(p.patches for p in self.pictures)} patches"
+        if len(self) > MOST:
+            rows = [[s, str(min(left.values())), str(max(left.values()))] for s, left in by_site.items()]
+            return Sheet(title, tables=[Table(["behind", "tokens, least", "tokens, most"], rows)])
+        rows = [[s, *(str(left.get(i, "")) for i in range(len(self)))] for s, left in by_site.items()]
+        return Sheet(title, tables=[Table(["behind", *(f"tokens of picture {i}" for i in range(len(self)))], rows)])
+
     def __repr__(self) -> str:
-        return f"<Trace of {len(self)} pictures: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+        many = f"{len(self)} picture{'s' if len(self) != 1 else ''}"
+        return f"<Trace of {many}: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+
+    __str__ = __repr__  # a picture of it prints its table
 
     @classmethod
     def of(cls, attachment: Attachment) -> Trace:

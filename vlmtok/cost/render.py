@@ -61,7 +61,8 @@ def html_text(report: ReportData) -> str:
     """The tables in HTML, for notebooks and pages."""
     parts = [f"<p><b>{html.escape(_title(report))}</b></p>"]
     if report.problem is not None:
-        parts.append(f'<p style="color:#b00020"><b>error: {html.escape(report.problem)}</b></p>')
+        mark = "border-left:4px solid #e0303a;padding-left:0.5em"  # seen on light and on dark pages
+        parts.append(f'<p style="{mark}"><b>error: {html.escape(report.problem)}</b></p>')
     parts += [table.html() for table in _tables(report)]
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _footnotes(report))
     return "\n".join([*parts, f"<ul>{notes}</ul>"] if notes else parts)

@@ -146,7 +146,7 @@ class Report(ReportData):
         """`to_records` as a pandas.DataFrame.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingPackage: pandas is not installed.
         """
         return frame_of(self.to_records())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Reports(Tabular):
         reports: one for each method, in order.
     """
 
-    reports: tuple[Report, ...]
+    reports: Sequence[Report]
 
     def __iter__(self) -> Iterator[Report]:
         return iter(self.reports)

@@ -13,6 +13,8 @@ from ..cost.report import Report
 from ..cost.units import quantity, whole
 from ..errors import ParameterError, SiteError, TargetError
 from ..guard import guarded
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from .estimate import estimate
 from .prompt import Asked, prompt_of
 from .subject import Subject, subject_of
@@ -24,7 +26,7 @@ _UNITS = {"tokens": "tokens", "layer_average_tokens": "tokens", "macs": "MACs", 
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Shown):
     """What was asked of `budget`, and what its method reaches.
 
     Attributes:
@@ -54,6 +56,17 @@ class Budget:
         mean = whole(self.layer_average_tokens)
         tokens = f"visual tokens: {whole(self.tokens)} at the end, {mean} on average over layers"
         return "; ".join((f"{self.what} = {reached} on {self.model}, {asked} asked", tokens, *self.notes))
+
+    def sheet(self) -> Sheet:
+        """What was asked and reached."""
+        cells = [self.what, *(quantity(value, self.unit) for value in (self.bare, self.asked, self.reached))]
+        left = [whole(self.tokens), whole(self.layer_average_tokens)]
+        head = ["", "bare", "asked", "reached", "tokens at the end", "tokens, mean over layers"]
+        return Sheet(f"a budget on {self.model}", tables=[Table(head, [[*cells, *left]])], notes=self.notes)
+
+    def __repr__(self) -> str:
+        reached, asked = quantity(self.reached, self.unit), quantity(self.asked, self.unit)
+        return f"<Budget: {self.what} = {reached} on {self.model}, {asked} asked>"
 
 
 @guarded

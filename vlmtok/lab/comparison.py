@@ -14,6 +14,7 @@ from ..core.trace import PictureTrace, Trace
 from ..cost.units import binary, si
 from ..loading.models import Loaded
 from ..loading.pictures import check_writable
+from ..sheet import Sheet, Shown
 from ..tabular import Table
 from ..timing import Ratio
 from .page import Entry, Side, page
@@ -75,8 +76,8 @@ def _left(picture: PictureTrace, layer: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """The outcome of `compare`; print it with rich, or take `to_dict`.
+class Comparison(Shown):
+    """The outcome of `compare`; print it, let a notebook show it, or take `to_dict`.
 
     Attributes:
         model: what was loaded.
@@ -149,35 +150,32 @@ class Comparison:
             "report": self.report.to_dict(),
         }
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def sheet(self) -> Sheet:
         """The two side by side."""
-        from rich.table import Table
-        from rich.text import Text
-
         loaded, gpu = self.model, self.environment["device_type"] != "cpu"
         dtype = str(loaded.dtype).removeprefix("torch.")
         size = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters"
         where = self.environment["device"] if gpu else "CPU"
-        yield Text(f"{loaded.name} ({size}) on {where}, {dtype}", style="bold")
-        if not loaded.trained:
-            yield Text("the weights are random: what it says means nothing", style="yellow")
-        if self.prompt is not None:
-            yield Text(f"prompt   {self.prompt}")
-        yield Text(f"method   {self.method}")
-        table = Table()
-        for name in ("", "bare", "compressed", ""):
-            table.add_column(name, justify="left")
-        for row in self._rows():
-            table.add_row(*(Text(cell) for cell in row))
-        yield table
+        lines = [] if loaded.trained else ["the weights are random: what it says means nothing"]
+        lines += [] if self.prompt is None else [f"prompt   {self.prompt}"]
+        notes = [*self.doubts(), *(f"note: {note}" for note in self.report.notes)]
         if self.latency:
             rounds = max(ratio.rounds for ratio in self.latency.values())
             how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
-            yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
-        for words in self.doubts():
-            yield Text(words, style="dim")
-        for note in self.report.notes:
-            yield Text(f"note: {note}", style="dim")
+            notes.insert(0, f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"))
+        return Sheet(
+            f"{loaded.name} ({size}) on {where}, {dtype}",
+            [*lines, f"method   {self.method}"],
+            [self.table()],
+            notes,
+            self.overlay,
+            self.overlay_legend if self.overlay_problem is None else f"no overlay: {self.overlay_problem}",
+        )
+
+    def __repr__(self) -> str:
+        answer = "same answer" if self.loyalty.same else "another answer"
+        tokens = f"{self.tokens.first:g} of {self.tokens.bare} visual tokens"
+        return f"<Comparison of {self.method} on {self.model.name}: {answer}, {tokens}>"
 
     def table(self) -> Table:
         """The two side by side, row by row."""
