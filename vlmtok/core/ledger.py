@@ -256,20 +256,21 @@ class Ledger:
         with self._lock:
             self.steps += 1
 
-    def note(self, stage: str, part: str, rows: int) -> None:
+    def note(self, stage: str, part: str, rows: int, steps: bool = True) -> None:
         """Books rows that a module outside the blocks saw.
 
         Args:
             stage: whose last pass it belongs to.
             part: its name.
             rows: rows of its input; pictures for a pool.
+            steps: whether it counts in decode steps too, as a head does.
         """
         books = self.mine
         run = books.decoder if stage == "decoder" else books.last.get(stage)
         if run is None:
             return
         if run.decodings:
-            run.decodings[-1].head += rows
+            run.decodings[-1].head += rows if steps else 0
         else:
             run.parts[part] = run.parts.get(part, 0) + rows
 

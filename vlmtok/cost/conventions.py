@@ -30,6 +30,7 @@ class Convention:
         summary: the formula, in a line; n and N are tokens, d and C the width, m that of the MLP.
         source: where it is used.
         count: of one pass, all rows.
+        alike: whether it takes every layer of a language model for attention with keys of its own, and one MLP.
     """
 
     name: str
@@ -38,6 +39,26 @@ class Convention:
     summary: str
     source: str
     count: Count
+    alike: bool = False
+
+    def check(self, shape: ModelShape) -> None:
+        """Checks that its formula holds for a model.
+
+        Raises:
+            ParameterError: the language model has layers of another form; the message says of which.
+        """
+        blocks = () if shape.language is None else shape.language.blocks
+        forms = {
+            "a state in the place of attention": any(block.mixer is not None for block in blocks),
+            "the keys of earlier layers": any(block.shared for block in blocks),
+            "weights beside attention and MLP": any(block.beside for block in blocks),
+        }
+        if self.alike and any(forms.values()):
+            raise ParameterError(
+                f"convention {self.name!r} takes every layer for attention with keys of its own and one MLP, and "
+                f"{shape.name} has layers with {' and '.join(form for form, found in forms.items() if found)}; "
+                "'language' counts them as they are"
+            )
 
 
 CONVENTIONS: dict[str, Convention] = {}
@@ -45,11 +66,11 @@ CONVENTIONS: dict[str, Convention] = {}
 
 
 def _register(
-    name: str, unit: str, stages: tuple[str, ...], summary: str, *others: str, source: str
+    name: str, unit: str, stages: tuple[str, ...], summary: str, *others: str, source: str, alike: bool = False
 ) -> Callable[[Count], Count]:
     def add(count: Count) -> Count:
         for known in (name, *others):
-            CONVENTIONS[known] = Convention(known, unit, stages, summary, source, count)
+            CONVENTIONS[known] = Convention(known, unit, stages, summary, source, count, alike)
         return count
 
     return add
@@ -80,6 +101,7 @@ def _layers(shape: ModelShape, profiles: Profiles) -> tuple[int, list[tuple[Bloc
     "visual tokens only; 4nd^2 + 2n^2d + 3ndm a layer",
     "pyramiddrop",
     source="arXiv 2507.20630, 2410.17247 and 2410.04417 (TFLOPs)",
+    alike=True,
 )
 def transprune(shape: ModelShape, profiles: Profiles) -> float:
     """What TransPrune, PyramidDrop and SparseVLM print as TFLOPs (arXiv 2507.20630, 2410.17247).
@@ -101,6 +123,7 @@ def transprune(shape: ModelShape, profiles: Profiles) -> float:
     ("decoder",),
     "all tokens; 4nd^2 + 2n^2d + 2ndm, mean over the layers",
     source="arXiv 2403.06764, table 1",
+    alike=True,
 )
 def fastv(shape: ModelShape, profiles: Profiles) -> float:
     """What FastV prints as FLOPs (arXiv 2403.06764, table 1): a mean layer, text included, an MLP of two matrices.
@@ -117,6 +140,7 @@ def fastv(shape: ModelShape, profiles: Profiles) -> float:
     "all tokens; 4nd^2 + 2n^2d + 2ndm a layer",
     "divprune",
     source="arXiv 2505.18757 v2, 2503.02175",
+    alike=True,
 )
 def todre(shape: ModelShape, profiles: Profiles) -> float:
     """The formula that ToDRE prints (arXiv 2505.18757v2), and the form of DivPrune's: text included.
@@ -152,6 +176,7 @@ def language(shape: ModelShape, profiles: Profiles) -> float:
     "as language, and element-wise operations",
     "aim",
     source="arXiv 2412.03248, by the tool LLM-Viewer",
+    alike=True,
 )
 def llm_viewer(shape: ModelShape, profiles: Profiles) -> float:
     """What the tool LLM-Viewer counts, and AIM prints as TFLOPs (arXiv 2412.03248).
