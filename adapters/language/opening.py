@@ -99,7 +99,14 @@ def refusal_of(
 
 
 def book(
-    ledger: Ledger, batch: int, columns: int, held: int, cache: Any, stream: Stream | None, pictures: list[Picture]
+    ledger: Ledger,
+    batch: int,
+    columns: int,
+    held: int,
+    cache: Any,
+    stream: Stream | None,
+    pictures: list[Picture],
+    probe: int,
 ) -> StageRun | None:
     """Opens the books of a prefill, or counts a decode step.
 
@@ -111,12 +118,13 @@ def book(
         cache: of the call, or None.
         stream: the past, or None.
         pictures: of the call.
+        probe: layer by which the cache says how much it holds.
 
     Returns:
         The page of a prefill; None for a step.
     """
     if columns == 1 and held and not pictures:
-        ledger.step(batch, held)
+        ledger.step(batch, held, probe)
         return None
     lengths = () if stream is None else tuple((first, s.length) for first, s in sorted(stream.segments.items()))
     return ledger.begin(

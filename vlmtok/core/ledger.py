@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, field
 import torch
 
 from ..kernels import ran
+from .site import layer_of
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,13 @@ class StageRun:
         """Whether it adds text to a filled cache: a later turn, or candidates that are checked."""
         return bool(self.past) and not self.pictures
 
-    @property
-    def columns(self) -> int:
-        """Tokens of a row that reach the first layer of a language model, padding included."""
-        left = [event.after for event in self.events if event.stage in ("features", "projected")]
+    def columns(self, layer: int = 0) -> int:
+        """Tokens of a row that reach a layer of a language model, padding included."""
+
+        def before(event: Event) -> bool:
+            return event.stage != "decoder" or layer_of(event.layer, event.point) <= layer
+
+        left = [event.after for event in self.events if before(event)]
         return left[-1] if left else self.entered
 
     @property
@@ -237,17 +241,18 @@ class Ledger:
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
 
-    def step(self, rows: int, past: int) -> None:
+    def step(self, rows: int, past: int, layer: int = 0) -> None:
         """Books one decode step.
 
         Args:
             rows: of the batch.
-            past: tokens that the first layer's cache held before.
+            past: tokens that the cache held before,
+            layer: by this layer: the first that keeps keys.
         """
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.columns
+        joined = past - run.past - run.columns(layer)
         last = run.decodings[-1] if run.decodings else None
         if last is None or (last.rows, last.first + last.steps) != (rows, joined):
             last = Decoding(rows, joined)
