@@ -70,11 +70,14 @@ def _attending(block: BlockShape, attn: Any, config: Any, kind: str, size: int) 
 
 
 def _kv_heads(attn: Any, config: Any) -> int:
-    """Heads of keys and values: as the key projection has them, where there is one of its own."""
+    """Heads of keys and values: as the attention has them, for configurations may name several numbers."""
     outputs = getattr(getattr(attn, "k_proj", None), "out_features", None)
     if outputs is not None and hasattr(attn, "head_dim"):
         return int(outputs) // int(attn.head_dim)
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    count = int(config.num_attention_heads)
+    if hasattr(attn, "num_key_value_groups"):
+        return count // int(attn.num_key_value_groups)
+    return int(getattr(config, "num_key_value_heads", None) or count)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.ledger import Ledger, StageRun
 from ...core.rows import Picture
 from ...core.stream import Segment, Stream
-from .. import hosts
+from .. import host_objects, hosts
 from ..hosts import Arguments
 from .call import Incoming
 from .checks import check_turn, packed, unknown_argument
@@ -124,7 +124,7 @@ def book(
         The page of a prefill; None for a step.
     """
     if columns == 1 and held and not pictures:
-        ledger.step(batch, held, probe)
+        ledger.step(batch, held, probe, host_objects.records_past(cache))
         return None
     lengths = () if stream is None else tuple((first, s.length) for first, s in sorted(stream.segments.items()))
     return ledger.begin(

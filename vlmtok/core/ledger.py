@@ -72,12 +72,14 @@ class Decoding:
         first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
         steps: how many.
         head: rows that the language model's head saw in all of them.
+        recorded: whether the cache kept what it could drop, for drafts that are taken back.
     """
 
     rows: int
     first: int = 0
     steps: int = 0
     head: int = 0
+    recorded: bool = False
 
 
 @dataclass
@@ -241,21 +243,22 @@ class Ledger:
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
 
-    def step(self, rows: int, past: int, layer: int = 0) -> None:
+    def step(self, rows: int, past: int, layer: int = 0, recorded: bool = False) -> None:
         """Books one decode step.
 
         Args:
             rows: of the batch.
             past: tokens that the cache held before,
             layer: by this layer: the first that keeps keys.
+            recorded: see `Decoding`.
         """
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
         joined = past - run.past - run.columns(layer)
         last = run.decodings[-1] if run.decodings else None
-        if last is None or (last.rows, last.first + last.steps) != (rows, joined):
-            last = Decoding(rows, joined)
+        if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
+            last = Decoding(rows, joined, recorded=recorded)
             run.decodings.append(last)
         last.steps += 1
         with self._lock:

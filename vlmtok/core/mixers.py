@@ -35,10 +35,14 @@ class ShortConv:
         inputs = queries + self.kernel if keys > queries else max(queries, self.kernel)
         return self.channels * self.kernel * (inputs + self.kernel - 1)
 
-    @property
-    def step(self) -> int:
-        """MACs of one decode step of one row: the last inputs and the new one give two outputs, of which one is used."""
-        return 2 * self.channels * self.kernel
+    def step(self, recorded: bool = False) -> int:
+        """MACs of one decode step of one row: the last inputs and the new one give two outputs, of which one is used.
+
+        Args:
+            recorded: whether the cache keeps what it could drop, for drafts that are taken back; zeros stand on both
+                sides then, as in a prompt.
+        """
+        return self.macs(1, 2) if recorded else 2 * self.channels * self.kernel
 
     @property
     def state(self) -> int:
@@ -74,10 +78,9 @@ class GatedDelta:
         chunks = -(-queries // CHUNK)
         return self.conv.macs(queries, keys) + self.heads * chunks * CHUNK * inside
 
-    @property
-    def step(self) -> int:
-        """MACs of one decode step of one row: the recurrence works element by element."""
-        return self.conv.step
+    def step(self, recorded: bool = False) -> int:
+        """MACs of one decode step of one row: the recurrence works element by element; see `ShortConv.step`."""
+        return self.conv.step(recorded)
 
     @property
     def state(self) -> int:

@@ -101,17 +101,18 @@ class BlockShape:
             return self.mixer.state if tokens else 0
         return self.held(tokens) * self.kv_bytes
 
-    def step(self, held: int, first: int, steps: int) -> int:
+    def step(self, held: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps of one row.
 
         Args:
             held: tokens that the layer's cache held behind the prefill.
             first: tokens that joined it since.
             steps: how many.
+            recorded: see `vlmtok.core.mixers.ShortConv.step`.
         """
         weights = steps * (self.attn + self.mlp + self.beside)
         if self.mixer is not None:
-            return weights + steps * self.mixer.step
+            return weights + steps * self.mixer.step(recorded)
         # A step sees what it adds itself; the sum over steps of how many tokens that is.
         low, high = held + first + 1, held + first + steps
         cap = self.window or high

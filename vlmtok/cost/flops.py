@@ -37,7 +37,9 @@ class Profile:
         """MACs of the blocks."""
         return self.rows * sum(block.macs(tokens) for block, tokens in zip(blocks, self.layers))
 
-    def step_macs(self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int) -> int:
+    def step_macs(
+        self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int, recorded: bool = False
+    ) -> int:
         """MACs of decode steps on the cache that this pass leaves.
 
         Args:
@@ -45,8 +47,10 @@ class Profile:
             rows: rows of each step.
             first: tokens that joined the caches before.
             steps: how many.
+            recorded: see `vlmtok.core.ledger.Decoding`.
         """
-        return rows * sum(block.step(tokens.keys, first, steps) for block, tokens in zip(blocks, self.layers))
+        layers = zip(blocks, self.layers)
+        return rows * sum(block.step(tokens.keys, first, steps, recorded) for block, tokens in layers)
 
     def cached(self, blocks: Sequence[BlockShape]) -> int:
         """Bytes of the caches of all layers behind the pass, all rows."""
@@ -211,7 +215,8 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
         account.cache = (held[0], held[1])
     for part in run.decodings:
         spent = [
-            p.step_macs(shape.blocks, part.rows, part.first, part.steps) + part.head * row for p in (before, after)
+            p.step_macs(shape.blocks, part.rows, part.first, part.steps, part.recorded) + part.head * row
+            for p in (before, after)
         ]
         account.steps = (account.steps[0] + times * spent[0], account.steps[1] + times * spent[1])
     account.stepped += times * run.steps
