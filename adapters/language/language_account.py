@@ -11,7 +11,7 @@ from ..account import class_name, heads_of, linear_maps, path_of, weights
 from ..base import child
 from ..hosts import LOGITS, Arguments
 from ..towers.tower_account import hf_tower
-from .layer_account import layer_shape
+from .layer_account import has_matrices, layer_shape
 from .masks import layer_kinds
 
 
@@ -48,7 +48,7 @@ def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
     for index, (layer, kind) in enumerate(zip(lm.layers, kinds)):
         block = layer_shape(layer, lm.config, kind, size)
         if block is None:
-            parts = ", ".join(name for name, part in layer.named_children() if weights(part))
+            parts = ", ".join(name for name, part in layer.named_children() if has_matrices(part))
             what = f"layer {index} of {type(lm).__name__} has parts of another form than those known: {parts}"
             notes.append(f"the language model is not counted ({what})")
             return None

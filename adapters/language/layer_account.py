@@ -28,7 +28,7 @@ def layer_shape(layer: nn.Module, config: Any, kind: str, size: int) -> BlockSha
         kind: the layer's type, see `masks.layer_kinds`.
         size: bytes of one number of the hidden states.
     """
-    parts: dict[str, Any] = {name: part for name, part in layer.named_children() if _has_weights(part)}
+    parts: dict[str, Any] = {name: part for name, part in layer.named_children() if has_matrices(part)}
     name = next((name for name, part in parts.items() if name == "self_attn" or mixer_of(part, size)), None)
     if name is None or any(weight.dim() > 1 for weight in layer.parameters(recurse=False)):
         return None
@@ -80,7 +80,8 @@ def _kv_heads(attn: Any, config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or count)
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_matrices(module: nn.Module) -> bool:
+    """Whether anything below a module multiplies by more than a vector."""
     return any(weight.dim() > 1 for weight in module.parameters())
 
 
