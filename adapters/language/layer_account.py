@@ -39,7 +39,9 @@ def layer_shape(layer: nn.Module, config: Any, kind: str, size: int) -> BlockSha
         return None
     (mlp,) = parts.values()
     mixer = mixer_of(mixing, size)
-    block = block_shape(mixing, mlp, int(config.hidden_size), int(config.num_attention_heads), _kv_heads(mixing, config))
+    block = block_shape(
+        mixing, mlp, int(config.hidden_size), int(config.num_attention_heads), _kv_heads(mixing, config)
+    )
     if experts is not None:
         found = mixture(experts, router, (), config)
         block = block if found is None else replace(block, mlp=block.mlp + found[0], hidden=block.hidden + found[1])

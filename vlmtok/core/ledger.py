@@ -121,7 +121,12 @@ class StageRun:
         """Whether it adds text to a filled cache: a later turn, or candidates that are checked."""
         return bool(self.past) and not self.pictures
 
-    def columns(self, layer: int = 0) -> int:
+    @property
+    def columns(self) -> int:
+        """Tokens of a row that reach the first layer of a language model, padding included."""
+        return self.reaching(0)
+
+    def reaching(self, layer: int) -> int:
         """Tokens of a row that reach a layer of a language model, padding included."""
 
         def before(event: Event) -> bool:
@@ -255,7 +260,7 @@ class Ledger:
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.columns(layer)
+        joined = past - run.past - run.reaching(layer)
         last = run.decodings[-1] if run.decodings else None
         if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
             last = Decoding(rows, joined, recorded=recorded)

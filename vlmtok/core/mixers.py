@@ -30,7 +30,7 @@ class ShortConv:
     def macs(self, queries: int, keys: int) -> int:
         """MACs of one row; `keys` counts what was seen before too.
 
-        The last inputs stand in front of what enters (zeros in front of a row that is shorter), and zeros on both sides.
+        The last inputs stand in front of what enters (zeros, where a row is shorter), and zeros on both sides.
         """
         inputs = queries + self.kernel if keys > queries else max(queries, self.kernel)
         return self.channels * self.kernel * (inputs + self.kernel - 1)

@@ -37,9 +37,7 @@ class Profile:
         """MACs of the blocks."""
         return self.rows * sum(block.macs(tokens) for block, tokens in zip(blocks, self.layers))
 
-    def step_macs(
-        self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int, recorded: bool = False
-    ) -> int:
+    def step_macs(self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps on the cache that this pass leaves.
 
         Args:
