@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.hooks import replaying
 from ..core.ledger import StageRun
-from ..core.model_shape import ModelShape, Part
+from ..core.model_shape import LATE, ModelShape, Part
 from . import hosts
 from .base import Adapter
 from .hosts import Arguments
@@ -38,8 +38,9 @@ class Meter:
                 self._put(model, stage, part)
         for part in shape.projector:
             self._put(model, "vision", part)
-        if shape.language is not None and shape.language.head is not None:
-            self._put(model, "decoder", shape.language.head)
+        for inner in () if shape.language is None else (shape.language.head, shape.language.late):
+            if inner is not None:
+                self._put(model, "decoder", inner)
 
     def _put(self, model: nn.Module, stage: str, part: Part) -> None:
         if part.path:
@@ -65,7 +66,7 @@ class Meter:
             # What is no linear map itself multiplies what it gives.
             seen = x if hasattr(module, "in_features") else output[0] if isinstance(output, tuple) else output
             rows = seen.numel() // seen.shape[-1]
-        self.attachment.ledger.note(stage, part.name, rows)
+        self.attachment.ledger.note(stage, part.name, rows, steps=part.name != LATE)
 
 
 def meter(adapter: Adapter, attachment: Attachment) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
-from ...core.model_shape import LanguageShape, ModelShape, Part
+from ...core.model_shape import LATE, BlockShape, LanguageShape, ModelShape, Part
 from ...errors import UnsupportedModel
-from ..account import block_shape, class_name, heads_of, linear_maps, path_of, weights
+from ..account import class_name, heads_of, linear_maps, path_of, weights
 from ..base import child
+from ..hosts import LOGITS, Arguments
 from ..towers.tower_account import hf_tower
+from .layer_account import has_matrices, layer_shape
 from .masks import layer_kinds
 
 
@@ -46,43 +46,33 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
 
 
 def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
-    config = lm.config
-    width, count = int(config.hidden_size), int(config.num_attention_heads)
-    kv = int(getattr(config, "num_key_value_heads", None) or count)
-    blocks = []
-    for layer, kind in zip(lm.layers, layer_kinds(config, len(lm.layers))):
-        parts: list[Any] = [getattr(layer, name, None) for name in ("self_attn", "mlp")]
-        whole = None not in parts and weights(layer) == sum(map(weights, parts))
-        mixture = _mixture(layer.mlp) if whole else None
-        if not whole or (mixture is None and hasattr(layer.mlp, "experts")):
-            what = "layers of another form than attention and one MLP"
-            notes.append(f"the language model is not counted ({type(lm).__name__} has {what})")
+    size = next(lm.parameters()).element_size()
+    blocks, kinds = [], layer_kinds(lm.config, len(lm.layers))
+    for index, (layer, kind) in enumerate(zip(lm.layers, kinds)):
+        block = layer_shape(layer, lm.config, kind, size)
+        if block is None:
+            parts = ", ".join(name for name, part in layer.named_children() if has_matrices(part))
+            what = f"layer {index} of {type(lm).__name__} has parts of another form than those known: {parts}"
+            notes.append(f"the language model is not counted ({what})")
             return None
-        window = int(getattr(config, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
-        block = replace(block_shape(layer.self_attn, layer.mlp, width, count, kv), window=window)
-        blocks.append(block if mixture is None else replace(block, mlp=mixture[0], hidden=mixture[1]))
+        blocks.append(block)
+    # What stands beside the layers (inputs of every layer out of one projection) takes the tokens that enter the first.
+    beside = sum(macs for _, _, macs in linear_maps(lm, [lm.layers]))
+    blocks[0] = replace(blocks[0], beside=blocks[0].beside + beside)
+    late = _late(model, lm, blocks)
+    if late is not None:
+        blocks = [replace(block, late=block.shared) for block in blocks]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head = None
     if output is not None:
         head = Part("lm_head", weights(output), path=path_of(model, output))
-    size = next(lm.parameters()).element_size()
-    return LanguageShape(tuple(blocks), head, 2 * kv * blocks[0].head_width * size)
+    return LanguageShape(tuple(blocks), head, late)
 
 
-def _mixture(mlp: Any) -> tuple[int, int] | None:
-    """MACs of one token in a mixture of experts, and the hidden channels that it passes; None for any other MLP.
-
-    A token passes the router, the `top_k` experts that it picks, and what the mixture has beside them. Experts are
-    `[E, rows, columns]` parameters, the router has a weight `[E, C]`.
-    """
-    experts: Any = getattr(mlp, "experts", None)
-    router: Any = getattr(mlp, "gate", None)
-    down, score = getattr(experts, "down_proj", None), getattr(router, "weight", None)
-    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(score, Tensor) or not hasattr(router, "top_k"):
-        return None
-    picked = int(router.top_k)
-    each = sum(part.numel() // part.shape[0] for part in experts.parameters() if part.dim() == 3)
-    beside: list[Any] = [module for path, module, _ in linear_maps(mlp) if path.endswith("down_proj")]
-    scoring = 0 if hasattr(router, "in_features") else score.numel()  # a linear router is among the linear maps
-    hidden = picked * int(down.shape[2]) + sum(int(module.in_features) for module in beside)
-    return picked * each + scoring + weights(mlp), hidden
+def _late(model: Any, lm: Any, blocks: list[BlockShape]) -> Part | None:
+    """Where tokens reach the layers that keep no keys, if the host drops those before whose logits nobody wants."""
+    first = next((i for i, block in enumerate(blocks) if block.shared), None)
+    how = str(getattr(lm.config, "_attn_implementation", ""))
+    if first is None or "flash" in how or "flex" in how or not Arguments(lm, (), [LOGITS]).has(LOGITS):
+        return None  # flash and flex attention cannot look from the last tokens alone
+    return Part(LATE, 0, path=path_of(model, lm.layers[first].self_attn.q_proj))

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, field
 import torch
 
 from ..kernels import ran
+from .site import layer_of
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class Decoding:
         first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
         steps: how many.
         head: rows that the language model's head saw in all of them.
+        recorded: whether the cache kept what it could drop, for drafts that are taken back.
     """
 
     rows: int
     first: int = 0
     steps: int = 0
     head: int = 0
+    recorded: bool = False
 
 
 @dataclass
@@ -121,7 +124,15 @@ class StageRun:
     @property
     def columns(self) -> int:
         """Tokens of a row that reach the first layer of a language model, padding included."""
-        left = [event.after for event in self.events if event.stage in ("features", "projected")]
+        return self.reaching(0)
+
+    def reaching(self, layer: int) -> int:
+        """Tokens of a row that reach a layer of a language model, padding included."""
+
+        def before(event: Event) -> bool:
+            return event.stage != "decoder" or layer_of(event.layer, event.point) <= layer
+
+        left = [event.after for event in self.events if before(event)]
         return left[-1] if left else self.entered
 
     @property
@@ -237,39 +248,42 @@ class Ledger:
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
 
-    def step(self, rows: int, past: int) -> None:
+    def step(self, rows: int, past: int, layer: int = 0, recorded: bool = False) -> None:
         """Books one decode step.
 
         Args:
             rows: of the batch.
-            past: tokens that the first layer's cache held before.
+            past: tokens that the cache held before,
+            layer: by this layer: the first that keeps keys.
+            recorded: see `Decoding`.
         """
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.columns
+        joined = past - run.past - run.reaching(layer)
         last = run.decodings[-1] if run.decodings else None
-        if last is None or (last.rows, last.first + last.steps) != (rows, joined):
-            last = Decoding(rows, joined)
+        if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
+            last = Decoding(rows, joined, recorded=recorded)
             run.decodings.append(last)
         last.steps += 1
         with self._lock:
             self.steps += 1
 
-    def note(self, stage: str, part: str, rows: int) -> None:
+    def note(self, stage: str, part: str, rows: int, steps: bool = True) -> None:
         """Books rows that a module outside the blocks saw.
 
         Args:
             stage: whose last pass it belongs to.
             part: its name.
             rows: rows of its input; pictures for a pool.
+            steps: whether it counts in decode steps too, as a head does.
         """
         books = self.mine
         run = books.decoder if stage == "decoder" else books.last.get(stage)
         if run is None:
             return
         if run.decodings:
-            run.decodings[-1].head += rows
+            run.decodings[-1].head += rows if steps else 0
         else:
             run.parts[part] = run.parts.get(part, 0) + rows
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .mixers import Mixer
 from .site import Layout
+
+LATE = "late layers"
+"""The part by which passes book how many tokens ran through layers that take none but those whose logits are wanted."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,13 @@ class BlockShape:
         attn: MACs of one token in the weights of attention (q, k, v, output).
         mlp: MACs of one token in the weights of the MLP.
         hidden: m, hidden channels of the MLP.
-        window: tokens that a sliding-window layer sees in a decode step; 0 means all.
+        window: tokens that a layer with a sliding window, or with chunks, sees in a decode step; 0 means all.
+        beside: MACs of one token in what stands beside attention and MLP.
+        kv_bytes: bytes that the cache takes for one token; 0 where the layer keeps no keys.
+        gated: whether the query projection gives a gate of the same width.
+        shared: whether keys and values are those of an earlier layer.
+        late: whether it runs for the tokens alone whose logits are wanted.
+        mixer: what it has in the place of attention, or None; `attn` counts the weights of that then.
     """
 
     width: int
@@ -30,6 +40,12 @@ class BlockShape:
     mlp: int
     hidden: int
     window: int = 0
+    beside: int = 0
+    kv_bytes: int = 0
+    gated: bool = False
+    shared: bool = False
+    late: bool = False
+    mixer: Mixer | None = None
 
     @classmethod
     def of(
@@ -62,7 +78,7 @@ class BlockShape:
     @property
     def q(self) -> int:
         """MACs of one token in the query projection."""
-        return self.width * self.heads * self.head_width
+        return (2 if self.gated else 1) * self.width * self.heads * self.head_width
 
     @property
     def k(self) -> int:
@@ -70,31 +86,44 @@ class BlockShape:
         return self.width * self.kv_heads * self.head_width
 
     def products(self, queries: int, keys: int) -> int:
-        """MACs of QK^T and AV of one row."""
+        """MACs of QK^T and AV of one row, or of what stands in their place."""
+        if self.mixer is not None:
+            return self.mixer.macs(queries, keys)
         return 2 * self.heads * self.head_width * queries * keys
 
     def held(self, tokens: int) -> int:
-        """Tokens that the layer's cache holds of so many that it has seen."""
+        """Tokens that a later one can look at, of so many that the layer has seen."""
         return min(tokens, self.window - 1) if self.window else tokens
 
-    def step(self, held: int, first: int, steps: int) -> int:
+    def cached(self, tokens: int) -> int:
+        """Bytes of the layer's cache behind so many tokens of one row."""
+        if self.mixer is not None:
+            return self.mixer.state if tokens else 0
+        return self.held(tokens) * self.kv_bytes
+
+    def step(self, held: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps of one row.
 
         Args:
             held: tokens that the layer's cache held behind the prefill.
             first: tokens that joined it since.
             steps: how many.
+            recorded: see `vlmtok.core.mixers.ShortConv.step`.
         """
+        weights = steps * (self.attn + self.mlp + self.beside)
+        if self.mixer is not None:
+            return weights + steps * self.mixer.step(recorded)
         # A step sees what it adds itself; the sum over steps of how many tokens that is.
         low, high = held + first + 1, held + first + steps
         cap = self.window or high
         rising = max(min(high, cap) - low + 1, 0)
         keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
-        return steps * (self.attn + self.mlp) + self.products(1, keys)
+        return weights + self.products(1, keys)
 
     def macs(self, tokens: Tokens) -> int:
         """MACs of one row."""
-        return tokens.queries * self.attn + self.products(tokens.queries, tokens.keys) + tokens.mlp * self.mlp
+        weights = tokens.queries * (self.attn + self.beside) + tokens.mlp * self.mlp
+        return weights + self.products(tokens.queries, tokens.keys)
 
 
 @dataclass(frozen=True)
@@ -161,12 +190,12 @@ class LanguageShape:
     Attributes:
         blocks: the layers, in order.
         head: the projection on the vocabulary, or None.
-        kv_bytes: bytes that the cache takes for one token in one layer.
+        late: where the first of the layers that run late gets its tokens, or None.
     """
 
     blocks: tuple[BlockShape, ...]
     head: Part | None = None
-    kv_bytes: int = 0
+    late: Part | None = None
 
     @property
     def depth(self) -> int:

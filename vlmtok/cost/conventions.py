@@ -32,6 +32,7 @@ class Convention:
         gives: how many of the published figures it gives, and which not; `tests/forecast/test_published_conventions.py`
             has them.
         count: of one pass, all rows.
+        alike: whether it takes every layer of a language model for attention with keys of its own, and one MLP.
     """
 
     name: str
@@ -41,6 +42,26 @@ class Convention:
     source: str
     gives: str
     count: Count
+    alike: bool = False
+
+    def check(self, shape: ModelShape) -> None:
+        """Checks that its formula holds for a model.
+
+        Raises:
+            ParameterError: the language model has layers of another form; the message says of which.
+        """
+        blocks = () if shape.language is None else shape.language.blocks
+        forms = {
+            "a state in the place of attention": any(block.mixer is not None for block in blocks),
+            "the keys of earlier layers": any(block.shared for block in blocks),
+            "weights beside attention and MLP": any(block.beside for block in blocks),
+        }
+        if self.alike and any(forms.values()):
+            raise ParameterError(
+                f"convention {self.name!r} takes every layer for attention with keys of its own and one MLP, and "
+                f"{shape.name} has layers with {' and '.join(form for form, found in forms.items() if found)}; "
+                "'language' counts them as they are"
+            )
 
 
 CONVENTIONS: dict[str, Convention] = {}
@@ -48,13 +69,20 @@ CONVENTIONS: dict[str, Convention] = {}
 
 
 def _register(
-    name: str, unit: str, stages: tuple[str, ...], summary: str, source: str, gives: str, **others: tuple[str, str]
+    name: str,
+    unit: str,
+    stages: tuple[str, ...],
+    summary: str,
+    source: str,
+    gives: str,
+    alike: bool = False,
+    **others: tuple[str, str],
 ) -> Callable[[Count], Count]:
     """Adds a convention; `others` are names of the same formula, each with its source and what it gives there."""
 
     def add(count: Count) -> Count:
         for known, (where, figures) in {name: (source, gives), **others}.items():
-            CONVENTIONS[known] = Convention(known, unit, stages, summary, where, figures, count)
+            CONVENTIONS[known] = Convention(known, unit, stages, summary, where, figures, count, alike)
         return count
 
     return add
@@ -89,6 +117,7 @@ def _layers(shape: ModelShape, profiles: Profiles) -> tuple[int, list[tuple[Bloc
         "arXiv 2410.17247, as 2507.20630 quotes it (TFLOPs)",
         "4 of 5 to the digit; the row called low (1.28) has settings that are not printed",
     ),
+    alike=True,
 )
 def transprune(shape: ModelShape, profiles: Profiles) -> float:
     """What TransPrune prints as TFLOPs, for PyramidDrop too (arXiv 2507.20630, 2410.17247).
@@ -111,6 +140,7 @@ def transprune(shape: ModelShape, profiles: Profiles) -> float:
     "all tokens; 4nd^2 + 2n^2d + 2ndm, mean over the layers",
     source="arXiv 2403.06764, table 1",
     gives="9 of 9 with 36 text tokens: bare and per cent to the digit, compressed within 1.3 %",
+    alike=True,
 )
 def fastv(shape: ModelShape, profiles: Profiles) -> float:
     """What FastV prints as FLOPs (arXiv 2403.06764, table 1): a mean layer, text included, an MLP of two matrices.
@@ -132,6 +162,7 @@ def fastv(shape: ModelShape, profiles: Profiles) -> float:
         "arXiv 2503.02175 (per cent of bare)",
         "4 of 4, with text of a length that fits: 43 tokens for both of LLaVA-1.5, 80 for 1.6, 68 for video",
     ),
+    alike=True,
 )
 def todre(shape: ModelShape, profiles: Profiles) -> float:
     """The formula that ToDRE prints (arXiv 2505.18757v2), and the form of DivPrune's: text included.
@@ -171,6 +202,7 @@ def language(shape: ModelShape, profiles: Profiles) -> float:
     source="the tool LLM-Viewer",
     gives="4 of 5: AIM's, and 8.5 T of LLaVA-1.5 at 576 + 64 (arXiv 2409.01179); its 1.5 T at about a tenth is 1.59",
     aim=("arXiv 2412.03248, by the tool LLM-Viewer", "3 of 3 to the digit, 32 frames and 100 text tokens"),
+    alike=True,
 )
 def llm_viewer(shape: ModelShape, profiles: Profiles) -> float:
     """What the tool LLM-Viewer counts, and AIM prints as TFLOPs (arXiv 2412.03248).

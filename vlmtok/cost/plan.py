@@ -157,6 +157,8 @@ class Planner:
         run = StageRun("decoder", prompt.batch, rows.length, 0, prompt.batch * prompt.pictures, True, visual)
         if shape.language.head is not None:
             run.parts[shape.language.head.name] = prompt.batch * (rows.length if prompt.every else 1)
+        if shape.language.late is not None and not prompt.every:
+            run.parts[shape.language.late.name] = prompt.batch
         if seen is not None and shape.vision is not None and "features" in self.attachment.layout.stages:
             self._hand_over(run, rows, seen, shape.vision)
         rows.enter()

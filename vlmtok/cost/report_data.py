@@ -74,7 +74,8 @@ class ReportData:
             Before and after, in the unit that the convention prints.
 
         Raises:
-            ParameterError: no such convention, or it covers a stage that did not run.
+            ParameterError: no such convention, it covers a stage that did not run, or its formula does not hold for
+                layers of this form.
         """
         found = convention(name)
         if self._shape is None or not self._accounts:
@@ -85,6 +86,7 @@ class ReportData:
                 f"convention {name!r} counts {' and '.join(found.stages)}, and this report has no pass through "
                 f"{' and '.join(missing)}"
             )
+        found.check(self._shape)
         shape, ends = self._shape, (self._accounts[0], self._accounts[-1])
         bare = found.count(shape, {stage: pair[0] for stage, pair in ends[1].profiles.items()})
         low, high = (found.count(shape, {s: pair[1] for s, pair in a.profiles.items()}) for a in ends)

@@ -123,8 +123,8 @@ def _language(
 ) -> LanguageShape:
     """A Llama or Qwen2: gated MLPs."""
     block = BlockShape.of(width, hidden, heads, kv_heads, gated=True)
-    head = Part("lm_head", width * vocabulary)
-    return LanguageShape((block,) * depth, head, 2 * block.kv_heads * block.head_width * HALF)
+    block = replace(block, kv_bytes=2 * block.kv_heads * block.head_width * HALF)
+    return LanguageShape((block,) * depth, Part("lm_head", width * vocabulary))
 
 
 # ---------------------------------------------------------------------- rows
