@@ -53,6 +53,10 @@ class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
 
 
+class NotCounted(VlmtokError, LookupError):
+    """A total was asked for, and something that belongs to it is not counted; the message names it."""
+
+
 class InternalError(VlmtokError, RuntimeError):
     """A fault of vlmtok itself: the one error that nobody raises on purpose.
 

@@ -10,6 +10,10 @@ import torch
 from ..kernels import ran
 
 
+MOST_UNREAD = 1024
+"""Closed passes whose grids may still lie on a device."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One batched call of `reduce`.
@@ -97,6 +101,8 @@ class StageRun:
         parts: rows that modules outside the blocks saw, by name (see `vlmtok.core.model_shape.Part`).
         decodings: decode steps behind it.
         captured: whether it was captured into a CUDA graph, whose replays run no Python.
+        grids: frames, rows and columns of patches of each picture (towers that take any size), and
+        told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
     """
 
     stage: str
@@ -112,6 +118,13 @@ class StageRun:
     parts: dict[str, int] = field(default_factory=dict)
     decodings: list[Decoding] = field(default_factory=list)
     captured: bool = False
+    grids: tuple[tuple[int, ...], ...] = ()
+    told: torch.Tensor | None = None
+
+    def read(self) -> None:
+        """Reads what the host told, which waits for the device."""
+        if self.told is not None:
+            self.grids, self.told = tuple(tuple(grid) for grid in self.told.tolist()), None
 
     @property
     def continues(self) -> bool:
@@ -130,10 +143,10 @@ class StageRun:
         return sum(decoding.steps for decoding in self.decodings)
 
     def key(self) -> tuple[object, ...]:
-        """What two passes of the same cost share."""
+        """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, *tables)
+        return (*shape, self.held, self.grids, *tables)
 
 
 @dataclass
@@ -168,6 +181,7 @@ class Ledger:
         steps: decode steps so far.
         kernels: calls of `vlmtok.kernels` in this process before the compression.
         unseen: whether a prompt came as embeddings alone, in which pictures cannot be found.
+        uncounted: paths of modules that ran and are not counted (see `vlmtok.core.model_shape.Uncounted`).
     """
 
     passes: dict[str, int] = field(default_factory=dict)
@@ -175,9 +189,11 @@ class Ledger:
     steps: int = 0
     kernels: dict[str, int] = field(default_factory=ran)
     unseen: bool = False
+    uncounted: set[str] = field(default_factory=set)
     _books: dict[int, Books] = field(default_factory=dict)
     _latest: Books | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+    _unread: list[StageRun] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -276,13 +292,29 @@ class Ledger:
     def totals(self) -> list[tuple[StageRun, int]]:
         """Every kind of pass so far, with how often it ran."""
         with self._lock:
+            self._read()
             kinds = dict(self._totals)
             running = [run for books in self._books.values() for run in books.last.values()]
         for run in running:
+            run.read()
             key = run.key()
             kinds[key] = (run, kinds.get(key, (run, 0))[1] + 1)
         return list(kinds.values())
 
     def _close(self, run: StageRun) -> None:
+        if run.told is not None:  # a pass begins, which must not wait for the device; after many it waits once
+            self._unread.append(run)
+            if len(self._unread) > MOST_UNREAD:
+                self._read()
+            return
+        self._file(run)
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for run in unread:
+            run.read()
+            self._file(run)
+
+    def _file(self, run: StageRun) -> None:
         key = run.key()
         self._totals[key] = (run, self._totals.get(key, (run, 0))[1] + 1)

@@ -22,6 +22,8 @@ class Prompt:
         patches: patches of a row of the tower.
         words: tokens of a row of the text tower.
         every: whether the head sees all tokens of a prompt (a plain forward) or the last one (`generate`).
+        grids: frames, rows and columns of patches of each picture of a row, for towers that take pictures of any size;
+            empty means as near to a square as `visual` allows.
     """
 
     batch: int = 1
@@ -33,6 +35,7 @@ class Prompt:
     patches: int = 0
     words: int = 0
     every: bool = False
+    grids: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass

@@ -99,6 +99,8 @@ def estimate(
             f"{', '.join(met)} depends on content: figures go from everything dropped there to nothing; "
             "counts= takes what a run kept"
         )
+    if shape.packed is not None and shape.packed.pads:
+        notes.append("rows of the vision tower count without the padding that a processor may add")
     report = Report.planned(attachment, shape, plans, notes, deciding)
     report.open = met
     if convention is not None:
@@ -193,6 +195,8 @@ def _prompt(
         raise ParameterError(f"{by}: {shape.name} does not say how many tokens a picture has; pass visual_tokens=")
     text = _texts(text_tokens, pictures)
     falls = _parts(shape, parts, rows, visual)
+    if shape.packed is not None and visual % rows:
+        raise ParameterError(f"{by}: visual_tokens={visual} cannot be shared by {rows} crops")
     if "features" in shape.layout.stages:  # every patch is a token of the language model
         if visual % rows:
             raise ParameterError(f"{by}: visual_tokens={visual} cannot be shared by {rows} crops")

@@ -12,7 +12,7 @@ from PIL import Image
 from ..core.method import Method
 from ..core.spec import expand
 from ..cost.units import binary, si
-from ..errors import ParameterError
+from ..errors import NotCounted, ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
 from ..tabular import Table, Tabular
@@ -94,7 +94,7 @@ class Sweep(Tabular):
     def to_records(self) -> list[dict[str, Any]]:
         """Numbers and words, the bare model first: method, answer, agreement, tokens, MACs, cache, speed."""
         first = self.comparisons[0]
-        cache = first.report.cache
+        cache, total = first.report.cache, first.report.total
         bare = {
             "method": "bare",
             "answer": first.bare.text,
@@ -103,7 +103,7 @@ class Sweep(Tabular):
             "cosine": 1.0 if first.loyalty.cosine is not None else None,
             "visual_tokens": first.tokens.bare,
             "visual_tokens_mean": first.tokens.bare,
-            "total_macs": first.report.macs.before,
+            "total_macs": None if total is None else total.before,
             "kv_bytes": None if cache is None else cache.before,
             **{f"speed_{stage}": 1.0 for stage in first.latency},
         }
@@ -119,7 +119,8 @@ class Sweep(Tabular):
         for record in records:
             cache = record["kv_bytes"]
             cells = [record["method"], record["answer"], _agreement(record), f"{record['visual_tokens']:g}"]
-            cells += [si(record["total_macs"]), "" if cache is None else binary(cache)]
+            total = record["total_macs"]
+            cells += ["not given" if total is None else si(total), "" if cache is None else binary(cache)]
             rows.append(cells + [f"{record[name]:.2f} x" for name in stages])
         return Table(head, rows)
 
@@ -140,10 +141,14 @@ class Sweep(Tabular):
 
         Raises:
             ParameterError: no such cost.
+            NotCounted: totals, and something is not counted.
             ImportError: matplotlib is not installed.
         """
         if cost not in COSTS:
             raise ParameterError(f"no cost {cost!r} to plot; one of {', '.join(COSTS)}")
+        missing = self.comparisons[0].report.missing
+        if cost == "total_macs" and missing:
+            raise NotCounted(f"no total to plot: {'; '.join(missing)}; other costs: {', '.join(COSTS)}")
         try:
             import matplotlib.pyplot as plt
         except ImportError:
@@ -163,7 +168,7 @@ class Sweep(Tabular):
 
 
 def _record(found: Comparison) -> dict[str, Any]:
-    cache = found.report.cache
+    cache, total = found.report.cache, found.report.total
     return {
         "method": found.method,
         "answer": found.compressed.text,
@@ -172,7 +177,7 @@ def _record(found: Comparison) -> dict[str, Any]:
         "cosine": found.loyalty.cosine,
         "visual_tokens": found.tokens.first,
         "visual_tokens_mean": found.tokens.mean,
-        "total_macs": found.report.macs.after.high,
+        "total_macs": None if total is None else total.after.high,
         "kv_bytes": None if cache is None else cache.after.high,
         **{f"speed_{stage}": ratio.median for stage, ratio in found.latency.items()},
     }
