@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,16 @@ def _first_storing_layer(config: Any) -> int:
     if not shared:
         return len(kinds) - 1
     return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
+
+
+def _shuffled(field: str, shrinks: bool = False) -> Callable[[Any], int]:
+    """Patches that a pixel shuffle joins, by the field with their number along a side, or with what is left of one."""
+    return lambda config: round((1 / getattr(config, field) if shrinks else getattr(config, field)) ** 2)
+
+
+def _pooled(config: Any) -> int:
+    """Patches that Gemma3 averages into one token."""
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // int(config.mm_tokens_per_image)
 
 
 _BOTH = ("image_token_id", "video_token_id")
@@ -41,6 +52,7 @@ _SMOLVLM = VLMSpec(
     parts="runs",
     thumbnail="last",
     tower_cut="spread",
+    joins=_shuffled("scale_factor"),
 )
 _BLIP = VLMSpec(
     core="",
@@ -79,7 +91,13 @@ ROWS: dict[str, VLMSpec] = {
     "glm4v": _QWEN,
     "glm46v": _QWEN,
     "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
-    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread"),
+    "internvl": VLMSpec(
+        lengths_of="crop",
+        parts="chunks",
+        thumbnail="last",
+        tower_cut="spread",
+        joins=_shuffled("downsample_ratio", shrinks=True),
+    ),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
@@ -89,7 +107,13 @@ ROWS: dict[str, VLMSpec] = {
         whole="all pictures share one row, whose patches are merged in squares",
     ),
     "gemma3": VLMSpec(
-        mask="dict", types=hosts.TOKEN_TYPES, block=BlockRule(), feature=None, parts="runs", tower_cut="spread"
+        mask="dict",
+        types=hosts.TOKEN_TYPES,
+        block=BlockRule(),
+        feature=None,
+        parts="runs",
+        tower_cut="spread",
+        joins=_pooled,
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
@@ -119,8 +143,10 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread"),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread"),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", joins=_shuffled("downsample_factor")),
+    "cohere2_vision": VLMSpec(
+        feature=None, parts="runs", thumbnail="last", tower_cut="spread", joins=_shuffled("downsample_factor")
+    ),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(

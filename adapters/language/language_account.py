@@ -30,6 +30,8 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
         # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
         projector += [Part(name, p.numel(), path=path_of(model, module)) for name, p in own]
+        joins = 1 if adapter.spec.joins is None else adapter.spec.joins(core.config)
+        projector = [replace(part, joins=joins) for part in projector]
     language = None if lm is None else _language(model, lm, uncounted)
     counted = [] if lm is None else [module for module in (lm, _output(model)) if module is not None]
     counted += [child(core, name) for name in (adapter.spec.tower, path) if name and _has(core, name)]

@@ -65,6 +65,8 @@ class VLMSpec:
             model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
+        joins: from the configuration of the whole model, patches that make one row of what the projector multiplies;
+            None where it is each patch.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -93,4 +95,5 @@ class VLMSpec:
     projects_late: bool = False
     boundary: str | None = None
     whole: str | None = None
+    joins: Callable[[Any], int] | None = None
     packing_methods: tuple[str, str] | None = None

@@ -103,7 +103,7 @@ class Planner:
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
-            run.parts[part.name] = run.rows * n
+            run.parts[part.name] = run.rows * n // part.joins
         return run
 
     def text(self, run: StageRun) -> StageRun:

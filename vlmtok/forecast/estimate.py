@@ -182,7 +182,7 @@ def _prompt(
         if value is not None:
             check_range(value, by, name, 1, kind=int)
     patches = 0 if shape.vision is None else shape.vision.tokens - shape.vision.protected
-    if shape.language is None:
+    if shape.language is None and "projected" not in shape.layout.stages:
         if crops is not None or parts is not None:
             raise ParameterError(f"{by}: crops and parts are for vision-language models; {shape.name} is a tower")
         words = 0
