@@ -101,8 +101,8 @@ class Meter:
         x = hosts.first_tensor(module, args, kwargs)
         if part.pools:
             rows = x.shape[0]
-        elif hasattr(module, "out_channels"):
-            rows = output.numel() // int(module.out_channels)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            rows = output.numel() // module.out_channels
         else:
             # What is no linear map itself multiplies what it gives.
             seen = x if hasattr(module, "in_features") else output[0] if isinstance(output, tuple) else output

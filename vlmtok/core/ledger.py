@@ -9,7 +9,6 @@ import torch
 
 from ..kernels import ran
 
-
 MOST_UNREAD = 1024
 """Closed passes whose grids may still lie on a device."""
 

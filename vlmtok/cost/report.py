@@ -175,5 +175,10 @@ class Report(ReportData):
 
     def __repr__(self) -> str:
         share = None if self.total is None else self.total.share
-        left = "no total" if self.missing else "nothing counted" if share is None else f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
+        if self.missing:
+            left = "no total"
+        elif share is None:
+            left = "nothing counted"
+        else:
+            left = f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
         return f"<Report of {' + '.join(self.methods)} on {self.model}: {left}>"
