@@ -35,8 +35,8 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     language = None if lm is None else _language(model, lm, uncounted)
     counted = [] if lm is None else [module for module in (lm, _output(model)) if module is not None]
     counted += [child(core, name) for name in (adapter.spec.tower, path) if name and _has(core, name)]
-    for name in _beside(model, counted):
-        uncounted.append(Uncounted(f"{name} is not counted", name, apart=adapter.spec.boundary is None))
+    apart = adapter.spec.boundary is None
+    uncounted += [Uncounted(f"{name} is not counted", name, apart) for name in _beside(model, counted)]
     # Where tokens are pooled, or a picture has several crops, only the prompt tells how many there are.
     visual = vision.tokens - vision.protected if vision is not None and adapter.spec.tower_cut == "slots" else 0
     return ModelShape(
