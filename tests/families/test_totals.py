@@ -58,7 +58,8 @@ def check(model, inputs, method=METHOD):
     with torch.no_grad(), vlmtok.kernels.use("torch"), vlmtok.compress(model, method) as run:
         with referee.counter() as counter:
             model(**inputs)
-        report = run.report(total=True)
+        report, last = run.report(total=True), run.report()
+    assert last.lines == report.lines, "a picture's and a clip's pass of the tower belong to one prompt"
     assert tower and 2 * report.line("vision").before == tower
     if method == METHOD:
         assert 2 * report.line("projector").before == projector

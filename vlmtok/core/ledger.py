@@ -102,6 +102,7 @@ class StageRun:
         captured: whether it was captured into a CUDA graph, whose replays run no Python.
         grids: frames, rows and columns of patches of each picture (towers that take any size), and
         told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
+        mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
     """
 
     stage: str
@@ -119,6 +120,7 @@ class StageRun:
     captured: bool = False
     grids: tuple[tuple[int, ...], ...] = ()
     told: torch.Tensor | None = None
+    mixed: bool = False
 
     def read(self) -> None:
         """Reads what the host told, which waits for the device."""
@@ -155,10 +157,16 @@ class Books:
     Attributes:
         last: the last pass of each stage, see `Ledger.last`.
         decoder: the last prefill, to which decode steps belong.
+        encoded: the last pass of the vision tower since then, and
+        before: the one before it.
+        earlier: the pass of pictures where the last prefill with pictures took clips from `last` too.
     """
 
     last: dict[str, StageRun] = field(default_factory=dict)
     decoder: StageRun | None = None
+    encoded: StageRun | None = None
+    before: StageRun | None = None
+    earlier: StageRun | None = None
 
     def name(self, run: StageRun) -> str:
         """Under which name a pass stands."""
@@ -216,6 +224,12 @@ class Ledger:
         return {} if books is None else books.last
 
     @property
+    def earlier(self) -> StageRun | None:
+        """The tower's pass of pictures, where the last prefill had clips too, of whose pass `last` tells."""
+        books = self._books.get(threading.get_ident()) or self._latest
+        return None if books is None else books.earlier
+
+    @property
     def blind(self) -> bool:
         """Whether a language model ran, and never with a picture."""
         runs = [run for run, _ in self.totals() if run.stage == "decoder"]
@@ -234,6 +248,8 @@ class Ledger:
             run.captured = torch.cuda.is_current_stream_capturing()
         books = self._latest = self.mine
         name = books.name(run)
+        if run.stage == "vision":
+            books.before, books.encoded, books.earlier = books.encoded, run, None
         counted = "continued" if run.continues else run.stage
         with self._lock:
             for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
@@ -243,6 +259,9 @@ class Ledger:
             self.passes[counted] = self.passes.get(counted, 0) + 1
         if run.stage == "decoder":
             books.decoder = run
+            if run.pictures:
+                books.earlier = books.before if run.mixed else None
+            books.before, books.encoded = None, None
         return run
 
     def visit(self, run: StageRun, event: Event) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import kernels
 from ..core.attachment import Attachment
-from ..core.ledger import StageRun
+from ..core.ledger import Ledger, StageRun
 from ..core.model_shape import ModelShape, Tokens, Uncounted
 from ..errors import PassError
 from .flops import Account, Profile, count_decoder, count_tower
@@ -35,7 +35,7 @@ def report_of_passes(made: type[R], attachment: Attachment, model: nn.Module | N
         nothing = Uncounted("the adapter does not count MACs")
         shape = ModelShape(type(model).__name__, attachment.layout, uncounted=(nothing,))
     ledger = attachment.ledger
-    runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger.last)]
+    runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger)]
     for run, _ in runs:
         run.read()
     runs, notes = _seen(attachment, shape, runs)
@@ -110,12 +110,14 @@ def _report(
     return report
 
 
-def _latest(last: dict[str, StageRun]) -> list[StageRun]:
+def _latest(ledger: Ledger) -> list[StageRun]:
     """The passes that belong together: those of the last prompt with pictures, or of the last one if none had any."""
+    last = ledger.last
     seen = "decoder" in last or not any(run.stage == "decoder" for run in last.values())
-    if seen:
-        return [run for name, run in last.items() if not name.startswith("pictureless")]
-    return [run for name, run in last.items() if name != "vision"]
+    if not seen:
+        return [run for name, run in last.items() if name != "vision"]
+    earlier = [ledger.earlier] if ledger.earlier is not None and "vision" in last else []
+    return [*earlier, *(run for name, run in last.items() if not name.startswith("pictureless"))]
 
 
 def _seen(
