@@ -108,14 +108,14 @@ def test_windows_that_do_not_divide_a_picture(grid):
 def test_an_estimate_is_the_report_of_a_run_on_the_same_grid(name):
     family, model = FAMILIES[name], built(name)
     for shot in sorted({"I", "M", "V"} & set(family.shots)):
+        if name in ("gemma4", "lfm2_vl") and shot != "I":
+            continue  # padded to the size of I
         pattern = family.rows[0].replace("I", shot)
         prompt = family.prompt(pattern)
         with torch.no_grad(), vlmtok.compress(model, METHOD) as run:
             model(**family.collect(prompt).inputs())
             report = run.report(total=True)
         (picture,) = prompt.pictures
-        if name in ("gemma4", "lfm2_vl") and shot != "I":
-            continue  # padded to the size of I
         rows = max(found.rows for found, _ in run._attachment.ledger.totals() if found.stage == "vision")
         frames = sum(frames for frames, _, _ in picture.shot.grids) if picture.shot.video else 1
         made = vlmtok.estimate(
