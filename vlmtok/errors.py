@@ -67,6 +67,10 @@ class MissingPackage(VlmtokError, ImportError):
         super().__init__(f"{asked} needs {package}: pip install 'vlmtok[{extra}]'")
 
 
+class NotCounted(VlmtokError, LookupError):
+    """A total was asked for, and something that belongs to it is not counted; the message names it."""
+
+
 class InternalError(VlmtokError, RuntimeError):
     """A fault of vlmtok itself: the one error that nobody raises on purpose.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,25 +20,14 @@ def _first_storing_layer(config: Any) -> int:
     return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
 
 
-def _patches(config: Any) -> int:
-    """Patches of a row of the tower."""
-    vision = config.vision_config
-    sides = [(one, one) if isinstance(one, int) else tuple(one) for one in (vision.image_size, vision.patch_size)]
-    return int((sides[0][0] // sides[1][0]) * (sides[0][1] // sides[1][1]))
+def _shuffled(field: str, shrinks: bool = False) -> Callable[[Any], int]:
+    """Patches that a pixel shuffle joins, by the field with their number along a side, or with what is left of one."""
+    return lambda config: round((1 / getattr(config, field) if shrinks else getattr(config, field)) ** 2)
 
 
-def _varies(config: Any) -> int:
-    """Crops are cut off or pooled, so that rows of the tower differ."""
-    return 0
-
-
-def _shuffled(config: Any) -> int:
-    """Squares of patches become one token."""
-    return _patches(config) // int(config.scale_factor) ** 2
-
-
-def _downsampled(config: Any) -> int:
-    return _patches(config) // int(config.downsample_factor) ** 2
+def _pooled(config: Any) -> int:
+    """Patches that Gemma3 averages into one token."""
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // int(config.mm_tokens_per_image)
 
 
 _BOTH = ("image_token_id", "video_token_id")
@@ -62,7 +52,7 @@ _SMOLVLM = VLMSpec(
     parts="runs",
     thumbnail="last",
     tower_cut="spread",
-    tile=_shuffled,
+    joins=_shuffled("scale_factor"),
 )
 _BLIP = VLMSpec(
     core="",
@@ -87,7 +77,7 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="first",
         tower_cut="spread",
         packing_methods=("pack_image_features", ""),
-        tile=_varies,
+        varies=True,
     ),
     "llava_onevision": VLMSpec(
         ids=_BOTH,
@@ -95,7 +85,7 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="first",
         tower_cut="spread",
         packing_methods=("pack_image_features", "apply_pooling"),
-        tile=_varies,
+        varies=True,
     ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -111,7 +101,7 @@ ROWS: dict[str, VLMSpec] = {
         parts="chunks",
         thumbnail="last",
         tower_cut="spread",
-        tile=lambda config: round(_patches(config) * float(config.downsample_ratio) ** 2),
+        joins=_shuffled("downsample_ratio", shrinks=True),
     ),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
@@ -128,7 +118,7 @@ ROWS: dict[str, VLMSpec] = {
         feature=None,
         parts="runs",
         tower_cut="spread",
-        tile=lambda config: int(config.mm_tokens_per_image),
+        joins=_pooled,
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
@@ -157,10 +147,12 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
-        tile=lambda config: round(_patches(config) * float(config.vision_config.pixel_shuffle_ratio) ** 2),
+        joins=lambda config: round(1 / float(config.vision_config.pixel_shuffle_ratio) ** 2),
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", tile=_downsampled),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread", tile=_downsampled),
+    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", joins=_shuffled("downsample_factor")),
+    "cohere2_vision": VLMSpec(
+        feature=None, parts="runs", thumbnail="last", tower_cut="spread", joins=_shuffled("downsample_factor")
+    ),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(
@@ -170,7 +162,7 @@ ROWS: dict[str, VLMSpec] = {
         grid_arguments=(hosts.PATCH_SHAPES,),
         tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
-        tile=_varies,
+        varies=True,
     ),
 }
 """By ``config.model_type``."""

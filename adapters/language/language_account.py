@@ -2,50 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ...core.model_shape import LATE, BlockShape, LanguageShape, ModelShape, Part
+from torch import nn
+
+from ...core.model_shape import (
+    LATE,
+    BlockShape,
+    LanguageShape,
+    ModelShape,
+    PackedTowerShape,
+    Part,
+    TowerShape,
+    Uncounted,
+)
 from ...errors import UnsupportedModel
 from ..account import class_name, heads_of, linear_maps, path_of, weights
 from ..base import child
 from ..hosts import LOGITS, Arguments
+from ..towers.packed_account import packed_tower
 from ..towers.tower_account import hf_tower
 from .layer_account import has_matrices, layer_shape
 from .masks import layer_kinds
+from .spec import VLMSpec
 
 
 def of_hf_vlm(adapter: Any) -> ModelShape:
     """A vision-language model of transformers."""
-    from ..towers.hf_rows import vision_spec
-
     model, core, lm = adapter.model, adapter.core, adapter.lm
-    notes: list[str] = []
-    vision, path = None, adapter.spec.projector
-    try:
-        tower = child(core, adapter.spec.tower)
-        spec = adapter.tower() or vision_spec(tower)
-        vision = hf_tower(tower, model, spec, tower, [child(core, path)] if path else [])
-    except UnsupportedModel as problem:  # no such path, or no row for this kind of tower
-        notes.append(f"the vision tower is not counted ({problem})")
+    uncounted: list[Uncounted] = []
+    path = adapter.spec.projector
+    vision, packed = _vision(adapter, uncounted)
     projector: list[Part] = []
-    if path and vision is not None:
+    if path and (vision is not None or packed is not None):
         module = child(core, path)
         projector = heads_of(model, module)
         # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
         projector += [Part(name, p.numel(), path=path_of(model, module)) for name, p in own]
-    language = None if lm is None else _language(model, lm, notes)
+        joins = 1 if adapter.spec.joins is None else adapter.spec.joins(core.config)
+        projector = [replace(part, joins=joins) for part in projector]
+    language = None if lm is None else _language(model, lm, uncounted)
+    counted = [] if lm is None else [module for module in (lm, _output(model)) if module is not None]
+    counted += [child(core, name) for name in (adapter.spec.tower, path) if name and _has(core, name)]
+    apart = adapter.spec.boundary is None
+    uncounted += [Uncounted(f"{name} is not counted", name, apart) for name in _beside(model, counted)]
     # Where tokens are pooled, or a picture has several crops, only the prompt tells how many there are.
     visual = vision.tokens - vision.protected if vision is not None and adapter.spec.tower_cut == "slots" else 0
-    layout = adapter.layout()
-    tile = None if adapter.spec.tile is None else adapter.spec.tile(core.config)
     return ModelShape(
-        class_name(model), layout, vision, None, tuple(projector), language, visual, notes=tuple(notes), tile=tile
+        class_name(model),
+        adapter.layout(),
+        vision,
+        projector=tuple(projector),
+        language=language,
+        visual=visual,
+        packed=packed,
+        uncounted=tuple(uncounted),
+        tile=_tile(adapter.spec, core.config),
     )
 
 
-def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
+def _tile(spec: VLMSpec, config: Any) -> int | None:
+    """`ModelShape.tile` of a family."""
+    if spec.varies:
+        return 0
+    if spec.joins is None:
+        return None
+    vision = config.vision_config
+    sides = [(one, one) if isinstance(one, int) else tuple(one) for one in (vision.image_size, vision.patch_size)]
+    return int((sides[0][0] // sides[1][0]) * (sides[0][1] // sides[1][1])) // spec.joins(config)
+
+
+def _vision(adapter: Any, uncounted: list[Uncounted]) -> tuple[TowerShape | None, PackedTowerShape | None]:
+    """The vision tower in one of its two forms; neither, with the reason, where it is not known."""
+    from ..towers.hf_rows import vision_spec
+
+    model, core = adapter.model, adapter.core
+    path = ""
+    try:
+        tower = child(core, adapter.spec.tower)
+        path = path_of(model, tower)
+        around = [child(core, adapter.spec.projector)] if adapter.spec.projector else []
+        packed = packed_tower(model, tower, core.config, around)
+        if packed is not None:
+            return None, packed
+        spec = adapter.tower() or vision_spec(tower)
+        return hf_tower(tower, model, spec, tower, around), None
+    except UnsupportedModel as problem:  # no such path, or no row for this kind of tower
+        uncounted.append(Uncounted(f"the vision tower is not counted ({problem})", path))
+        return None, None
+
+
+def _has(core: Any, path: str) -> bool:
+    try:
+        return child(core, path) is not None
+    except UnsupportedModel:
+        return False
+
+
+def _holds(outer: nn.Module, module: nn.Module) -> bool:
+    return any(below is module for below in outer.modules())
+
+
+def _output(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _beside(model: nn.Module, counted: list[nn.Module], prefix: str = "") -> Iterator[str]:
+    """Paths of modules with weights that are no part of what is counted, the outermost ones."""
+    for name, module in model.named_children():
+        if any(_holds(one, module) for one in counted):
+            continue
+        if any(_holds(module, one) for one in counted):
+            yield from _beside(module, counted, f"{prefix}{name}.")
+        elif weights(module):
+            yield f"{prefix}{name}"
+
+
+def _language(model: Any, lm: Any, uncounted: list[Uncounted]) -> LanguageShape | None:
     size = next(lm.parameters()).element_size()
     blocks, kinds = [], layer_kinds(lm.config, len(lm.layers))
     for index, (layer, kind) in enumerate(zip(lm.layers, kinds)):
@@ -53,7 +129,7 @@ def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
         if block is None:
             parts = ", ".join(name for name, part in layer.named_children() if has_matrices(part))
             what = f"layer {index} of {type(lm).__name__} has parts of another form than those known: {parts}"
-            notes.append(f"the language model is not counted ({what})")
+            uncounted.append(Uncounted(f"the language model is not counted ({what})", path_of(model, lm)))
             return None
         blocks.append(block)
     # What stands beside the layers (inputs of every layer out of one projection) takes the tokens that enter the first.
@@ -62,7 +138,7 @@ def _language(model: Any, lm: Any, notes: list[str]) -> LanguageShape | None:
     late = _late(model, lm, blocks)
     if late is not None:
         blocks = [replace(block, late=block.shared) for block in blocks]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = _output(model)
     head = None
     if output is not None:
         head = Part("lm_head", weights(output), path=path_of(model, output))

@@ -138,5 +138,6 @@ def book(
             visual=sum(len(picture.columns) for picture in pictures),
             seen=held if stream is None else stream.seen,
             held=lengths,
+            mixed=len({picture.video for picture in pictures}) > 1,
         )
     )

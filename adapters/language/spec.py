@@ -65,8 +65,9 @@ class VLMSpec:
             model.
         boundary: None, or why tokens cannot leave before the language model.
         whole: why tokens cannot leave inside the tower, where they cannot.
-        tile: visual tokens of each row of the tower, from the configuration of the inner model, where pictures are
-            several rows; it gives 0 where that varies. None where a picture is one row.
+        joins: from the configuration of the whole model, patches that make one token of the language model (and one row of
+            what the projector multiplies), where pictures may be several rows of the tower; None where it is each patch.
+        varies: whether rows of the tower make different numbers of tokens: crops are cut off, pooled or padded.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -95,5 +96,6 @@ class VLMSpec:
     projects_late: bool = False
     boundary: str | None = None
     whole: str | None = None
+    joins: Callable[[Any], int] | None = None
     packing_methods: tuple[str, str] | None = None
-    tile: Callable[[Any], int] | None = None
+    varies: bool = False

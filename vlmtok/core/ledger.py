@@ -10,6 +10,9 @@ import torch
 from ..kernels import ran
 from .site import layer_of
 
+MOST_UNREAD = 1024
+"""Closed passes whose grids may still lie on a device."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -100,6 +103,9 @@ class StageRun:
         parts: rows that modules outside the blocks saw, by name (see `vlmtok.core.model_shape.Part`).
         decodings: decode steps behind it.
         captured: whether it was captured into a CUDA graph, whose replays run no Python.
+        grids: frames, rows and columns of patches of each picture (towers that take any size), and
+        told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
+        mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
     """
 
     stage: str
@@ -115,6 +121,14 @@ class StageRun:
     parts: dict[str, int] = field(default_factory=dict)
     decodings: list[Decoding] = field(default_factory=list)
     captured: bool = False
+    grids: tuple[tuple[int, ...], ...] = ()
+    told: torch.Tensor | None = None
+    mixed: bool = False
+
+    def read(self) -> None:
+        """Reads what the host told, which waits for the device."""
+        if self.told is not None:
+            self.grids, self.told = tuple(tuple(grid) for grid in self.told.tolist()), None
 
     @property
     def continues(self) -> bool:
@@ -141,10 +155,10 @@ class StageRun:
         return sum(decoding.steps for decoding in self.decodings)
 
     def key(self) -> tuple[object, ...]:
-        """What two passes of the same cost share."""
+        """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, *tables)
+        return (*shape, self.held, self.grids, *tables)
 
 
 @dataclass
@@ -154,10 +168,16 @@ class Books:
     Attributes:
         last: the last pass of each stage, see `Ledger.last`.
         decoder: the last prefill, to which decode steps belong.
+        encoded: the last pass of the vision tower since then, and
+        before: the one before it.
+        earlier: the pass of pictures where the last prefill with pictures took clips from `last` too.
     """
 
     last: dict[str, StageRun] = field(default_factory=dict)
     decoder: StageRun | None = None
+    encoded: StageRun | None = None
+    before: StageRun | None = None
+    earlier: StageRun | None = None
 
     def name(self, run: StageRun) -> str:
         """Under which name a pass stands."""
@@ -179,6 +199,7 @@ class Ledger:
         steps: decode steps so far.
         kernels: calls of `vlmtok.kernels` in this process before the compression.
         unseen: whether a prompt came as embeddings alone, in which pictures cannot be found.
+        uncounted: paths of modules that ran and are not counted (see `vlmtok.core.model_shape.Uncounted`).
     """
 
     passes: dict[str, int] = field(default_factory=dict)
@@ -186,9 +207,11 @@ class Ledger:
     steps: int = 0
     kernels: dict[str, int] = field(default_factory=ran)
     unseen: bool = False
+    uncounted: set[str] = field(default_factory=set)
     _books: dict[int, Books] = field(default_factory=dict)
     _latest: Books | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+    _unread: list[StageRun] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -212,6 +235,12 @@ class Ledger:
         return {} if books is None else books.last
 
     @property
+    def earlier(self) -> StageRun | None:
+        """The tower's pass of pictures, where the last prefill had clips too, of whose pass `last` tells."""
+        books = self._books.get(threading.get_ident()) or self._latest
+        return None if books is None else books.earlier
+
+    @property
     def blind(self) -> bool:
         """Whether a language model ran, and never with a picture."""
         runs = [run for run, _ in self.totals() if run.stage == "decoder"]
@@ -230,6 +259,8 @@ class Ledger:
             run.captured = torch.cuda.is_current_stream_capturing()
         books = self._latest = self.mine
         name = books.name(run)
+        if run.stage == "vision":
+            books.before, books.encoded, books.earlier = books.encoded, run, None
         counted = "continued" if run.continues else run.stage
         with self._lock:
             for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
@@ -239,6 +270,9 @@ class Ledger:
             self.passes[counted] = self.passes.get(counted, 0) + 1
         if run.stage == "decoder":
             books.decoder = run
+            if run.pictures:
+                books.earlier = books.before if run.mixed else None
+            books.before, books.encoded = None, None
         return run
 
     def visit(self, run: StageRun, event: Event) -> None:
@@ -290,13 +324,29 @@ class Ledger:
     def totals(self) -> list[tuple[StageRun, int]]:
         """Every kind of pass so far, with how often it ran."""
         with self._lock:
+            self._read()
             kinds = dict(self._totals)
             running = [run for books in self._books.values() for run in books.last.values()]
         for run in running:
+            run.read()
             key = run.key()
             kinds[key] = (run, kinds.get(key, (run, 0))[1] + 1)
         return list(kinds.values())
 
     def _close(self, run: StageRun) -> None:
+        if run.told is not None:  # a pass begins, which must not wait for the device; after many it waits once
+            self._unread.append(run)
+            if len(self._unread) > MOST_UNREAD:
+                self._read()
+            return
+        self._file(run)
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for run in unread:
+            run.read()
+            self._file(run)
+
+    def _file(self, run: StageRun) -> None:
         key = run.key()
         self._totals[key] = (run, self._totals.get(key, (run, 0))[1] + 1)

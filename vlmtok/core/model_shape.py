@@ -136,6 +136,7 @@ class Part:
         token: a pool's MACs for each token of the picture.
         pair: a pool's MACs for each pair of tokens.
         path: the module's dotted path in the model; empty for a parameter, which is used in every pass.
+        joins: tokens that make one row of its input, or pairs that make one of a pool's.
     """
 
     name: str
@@ -143,10 +144,16 @@ class Part:
     token: int = 0
     pair: int = 0
     path: str = ""
+    joins: int = 1
+
+    @property
+    def pools(self) -> bool:
+        """Whether it takes a picture's tokens together."""
+        return bool(self.token or self.pair)
 
     def macs(self, rows: int, tokens: int = 0) -> int:
         """MACs of so many input rows, or of so many pictures of `tokens` tokens."""
-        return rows * (self.row + tokens * self.token + tokens * tokens * self.pair)
+        return rows * (self.row + tokens * self.token + tokens * tokens * self.pair // self.joins)
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,40 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
+class PackedTowerShape:
+    """A vision tower in which tokens stay, and that may take pictures of any size: their grids say what it costs.
+
+    Attributes:
+        blocks: the blocks, in order.
+        spans: what a patch is multiplied with, by block: ``row`` (its whole row, what a mask hides included), ``frame``
+            (the patches of its frame) or ``window``.
+        stem: the patch embedding, a row for each patch.
+        parts: modules behind the patch embedding and outside the blocks: mergers, poolings.
+        merge: patches along a side that make one visual token.
+        window: visual tokens along the side of a window; 0 where there are no windows.
+        shared: whether all pictures of a pass lie in one row; else each frame has a row of its own.
+        extra: tokens of a row beside the patches.
+        pads: whether processors fill rows up to a length of theirs, which no configuration tells.
+        canvas: whether the patch embedding sees each picture on a canvas as large as the largest one.
+        first: dotted path of the first block in the model.
+        path: dotted path of the tower.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    spans: tuple[str, ...]
+    stem: Part
+    parts: tuple[Part, ...] = ()
+    merge: int = 1
+    window: int = 0
+    shared: bool = True
+    extra: int = 0
+    pads: bool = False
+    canvas: bool = False
+    first: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     """A language model.
 
@@ -204,6 +245,21 @@ class LanguageShape:
 
 
 @dataclass(frozen=True)
+class Uncounted:
+    """Something that a model runs and that is not counted: where it ran, there is no total.
+
+    Attributes:
+        what: a clause for a reader, with the reason.
+        path: dotted path of the module, whose calls are noted; empty means that it runs in every pass.
+        apart: whether a call of its own runs it, which estimates do not plan.
+    """
+
+    what: str
+    path: str = ""
+    apart: bool = False
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model as counts and widths.
 
@@ -217,7 +273,9 @@ class ModelShape:
         visual: visual tokens of one picture in the language model; 0 where the configuration does not say.
         crops: rows of the tower that make one picture.
         parts: visual tokens of a picture's parts (thumbnail, crops), or empty where it is one.
-        notes: what could not be counted.
+        notes: what to know of the figures.
+        packed: the vision tower where it is no `TowerShape`, or None.
+        uncounted: what is not counted.
         tile: visual tokens of each row of the tower where pictures are several rows, 0 where that varies; None where a
             picture is one row.
     """
@@ -232,6 +290,8 @@ class ModelShape:
     crops: int = 1
     parts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    packed: PackedTowerShape | None = None
+    uncounted: tuple[Uncounted, ...] = ()
     tile: int | None = None
 
 

@@ -143,6 +143,7 @@ class Account:
         stepped: how many they were.
         cache: bytes of the key-value cache behind the prefill, all rows, or None.
         profiles: by stage, (bare, as it ran).
+        missing: what ran and could not be counted.
     """
 
     lines: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -151,6 +152,7 @@ class Account:
     stepped: int = 0
     cache: tuple[int, int] | None = None
     profiles: dict[str, tuple[Profile, Profile]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def add(self, name: str, before: int, after: int, times: int = 1) -> None:
         """Adds to a line."""

@@ -16,6 +16,7 @@ from ..core.sequence import TowerRow
 from ..core.site import Counts
 from ..errors import ParameterError
 from .flops import feature_tokens, tower_profiles
+from .packed import planned
 from .planned_rows import PlannedRows, Prompt
 from .rehearsal import Rehearsal
 
@@ -66,6 +67,8 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
     if shape.vision is not None:
         seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
         runs.append(planner.vision(seen))
+    elif shape.packed is not None:
+        runs.append(planned(shape.packed, shape.projector, prompt))
     if shape.text is not None and prompt.words:
         runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
     if shape.language is not None:
@@ -99,7 +102,7 @@ class Planner:
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
-            run.parts[part.name] = run.rows * (self.shape.tile or n)  # some join squares of patches in front of it
+            run.parts[part.name] = run.rows * n // part.joins
         return run
 
     def text(self, run: StageRun) -> StageRun:

@@ -23,7 +23,8 @@ class Prompt:
         patches: patches of a row of the tower.
         words: tokens of a row of the text tower.
         every: whether the head sees all tokens of a prompt (a plain forward) or the last one (`generate`).
-        grids: t, h, w in patches, one per picture of a row.
+        grids: frames, rows and columns of patches of each picture of a row, for towers that take pictures of any size;
+            empty means as near to a square as `visual` allows.
         seen: the pictures of a row, where a processor told; `visual`, `parts` and `crops` do not count then, and
             `pictures` is how many these are.
         seen_rows: rows of the tower for all of them.

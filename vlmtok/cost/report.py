@@ -43,6 +43,7 @@ class Report(ReportData):
         problem: why this is no report of a compression at all, or None: no method was asked, so nothing was saved.
         open: methods and sites whose counts depend on content, so that figures are ranges.
         figure: the total under the convention that was asked for, or None.
+        missing: what ran and is not counted; then there is no total: `total` is None, and `macs` an error.
     """
 
     # ------------------------------------------------------------------ making one
@@ -96,8 +97,9 @@ class Report(ReportData):
             "source": self.source,
             "macs": {item.name: line(item) for item in self.lines},
             "flops": {item.name: line(flops_of(item)) for item in self.lines},
-            "total_macs": line(self.macs),
-            "total_flops": line(self.flops),
+            "total_macs": line(self.total),
+            "total_flops": None if self.total is None else line(flops_of(self.total)),
+            "missing": self.missing,
             "decode_step_macs": line(self.step),
             "decode_step_flops": None if self.step is None else line(flops_of(self.step)),
             "cache_bytes": line(self.cache),
@@ -173,6 +175,11 @@ class Report(ReportData):
         return render.plain_text(self)
 
     def __repr__(self) -> str:
-        share = self.macs.share
-        left = "nothing counted" if share is None else f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
+        share = None if self.total is None else self.total.share
+        if self.missing:
+            left = "no total"
+        elif share is None:
+            left = "nothing counted"
+        else:
+            left = f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
         return f"<Report of {' + '.join(self.methods)} on {self.model}: {left}>"

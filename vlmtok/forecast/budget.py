@@ -11,7 +11,7 @@ from ..core.spec import as_methods
 from ..cost.conventions import convention as named
 from ..cost.report import Report
 from ..cost.units import quantity, whole
-from ..errors import ParameterError, SiteError, TargetError
+from ..errors import NotCounted, ParameterError, SiteError, TargetError
 from ..guard import guarded
 from ..sheet import Sheet, Shown
 from ..tabular import Table
@@ -106,6 +106,7 @@ def budget(
     Raises:
         TargetError: no setting comes within 1 percent; the message names the nearest.
         ParameterError: no target or several, or the method has no parameter to move.
+        NotCounted: `macs`, and part of the model is not counted.
         UnsupportedModel, SiteError, MissingSignal: as `compress`.
     """
     methods = as_methods(method)
@@ -121,6 +122,13 @@ def budget(
     if convention is not None and what != "macs":
         raise ParameterError(f"budget: a convention counts macs, not {what}")
     subject = subject_of(model, prompt.pop("processor", None))
+    shape = subject.shape
+    missing = [one.what for one in shape.uncounted if not one.apart]
+    if missing and what == "macs" and convention is None:
+        raise NotCounted(
+            f"budget: {shape.name} has no total to set macs to: {'; '.join(missing)}. Set tokens, "
+            "layer_average_tokens or kv_bytes, or macs by a convention that does not count it"
+        )
     return _Search(methods[0], subject, what, convention, prompt).run(value)
 
 

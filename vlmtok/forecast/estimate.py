@@ -101,6 +101,8 @@ def estimate(
             f"{', '.join(met)} depends on content: figures go from everything dropped there to nothing; "
             "counts= takes what a run kept"
         )
+    if shape.packed is not None and shape.packed.pads:
+        notes.append("rows of the vision tower count without the padding that a processor may add")
     report = Report.planned(attachment, shape, plans, notes, deciding)
     report.open = met
     if convention is not None:

@@ -138,9 +138,10 @@ def _told(shape: ModelShape, asked: Asked) -> Prompt:
     rows, visual = _crops(shape, asked)
     text = texts_of(asked.text_tokens, asked.pictures)
     falls = _parts(shape, asked.parts, rows, visual, patches)
-    if "features" in shape.layout.stages:  # every patch is a token of the language model
-        if visual % rows:
-            raise ParameterError(f"estimate: visual_tokens={visual} cannot be shared by {rows} crops")
+    each = "features" in shape.layout.stages  # every patch is a token of the language model
+    if (each or shape.packed is not None) and visual % rows:
+        raise ParameterError(f"estimate: visual_tokens={visual} cannot be shared by {rows} crops")
+    if each:
         patches = visual // rows
     return Prompt(asked.batch, asked.pictures, text, visual, falls, rows, patches, 0, asked.every)
 

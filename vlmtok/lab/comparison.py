@@ -124,9 +124,10 @@ class Comparison(Shown):
                 made["classes"] = [{"label": label, "probability": share} for label, share in answer.classes]
             return made
 
-        macs, cache, tokens = self.report.macs, self.report.cache, self.tokens
-        bare = {**side(self.bare), "visual_tokens": tokens.bare, "total_macs": macs.before}
-        short = {**side(self.compressed), "visual_tokens": tokens.first, "total_macs": macs.after.high}
+        macs, cache, tokens = self.report.total, self.report.cache, self.tokens
+        bare = {**side(self.bare), "visual_tokens": tokens.bare, "total_macs": None if macs is None else macs.before}
+        short = {**side(self.compressed), "visual_tokens": tokens.first}
+        short["total_macs"] = None if macs is None else macs.after.high
         short.update(visual_tokens_last_layer=tokens.last, visual_tokens_mean=tokens.mean)
         if cache is not None:
             bare["kv_bytes"], short["kv_bytes"] = cache.before, cache.after.high
@@ -242,7 +243,7 @@ class Comparison(Shown):
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Cells of the table."""
-        tokens, macs, cache = self.tokens, self.report.macs, self.report.cache
+        tokens, macs, cache = self.tokens, self.report.total, self.report.cache
         yield ("answer", self.bare.text, self.compressed.text, self._agreement())
         for (label, share), (other, short) in zip(self.bare.classes, self.compressed.classes):
             yield ("", f"{share:.1%} {label}", f"{short:.1%} {other}", "")
@@ -250,8 +251,11 @@ class Comparison(Shown):
         if tokens.last != tokens.first:
             note = f"{tokens.last:g} left at the end, {tokens.mean:.0f} a layer on average"
         yield ("visual tokens", str(tokens.bare), f"{tokens.first:g}", note)
-        fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
-        yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
+        if macs is None:
+            yield ("MACs, total", "not given", "not given", "; ".join(self.report.missing))
+        else:
+            fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
+            yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
         if cache is not None and cache.before:
             saved = f"{1 - cache.after.high / cache.before:.0%} saved"
             yield (cache.name, binary(cache.before), cache.after.show(binary), saved)

@@ -14,7 +14,7 @@ from PIL import Image
 from ..core.method import Method
 from ..core.spec import expand
 from ..cost.units import binary, si, whole
-from ..errors import InternalError, ParameterError, VlmtokError
+from ..errors import InternalError, NotCounted, ParameterError, VlmtokError
 from ..guard import guarded
 from ..loading.models import Loaded
 from ..loading.pictures import check_writable
@@ -25,7 +25,7 @@ from .comparing import Comparing
 from .comparison import Comparison
 from .page import page
 from .plot_svg import pareto_svg
-from .plots import pareto
+from .plots import COSTS, pareto
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +133,7 @@ class Sweep(Tabular):
     def to_records(self) -> list[dict[str, Any]]:
         """Numbers and words, the bare model first: method, answer, agreement, tokens, MACs, cache, speed, problem."""
         first = self.comparisons[0]
-        cache = first.report.cache
+        cache, total = first.report.cache, first.report.total
         bare = {
             "method": "bare",
             "answer": first.bare.text,
@@ -142,7 +142,7 @@ class Sweep(Tabular):
             "cosine": 1.0 if first.loyalty.cosine is not None else None,
             "visual_tokens": first.tokens.bare,
             "visual_tokens_mean": first.tokens.bare,
-            "total_macs": first.report.macs.before,
+            "total_macs": None if total is None else total.before,
             "kv_bytes": None if cache is None else cache.before,
             **{f"speed_{stage}": 1.0 for stage in first.latency},
             "problem": None,
@@ -161,8 +161,9 @@ class Sweep(Tabular):
                 rows.append([record["method"], "failed, see below", *[""] * (len(head) - 2)])
                 continue
             cache = record["kv_bytes"]
+            total = record["total_macs"]
             cells = [record["method"], record["answer"], _agreement(record), whole(record["visual_tokens_mean"])]
-            cells += [si(record["total_macs"]), "" if cache is None else binary(cache)]
+            cells += ["not given" if total is None else si(total), "" if cache is None else binary(cache)]
             rows.append(cells + [f"{record[name]:.2f} x" for name in stages])
         return Table(head, rows)
 
@@ -187,8 +188,12 @@ class Sweep(Tabular):
 
         Raises:
             ParameterError: no such cost, or no row has it.
+            NotCounted: totals, and something is not counted.
             MissingPackage: matplotlib is not installed.
         """
+        missing = self.comparisons[0].report.missing
+        if cost == "total_macs" and missing:
+            raise NotCounted(f"no total to plot: {'; '.join(missing)}; other costs: {', '.join(COSTS)}")
         return pareto(self.to_records(), cost, ax)
 
     def to_html(self) -> str:
@@ -229,7 +234,7 @@ class Sweep(Tabular):
 
 
 def _record(found: Comparison) -> dict[str, Any]:
-    cache = found.report.cache
+    cache, total = found.report.cache, found.report.total
     return {
         "method": found.method,
         "answer": found.compressed.text,
@@ -238,7 +243,7 @@ def _record(found: Comparison) -> dict[str, Any]:
         "cosine": found.loyalty.cosine,
         "visual_tokens": found.tokens.first,
         "visual_tokens_mean": found.tokens.mean,
-        "total_macs": found.report.macs.after.high,
+        "total_macs": None if total is None else total.after.high,
         "kv_bytes": None if cache is None else cache.after.high,
         **{f"speed_{stage}": ratio.median for stage, ratio in found.latency.items()},
         "problem": None,
