@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,11 @@ def _shuffled(field: str, shrinks: bool = False) -> Callable[[Any], int]:
 def _pooled(config: Any) -> int:
     """Patches that Gemma3 averages into one token."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // int(config.mm_tokens_per_image)
+
+
+def _projects_slots(core: Any) -> bool:
+    """Whether LFM2-VL's projector gets a place for each token that a row could have (from transformers 5.24 on)."""
+    return "is_token" in inspect.unwrap(core.get_image_features).__code__.co_varnames
 
 
 _BOTH = ("image_token_id", "video_token_id")
@@ -163,6 +169,7 @@ ROWS: dict[str, VLMSpec] = {
         tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
         varies=True,
+        slots=_projects_slots,
     ),
 }
 """By ``config.model_type``."""

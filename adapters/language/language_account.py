@@ -87,7 +87,7 @@ def _vision(adapter: Any, uncounted: list[Uncounted]) -> tuple[TowerShape | None
         around = [child(core, adapter.spec.projector)] if adapter.spec.projector else []
         packed = packed_tower(model, tower, core.config, around)
         if packed is not None:
-            return None, packed
+            return None, replace(packed, slots=adapter.spec.slots is not None and adapter.spec.slots(core))
         spec = adapter.tower() or vision_spec(tower)
         return hf_tower(tower, model, spec, tower, around), None
     except UnsupportedModel as problem:  # no such path, or no row for this kind of tower

@@ -113,7 +113,7 @@ def mixer_of(module: Any, size: int) -> Mixer | None:
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if not own:
         return short
-    widths = [getattr(module, name, None) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
+    widths: list[Any] = [getattr(module, name, None) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
     return GatedDelta(short, *map(int, widths)) if own == {"A_log", "dt_bias"} and None not in widths else None
 
 

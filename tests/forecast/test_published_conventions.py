@@ -75,7 +75,7 @@ class Row:
 
 A, B13, NEXT, ONE = "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-onevision-7b"
 B16, BLIP = "clip-vit-b-16", "vit-b-16-384"
-FRAMES = {"crops": 32, "text_tokens": 100}
+FRAMES = {"visual_tokens": 32 * 196, "crops": 32, "text_tokens": 100}
 TEXT = {"text_tokens": 36}
 CLIP = {"crops": 8, "visual_tokens": 8 * 144, "parts": (144,) * 8}
 _ANY = {

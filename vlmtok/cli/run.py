@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from .application import FAILED, Once, app
@@ -51,7 +53,12 @@ def run(
         from ..lab.compare import compare
         from ..lab.sweep import sweep
 
-        how = {"max_new_tokens": max_new_tokens, "rounds": rounds, "adapter": adapter, "progress": progress}
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "rounds": rounds,
+            "adapter": adapter,
+            "progress": progress,
+        }
         if several:
             found = sweep(loaded, asked.shown, specs, asked.words, **how)
             for one in found:

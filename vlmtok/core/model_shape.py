@@ -206,6 +206,7 @@ class PackedTowerShape:
         extra: tokens of a row beside the patches.
         pads: whether processors fill rows up to a length of theirs, which no configuration tells.
         canvas: whether the patch embedding sees each picture on a canvas as large as the largest one.
+        slots: whether the projector multiplies padding, too.
         first: dotted path of the first block in the model.
         path: dotted path of the tower.
     """
@@ -220,6 +221,7 @@ class PackedTowerShape:
     extra: int = 0
     pads: bool = False
     canvas: bool = False
+    slots: bool = False
     first: str = ""
     path: str = ""
 

@@ -91,6 +91,9 @@ def planned(shape: PackedTowerShape, projector: Iterable[Part], prompt: Prompt) 
         projector: behind it.
         prompt: with grids, or with counts from which they follow.
     """
+    if prompt.seen and not prompt.grids:  # every row is as long as the processor made it
+        run = StageRun("vision", prompt.batch * prompt.rows, shape.extra + prompt.patches)
+        return _with_parts(shape, projector, run, run.rows * prompt.patches)
     grids = [tuple(grid) for grid in prompt.grids] or [grid_of(prompt, shape.merge)] * prompt.pictures
     grids *= prompt.batch
     frames = sum(grid[0] for grid in grids)
@@ -98,15 +101,22 @@ def planned(shape: PackedTowerShape, projector: Iterable[Part], prompt: Prompt) 
     longest = max((rows * columns for _, rows, columns in grids), default=0)
     if shape.shared:
         run = StageRun("vision", 1, patches, grids=tuple(grids))
-    else:
-        run = StageRun("vision", frames, shape.extra + longest, grids=tuple(grids))
-    inside = run.rows * (run.entered - shape.extra)
+    else:  # a processor may have padded the rows
+        run = StageRun("vision", frames, shape.extra + max(longest, prompt.patches), grids=tuple(grids))
     sides = [max((grid[axis] for grid in grids), default=0) for axis in (1, 2)]
-    run.parts[shape.stem.name] = frames * sides[0] * sides[1] if shape.canvas else inside
+    return _with_parts(shape, projector, run, patches, frames * sides[0] * sides[1])
+
+
+def _with_parts(
+    shape: PackedTowerShape, projector: Iterable[Part], run: StageRun, patches: int, canvas: int = 0
+) -> StageRun:
+    """The pass with what its modules outside the blocks see: of so many real patches, and of the canvas around them."""
+    inside = run.rows * (run.entered - shape.extra)
+    run.parts[shape.stem.name] = canvas if shape.canvas else inside
     for part in shape.parts:
         run.parts[part.name] = run.rows if part.pools else inside // part.joins
     for part in projector:
-        run.parts[part.name] = patches // shape.merge**2
+        run.parts[part.name] = (inside if shape.slots else patches) // shape.merge**2
     return run
 
 
