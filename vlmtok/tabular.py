@@ -87,7 +87,7 @@ class Table:
 
         table = RichTable()
         for column, name in enumerate(self.head):
-            table.add_column(name, justify="right" if self.numeric(column) else "left")
+            table.add_column(name, justify="right" if self.numeric(column) else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

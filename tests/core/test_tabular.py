@@ -191,3 +191,14 @@ def test_what_is_shown_says_the_same_everywhere():
 
     assert str(Thing()) == "title\nnote" == tabular.plain(Thing())
     assert Thing()._repr_html_() == "<p><b>title</b></p>\n<ul><li>note</li></ul>"
+
+
+def test_a_narrow_terminal_folds_cells_and_loses_none():
+    from rich.console import Console
+
+    spec = "pitome:ratio=0.95+divprune:keep=0.25"
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(tabular.Table(["method", "answer", "MACs, total"], [[spec, "top left", "536.142 M"]]).rich())
+    shown = console.export_text()
+    cells = "".join(line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│"))
+    assert cells == spec
