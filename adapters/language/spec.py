@@ -67,7 +67,7 @@ class VLMSpec:
         whole: why tokens cannot leave inside the tower, where they cannot.
         joins: from the configuration of the whole model, patches that make one token of the language model, and one row
             of what the projector multiplies, where pictures may be several rows of the tower; None where each does.
-        slots: of the inner model, whether its projector multiplies padding of the tower's rows; None where it never does.
+        slots: of the inner model, whether its projector multiplies padding of the tower's rows; None where none does.
         varies: whether rows of the tower make different numbers of tokens: crops are cut off, pooled or padded.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
