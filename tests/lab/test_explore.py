@@ -81,6 +81,7 @@ def test_layers_strength_and_the_rest(panel):
     turn(panel, "positions", "renumber")
     assert panel.spec == "fastv:K=8:positions=renumber"
     assert len(panel.settings.children) == 2 and len(panel.more.children[0].children) == 1
+    assert panel.more.titles == ("more settings",)
     panel.method.value = "pyramiddrop"
     turn(panel, "ratios[2]", 0.05)
     assert panel.spec == "pyramiddrop:ratios=(0.5;0.25;0.05)"

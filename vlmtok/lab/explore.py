@@ -98,7 +98,7 @@ class Explorer:
         names = sorted({*admitted(self._layout), begin.spec_name()})
         self.method = w.Dropdown(options=names, value=begin.spec_name(), description="method")
         self.button = w.Button(description="run", tooltip="run the model with these settings")
-        self.settings, self.more = w.VBox(), w.Accordion(titles=("more settings",))
+        self.settings, self.more = w.VBox(), w.Accordion([w.VBox()], titles=("more settings",))
         self.status, self.answer, self.report = w.HTML(), w.HTML(), w.HTML()
         self.picture = w.Image(format="png", layout=w.Layout(max_width="100%"))
         details = w.Accordion([self.report], titles=("report",))
