@@ -213,13 +213,13 @@ def test_estimate_gives_what_the_function_gives(vlmtok_, tower):
 def test_estimate_takes_sizes_of_pictures_and_frames(vlmtok_, folder_of_next):
     words = ("estimate", "qwen2.5-vl-7b", "--method", "divprune:keep=0.25", "--image-size")
     one = data_of(vlmtok_(*words, "896x896", "--json"))
-    assert one["layers"][0]["before"] == 1024 + 64 and "1,024 visual tokens" in one["notes"][0]
+    assert one["layers"][-1]["before"] == 1024 + 64 and "1,024 visual tokens" in one["notes"][0]
     two = data_of(vlmtok_(*words, "896x896", "--image-size", "448x448", "--json"))
-    assert two["layers"][0]["before"] == 1024 + 256 + 64
+    assert two["layers"][-1]["before"] == 1024 + 256 + 64
     clip = data_of(vlmtok_(*words, "448X448", "--frames", 8, "--json"))
-    assert clip["layers"][0]["before"] == 4 * 256 + 64
+    assert clip["layers"][-1]["before"] == 4 * 256 + 64
     asked = vlmtok_("estimate", folder_of_next, "--method", "fastv", "--visual-tokens", 60)
-    assert asked.exit_code == 2 and "pass crops= (--crops), or image_size= (--image-size)" in asked.stderr
+    assert asked.exit_code == 2 and "pass --crops, or --image-size" in asked.stderr
     told = data_of(vlmtok_("estimate", folder_of_next, "--method", "fastv", "--image-size", "128x96", "--json"))
     assert told["layers"][0]["before"] == 17 and "5 rows of the tower" in told["notes"][0]
 
@@ -319,7 +319,7 @@ BAD = {
     "no such convention": ("estimate llava-1.5-7b --method fastv --convention frob", "no convention 'frob'"),
     "no size": ("estimate llava-1.5-7b --image-size 896", "width and height in pixels, for instance 896x672"),
     "a size of nothing": ("estimate llava-1.5-7b --image-size 0x5", "width and height in pixels"),
-    "frames without a size": ("estimate qwen2.5-vl-7b --frames 4", "image_size=(width, height) says how large"),
+    "frames without a size": ("estimate qwen2.5-vl-7b --frames 4", "--image-size (width, height) says how large"),
     "frames of a picture": ("estimate gemma3-4b --frames 4 --image-size 9x9", "takes pictures and no video"),
     "size without model": ("bench --image-size 9x9", "needs --model"),
     "two forms": ("estimate llava-1.5-7b --json --csv", "one of"),

@@ -89,13 +89,13 @@ def test_an_error_from_below_is_said_in_options(vlmtok_, monkeypatch):
 
 
 def test_a_warning_is_said_in_options(vlmtok_, monkeypatch):
-    real = estimating.shape_of
+    real = estimating.subject_of
 
     def warn(*given):
         warnings.warn("visual_tokens=576 is a guess; pass visual_tokens=", VlmtokWarning, stacklevel=1)
         return real(*given)
 
-    monkeypatch.setattr(estimating, "shape_of", warn)
+    monkeypatch.setattr(estimating, "subject_of", warn)
     result = vlmtok_("estimate")
     assert result.exit_code == 0
     assert "vlmtok: note: --visual-tokens 576 is a guess; pass --visual-tokens\n" in result.stderr

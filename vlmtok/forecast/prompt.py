@@ -163,7 +163,7 @@ def _crops(shape: ModelShape, asked: Asked) -> tuple[int, int]:
         if not rows:
             raise ParameterError(
                 f"estimate: pictures of {shape.name} are several rows of its tower (crops), and visual_tokens={visual} "
-                "does not say how many: pass crops= (--crops), or image_size= (--image-size) in place of both"
+                "does not say how many: pass crops=, or image_size= in place of both"
             )
     visual = visual or shape.visual * rows // shape.crops or (tile or 0) * rows
     if tile and visual != tile * rows:
