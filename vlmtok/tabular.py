@@ -93,20 +93,12 @@ class Table:
         return table
 
 
-class Tabular:
-    """Something that is a table: what it prints, and the forms that people paste, from its records and its cells."""
+class Records:
+    """Something that is a list of records, and the forms that programs read."""
 
     def to_records(self) -> list[dict[str, Any]]:
         """Rows as numbers and words by column."""
         raise NotImplementedError
-
-    def table(self) -> Table:
-        """Rows as people read them."""
-        raise NotImplementedError
-
-    def notes(self) -> list[str]:
-        """What to know before a number is trusted, shown below the table."""
-        return []
 
     def to_csv(self) -> str:
         """`to_records` as CSV; whole numbers without a point."""
@@ -119,6 +111,18 @@ class Tabular:
             MissingPackage: pandas is not installed.
         """
         return frame_of(self.to_records())
+
+
+class Tabular(Records):
+    """Something that is a table: what it prints, and the forms that people paste, from its records and its cells."""
+
+    def table(self) -> Table:
+        """Rows as people read them."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What to know before a number is trusted, shown below the table."""
+        return []
 
     def to_markdown(self) -> str:
         """The table in Markdown, its notes as a list."""

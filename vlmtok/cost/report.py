@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.attachment import Attachment
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
-from ..tabular import csv_of, frame_of
+from ..tabular import Records
 from . import assemble, render
 from .lines import Line
 from .report_data import ReportData, flops_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(repr=False)
-class Report(ReportData):
+class Report(ReportData, Records):
     """What a compression saved and what it cost.
 
     Print it, or take `to_dict`, `to_json`, `to_csv`, `to_pandas`, `to_markdown`, `to_latex`, `to_html`. MACs are matrix
@@ -139,18 +139,6 @@ class Report(ReportData):
     def to_records(self) -> list[dict[str, Any]]:
         """Every line and layer as a record: model, method, settings, source, kind, name, layer, unit, before, after."""
         return render.records(self)
-
-    def to_csv(self) -> str:
-        """`to_records` as CSV; whole numbers without a point."""
-        return csv_of(self.to_records())
-
-    def to_pandas(self) -> Any:
-        """`to_records` as a pandas.DataFrame.
-
-        Raises:
-            MissingPackage: pandas is not installed.
-        """
-        return frame_of(self.to_records())
 
     def to_markdown(self) -> str:
         """The tables in Markdown."""
