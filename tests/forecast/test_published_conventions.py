@@ -250,8 +250,9 @@ def test_the_list_shows_what_conventions_give():
 
 def test_todres_table_needs_more_tokens_than_its_host_makes():
     """By the printed formula 31.4 T are some 4,950 tokens; LLaVA-NeXT makes 2,880 of a picture."""
+    row = {"crops": 5, "parts": 1, "text_tokens": 120}
     bare = [
-        estimate(NEXT, ToDRE(), visual_tokens=n, parts=1, text_tokens=120, convention="todre", deciding=False).figure
+        estimate(NEXT, ToDRE(), **row, visual_tokens=n, convention="todre", deciding=False).figure
         for n in (2880, 4800, 4860)
     ]
     assert bare[0].before < bare[1].before < 31.4e12 < bare[2].before

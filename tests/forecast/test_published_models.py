@@ -49,7 +49,7 @@ def test_sizes_of_published_models(name):
     depth = getattr(vision, "num_hidden_layers", None) or vision.depth
     assert (depth, vision.hidden_size) == (blocks, tower)
     kv, head = config.text_config.num_key_value_heads, shape.language.blocks[0].head_width
-    assert shape.language.kv_bytes == 2 * kv * head * 2  # keys and values in half precision
+    assert shape.language.blocks[0].kv_bytes == 2 * kv * head * 2  # keys and values in half precision
 
 
 def test_every_published_model_is_tried():
@@ -106,7 +106,7 @@ def test_a_picture_of_a_known_size_is_counted_where_nothing_is_said():
     assert report.lines == estimate("qwen2.5-vl-7b", "fastv", image_size=(896, 896)).lines
     assert "picture of 896 x 896 pixels, by the model's processor: 1,024 visual tokens" in report.notes[0]
     two = estimate("qwen2.5-vl-7b", "fastv", pictures=2)
-    assert two.layers[0].before == 2 * 1024 + 64
+    assert two.layers[-1].before == 2 * 1024 + 64
 
 
 def test_a_budget_by_the_size_of_a_picture():

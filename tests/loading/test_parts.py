@@ -46,6 +46,8 @@ def test_random_weights_and_models_that_nothing_carries_say_so(speaker):
 
 def test_budgets(speaker):
     found = vlmtok.budget("divprune", speaker.model, tokens=20).budget
-    assert cells(found._repr_html_())[6:] == ["tokens", "144 tokens", "20 tokens", "20 tokens", "20", "20.0"]
-    assert repr(found) == "<Budget: tokens = 20 tokens on LlavaForConditionalGeneration, 20 asked>"
-    assert str(found).startswith("tokens = 20 tokens on LlavaForConditionalGeneration, 20 asked; visual tokens: 20")
+    assert cells(found._repr_html_())[6:] == ["tokens", "144 tokens", "20 tokens", "20 tokens", "20", "20"]
+    assert repr(found) == "<Budget: tokens = 20 tokens on LlavaForConditionalGeneration, 20 tokens asked>"
+    assert str(found).startswith(
+        "tokens = 20 tokens on LlavaForConditionalGeneration, 20 tokens asked; visual tokens: 20"
+    )

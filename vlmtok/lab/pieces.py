@@ -93,8 +93,20 @@ def pieces_of(found: PictureTrace, size: tuple[int, int], preprocess: Any, part:
             box = whole  # a thumbnail shows all of it
         else:
             box = region(size, preprocess, 0 if found.video else _crop_index(found, number))
-        pieces.append(Piece(box, grid, patches.tolist()))
+        pieces.append(Piece(_visible(box, size), grid, patches.tolist()))
     return pieces
+
+
+def _visible(box: Box, size: tuple[int, int]) -> Box:
+    """The box, or a pixel of the picture where a crop of a thin strip shows less."""
+    left, top, right, bottom = box
+    if right - left < 1:
+        left = min(max(0.0, left), size[0] - 1.0)
+        right = left + 1
+    if bottom - top < 1:
+        top = min(max(0.0, top), size[1] - 1.0)
+        bottom = top + 1
+    return left, top, right, bottom
 
 
 def worth_showing(size: tuple[int, int], pieces: Sequence[Piece]) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support import referee
 from support.checks import assert_differs, assert_equal
 from support.pooled import MEANS, Seen, by_hand, head_of, model_of, sizes_by_hand
 from torch import nn
@@ -267,12 +268,10 @@ def test_half_precision_sums_in_fp32():
 
 
 def test_no_product_is_added(mae):
-    from torch.utils.flop_counter import FlopCounterMode
-
     counts = []
     for pooling in ("size", "plain"):
         with torch.no_grad(), vlmtok.compress(mae, f"tome:r=6:pooling={pooling}") as run:
-            with FlopCounterMode(display=False) as counter:
+            with referee.counter() as counter:
                 mae(towers.pictures(2))
             counts.append((counter.get_total_flops(), [(line.name, line.after) for line in run.report().lines]))
     assert counts[0] == counts[1]
