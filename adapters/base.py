@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.sight import Sight
 from ..core.site import Layout
 from ..errors import UnsupportedModel
 from .hosts import Host, Role, library_of
@@ -69,6 +70,49 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class MeanPool:
+    """A mean over a tower's tokens that a module reads, where a merged token counts by its size.
+
+    Attributes:
+        whole: module whose forward runs the tower, the pool and what is behind it.
+        tokens: module whose output is what the pool reads.
+        reader: module behind the pool, which reads its vector `[B, D]`.
+        make: that vector from the pooled tokens `[B, L, C]` and their sizes, fp32 `[B, L]`; None are ones, and the
+            vector the host's own.
+        loose: whether the pool may be called behind another pass than the last, so that a vector must be recognised.
+        same: whether the host still pools as it did when hooks were placed, from `whole`.
+    """
+
+    whole: nn.Module
+    tokens: nn.Module
+    reader: nn.Module
+    make: Callable[[Tensor, Tensor | None], Tensor]
+    loose: bool = False
+    same: Callable[[Host], bool] = lambda whole: True
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """An attention with queries of its own over a tower's tokens, which can take log(size) on its keys.
+
+    Attributes:
+        whole: module whose forward runs the tower and the pool.
+        reader: the attention.
+        bias: its argument that takes a float bias on the keys.
+        bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
+        skip: protected tokens that it leaves out.
+        tokens: where calls outside `whole` are to be recognised, module whose output it reads, as its first argument.
+    """
+
+    whole: nn.Module
+    reader: nn.Module
+    bias: Role
+    bias_rank: int = 2
+    skip: int = 0
+    tokens: nn.Module | None = None
+
+
+@dataclass(frozen=True)
 class TowerSpec:
     """A tower as data.
 
@@ -90,6 +134,8 @@ class TowerSpec:
         masked: whether the host makes a mask of its own that hides nothing, as transformers does while it is traced.
         padded: whether the host itself hides patches of padding from the attention of a picture's others.
         maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
+        pools: where its tokens become one vector a picture and sizes can count.
+        unpooled: why sizes cannot count in its pool; empty where they can, or where there is none.
     """
 
     block: BlockSpec
@@ -107,6 +153,8 @@ class TowerSpec:
     masked: bool = False
     padded: bool = False
     maps: tuple[Callable[..., Any], ...] = ()
+    pools: tuple[MeanPool | AttentionPool, ...] = ()
+    unpooled: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +210,15 @@ class Adapter:
 
     def account(self) -> Any:
         """The model's shape as counts and widths (see `vlmtok.core.model_shape`)."""
+        raise NotImplementedError
+
+    def preview(self, inputs: Mapping[str, Any], between: int | None = None) -> Sight:
+        """What a processor's output will be in the model, as counts.
+
+        Args:
+            inputs: of one prompt, by the host's names.
+            between: id of a token that stands between its pictures.
+        """
         raise NotImplementedError
 
     def refuse(self, why: str) -> UnsupportedModel:

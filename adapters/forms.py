@@ -41,13 +41,22 @@ def called(module: Host, name: str) -> bool:
 
 def form(module: Host) -> str:
     """The class whose forward a module runs, as ``module:name``; empty where its forward is no class's."""
-    module = inner(module)
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate only moves tensors around it
+    return maker(inner(module), "forward")
+
+
+def maker(module: Host, method: str) -> str:
+    """The class that wrote a method of a module, as ``module:name``; empty where no class did.
+
+    Args:
+        module: of the host.
+        method: its name.
+    """
+    if method in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate only moves tensors around it
         return ""
     # Asked of the function, since hosts put a wrapped copy into every subclass, and others put theirs into a class.
-    made = inspect.unwrap(type(module).forward)
+    made = inspect.unwrap(getattr(type(module), method, type))
     name, _, last = str(getattr(made, "__qualname__", "")).rpartition(".")
-    return f"{made.__module__}:{name}" if name and last == "forward" else ""
+    return f"{made.__module__}:{name}" if name and last == method else ""
 
 
 def known(module: Host, forms: Iterable[str]) -> bool:

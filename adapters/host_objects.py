@@ -74,6 +74,11 @@ def length_of(module: Host, cache: Any, layer: int | None = None) -> int:
     return int(count() if layer is None else count(layer))
 
 
+def records_past(cache: Any) -> bool:
+    """Whether a cache keeps what it could drop until the host says which drafts are taken back."""
+    return any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ()))
+
+
 def span_of(module: Host, cache: Any, count: int, layer: int) -> tuple[int, int]:
     """Keys that a layer's mask indexes, and the column of the first of them.
 

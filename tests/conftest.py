@@ -142,7 +142,7 @@ def _excuse(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = [item for item in items if not since.too_old(item.nodeid)]
+    kept = [item for item in items if not (since.too_old(item.nodeid) or since.lacking(item.nodeid))]
     if config.getoption("lane"):
         kept = lane.chosen(kept)
     left_out = {*items} - {*kept}

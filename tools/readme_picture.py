@@ -15,7 +15,7 @@ from vlmtok import loading
 FILE = Path(__file__).parents[1] / "docs" / "images" / "overlay.png"
 METHODS = ("pitome:ratio=0.9", "todre:keep=0.1")
 SIDE, GAP, BAND = 336, 16, 58
-LEGEND = "bright patches stayed; one colour is one merged group; dark ones left before the language model"
+LEGEND = "clear patches stayed; one colour and outline is one merged group; dark ones left before the language model"
 
 
 def main() -> None:
@@ -25,9 +25,10 @@ def main() -> None:
     panels = [(picture, f"{sample.question}")]
     for method in METHODS:
         found = vlmtok.compare(model, picture, sample.question, method, rounds=1, limit=0)
-        if found.overlay is None:
+        if found.trace is None:
             raise SystemExit(found.overlay_problem)
-        panels.append((found.overlay, f'{method}: "{found.compressed.text}"'))
+        drawn = vlmtok.overlay(picture, found.trace, preprocess=model.processor, plain=True)
+        panels.append((drawn, f'{method}: "{found.compressed.text}"'))
     sheet = Image.new("RGB", (len(panels) * (SIDE + GAP) + GAP, SIDE + GAP + BAND), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for index, (shown, words) in enumerate(panels):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .forecast.estimate import estimate as estimate
     from .lab.compare import compare as compare
     from .lab.comparison import Comparison as Comparison
+    from .lab.explore import explore as explore
     from .lab.overlay import overlay as overlay
     from .lab.sweep import Sweep as Sweep
     from .lab.sweep import sweep as sweep

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .core.acting import acting
 from .core.attachment import Attachment
 from .core.hooks import sweep
 from .core.method import Method
@@ -17,6 +18,7 @@ from .core.view import TokenView
 from .dispatcher import CompressCall, Dispatcher, dispatcher_of, reading_host
 from .errors import ParameterError, PassError, SiteError
 from .guard import guarded
+from .sheet import Sheet, Shown
 
 if TYPE_CHECKING:
     from .core.trace import Trace
@@ -102,7 +104,7 @@ def remove(model: nn.Module) -> int:
     return count
 
 
-class Compression:
+class Compression(Shown):
     """The handle of one `compress` call.
 
     The hooks own what they need: dropping the handle changes nothing. `remove()`, leaving ``with``, or
@@ -267,6 +269,18 @@ class Compression:
             raise AttributeError(f"a Compression has no {name!r}: it is a handle; call the model itself")
         raise AttributeError(f"Compression has no attribute {name!r}")
 
+    def sheet(self) -> Sheet:
+        """Methods at their sites, and how often they were asked."""
+        carried, first = self._attachment, self._member.first
+        table = acting(carried, range(first, first + len(self._member.methods)))
+        title = f"{' + '.join(map(str, self.methods))} on {self.layout.family}, {self._state}"
+        return Sheet(title, tables=[table], notes=carried.said)
+
+    @property
+    def _state(self) -> str:
+        return "active" if self.active else "removed"
+
     def __repr__(self) -> str:
-        state = "active" if self.active else "removed"
-        return f"<Compression of {' + '.join(map(str, self.methods))} on {self.layout.family}, {state}>"
+        return f"<Compression of {' + '.join(map(str, self.methods))} on {self.layout.family}, {self._state}>"
+
+    __str__ = __repr__  # it is printed in the middle of other lines

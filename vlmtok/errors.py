@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VlmtokError(Exception):
@@ -14,7 +15,13 @@ class VlmtokError(Exception):
 
 
 class ParameterError(VlmtokError, ValueError):
-    """A parameter of a method or a function is out of its range."""
+    """A parameter of a method or a function is out of its range.
+
+    Attributes:
+        choices: all values that are possible, where they are a few.
+    """
+
+    choices: tuple[Any, ...] = ()
 
 
 class UnknownMethod(VlmtokError, LookupError):
@@ -53,6 +60,17 @@ class TargetError(VlmtokError, ValueError):
     """A budget cannot be met; the message names the nearest one."""
 
 
+class MissingPackage(VlmtokError, ImportError):
+    """A package that only some forms and panels need is not installed; the message names the extra that brings it."""
+
+    def __init__(self, asked: str, package: str, extra: str = "notebooks") -> None:
+        super().__init__(f"{asked} needs {package}: pip install 'vlmtok[{extra}]'")
+
+
+class NotCounted(VlmtokError, LookupError):
+    """A total was asked for, and something that belongs to it is not counted; the message names it."""
+
+
 class InternalError(VlmtokError, RuntimeError):
     """A fault of vlmtok itself: the one error that nobody raises on purpose.
 
@@ -83,10 +101,13 @@ def hint(name: str, known: Iterable[str], most: int = 1, alike: float = 0.5) -> 
     """What goes behind a name that is not known: those like it, or a full stop.
 
     Args:
-        name: as given.
+        name: as given; capitals make no difference.
         known: the names there are.
         most: how many to offer.
         alike: how much they must have in common, from 0 to 1.
     """
-    near = difflib.get_close_matches(name, known, most, alike)
+    by_letters: dict[str, str] = {}
+    for one in known:
+        by_letters.setdefault(one.lower(), one)
+    near = [by_letters[one] for one in difflib.get_close_matches(name.lower(), by_letters, most, alike)]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."

@@ -18,6 +18,7 @@ HOME: dict[str, str] = {
     # try and show
     "Comparison": "lab.comparison",
     "compare": "lab.compare",
+    "explore": "lab.explore",
     "load": "loading",
     "Reports": "cost.reports",
     "Sweep": "lab.sweep",

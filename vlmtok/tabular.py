@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import MissingPackage
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -24,7 +26,10 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # both mean something behind the \\ of the row above
+    "*": "{*}",
 }
+_MARKDOWN = re.compile(r"[\\|<*`]")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Table:
         """GitHub's Markdown, numbers to the right."""
         marks = ["---:" if self.numeric(column) else "---" for column in range(len(self.head))]
         lines = [self.head, marks, *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+        def said(cell: str) -> str:
+            return _MARKDOWN.sub(r"\\\g<0>", _one_line(cell))
+
+        return "\n".join(f"| {' | '.join(map(said, line))} |" for line in lines)
 
     def html(self) -> str:
         """A ``<table>``, numbers to the right."""
@@ -65,7 +74,8 @@ class Table:
         columns = "".join("r" if self.numeric(column) else "l" for column in range(len(self.head)))
 
         def line(cells: Sequence[str]) -> str:
-            return " & ".join("".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+            made = ("".join(_LATEX.get(letter, letter) for letter in _one_line(cell)) for cell in cells)
+            return " & ".join(made) + r" \\"
 
         lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(self.head), r"\midrule"]
         return "\n".join([*lines, *map(line, self.rows), r"\bottomrule", r"\end{tabular}"])
@@ -77,21 +87,17 @@ class Table:
 
         table = RichTable()
         for column, name in enumerate(self.head):
-            table.add_column(name, justify="right" if self.numeric(column) else "left")
+            table.add_column(name, justify="right" if self.numeric(column) else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
 
 
-class Tabular:
-    """Something that is a table: what it prints, and the forms that people paste, from its records and its cells."""
+class Records:
+    """Something that is a list of records, and the forms that programs read."""
 
     def to_records(self) -> list[dict[str, Any]]:
         """Rows as numbers and words by column."""
-        raise NotImplementedError
-
-    def table(self) -> Table:
-        """Rows as people read them."""
         raise NotImplementedError
 
     def to_csv(self) -> str:
@@ -102,27 +108,44 @@ class Tabular:
         """`to_records` as a pandas.DataFrame.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingPackage: pandas is not installed.
         """
         return frame_of(self.to_records())
 
+
+class Tabular(Records):
+    """Something that is a table: what it prints, and the forms that people paste, from its records and its cells."""
+
+    def table(self) -> Table:
+        """Rows as people read them."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What to know before a number is trusted, shown below the table."""
+        return []
+
     def to_markdown(self) -> str:
-        """The table in Markdown."""
-        return self.table().markdown() + "\n"
+        """The table in Markdown, its notes as a list."""
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        return self.table().markdown() + "\n" + (f"\n{notes}\n" if notes else "")
 
     def to_latex(self) -> str:
-        """The table for LaTeX, with the rules of booktabs."""
-        return self.table().latex() + "\n"
+        """The table for LaTeX, with the rules of booktabs; its notes as comments."""
+        return "".join(f"% {note}\n" for note in self.notes()) + self.table().latex() + "\n"
 
     def _repr_html_(self) -> str:
-        return self.table().html()
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes())
+        return self.table().html() + (f"\n<ul>{notes}</ul>" if notes else "")
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """The table for a rich console."""
+        """The table and its notes for a rich console."""
+        from rich.text import Text
+
         yield self.table().rich()
+        yield from (Text(note, style="dim") for note in self.notes())
 
     def __str__(self) -> str:
-        return plain(self.table().rich(), width=160)
+        return plain(*self.__rich_console__(None, None), width=160)
 
 
 def plain(*parts: Any, width: int = 120) -> str:
@@ -141,13 +164,21 @@ def plain(*parts: Any, width: int = 120) -> str:
 
 
 def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records as CSV: the columns of the first, whole numbers as such, None as nothing."""
+    """Records as CSV: the columns of all, whole numbers as such, None and what a record lacks as nothing."""
     out = io.StringIO()
     if records:
-        writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
+        # The writer of older Pythons leaves a lone carriage return bare, at which readers end the line.
+        bare = any("\r" in value for record in records for value in record.values() if isinstance(value, str))
+        how: Any = csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+        writer = csv.DictWriter(out, columns_of(records), lineterminator="\n", quoting=how)
         writer.writeheader()
         writer.writerows({key: number(value) for key, value in record.items()} for record in records)
     return out.getvalue()
+
+
+def columns_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of all columns, in the order in which records first have them."""
+    return list(dict.fromkeys(name for record in records for name in record))
 
 
 def number(value: Any) -> Any:
@@ -156,13 +187,22 @@ def number(value: Any) -> Any:
 
 
 def frame_of(records: Sequence[Mapping[str, Any]]) -> Any:
-    """Records as a pandas.DataFrame.
+    """Records as a pandas.DataFrame; whole numbers stay such where some are missing.
 
     Raises:
-        ImportError: pandas is not installed.
+        MissingPackage: pandas is not installed.
     """
     try:
         import pandas
     except ImportError:
-        raise ImportError("to_pandas() needs pandas: pip install pandas") from None
-    return pandas.DataFrame([{key: number(value) for key, value in record.items()} for record in records])
+        raise MissingPackage("to_pandas()", "pandas") from None
+    columns: dict[str, Any] = {}
+    for name in columns_of(records):
+        values = [number(record.get(name)) for record in records]
+        kinds = {type(value) for value in values if value is not None}
+        columns[name] = pandas.array(values, dtype="Int64") if kinds == {int} and None in values else values
+    return pandas.DataFrame(columns)
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.split())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.ledger import StageRun
+from ...core.method import Method
 from ...core.rows import Picture, PromptRows, Snapshot
 from ...core.site import Site
 from ...core.stream import Stream
@@ -92,7 +93,7 @@ class Call:
         top: int64 `[B]`, one more than the last position of each row as it entered, in the count of the first segment.
         position_drop: int64 `[B]`, how far renumbering cuts of this call lowered positions so far, or None.
         drop_by_segment: the same by segment, as it held there.
-        steps: sites that cut and the owners of the original columns behind each; kept only for traces.
+        steps: sites that cut, the owners of the original columns behind each, and whose cut it was; for traces only.
         places: (first layer, where its columns stood) of each run of layers that see the same rows.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """
@@ -116,7 +117,7 @@ class Call:
     top: Tensor | None = None
     position_drop: Tensor | None = None
     drop_by_segment: dict[int, Tensor | None] = field(default_factory=dict)
-    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
     places: list[tuple[int, Snapshot]] = field(default_factory=list)
     refusal: str | None = None
 
@@ -158,14 +159,14 @@ class DecoderRun:
         held: columns that its cache held before it.
         muted: while a layer's modules are called for signals, out of turn.
         last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them and the owners of the original columns behind each.
+        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was.
     """
 
     call: Call | None = None
     held: int = 0
     muted: bool = False
     last_rows: PromptRows | None = None
-    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
 
 
 def flat(positions: Tensor) -> Tensor:

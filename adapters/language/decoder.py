@@ -166,13 +166,13 @@ class Decoder:
         stream = read_stream(cache, self.owner, batch, held, self.probe)
         pictures, valid = self.intake.find(incoming, batch, columns, held, cache)
         if not pictures and stream is None:
-            book(self.attachment.ledger, batch, columns, held, cache, None, [])
+            book(self.attachment.ledger, batch, columns, held, cache, None, [], self.probe)
             return None
         check_call(incoming.mask, cache)
         if self.spec.mask == "2d":
             check_call(own_mask, cache)
         positions = positions_of(incoming, own_positions, stream, batch, columns, held, x)
-        run = book(self.attachment.ledger, batch, columns, held, cache, stream, pictures)
+        run = book(self.attachment.ledger, batch, columns, held, cache, stream, pictures, self.probe)
         if stream is None and held:
             stream = uncut_past(self.owner, batch, held, incoming.mask)
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,21 @@ def _first_storing_layer(config: Any) -> int:
     if not shared:
         return len(kinds) - 1
     return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
+
+
+def _shuffled(field: str, shrinks: bool = False) -> Callable[[Any], int]:
+    """Patches that a pixel shuffle joins, by the field with their number along a side, or with what is left of one."""
+    return lambda config: round((1 / getattr(config, field) if shrinks else getattr(config, field)) ** 2)
+
+
+def _pooled(config: Any) -> int:
+    """Patches that Gemma3 averages into one token."""
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // int(config.mm_tokens_per_image)
+
+
+def _projects_slots(core: Any) -> bool:
+    """Whether LFM2-VL's projector gets a place for each token that a row could have (from transformers 5.24 on)."""
+    return "is_token" in inspect.unwrap(core.get_image_features).__code__.co_varnames
 
 
 _BOTH = ("image_token_id", "video_token_id")
@@ -42,6 +59,7 @@ _SMOLVLM = VLMSpec(
     thumbnail="last",
     tower_cut="spread",
     patches="raster",
+    joins=_shuffled("scale_factor"),
 )
 _BLIP = VLMSpec(
     core="",
@@ -62,7 +80,11 @@ _PALIGEMMA = VLMSpec(
 ROWS: dict[str, VLMSpec] = {
     "llava": VLMSpec(tower_cut="slots"),
     "llava_next": VLMSpec(
-        parts="anyres", thumbnail="first", tower_cut="spread", packing_methods=("pack_image_features", "")
+        parts="anyres",
+        thumbnail="first",
+        tower_cut="spread",
+        packing_methods=("pack_image_features", ""),
+        varies=True,
     ),
     "llava_onevision": VLMSpec(
         ids=_BOTH,
@@ -70,6 +92,7 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="first",
         tower_cut="spread",
         packing_methods=("pack_image_features", "apply_pooling"),
+        varies=True,
     ),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
@@ -80,7 +103,14 @@ ROWS: dict[str, VLMSpec] = {
     "glm4v": _QWEN,
     "glm46v": _QWEN,
     "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
-    "internvl": VLMSpec(lengths_of="crop", parts="chunks", thumbnail="last", tower_cut="spread", patches="raster"),
+    "internvl": VLMSpec(
+        lengths_of="crop",
+        parts="chunks",
+        thumbnail="last",
+        tower_cut="spread",
+        patches="raster",
+        joins=_shuffled("downsample_ratio", shrinks=True),
+    ),
     "idefics3": _SMOLVLM,
     "smolvlm": _SMOLVLM,
     "mistral3": VLMSpec(
@@ -97,6 +127,7 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         tower_cut="spread",
         patches="raster",
+        joins=_pooled,
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
@@ -125,9 +156,19 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
+        joins=lambda config: round(1 / float(config.vision_config.pixel_shuffle_ratio) ** 2),
     ),
-    "aya_vision": VLMSpec(parts="runs", thumbnail="last", tower_cut="spread", patches="raster"),
-    "cohere2_vision": VLMSpec(feature=None, parts="runs", thumbnail="last", tower_cut="spread", patches="raster"),
+    "aya_vision": VLMSpec(
+        parts="runs", thumbnail="last", tower_cut="spread", patches="raster", joins=_shuffled("downsample_factor")
+    ),
+    "cohere2_vision": VLMSpec(
+        feature=None,
+        parts="runs",
+        thumbnail="last",
+        tower_cut="spread",
+        patches="raster",
+        joins=_shuffled("downsample_factor"),
+    ),
     "blip-2": _BLIP,
     "instructblip": _BLIP,
     "lfm2_vl": VLMSpec(
@@ -137,6 +178,8 @@ ROWS: dict[str, VLMSpec] = {
         grid_arguments=(hosts.PATCH_SHAPES,),
         tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
+        varies=True,
+        slots=_projects_slots,
     ),
 }
 """By ``config.model_type``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ...core.sight import Sight
 from ...core.signals import PER_TOKEN
 from ...core.site import Layout, StageLayout
 from ...errors import UnsupportedModel
@@ -15,6 +17,7 @@ from . import language_account
 from .decoder import Decoder
 from .families import REFUSED, ROWS
 from .layout import language_layout
+from .preview import preview
 from .spec import VLMSpec
 
 if TYPE_CHECKING:
@@ -104,6 +107,11 @@ class HFVLM(Adapter):
         waited = bool((self.spec.packing_methods or self.spec.patches) and attachment.awaited("vision"))
         reader = tower if self.spec.tower_cut == "slots" or waited else None
         attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.model, self.core, reader, grid)
+
+    def preview(self, inputs: Mapping[str, Any], between: int | None = None) -> Sight:
+        """The pictures of a prompt as counts."""
+        spec = self.tower()
+        return preview(self.spec, self.core, None if spec is None else spec.stem, inputs, between)
 
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""

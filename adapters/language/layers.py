@@ -147,7 +147,7 @@ class Layers:
         drop, shortened = call.position_drop, False
         for entry in self.points[layer]:
             derive = taps.ahead if entry.site.point == "start" else taps.behind
-            hidden, moved = self.sites.visit(call, entry, hidden, derive, renumber_by_default=False)
+            hidden, moved = self.sites.visit(call, entry, hidden, derive)
             if moved is not None:
                 shortened = True
                 taps.follow(hidden, moved, call.position_drop is not drop)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.ledger import Ledger, StageRun
 from ...core.rows import Picture
 from ...core.stream import Segment, Stream
-from .. import hosts
+from .. import host_objects, hosts
 from ..hosts import Arguments
 from .call import Incoming
 from .checks import check_turn, packed, unknown_argument
@@ -99,7 +99,14 @@ def refusal_of(
 
 
 def book(
-    ledger: Ledger, batch: int, columns: int, held: int, cache: Any, stream: Stream | None, pictures: list[Picture]
+    ledger: Ledger,
+    batch: int,
+    columns: int,
+    held: int,
+    cache: Any,
+    stream: Stream | None,
+    pictures: list[Picture],
+    probe: int,
 ) -> StageRun | None:
     """Opens the books of a prefill, or counts a decode step.
 
@@ -111,12 +118,13 @@ def book(
         cache: of the call, or None.
         stream: the past, or None.
         pictures: of the call.
+        probe: layer by which the cache says how much it holds.
 
     Returns:
         The page of a prefill; None for a step.
     """
     if columns == 1 and held and not pictures:
-        ledger.step(batch, held)
+        ledger.step(batch, held, probe, host_objects.records_past(cache))
         return None
     lengths = () if stream is None else tuple((first, s.length) for first, s in sorted(stream.segments.items()))
     return ledger.begin(
@@ -130,5 +138,6 @@ def book(
             visual=sum(len(picture.columns) for picture in pictures),
             seen=held if stream is None else stream.seen,
             held=lengths,
+            mixed=len({picture.video for picture in pictures}) > 1,
         )
     )

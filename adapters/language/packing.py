@@ -110,12 +110,7 @@ class Packing:
         sizes, pixels, clips = (given(role) for role in (hosts.IMAGE_SIZES, hosts.PIXELS, hosts.CLIP_PIXELS))
         if pixels is not None and sizes is not None:
             sizes = check_shapes(hosts.IMAGE_SIZES, sizes, 2).tolist()
-            counts = [self._crops(size) for size in sizes]
-            several = given(hosts.SHARED_PICTURES)
-            if several is not None:  # pictures that share a prompt are not cut into crops
-                alone = [n == 1 for n in check_counts(hosts.SHARED_PICTURES, several, len(sizes)) for _ in range(n)]
-                counts = [count if one else 1 for count, one in zip(counts, alone)]
-            crops = [torch.empty(count, patches, 1, device="meta") for count in counts]
+            crops = [torch.empty(count, patches, 1, device="meta") for count in self.crops(given)]
             options = {name: value for name, value in options.items() if value is not None}
             packed = self._packed(core, crops, sizes, self._newline(crops[0]), options)
             found[IMAGE] = [len(one) for one in packed]
@@ -123,6 +118,35 @@ class Packing:
             pooled = getattr(core, self.pool)(torch.empty(1, patches, 1, device="meta")).shape[1]
             found[VIDEO] = [clips.shape[1] * pooled + 1] * clips.shape[0]
         return found or None
+
+    def crops(self, given: Callable[[Role], Any]) -> list[int]:
+        """Crops of each picture, thumbnail included.
+
+        Args:
+            given: arguments of the inner model.
+        """
+        sizes = given(hosts.IMAGE_SIZES)
+        if sizes is None:
+            return []
+        sizes = check_shapes(hosts.IMAGE_SIZES, sizes, 2).tolist()
+        counts = [self._crops(size) for size in sizes]
+        several = given(hosts.SHARED_PICTURES)
+        if several is not None:  # pictures that share a prompt are not cut into crops
+            alone = [n == 1 for n in check_counts(hosts.SHARED_PICTURES, several, len(sizes)) for _ in range(n)]
+            counts = [count if one else 1 for count, one in zip(counts, alone)]
+        return counts
+
+    def separators(self, given: Callable[[Role], Any]) -> list[Tensor]:
+        """Where the host puts separators into each picture: `[n, 1]`, 1 there and 0 elsewhere.
+
+        Args:
+            given: arguments of the inner model.
+        """
+        crops = [torch.zeros(count, self._side()[1], 1) for count in self.crops(given)]
+        if not crops:
+            return []
+        sizes = check_shapes(hosts.IMAGE_SIZES, given(hosts.IMAGE_SIZES), 2).tolist()
+        return self._packed(self.core(), crops, sizes, torch.ones(1), {})
 
     def _side(self) -> tuple[int, int]:
         vision = self.core().config.vision_config

@@ -250,7 +250,7 @@ class Projector:
             valid = reduction.valid
             current = None if self.tower is None else self.tower.running.mine
             if sequence.source is not None and current is not None:
-                current.steps.append((entry.site, sequence.source))
+                current.steps.append((entry.site, sequence.source, entry.method))
         if not torch.compiler.is_compiling():
             group = Group(x.shape[0], before, sequence.row.n, sequence.entered)
             event = Event(

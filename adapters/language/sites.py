@@ -68,7 +68,7 @@ class Sites:
             x = self._hand_over(call, handover, x)
         rows.enter()
         for entry in self.projected:
-            x, _ = self.visit(call, entry, x, None, renumber_by_default=self.spec.positions == "1d")
+            x, _ = self.visit(call, entry, x, None)
         call.moved = x is not before
         if self.inside:
             rows.enter(hold=True)
@@ -106,7 +106,6 @@ class Sites:
         entry: Entry,
         x: Tensor,
         taps: Callable[[Group], DecoderTaps] | None,
-        renumber_by_default: bool,
     ) -> tuple[Tensor, ColumnMap | None]:
         """Shows the method its views, group by group, and cuts the rows as it says.
 
@@ -115,7 +114,6 @@ class Sites:
             entry: the method at its site.
             x: `[B, L, C]`, the rows there.
             taps: gives what was tapped of a layer, inside the language model.
-            renumber_by_default: whether positions close up where the site does not say.
 
         Returns:
             The rows and how their columns moved, or None where they stay.
@@ -138,14 +136,13 @@ class Sites:
         moved, renumber = None, False
         if pieces:
             call.check_cut()
-            wanted = entry.site.positions
-            renumber = renumber_by_default if wanted is None else wanted == "renumber"
+            renumber = self.attachment.layout.positions_at(entry.site) == "renumber"
             x, moved = rows.cut(x, pieces, renumber)
             if renumber:
                 layer = 0 if entry.site.layer is None else layer_of(entry.site.layer, entry.site.point)
                 _note_drop(call, layer, moved)
             if rows.owner is not None:
-                call.steps.append((entry.site, rows.owner))
+                call.steps.append((entry.site, rows.owner, entry.method))
         kind = "cut" if pieces else "observe"
         ragged = any(reduction.valid is not None for _, reduction in pieces)
         event = Event(

@@ -67,6 +67,10 @@ class VLMSpec:
         whole: why tokens cannot leave inside the tower, where they cannot.
         patches: how a row's patches become the tokens that the projector gives (see `patches`), where each patch has
             no token of its own and signals of the tower are to reach the language model; or None.
+        joins: from the configuration of the whole model, patches that make one token of the language model, and one row
+            of what the projector multiplies, where pictures may be several rows of the tower; None where each does.
+        slots: of the inner model, whether its projector multiplies padding of the tower's rows; None where none does.
+        varies: whether rows of the tower make different numbers of tokens: crops are cut off, pooled or padded.
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -96,4 +100,7 @@ class VLMSpec:
     boundary: str | None = None
     whole: str | None = None
     patches: str | None = None
+    joins: Callable[[Any], int] | None = None
     packing_methods: tuple[str, str] | None = None
+    varies: bool = False
+    slots: Callable[[Any], bool] | None = None

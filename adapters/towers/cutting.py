@@ -67,7 +67,7 @@ class PictureCuts:
             caught = run.record(layer).taps
             caught["cuts"] = (*caught.get("cuts", ()), reduction)
             if sequence.source is not None:
-                run.steps.append((entry.site, sequence.source))
+                run.steps.append((entry.site, sequence.source, entry.method))
         if not torch.compiler.is_compiling():
             group = Group(x.shape[0], row.n, sequence.row.n, sequence.entered, 0, row.length)
             kind = "observe" if reduction is None else "cut"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
 from .. import forms, hosts
-from ..base import BlockSpec, Host, TextSpec, TowerSpec, child
+from ..base import AttentionPool, BlockSpec, Host, MeanPool, TextSpec, TowerSpec, child
+from .pooling import mean_of
 
 if TYPE_CHECKING:
     from ...core.attachment import Attachment
@@ -197,6 +199,42 @@ def _layers(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
                 f"{type(tower).__name__} has blocks that are {forms.described(block)} and not {name}"
             )
     return blocks
+
+
+def _of_patches(skip: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The mean of a row without its first tokens."""
+    return lambda tokens, size: mean_of(tokens[:, skip:], None if size is None else size[:, skip:])
+
+
+def _class_and_patches(tokens: Tensor, size: Tensor | None) -> Tensor:
+    """DINOv2's: the class token, then the mean of the patches."""
+    return torch.cat([tokens[:, 0], _of_patches(1)(tokens, size)], dim=1)
+
+
+_MEANS: dict[str, tuple[str, Callable[[Tensor, Tensor | None], Tensor]]] = {
+    "CLIPForImageClassification": ("vision_model", _of_patches(1)),
+    "SiglipForImageClassification": ("vision_model", _of_patches(0)),
+    "Dinov2ForImageClassification": ("dinov2", _class_and_patches),
+}
+"""Classifiers whose head reads a mean: the part that gives the tokens, and what the head reads of them."""
+
+
+def pools_of(model: Host, tower: Host) -> tuple[MeanPool | AttentionPool, ...]:
+    """Where a model of transformers pools its tower's tokens, and sizes can count.
+
+    Args:
+        model: the tower, a classifier around it, or a dual encoder.
+        tower: the module that holds the blocks.
+    """
+    found: list[MeanPool | AttentionPool] = []
+    for name, (part, make) in _MEANS.items():
+        if forms.known(model, (f"transformers.models:{name}",)):
+            found.append(MeanPool(model, child(model, part), model.classifier, make))
+    for module in tower.modules():
+        if forms.known(module, ("transformers.models:SiglipMultiheadAttentionPoolingHead",)):
+            inside = next(m for m in tower.modules() if any(part is module for part in m.children()))
+            found.append(AttentionPool(inside, child(module, "attention"), hosts.KEY_BIAS))
+    return tuple(found)
 
 
 def check_bias(tower: nn.Module, attachment: Attachment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from ...core.site import Layout
 from ..base import Adapter, TowerSpec
 from . import tower_account
-from .hf_rows import check_bias, text_spec, vision_spec
+from .hf_rows import check_bias, pools_of, text_spec, vision_spec
 from .text_tower import TextTower
 from .tower import Tower
 
@@ -32,7 +33,7 @@ class HFVision(Adapter):
 
     def tower(self) -> TowerSpec:
         """The tower as data."""
-        return vision_spec(self.vision())
+        return replace(vision_spec(self.vision()), pools=pools_of(self.model, self.vision()))
 
     def vision(self) -> nn.Module:
         """The module that holds the blocks."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ...core.site import Layout
 from .. import forms, hosts
-from ..base import Adapter, BlockSpec, Host, TextSpec, TowerSpec
+from ..base import Adapter, AttentionPool, BlockSpec, Host, MeanPool, TextSpec, TowerSpec
 from ..registry import listed
 from . import tower_account
+from .pooling import mean_of
 from .text_tower import TextTower
 from .tower import Tower
 
@@ -47,6 +48,27 @@ MHA_BLOCK = BlockSpec(
 BLOCKS = ("open_clip.transformer:ResidualAttentionBlock",)
 
 
+def _mean(tokens: Tensor, size: Tensor | None) -> Tensor:
+    """The mean of the patches behind the class token."""
+    return mean_of(tokens[:, 1:], None if size is None else size[:, 1:])
+
+
+def _pools(visual: Host) -> tuple[tuple[MeanPool | AttentionPool, ...], str]:
+    """Where a tower pools its tokens and sizes can count, and why not where they cannot."""
+    first, second = visual.attn_pool, getattr(visual, "attn_pool_contrastive", None)
+    if first is None and visual.pool_type != "avg":
+        return (), ""
+    if forms.form(visual) != "open_clip.transformer:VisionTransformer":
+        return (), f"{type(visual).__name__} pools in a way of its own"
+    if first is not None:
+        # In a cascade the second one pools what the first one gives, which are no tokens of ours.
+        read = [first] if second is None or visual.attn_pool_type != "parallel" else [first, second]
+        return tuple(AttentionPool(visual, pool.attn, hosts.KEY_BIAS) for pool in read), ""
+    if not visual.final_ln_after_pool:
+        return (), "no module stands behind its mean (final_ln_after_pool=False)"
+    return (MeanPool(visual, visual.transformer, visual.ln_post, _mean, loose=True),), ""
+
+
 class OpenClipVision(Adapter):
     """open_clip's VisionTransformer."""
 
@@ -72,6 +94,7 @@ class OpenClipVision(Adapter):
     def tower(self) -> TowerSpec:
         """The tower as data."""
         model = self.model
+        pools, unpooled = _pools(model)
         return TowerSpec(
             block=MHA_BLOCK,
             blocks=tuple(map(forms.inner, model.transformer.resblocks)),
@@ -81,6 +104,8 @@ class OpenClipVision(Adapter):
             grid=(int(model.grid_size[0]), int(model.grid_size[1])),
             stem=model.conv1,
             maps=(type(model).forward_intermediates,),
+            pools=pools,
+            unpooled=unpooled,
         )
 
     def layout(self) -> Layout:

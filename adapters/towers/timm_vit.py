@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...core.site import Layout
 from .. import forms, hosts
-from ..base import Adapter, BlockSpec, Host, TowerSpec
+from ..base import Adapter, AttentionPool, BlockSpec, Host, MeanPool, TowerSpec
 from . import tower_account
+from .pooling import mean_of
 from .tower import Tower
 
 if TYPE_CHECKING:
@@ -86,6 +87,42 @@ VIT_BLOCK = BlockSpec(**_BLOCK)
 EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
 
 
+_POOLED = ("timm.models.vision_transformer:VisionTransformer", "timm.models.eva:Eva")
+"""Classes whose `forward`, `forward_head` and `pool` are known to pool by `global_pool` what `norm` gives."""
+
+
+def _mean(skip: int, with_max: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """timm's pools ``avg`` and ``avgmax``, as written in `global_pool_nlc`."""
+
+    def make(tokens: Tensor, size: Tensor | None) -> Tensor:
+        tokens, size = tokens[:, skip:], None if size is None else size[:, skip:]
+        mean = mean_of(tokens, size)
+        return 0.5 * (tokens.amax(dim=1) + mean) if with_max else mean
+
+    return make
+
+
+def _pools(model: Host) -> tuple[tuple[MeanPool | AttentionPool, ...], str]:
+    """Where a model pools its tokens and sizes can count, and why not where they cannot."""
+    kind, attention = model.global_pool, getattr(model, "attn_pool", None)
+    if attention is None and kind not in ("avg", "avgmax"):
+        return (), ""
+    if any(forms.maker(model, name) not in _POOLED for name in ("forward", "forward_head", "pool")):
+        return (), f"{type(model).__name__} pools in a way of its own"
+    skip = 0 if getattr(model, "pool_include_prefix", False) else int(model.num_prefix_tokens)
+    if attention is not None:
+        if type(attention).__name__ != "AttentionPoolLatent":
+            return (), f"{type(attention).__name__} takes no bias on its keys"
+        skip = skip if hasattr(model, "pool_include_prefix") else 0  # Eva's reads the whole row
+        return (AttentionPool(model, attention, hosts.BIAS, 4, skip, model.norm),), ""
+
+    def same(now: Host) -> bool:
+        return now.global_pool == kind and getattr(now, "attn_pool", None) is None
+
+    make = _mean(skip, kind == "avgmax")
+    return (MeanPool(model, model.norm, model.fc_norm, make, loose=True, same=same),), ""
+
+
 class TimmViT(Adapter):
     """timm's VisionTransformer."""
 
@@ -117,6 +154,7 @@ class TimmViT(Adapter):
         """The tower as data."""
         model = self.model
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        pools, unpooled = _pools(model)
         return TowerSpec(
             block=self.block,
             blocks=tuple(map(forms.inner, model.blocks)),
@@ -127,6 +165,8 @@ class TimmViT(Adapter):
             stem=getattr(getattr(model, "patch_embed", None), "proj", None),
             maps=(type(model).forward_intermediates,),
             has_class_token=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
+            pools=pools,
+            unpooled=unpooled,
         )
 
     def layout(self) -> Layout:

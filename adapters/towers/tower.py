@@ -24,6 +24,7 @@ from .checks import check_key_bias
 from .cutting import PictureCuts
 from .hook_plan import BlockPlan, block_plans
 from .intake import PictureIntake
+from .pooling import install_pools
 from .running import RunningPasses, probe
 from .spreading import book_spread, spread
 from .text_cutting import TextCuts
@@ -73,6 +74,7 @@ class Tower:
         self.attentions: dict[int, Arguments] = {}
         self.middles: dict[int, Arguments] = {}
         check_key_bias(self.entries, spec)
+        install_pools(attachment, spec, self.running)
         self._install(spec)
 
     # ------------------------------------------------------------------ layout and hooks

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...core.model_shape import ModelShape, Part, TowerShape
+from ...core.model_shape import ModelShape, Part, TowerShape, Uncounted
 from .. import forms
 from ..account import (
     block_shapes,
@@ -39,11 +39,11 @@ def of_timm(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> M
     outside = [trunk.patch_embed, *spec.blocks, *([] if pool is None else [pool])]
     parts += [Part(part.name, part.row, path=prefix + part.path) for part in heads(trunk, outside)]
     stem = getattr(trunk.patch_embed, "proj", None)
-    notes = []
+    uncounted = []
     if hasattr(trunk.patch_embed, "backbone"):
-        notes = ["the convolutions in front of the patch embedding are not counted"]
+        uncounted = [Uncounted("the convolutions in front of the patch embedding are not counted")]
     tower = tower_shape(model or trunk, spec, stem, parts)
-    return ModelShape(class_name(model or trunk), adapter.layout(), tower, notes=tuple(notes))
+    return ModelShape(class_name(model or trunk), adapter.layout(), tower, uncounted=tuple(uncounted))
 
 
 def of_open_clip_tower(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> ModelShape:
@@ -73,7 +73,7 @@ def of_open_clip_timm(adapter: Any, prefix: str = "", model: nn.Module | None = 
     assert shape.vision is not None
     head = [Part(p.name, p.row, path=f"{prefix}head.{p.path}".rstrip(".")) for p in heads(outer.head, ())]
     vision = replace(shape.vision, parts=(*shape.vision.parts, *head))
-    return ModelShape(shape.name, adapter.layout(), vision, notes=shape.notes)
+    return ModelShape(shape.name, adapter.layout(), vision, uncounted=shape.uncounted)
 
 
 def of_open_clip(adapter: Any) -> ModelShape:
@@ -81,7 +81,7 @@ def of_open_clip(adapter: Any) -> ModelShape:
     model = adapter.model
     inner = of_open_clip_timm if hasattr(adapter.vision, "inner") else of_open_clip_tower
     seen = inner(adapter.vision, "visual.", model)
-    text, notes = None, list(seen.notes)
+    text, uncounted = None, list(seen.uncounted)
     if adapter.text is not None:
         tower = getattr(model, "text", model)
         projection = getattr(tower, "text_projection", None)
@@ -92,10 +92,15 @@ def of_open_clip(adapter: Any) -> ModelShape:
             parts = [Part("text projection", projection.numel())]
         text = text_shape(model, adapter.text, int(tower.context_length), parts)
     else:
-        notes.append("the text tower is not counted")
+        uncounted.append(Uncounted("the text tower is not counted", _text_path(model), apart=True))
     if hasattr(model, "text_decoder"):
-        notes.append("the multimodal decoder is not counted")
-    return ModelShape(class_name(model), adapter.layout(), seen.vision, text, notes=tuple(notes))
+        uncounted.append(Uncounted("the multimodal decoder is not counted", "text_decoder", apart=True))
+    return ModelShape(class_name(model), adapter.layout(), seen.vision, text, uncounted=tuple(uncounted))
+
+
+def _text_path(model: Any) -> str:
+    """Where the text tower is; a model without a module around it has a transformer for text alone."""
+    return "text" if hasattr(model, "text") else "transformer"
 
 
 def of_hf_vision(adapter: Any) -> ModelShape:

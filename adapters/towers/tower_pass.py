@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.ledger import StageRun
+from ...core.method import Method
 from ...core.site import Site
 
 
@@ -57,7 +58,7 @@ class Pass:
         sequence: what travels with the tokens.
         run: the books.
         records: what was decided, by layer.
-        steps: sources after each cut, for traces.
+        steps: sources after each cut and whose it was, for traces.
         tables: rotary tables of the rows as they are, with the table each was made from.
         grid: rows and columns of the patches that entered, or None where they form none.
         grad: whether gradients were on.
@@ -69,7 +70,7 @@ class Pass:
     sequence: Any
     run: StageRun
     records: dict[int, LayerRecord] = field(default_factory=dict)
-    steps: list[tuple[Site, Tensor]] = field(default_factory=list)
+    steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
     tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     grad: bool = False

@@ -83,9 +83,10 @@ def test_the_check_of_the_documents_holds():
 
 
 def test_every_test_that_counts_asks_the_referee():
-    """`test_library.py` starts a process that counts nothing but the ops of `vlmtok.kernels`."""
+    """`test_library.py` starts a process that counts ops of `vlmtok.kernels` alone; `test_torch_counter.py` asks
+    what the counter itself sees of attention."""
     name = "Flop" + "CounterMode"
     found = {
         str(file.relative_to(TESTS)) for file in TESTS.rglob("*.py") if re.search(rf"\b{name}\(", file.read_text())
     }
-    assert found == {"support/referee.py", "kernels/test_library.py"}
+    assert found == {"support/referee.py", "kernels/test_library.py", "cost/test_torch_counter.py"}

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from support.checkpoints import llava, picture, vit
+from support.checkpoints import llava, llava_next, picture, vit
+from support.page import read
 from support.places import ROOT
 from typer.testing import CliRunner
 
@@ -74,8 +75,28 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
     ):
         assert word in result.stdout
     assert " ms" not in result.stdout and "relative to bare" in result.stdout
-    assert Image.open(tmp_path / "overlay.png").size == picture().size
+    assert Image.open(tmp_path / "overlay.png").width > 2 * picture().width  # the original beside it
     assert os.listdir(tmp_path) == ["overlay.png"]
+
+
+def test_run_writes_a_page(vlmtok_, tmp_path, monkeypatch):
+    words = ("run", "--max-new-tokens", 2, "--rounds", 1, "--html", "page.html")
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "page     page.html" in result.stdout
+    (data,) = read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]
+    assert data["name"] == comparing.DEFAULT_METHOD and len(data["states"]) == 2
+    several = data_of(vlmtok_(*words, "--method", "todre:keep=0.1,0.5", "--method", "fastv", "--json"))
+    assert several["page"] == "page.html" and len(several["rows"]) == 4
+    names = [one["name"] for one in read((tmp_path / "page.html").read_text("utf-8")).json()["methods"]]
+    assert names == ["todre:keep=0.1", "todre:keep=0.5", "fastv"]
+
+    def full(*given, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    result = vlmtok_(*words)
+    assert result.exit_code == 0 and "not written to 'page.html': no space left" in result.stdout
+    assert "visual tokens" in result.stdout  # a page is no reason to lose a table
 
 
 def test_run_with_everything_said(vlmtok_, package, tmp_path):
@@ -90,7 +111,7 @@ def test_run_with_everything_said(vlmtok_, package, tmp_path):
     assert (
         found["report"]["layers"] and found["environment"]["torch"] and set(found["speedup"]) == {"prefill", "answer"}
     )
-    assert Image.open(tmp_path / "drawn.png").size == (200, 100)
+    assert Image.open(tmp_path / "drawn.png").width > 640
     loaded = loading.load(str(model), dtype="bfloat16")
     asked = comparing.compare(
         loaded, picture(200, 100), "how many circle ?", "tome:r=4+fastv", max_new_tokens=2, rounds=1
@@ -197,6 +218,34 @@ def test_estimate_gives_what_the_function_gives(vlmtok_, tower):
     )
 
 
+def test_estimate_takes_sizes_of_pictures_and_frames(vlmtok_, folder_of_next):
+    words = ("estimate", "qwen2.5-vl-7b", "--method", "divprune:keep=0.25", "--image-size")
+    one = data_of(vlmtok_(*words, "896x896", "--json"))
+    assert one["layers"][-1]["before"] == 1024 + 64 and "1,024 visual tokens" in one["notes"][0]
+    two = data_of(vlmtok_(*words, "896x896", "--image-size", "448x448", "--json"))
+    assert two["layers"][-1]["before"] == 1024 + 256 + 64
+    clip = data_of(vlmtok_(*words, "448X448", "--frames", 8, "--json"))
+    assert clip["layers"][-1]["before"] == 4 * 256 + 64
+    asked = vlmtok_("estimate", folder_of_next, "--method", "fastv", "--visual-tokens", 60)
+    assert asked.exit_code == 2 and "pass --crops, or --image-size" in asked.stderr
+    told = data_of(vlmtok_("estimate", folder_of_next, "--method", "fastv", "--image-size", "128x96", "--json"))
+    assert told["layers"][0]["before"] == 17 and "5 rows of the tower" in told["notes"][0]
+
+
+def test_bench_shows_the_picture_in_a_size(vlmtok_, folder_of_next):
+    words = ("bench", "--model", folder_of_next, "--method", "divprune:keep=0.5", "--rounds", 1, "--limit", 0)
+    found = [
+        data_of(vlmtok_(*words, "--max-new-tokens", 1, "--image-size", size, "--json"))["rows"][0]["visual_tokens"]
+        for size in ("128x96", "40x200")
+    ]
+    assert found == [70, 40]  # as their processor says
+
+
+@pytest.fixture
+def folder_of_next(tmp_path):
+    return str(llava_next(tmp_path / "next"))
+
+
 # ---------------------------------------------------------------------- bench
 def test_bench_of_one_model(vlmtok_, tower, tmp_path):
     words = (
@@ -258,6 +307,7 @@ BAD = {
     "prompt for a tower": ("run --model TOWER --image mine.png --prompt hello", "takes a picture and no prompt"),
     "two marks": ("run --image mine.png --prompt <image><image>?", "2 image marks"),
     "unwritable overlay": ("run --overlay nowhere/overlay.png", "no folder 'nowhere'"),
+    "unwritable page": ("run --html nowhere/page.html", "no folder 'nowhere'"),
     "overlay in a file": ("run --overlay words.png/overlay.png", "cannot write"),
     "overlay without format": ("run --overlay overlay.xyz", "use .png"),
     "unwritable table": ("bench --model TOWER --csv nowhere/rows.csv", "no folder 'nowhere'"),
@@ -275,6 +325,11 @@ BAD = {
     "list of nothing": ("list *frob*", "no method matches"),
     "no such preset": ("estimate llava-9", "no preset 'llava-9'"),
     "no such convention": ("estimate llava-1.5-7b --method fastv --convention frob", "no convention 'frob'"),
+    "no size": ("estimate llava-1.5-7b --image-size 896", "width and height in pixels, for instance 896x672"),
+    "a size of nothing": ("estimate llava-1.5-7b --image-size 0x5", "width and height in pixels"),
+    "frames without a size": ("estimate qwen2.5-vl-7b --frames 4", "--image-size (width, height) says how large"),
+    "frames of a picture": ("estimate gemma3-4b --frames 4 --image-size 9x9", "takes pictures and no video"),
+    "size without model": ("bench --image-size 9x9", "needs --model"),
     "two forms": ("estimate llava-1.5-7b --json --csv", "one of"),
     "method without model": ("bench --method tome", "need --model"),
     "no batch": ("bench --model TOWER --batch 0", "--batch"),

@@ -87,10 +87,10 @@ def test_values_of_each_kind():
         for pair in ("1->int", "1.0->float", "1e-3->float", "+2->int", "-.5->float", "True->bool", "NONE->NoneType")
     )
     for text, kind in values.items():
-        assert type(spec_strings._parse_value(text, "")).__name__ == kind, text
-    assert spec_strings._parse_value("(1;)", "") == (1,)
-    assert spec_strings._parse_value("()", "") == ()
-    assert spec_strings._parse_value("[(1;a);[none;2.5]]", "") == [(1, "a"), [None, 2.5]]
+        assert type(spec_strings.parse_value(text, "")).__name__ == kind, text
+    assert spec_strings.parse_value("(1;)", "") == (1,)
+    assert spec_strings.parse_value("()", "") == ()
+    assert spec_strings.parse_value("[(1;a);[none;2.5]]", "") == [(1, "a"), [None, 2.5]]
     assert parse_methods("tome:r=[1;2]")[0].r == [1, 2]
     assert parse_methods("tome:r=(4;-1)")[0].r == (4, -1)
     assert parse_methods("TOME:r=4")[0].r == 4, "names in capitals"
@@ -140,3 +140,42 @@ def test_any_text_is_read_or_refused(spec):
     except VlmtokError:
         return
     assert exactly([m.settings() for m in parse_methods("+".join(map(str, made)))], [m.settings() for m in made])
+
+
+# ---------------------------------------------------------------------- swept values
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ("todre", ["todre"]),
+        ("todre:keep=0.1,0.25,0.5", ["todre:keep=0.1", "todre:keep=0.25", "todre:keep=0.5"]),
+        ("fastv:K=2,3:keep=0.5,0.25", [f"fastv:K={k}:keep={s}" for k in (2, 3) for s in (0.5, 0.25)]),
+        (
+            "tome:r=4,8+fastv:keep=0.5,0.25",
+            [f"tome:r={r}+fastv:keep={s}" for r in (4, 8) for s in (0.5, 0.25)],
+        ),
+        ("pyramiddrop:layers=(2;4;6),none", ["pyramiddrop:layers=(2;4;6)", "pyramiddrop:layers=none"]),
+        ("todre:rule=sum, max", ["todre:rule=sum", "todre:rule=max"]),
+    ],
+)
+def test_swept_values_spread_out(spec, found):
+    assert spec_strings.expand(spec) == found
+
+
+def test_a_sweep_of_counts_beside_shares_is_refused():
+    for spec in ("random:keep=1,1.0", "random:keep=0.5,1", "fastv:K=2:keep=14,0.5"):
+        with pytest.raises(ParameterError, match=r"sweeps counts \(1\) beside shares \(1\.0\)"):
+            spec_strings.expand(spec)
+    assert spec_strings.expand("random:keep=1.0,0.5") == ["random:keep=1.0", "random:keep=0.5"]
+    assert spec_strings.expand("random:keep=1,14") == ["random:keep=1", "random:keep=14"]
+    assert spec_strings.expand("todre:tau=none,0.1") == ["todre:tau=none", "todre:tau=0.1"]
+
+
+@pytest.mark.parametrize("spec", ["todre:keep=0.1,", "todre:keep=,0.1", "todre:keep=0.1,,0.5"])
+def test_an_alternative_that_is_missing_is_refused(spec):
+    with pytest.raises(SpecError, match="has an empty alternative"):
+        spec_strings.expand(spec)
+
+
+def test_a_bracket_that_does_not_close_is_refused():
+    with pytest.raises(SpecError, match="not closed"):
+        spec_strings.expand("pyramiddrop:layers=(2;4,none")

@@ -62,11 +62,11 @@ def test_tokens_of_a_language_model_follow_cuts_and_the_past():
         Event("decoder", 2, "start", 1, "observe", 20, 20, (group,)),
         Event("decoder", 2, "start", 2, "cut", 20, 14, (Group(2, 10, 4, 16),), ragged=True),
     ]
-    block = BlockShape.of(4, 8, 2)
+    block = dataclasses.replace(BlockShape.of(4, 8, 2), kv_bytes=3)
     bare, after = decoder_profiles(run, (block,) * 3)
     assert bare.layers == (Tokens(30, 47, 30, 20.0),) * 3
     assert after.layers == (Tokens(26, 37, 26, 16.0), Tokens(20, 31, 20, 10.0), Tokens(14, 21, 14, 4.0))
-    assert after.cached((block,) * 3) == 2 * (37 + 31 + 21)
+    assert after.cached((block,) * 3) == 3 * 2 * (37 + 31 + 21)
     # Rows that keep different numbers are padded to the longest: what left is told apart from the padded length.
     run.events[-1] = dataclasses.replace(run.events[-1], gone=15)
     assert decoder_profiles(run, (block,) * 3)[1].layers[2] == Tokens(14, 21, 14, 2.5)

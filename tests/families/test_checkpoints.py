@@ -17,6 +17,7 @@ from vlmtok import Layout, Method, Reduction, Site, TokenView, loading
 from vlmtok.lab import compare as comparing
 from vlmtok.lab import prompts
 from vlmtok.lab.comparing import joined
+from vlmtok.lab.paint import LINES
 
 from .build import TOWER_ONLY
 from .checkpoints import READERS, WITHOUT, save
@@ -84,7 +85,7 @@ def test_it_runs_and_the_overlay_shows_what_was_kept(name, loaded):
     method = "random:keep=0.3" if name not in TOWER_ONLY else "random:keep=0.3:stage=vision:layer=1"
     found = comparing.compare(model, photograph(), QUESTION, method, rounds=1, limit=0, max_new_tokens=2)
     assert found.overlay is not None, found.overlay_problem
-    assert len(found.bare.ids) == 2 and found.overlay.size == SIZE
+    assert len(found.bare.ids) == 2 and found.image.size == SIZE
     assert (
         found.tokens.first == found.tokens.last == pytest.approx(0.3 * found.tokens.bare, abs=4) or name in TOWER_ONLY
     )
@@ -104,11 +105,10 @@ def test_overlays_land_on_the_right_pixels(name, loaded):
     finally:
         model.model.load_state_dict(state)
     found = joined(trace, SIZE, model.processor)
-    drawn = vlmtok.lab.overlay.overlay(image, found, preprocess=model.processor)
+    drawn = vlmtok.overlay(image, found, preprocess=model.processor, plain=True)
     left, top, right, bottom = BLOCK
     inside = [drawn.getpixel((x, y)) for x in range(left + 4, right - 3) for y in range(top + 4, bottom - 3)]
-    lines = (255, 255, 255)
-    assert {colour for colour in inside if colour != lines} == {BRIGHT}, "tokens of the thing were dropped"
+    assert {colour for colour in inside if colour not in LINES} == {BRIGHT}, "tokens of the thing were dropped"
     ground = [drawn.getpixel((x, y)) for x in range(SIZE[0]) for y in range(SIZE[1])]
     assert sum(colour == GROUND for colour in ground) < 0.5 * len(ground), "most of the ground is left"
 

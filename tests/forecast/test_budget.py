@@ -108,7 +108,8 @@ def test_128_tokens_are_told_apart():
     assert (last.keep, mean.keep) == (0.223, 0.17)
     assert (last.budget.tokens, last.budget.layer_average_tokens) == (128, 156)
     assert str(last.budget) == (
-        "tokens = 128 tokens on llava-1.5-7b, 128 asked; visual tokens: 128 at the end, 156.0 on average over layers"
+        "tokens = 128 tokens on llava-1.5-7b, 128 tokens asked; "
+        "visual tokens: 128 at the end, 156 on average over layers"
     )
     assert budget(FastV(), LLAVA, layer_average_tokens=171).keep == 0.25
 
@@ -179,9 +180,9 @@ def test_a_loaded_model_meets_its_budget_when_it_runs():
 
 # ---------------------------------------------------------------------- what cannot be met
 def test_a_target_out_of_reach_names_the_nearest():
-    with pytest.raises(TargetError, match=r"to layer_average_tokens = 20 by keep: the nearest is 36.9375 with fastv"):
+    with pytest.raises(TargetError, match=r"= 20 tokens by keep: the nearest is 36.9 tokens with fastv"):
         budget(FastV(), LLAVA, layer_average_tokens=20)
-    with pytest.raises(TargetError, match=r"to tokens = 100 by output_size: .*output_size=8 \(possible: 1 to 576\)"):
+    with pytest.raises(TargetError, match=r"by output_size: .*output_size=8 \(possible: 1 to 576 tokens\)"):
         budget(AveragePool(), LLAVA, tokens=100)
     with pytest.raises(TargetError, match=r"by rv: the nearest is .* with crossget:rv=13"):
         budget(CrossGET(), VIT, macs=0.6)

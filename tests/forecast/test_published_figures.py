@@ -21,6 +21,9 @@ from vlmtok import (
 T, G = 1e12, 1e9
 LLAVA, NEXT, ONEVISION = "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b"
 
+FRAMES = {"visual_tokens": 32 * 196, "crops": 32, "text_tokens": 100}
+"""32 frames of 14 x 14 tokens, as the roofline tool was given them."""
+
 # Model, method, convention, what else, bare, compressed; as printed, in the unit of the convention.
 LANGUAGE = [
     (LLAVA, TransPrune(), "transprune", {}, 3.817, 1.557),
@@ -35,10 +38,9 @@ LANGUAGE = [
     (NEXT, FastV(K=2, keep=0.25), "transprune", {}, 20.825, 5.800),
     (LLAVA, PyramidDrop(), "pyramiddrop", {}, 3.817, 1.777),
     (NEXT, PyramidDrop(), "pyramiddrop", {}, 20.825, 9.465),
-    # 32 frames and 100 text tokens, as the roofline tool was given them.
-    (ONEVISION, AIM(), "llm-viewer", {"crops": 32, "text_tokens": 100}, 99.627, 14.756),
-    (ONEVISION, AIM(), "language", {"crops": 32, "text_tokens": 100}, 99.456, 14.748),
-    (ONEVISION, AIM(prune=False), "language", {"crops": 32, "text_tokens": 100}, 99.456, 22.885),
+    (ONEVISION, AIM(), "llm-viewer", FRAMES, 99.627, 14.756),
+    (ONEVISION, AIM(), "language", FRAMES, 99.456, 14.748),
+    (ONEVISION, AIM(prune=False), "language", FRAMES, 99.456, 22.885),
 ]
 
 
@@ -62,7 +64,7 @@ def test_sparsevlm_without_and_with_the_tokens_that_it_recycles():
 
 def test_todre_as_its_table_counts_and_as_its_formula_does():
     # The table's token count is not given; 2,000 visual and 100 text tokens, encoder included, meet both its figures.
-    prompt = {"visual_tokens": 2000, "parts": (576, 1424), "text_tokens": 100}
+    prompt = {"visual_tokens": 2000, "crops": 5, "parts": (576, 1424), "text_tokens": 100}
     report = estimate(NEXT, ToDRE(keep=0.1, tau=None), deciding=False, **prompt)
     assert report.flops.before / T == pytest.approx(31.4, rel=0.01)
     assert report.flops.after.low / T == pytest.approx(6.0, rel=0.01)

@@ -31,7 +31,7 @@ WINGS: dict[str, tuple[str, ...]] = {
     "adapters.finder": ("ground", "adapters", "adapters.language"),
     "cost": ("ground", "kernels", "core", "adapters.language", "adapters.finder"),
     "compression": ("ground", "core", "adapters", "adapters.finder", "cost"),
-    "loading": ("ground",),
+    "loading": ("ground", "adapters.finder"),
     "forecast": ("ground", "core", "adapters.finder", "cost", "compression", "loading"),
     "lab.tiny": (),
     "lab": (
@@ -51,6 +51,7 @@ ROOMS = {
     "vlmtok.__main__": "front",
     "vlmtok.errors": "ground",
     "vlmtok.guard": "ground",
+    "vlmtok.sheet": "ground",
     "vlmtok.tabular": "ground",
     "vlmtok.timing": "ground",
     "vlmtok.version": "ground",
@@ -64,7 +65,7 @@ ROOMS = {
 """Modules and packages whose wing is not the second word of their name; the longest that fits counts."""
 
 CORE_FOR_METHODS = {f"vlmtok.core.{room}" for room in (
-    "method", "reduction", "registry", "selection", "settings", "site", "view",
+    "aliases", "method", "reduction", "registry", "selection", "settings", "site", "view",
 )}  # fmt: skip
 """What methods see of the core: the contract, and nothing of what carries it."""
 

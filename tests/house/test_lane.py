@@ -122,6 +122,22 @@ def test_what_a_host_does_only_since_a_release_is_named_by_a_test():
         assert not since.too_old("tests/x.py::test_other", {package: below})
 
 
+def test_packages_that_tests_want_are_in_their_extra():
+    """Where the extra is installed, as in CI, nothing is left out."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    extra = text.partition("\ntest = [")[2].partition("]")[0]
+    sources = {str(path.relative_to(subset.HERE)): path.read_text("utf-8") for path in subset.HERE.rglob("test_*.py")}
+    for part, package in since.WANTS.items():
+        assert f'"{package}>=' in extra, package
+        assert (
+            part in sources
+            or (ROOT / part).is_file()
+            or any(f"def test_{part}" in source for source in sources.values())
+        ), part
+        assert since.lacking(f"tests/{part}::test_{part}") == (importlib.util.find_spec(package) is None)
+    assert not since.lacking("tests/lab/test_other.py::test_other")
+
+
 # ---------------------------------------------------------------------- pins
 def test_pins_are_exact_within_the_bounds_and_of_no_platform(bounds):
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()

@@ -1,14 +1,18 @@
 """`vlmtok.lab.compare`: what is asked and compared, families and their pictures; and that the model stays bare."""
 
+import base64
 import dataclasses
+import html
 import io
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 from support.checkpoints import FAMILIES, picture, vit
 from support.comparing import QUESTION, compare
+from support.tables import cells
 
 import vlmtok
 from vlmtok import loading
@@ -81,7 +85,7 @@ def test_timm_and_open_clip_towers_with_random_weights():
     for name in ("timm:vit_tiny_patch16_224", "open_clip:ViT-S-32-alt"):
         model = loading.load(name, random=True)
         found = compare(model, picture(), None, "pitome:ratio=0.9")
-        assert not model.trained and found.overlay.size == picture().size
+        assert not model.trained and found.overlay.width > 2 * picture().width
         named = found.bare.text.startswith("class ") and len(found.bare.classes) == runners.TOP
         assert named if name.startswith("timm") else not found.bare.classes
         assert found.loyalty.cosine > 0 and found.report.macs.after.high < found.report.macs.before
@@ -182,7 +186,8 @@ def test_families_run_from_a_folder_and_overlays_land_on_the_patches(family, tmp
     kept = sum(int(found.owner[patch]) >= 0 for patch in drawn) / len(drawn)
     result = compare(model, white, QUESTION, "random:keep=0.3")
     assert result.overlay is not None, result.overlay_problem
-    shown = torch.frombuffer(bytearray(result.overlay.convert("L").tobytes()), dtype=torch.uint8)
+    alone = vlmtok.overlay(white, result.trace, preprocess=model.processor, plain=True)
+    shown = torch.frombuffer(bytearray(alone.convert("L").tobytes()), dtype=torch.uint8)
     # All of these show the whole picture, and patches of a part are equally large: bright is what was kept.
     assert float((shown > 200).float().mean()) == pytest.approx(kept, abs=0.03)
     assert 0.05 < kept < 0.9 and result.tokens.bare == sum(p.patches for p in run.trace().pictures)
@@ -236,3 +241,25 @@ def test_a_picture_that_the_bare_model_cannot_answer_is_one_line_and_other_fault
         compare(speaker, picture(), QUESTION, "todre")
     monkeypatch.undo()
     assert not list(hooks_of(speaker.model))
+
+
+# ---------------------------------------------------------------------- how it is shown
+def test_a_notebook_gets_answers_figures_and_the_picture(speaker):
+    found = compare(speaker, picture(), "what <b> ?", "todre:keep=0.1")
+    page = found._repr_html_()
+    shown = cells(page)
+    assert shown[:4] == ["", "bare", "compressed", ""] and "visual tokens" in shown
+    assert found.bare.text in shown and found.compressed.text in shown
+    data = re.search(r'<img src="data:image/png;base64,([^"]+)"', page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.convert("RGB").tobytes() == found.overlay.tobytes()
+    assert html.escape(found.overlay_legend) in page and "what &lt;b&gt; ?" in page and "color" not in page
+    same = "same answer" if found.loyalty.same else "another answer"
+    assert repr(found) == f"<Comparison of todre:keep=0.1 on {speaker.name}: {same}, 14 of 144 visual tokens>"
+    assert "what <b> ?" in str(found) and "visual tokens" in str(found) and "\x1b" not in str(found)
+
+
+def test_where_there_is_no_overlay_a_notebook_says_why(classifier):
+    found = compare(classifier, picture(), None, "tome:r=3")
+    without = dataclasses.replace(found, overlay=None, overlay_legend="", overlay_problem="no <grid>")
+    assert "no overlay: no &lt;grid&gt;" in without._repr_html_() and "<img" not in without._repr_html_()

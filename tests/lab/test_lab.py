@@ -18,6 +18,8 @@ from vlmtok.core.trace import PictureTrace, Trace
 from vlmtok.cost.report import Report
 from vlmtok.lab import overlay as viz
 from vlmtok.lab.comparison import VisualTokens
+from vlmtok.lab.paint import LINES
+from vlmtok.lab.pieces import field
 from vlmtok.lab.runners import Answer, Looker, Speaker
 from vlmtok.lab.runners import divergence as computed_divergence
 from vlmtok.lab.suite_measure import seconds_per_step
@@ -98,44 +100,51 @@ def test_tokens_by_layer_where_reports_count_none():
 
 
 # ---------------------------------------------------------------------- overlays
-KEPT, WHITE = (200, 200, 200), (255, 255, 255)
+KEPT = (200, 200, 200)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (1, 4), (4, 1)])
 @given(st.data())
-def test_an_outline_stands_between_slots_of_any_grid(grid, data):
-    """White lines at the right and lower edge of a cell whose neighbour belongs to another slot, and nowhere else."""
+def test_an_outline_stands_around_groups_and_what_is_left(grid, data):
+    """Lines at the right and lower edge of a cell: borders of merged groups, and between what is left and dropped."""
     rows, columns = grid
-    owner = data.draw(st.lists(st.integers(0, 2), min_size=rows * columns, max_size=rows * columns))
-    first = [owner.index(slot) for slot in owner]
+    owner = data.draw(st.lists(st.integers(-1, 2), min_size=rows * columns, max_size=rows * columns))
+    first = [owner.index(slot) if slot >= 0 else -1 for slot in owner]
     image = Image.new("RGB", (12 * columns, 10 * rows), KEPT)
-    drawn = viz.overlay(image, PictureTrace(torch.tensor(first), (), grid))
-    for place, slot in enumerate(first):
+    drawn = viz.overlay(image, PictureTrace(torch.tensor(first), (), grid), plain=True)
+
+    def parted(one, other):
+        if first[one] == first[other]:
+            return False
+        grouped = any(slot >= 0 and first.count(slot) > 1 for slot in (first[one], first[other]))
+        return grouped or -1 in (first[one], first[other])
+
+    for place in range(rows * columns):
         row, column = divmod(place, columns)
-        right = column + 1 < columns and first[place + 1] != slot
-        below = row + 1 < rows and first[place + columns] != slot
+        right = column + 1 < columns and parted(place, place + 1)
+        below = row + 1 < rows and parted(place, place + columns)
         x, y = 12 * column, 10 * row
-        assert (drawn.getpixel((x + 11, y + 5)) == WHITE) == right, (place, "right")
-        assert (drawn.getpixel((x + 6, y + 9)) == WHITE) == below, (place, "below")
-        assert drawn.getpixel((x + 6, y + 5)) != WHITE and drawn.getpixel((x, y)) != WHITE
+        assert (drawn.getpixel((x + 11, y + 5)) in LINES) == right, (place, "right")
+        assert (drawn.getpixel((x + 6, y + 9)) in LINES) == below, (place, "below")
+        assert drawn.getpixel((x + 6, y + 5)) not in LINES and drawn.getpixel((x, y)) not in LINES
 
 
 @pytest.mark.parametrize(("size", "grid"), [((200, 100), (2, 3)), ((100, 200), (3, 2)), ((120, 80), (2, 3))])
 def test_a_canvas_lies_in_the_middle_of_the_picture(size, grid):
     """It fills one direction with square patches; where padding was cut off, the other one reaches beyond alike."""
     rows, columns = grid
-    whole = viz._field(size, grid, (0, 0, rows, columns))
+    whole = field(size, grid, (0, 0, rows, columns))
     side = max(size[0] / columns, size[1] / rows)
     assert whole[2] - whole[0] == pytest.approx(side * columns) and whole[3] - whole[1] == pytest.approx(side * rows)
     assert (whole[0] + whole[2]) / 2 == pytest.approx(size[0] / 2)
     assert (whole[1] + whole[3]) / 2 == pytest.approx(size[1] / 2)
-    cell = viz._field(size, grid, (rows - 1, columns - 1, rows, columns))
+    cell = field(size, grid, (rows - 1, columns - 1, rows, columns))
     assert cell[2:] == pytest.approx(whole[2:]) and cell[2] - cell[0] == pytest.approx(side)
 
 
 def test_a_canvas_that_was_stretched_fills_the_picture():
-    assert viz._field((300, 60), (6, 6), (0, 0, 6, 6)) == (0.0, 0.0, 300.0, 60.0)
-    assert viz._field((300, 60), (6, 6), (5, 0, 6, 1)) == pytest.approx((0.0, 50.0, 50.0, 60.0))
+    assert field((300, 60), (6, 6), (0, 0, 6, 6)) == (0.0, 0.0, 300.0, 60.0)
+    assert field((300, 60), (6, 6), (5, 0, 6, 1)) == pytest.approx((0.0, 50.0, 50.0, 60.0))
 
 
 # ---------------------------------------------------------------------- classifiers and timings

@@ -24,9 +24,10 @@ def test_a_tower_equals_the_oracle(method, model):
         vision = oracle.vision_of(found)
         for i in range(len(pictures)):
             player = Player(methods, run.layout, {at: run.memory(at) for at in range(len(methods))})
-            wanted = vision.tokens(oracle.run_tower(vision, pictures[i : i + 1], player).x[None])
+            left = oracle.run_tower(vision, pictures[i : i + 1], player)
+            wanted = vision.tokens(left.x[None])
             assert_equal(tokens[i : i + 1], wanted, what="tokens")
-            assert_equal(head[i : i + 1], vision.head(wanted), what="output")
+            assert_equal(head[i : i + 1], vision.answer(wanted, left.size), what="output")
     assert_differs(head, bare)
 
 

@@ -9,7 +9,7 @@ from vlmtok import AIM, TCA, CrossGET, FastV, PyramidDrop, TransPrune, VisionZip
 
 T, G = 1e12, 1e9
 LLAVA, NEXT, ONEVISION, CLIP = "llava-1.5-7b", "llava-next-7b", "llava-onevision-7b", "clip-vit-b-16"
-FRAMES = {"crops": 32, "text_tokens": 100}
+FRAMES = {"visual_tokens": 32 * 196, "crops": 32, "text_tokens": 100}
 
 # Model, method, convention, prompt, unit, bare, compressed, and how far the print may be off.
 PUBLISHED = {

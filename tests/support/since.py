@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -24,8 +25,23 @@ SINCE = {
     "test_beams[paddleocr_vl-": ("transformers", "5.22"),
     # Older ones read off the wrong columns which tokens of a later turn are a picture; behind a cut vlmtok tells them.
     "test_a_second_turn_by_generate[gemma3-bare": ("transformers", "5.23"),
+    # A forward of older ones loses the number of frames of each clip on its way to the inner model.
+    "test_clips_are_counted_whole[gemma4": ("transformers", "5.23"),
 }
 """From a part of a test's id to the package and the release since which it holds."""
+
+WANTS = {
+    "lab/test_explore.py": "ipywidgets",
+    "docs/tutorials/notebook.md": "ipywidgets",
+    "to_pandas": "pandas",
+}
+"""From a part of a test's id to a package of the extra ``test`` without which there is nothing to test: where it is not
+installed those tests are left out, and pytest says how many."""
+
+
+def lacking(nodeid: str) -> bool:
+    """Whether a test is of a form that needs a package which is not installed."""
+    return any(find_spec(package) is None for part, package in WANTS.items() if part in nodeid)
 
 
 def too_old(nodeid: str, installed: dict[str, str] | None = None) -> bool:

@@ -51,5 +51,5 @@ def assert_tower_equals_the_oracle(name, spec, seed):
             seen = oracle.run_tower(vision, pictures[i : i + 1], Player(methods, run.layout, memory))
             wanted = vision.tokens(seen.x[None])
             assert_equal(tokens[i : i + 1], wanted, what=f"tokens of picture {i}")
-            assert_equal(head[i : i + 1], vision.head(wanted), what=f"output of picture {i}")
+            assert_equal(head[i : i + 1], vision.answer(wanted, seen.size), what=f"output of picture {i}")
         assert_differs(head, tower.run(model, pictures))

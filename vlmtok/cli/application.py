@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from .words import enter, say_in_options
+
 USAGE_ERROR, FAILED = 2, 1
 """Exit codes: the input is wrong; the input was fine, and what was asked did not happen."""
 
@@ -40,7 +42,10 @@ class OneLine(typer.core.TyperGroup):
 
 
 class Once(typer.core.TyperCommand):
-    """A command that takes each option once, unless it may be repeated; the last one would win in silence."""
+    """A command that takes each option once, unless it may be repeated, and refuses in the words of the command line.
+
+    Of an option given twice the last one would win in silence.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parses the words of the command.
@@ -55,6 +60,18 @@ class Once(typer.core.TyperCommand):
 
                 raise ParameterError(f"{param.opts[0]} is given {order.count(param)} times; once is all it takes")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; what it refuses is said in its own words."""
+        enter(self)
+        try:
+            return super().invoke(ctx)
+        except Exception as problem:
+            from ..errors import VlmtokError
+
+            if isinstance(problem, VlmtokError):
+                say_in_options(problem)
+            raise
 
 
 def _line_of(problem: Exception) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
-from .inputs import check_fit, load_model, picture_and_question, spec_strings
+from .inputs import check_fit, load_model, picture_and_question, sizes_of, spec_strings
 from .options import Device, Dtype, Json, Methods, Model, Picture, Prompt, Random, Rounds, Tokens
 
 
@@ -19,6 +20,10 @@ def bench(
     method: Methods = None,
     image: Picture = None,
     prompt: Prompt = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Width and height in pixels that the picture gets first.", show_default=False),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
@@ -39,6 +44,9 @@ def bench(
     specs = spec_strings(method)
     if model is None and (specs or image is not None or prompt is not None):
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
+    if image_size is not None and model is None:
+        raise ParameterError("--image-size needs --model; without it the standard suite runs")
+    resized = sizes_of(None if image_size is None else [image_size])
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
     with at_work() as progress:
@@ -53,6 +61,7 @@ def bench(
         if model is not None:
             loading.pick_dtype(dtype, where)
             shown, _, question = picture_and_question(image, prompt, model)
+            shown = shown if resized is None else shown.resize(resized[0])
             fits = [check_fit(model, spec, prompt, None) for spec in specs or (None,)]
             loaded = load_model(progress, model, device, dtype, random)
             rows = [
@@ -95,6 +104,8 @@ def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) ->
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     """Rows of `vlmtok.lab.suite` for people."""
+    from ..cost.units import binary
+
     console = standard_output()
     measured = any(row["measured"] for row in rows)
     gpu = any(row.get("seconds") is not None for row in rows)
@@ -102,8 +113,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     if measured:
         head += ["measured", "of promise", "pays from"]
     if gpu:
-        head += ["ms", "peak MB"]
-    head += ["cache MB"]
+        head += ["ms", "peak memory"]
+    head += ["key-value cache"]
     if not measured:
         head += ["floor ms", "floor ratio"]
     table = []
@@ -116,10 +127,10 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
             cells += [_cell(row["speedup"], "{:.2f} x") + spread, _cell(row["of_promise"], "{:.0%}")]
             cells.append(_cell(row["break_even_tokens"], "{:.0f} tokens"))
         if gpu:
-            cells += [_two(row, "seconds", 1e3, "{:.2f}"), _two(row, "peak_bytes", 1e-6, "{:.0f}")]
-        cells.append(_two(row, "kv_bytes", 1e-6, "{:.0f}" if not measured or gpu else "{:.3g}"))
+            cells += [_two(row, "seconds", _milliseconds), _two(row, "peak_bytes", binary)]
+        cells.append(_two(row, "kv_bytes", binary))
         if not measured:
-            cells += [_two(row, "floor_seconds", 1e3, "{:.2f}"), f"{row['floor_speedup']:.2f} x"]
+            cells += [_two(row, "floor_seconds", _milliseconds), f"{row['floor_speedup']:.2f} x"]
         table.append(cells)
     print_table(head, table)
     if measured:
@@ -142,7 +153,11 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _two(row: dict[str, Any], name: str, factor: float, form: str) -> str:
+def _two(row: dict[str, Any], name: str, show: Callable[[float], str]) -> str:
     """Bare and compressed in one cell."""
     bare, short = row.get(f"{name}_bare"), row.get(name)
-    return "" if bare is None or short is None else f"{form.format(factor * bare)} > {form.format(factor * short)}"
+    return "" if bare is None or short is None else f"{show(bare)} > {show(short)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"

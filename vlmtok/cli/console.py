@@ -8,10 +8,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+from .words import in_options
 
 
 def standard_output() -> Any:
@@ -75,4 +74,4 @@ def at_work() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _warn(message: Warning | str, *rest: Any) -> None:
-    print(f"vlmtok: note: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"vlmtok: note: {in_options(' '.join(str(message).split()))}", file=sys.stderr)

@@ -8,8 +8,8 @@ import typer.core
 
 from .application import Once, app
 from .console import at_work, print_json, standard_output
-from .inputs import spec_strings
-from .options import Json, Methods
+from .inputs import sizes_of, spec_strings
+from .options import ImageSize, Json, Methods
 
 
 @app.command(cls=Once)
@@ -23,6 +23,8 @@ def estimate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or pictures of a tower.")] = 1,
     visual_tokens: Annotated[int | None, typer.Option(min=1, help="Of a picture.", show_default=False)] = None,
     crops: Annotated[int | None, typer.Option(min=1, help="Tower rows of a picture.", show_default=False)] = None,
+    image_size: ImageSize = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a clip of --image-size.", show_default=False)] = None,
     convention: Annotated[
         str | None, typer.Option(help="Also count as a paper does, for instance fastv.", show_default=False)
     ] = None,
@@ -35,7 +37,7 @@ def estimate(
 
     if markdown + as_csv + as_json > 1:
         raise ParameterError("one of --json, --markdown and --csv")
-    specs = spec_strings(method)
+    specs, sizes = spec_strings(method), sizes_of(image_size)
     with at_work() as progress:
         progress("starting", 0, 0)
         from ..cost.reports import Reports
@@ -43,7 +45,7 @@ def estimate(
         from ..lab import compare as comparing
 
         subject = _subject(model)
-        default = comparing.DEFAULT_METHOD if subject.language else comparing.DEFAULT_TOWER_METHOD
+        default = comparing.DEFAULT_METHOD if subject.shape.language else comparing.DEFAULT_TOWER_METHOD
         reports = [
             estimated(
                 subject,
@@ -53,6 +55,8 @@ def estimate(
                 batch=batch,
                 visual_tokens=visual_tokens,
                 crops=crops,
+                image_size=sizes[0] if sizes and len(sizes) == 1 else sizes,
+                frames=frames,
                 convention=convention,
             )
             for spec in specs or [default]
@@ -68,13 +72,14 @@ def estimate(
 
 
 def _subject(model: str) -> Any:
-    """The shape of a preset, or of a model without data."""
+    """A preset, or a model without data; with it comes what prepares its pictures."""
     import os
 
     from .. import loading
-    from ..forecast.estimate import shape_of
-    from ..forecast.presets import PRESETS
+    from ..forecast.presets import PRESETS, preset
+    from ..forecast.subject import subject_of
 
     named = not os.path.isdir(model) and "/" not in model and ":" not in model and model != loading.EMBEDDED
-    # A plain name is a preset's; a wrong one is told what there is.
-    return shape_of(model if model in PRESETS or named else loading.skeleton(model).model)
+    if named and model not in PRESETS:
+        preset(model)  # a plain name is a preset's; a wrong one is told what there is
+    return subject_of(model)

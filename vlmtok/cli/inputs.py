@@ -41,6 +41,23 @@ def spec_strings(given: list[str] | None) -> list[str]:
     return found
 
 
+def sizes_of(given: list[str] | None) -> list[tuple[int, int]] | None:
+    """Sizes of pictures as typed, ``896x672``; None where nothing was given.
+
+    Raises:
+        ParameterError: one is not of that form.
+    """
+    from ..errors import ParameterError
+
+    found = []
+    for text in given or ():
+        sides = text.lower().replace("\u00d7", "x").split("x")
+        if len(sides) != 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+            raise ParameterError(f"--image-size {text!r}: width and height in pixels, for instance 896x672")
+        found.append((int(sides[0]), int(sides[1])))
+    return found or None
+
+
 def question_about(
     progress: Progress,
     model: str | None,
@@ -52,6 +69,7 @@ def question_about(
     overlay: str | None,
     random: bool,
     adapter: str | None,
+    page: str | None = None,
 ) -> Question:
     """Checks everything that can be checked before a model is loaded.
 
@@ -66,6 +84,7 @@ def question_about(
         overlay: where a picture is to be written, or None.
         random: whether weights are drawn.
         adapter: as typed.
+        page: where a page is to be written, or None.
 
     Raises:
         VlmtokError: something does not fit.
@@ -79,6 +98,8 @@ def question_about(
 
     if overlay is not None:
         loading.check_writable(overlay, picture=True)
+    if page is not None:
+        loading.check_writable(page)
     where = loading.pick_device(device)
     loading.pick_dtype(dtype, where)
     shown, picture, words = picture_and_question(image, prompt, model)
@@ -161,6 +182,22 @@ def write_overlay(result: Any, path: str) -> tuple[str | None, str]:
 
         return None, f"not written to {path!r}: {line_of(problem)}"
     return path, result.overlay_legend
+
+
+def write_page(result: Any, path: str) -> tuple[str | None, str]:
+    """Saves the page of a comparison or sweep.
+
+    Returns:
+        Where it is; or None and why there is none, since a page is no reason to lose a table.
+    """
+    from ..errors import VlmtokError
+    from ..loading import line_of
+
+    try:
+        result.save_html(path)
+    except (OSError, ValueError, VlmtokError) as problem:
+        return None, f"not written to {path!r}: {line_of(problem)}"
+    return path, ""
 
 
 def say_overlay(console: Any, path: str | None, words: str) -> None:

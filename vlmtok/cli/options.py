@@ -43,8 +43,27 @@ Adapter = Annotated[
 
 Overlay = Annotated[str, typer.Option(help="Where the picture with what became of its patches goes.")]
 
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html",
+        help="Where one self-contained page goes: the picture with a slider over stages and layers, answers, report.",
+        show_default=False,
+    ),
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds of the measurement.")]
 
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the answer, which is greedy.")]
+
+ImageSize = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-size",
+        metavar="WxH",
+        help="Width and height of a picture in pixels, for instance 896x672; give several for several pictures.",
+        show_default=False,
+    ),
+]

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from .application import Once, app
+from typing import Any
+
+import typer
+
+from .application import FAILED, Once, app
 from .console import at_work, print_json, standard_output
-from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay
-from .options import Adapter, Device, Dtype, Json, Methods, Model, Overlay, Picture, Prompt, Random, Rounds, Tokens
+from .inputs import check_reduced, question_about, say_overlay, spec_strings, write_overlay, write_page
+from .options import (
+    Adapter,
+    Device,
+    Dtype,
+    Html,
+    Json,
+    Methods,
+    Model,
+    Overlay,
+    Picture,
+    Prompt,
+    Random,
+    Rounds,
+    Tokens,
+)
 
 
 @app.command(cls=Once)
@@ -17,6 +35,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     overlay: Overlay = "overlay.png",
+    html: Html = None,
     max_new_tokens: Tokens = 32,
     rounds: Rounds = 5,
     random: Random = False,
@@ -28,13 +47,18 @@ def run(
     several = len(specs) > 1
     with at_work() as progress:
         asked = question_about(
-            progress, model, image, prompt, specs, device, dtype, None if several else overlay, random, adapter
+            progress, model, image, prompt, specs, device, dtype, None if several else overlay, random, adapter, html
         )
         loaded = asked.load()
         from ..lab.compare import compare
         from ..lab.sweep import sweep
 
-        how = {"max_new_tokens": max_new_tokens, "rounds": rounds, "adapter": adapter, "progress": progress}
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "rounds": rounds,
+            "adapter": adapter,
+            "progress": progress,
+        }
         if several:
             found = sweep(loaded, asked.shown, specs, asked.words, **how)
             for one in found:
@@ -43,19 +67,23 @@ def run(
             result = compare(loaded, asked.shown, asked.words, specs[0] if specs else None, **how)
             check_reduced(result.report)
             path, words = write_overlay(result, overlay)
+        page, problem = (None, "") if html is None else write_page(found if several else result, html)
     console = standard_output()
     if several and as_json:
-        print_json({"model": loaded.name, "image": asked.picture, "prompt": asked.words, "rows": found.to_records()})
+        said = {"model": loaded.name, "image": asked.picture, "prompt": asked.words, "rows": found.to_records()}
+        print_json({**said, "page": page})
     elif several:
         console.print(
             f"{loaded.name}, picture {asked.picture}, prompt {asked.words!r}", highlight=False, soft_wrap=True
         )
         console.print(found)
-        for line in found.doubts():
-            console.print(line, style="dim", highlight=False)
     elif as_json:
-        print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words})
+        print_json({**result.to_dict(), "image": asked.picture, "overlay": path, "overlay_words": words, "page": page})
     else:
         console.print(f"picture  {asked.picture}", highlight=False, soft_wrap=True)
         console.print(result)
         say_overlay(console, path, words)
+    if html is not None and not as_json:
+        console.print(f"page     {page or problem}", highlight=False, soft_wrap=True)
+    if several and found.failed:
+        raise typer.Exit(FAILED)  # the table says why

@@ -27,6 +27,7 @@ def list_(
         return
     if models:
         from ..forecast.presets import PRESETS
+        from ..forecast.published import PUBLISHED
 
         adapters, families = family_table.models(), family_table.families()
         if as_json:
@@ -37,7 +38,8 @@ def list_(
         )
         rows = [(row["family"], ", ".join(row["stages"]) or "-", row["refused"] or "") for row in families]
         print_table(("family", "tokens can leave at", "if not: why"), rows, "families")
-        standard_output().print(f"presets of vlmtok estimate: {', '.join(PRESETS)}", highlight=False)
+        known = [(name, PUBLISHED[name].checkpoint if name in PUBLISHED else "") for name in PRESETS]
+        print_table(("preset", "checkpoint"), known, "presets of vlmtok estimate")
         return
     entries = catalogue.methods(pattern)
     if not entries:
@@ -63,8 +65,8 @@ def list_(
 def _list_conventions(as_json: bool) -> None:
     from ..cost.conventions import CONVENTIONS
 
-    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source) for c in CONVENTIONS.values()]
-    head = ("convention", "unit", "counts", "formula", "source")
+    found = [(c.name, c.unit, " and ".join(c.stages), c.summary, c.source, c.gives) for c in CONVENTIONS.values()]
+    head = ("convention", "unit", "counts", "formula", "source", "published figures that it gives")
     if as_json:
         print_json({"conventions": [dict(zip(head, row)) for row in found]})
     else:
@@ -103,18 +105,30 @@ def show(
             )
         layouts = [_layout(one, model, adapter) for one in made]
         sites = [catalogue.sites(one, layout) for one, layout in zip(made, layouts)]
-        said = [catalogue.remarks(one, layout) for one, layout in zip(made, layouts)]
+        refused = [catalogue.refused_settings(one, layout) for one, layout in zip(made, layouts)]
+        remarks = [catalogue.remarks(one, layout) for one, layout in zip(made, layouts)]
+        said = [catalogue.said_of(one, layout) for one, layout in zip(made, layouts)]
         path, words = (None, "") if result is None else write_overlay(result, overlay)
     if as_json:
         found = [
-            {**entry.to_dict(), "settings": one.settings(), "sites_on": place, "sites": rows, "remarks": remarks}
-            for entry, one, (place, rows), remarks in zip(entries, made, sites, said)
+            {
+                **entry.to_dict(),
+                "settings": one.settings(),
+                "sites_on": place,
+                "sites": rows,
+                "refused_settings": cannot,
+                "remarks": chosen,
+                "notes": notes,
+            }
+            for entry, one, (place, rows), cannot, chosen, notes in zip(entries, made, sites, refused, remarks, said)
         ]
         print_json({"methods": found, "overlay": path})
         return
     console = standard_output()
-    for entry, one, (place, rows), remarks in zip(entries, made, sites, said):
-        _show_method(console, entry, one.settings(), place, rows, remarks)
+    for entry, one, (place, rows), cannot, chosen, notes in zip(entries, made, sites, refused, remarks, said):
+        _show_method(console, entry, one.settings(), place, rows)
+        _show_limits(console, place, cannot, [*chosen, *notes])
+        _show_doubts(console, entry)
     if result is not None:
         say_overlay(console, path, words)
 
@@ -132,9 +146,7 @@ def _layout(method: Any, model: str | None, adapter: str | None) -> Any:
     return adapter_for(skeleton(model).model, adapter).layout()
 
 
-def _show_method(
-    console: Any, entry: Any, settings: dict[str, Any], place: str, sites: list[dict[str, Any]], remarks: list[str]
-) -> None:
+def _show_method(console: Any, entry: Any, settings: dict[str, Any], place: str, sites: list[dict[str, Any]]) -> None:
     from ..core.settings import format_value
 
     console.print(f"{entry.title} ({entry.name})", style="bold", highlight=False)
@@ -153,14 +165,23 @@ def _show_method(
             console.print(f"{name:<14}{text}" if name else text, highlight=False, markup=False)
     rows = [(p.name, format_value(settings[p.name]), p.default, p.what) for p in entry.parameters]
     print_table(("parameter", "here", "default", "what it does"), rows)
+    if entry.other_names:
+        named = [(one.name, one.stands_for, one.whose) for one in entry.other_names]
+        print_table(("also read", "stands for", "name in"), named)
     listed = [(row["site"], row["scope"], row["positions"], ", ".join(row["needs"])) for row in sites]
     print_table(("site", "one row is a", "positions", "signals"), listed, f"sites on {place}")
-    told = (
-        ("chosen for this model", remarks),
-        ("does badly", entry.caveats),
-        ("differs from the released code", entry.deviations),
-    )
-    for title, sentences in told:
+
+
+def _show_limits(console: Any, place: str, refused: list[dict[str, str]], notes: list[str]) -> None:
+    """What a model refuses of a method's settings, and what else holds there."""
+    if refused:
+        print_table(("setting", "why"), [(row["setting"], row["why"]) for row in refused], f"refused on {place}")
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _show_doubts(console: Any, entry: Any) -> None:
+    for title, sentences in (("does badly", entry.caveats), ("differs from the released code", entry.deviations)):
         if sentences:
             console.print(title, style="bold")
         for sentence in sentences:

@@ -62,6 +62,19 @@ class Entry:
         return (STAGES.index(self.site.stage), layer, POINTS.index(self.site.point), self.index)
 
 
+def looks_on(method: Method, site: Site, layout: Layout) -> bool:
+    """Whether a method only observes at a site: by its count no token leaves there.
+
+    Args:
+        method: the method.
+        site: one of its sites.
+        layout: what the model offers.
+    """
+    stage = layout.stages[site.stage]
+    counts = Counts(site, _PATCHES, _PATCHES, stage.num_prefix, stage.depth)
+    return type(method).count is not Method.count and method.count(counts) == _PATCHES
+
+
 class Attachment:
     """What hangs on a model: the methods of all its compressions, their sites and signals, what they remember.
 
@@ -136,8 +149,12 @@ class Attachment:
         if all(stage.renumbers for stage in self.layout.stages.values()):
             return
         stages = {name: replace(stage, renumbers=True) for name, stage in self.layout.stages.items()}
-        elsewhere = method.sites(replace(self.layout, stages=stages))
-        if [site.positions for site in elsewhere] != [site.positions for site in sites]:
+        other = replace(self.layout, stages=stages)
+        here, elsewhere = (
+            [layout.positions_at(site) for site in found if not looks_on(method, site, layout)]
+            for layout, found in ((self.layout, sites), (other, method.sites(other)))
+        )
+        if here != elsewhere:
             self.said.append(
                 f"{method.spec_name()} keeps position ids, which it renumbers elsewhere: those of {self.layout.family} "
                 "are places in a picture (M-RoPE)"

@@ -8,6 +8,10 @@ from dataclasses import astuple, dataclass, field
 import torch
 
 from ..kernels import ran
+from .site import layer_of
+
+MOST_UNREAD = 1024
+"""Closed passes whose grids may still lie on a device."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,14 @@ class Decoding:
         first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
         steps: how many.
         head: rows that the language model's head saw in all of them.
+        recorded: whether the cache kept what it could drop, for drafts that are taken back.
     """
 
     rows: int
     first: int = 0
     steps: int = 0
     head: int = 0
+    recorded: bool = False
 
 
 @dataclass
@@ -97,6 +103,9 @@ class StageRun:
         parts: rows that modules outside the blocks saw, by name (see `vlmtok.core.model_shape.Part`).
         decodings: decode steps behind it.
         captured: whether it was captured into a CUDA graph, whose replays run no Python.
+        grids: frames, rows and columns of patches of each picture (towers that take any size), and
+        told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
+        mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
     """
 
     stage: str
@@ -112,6 +121,14 @@ class StageRun:
     parts: dict[str, int] = field(default_factory=dict)
     decodings: list[Decoding] = field(default_factory=list)
     captured: bool = False
+    grids: tuple[tuple[int, ...], ...] = ()
+    told: torch.Tensor | None = None
+    mixed: bool = False
+
+    def read(self) -> None:
+        """Reads what the host told, which waits for the device."""
+        if self.told is not None:
+            self.grids, self.told = tuple(tuple(grid) for grid in self.told.tolist()), None
 
     @property
     def continues(self) -> bool:
@@ -121,7 +138,15 @@ class StageRun:
     @property
     def columns(self) -> int:
         """Tokens of a row that reach the first layer of a language model, padding included."""
-        left = [event.after for event in self.events if event.stage in ("features", "projected")]
+        return self.reaching(0)
+
+    def reaching(self, layer: int) -> int:
+        """Tokens of a row that reach a layer of a language model, padding included."""
+
+        def before(event: Event) -> bool:
+            return event.stage != "decoder" or layer_of(event.layer, event.point) <= layer
+
+        left = [event.after for event in self.events if before(event)]
         return left[-1] if left else self.entered
 
     @property
@@ -130,10 +155,10 @@ class StageRun:
         return sum(decoding.steps for decoding in self.decodings)
 
     def key(self) -> tuple[object, ...]:
-        """What two passes of the same cost share."""
+        """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, *tables)
+        return (*shape, self.held, self.grids, *tables)
 
 
 @dataclass
@@ -143,10 +168,16 @@ class Books:
     Attributes:
         last: the last pass of each stage, see `Ledger.last`.
         decoder: the last prefill, to which decode steps belong.
+        encoded: the last pass of the vision tower since then, and
+        before: the one before it.
+        earlier: the pass of pictures where the last prefill with pictures took clips from `last` too.
     """
 
     last: dict[str, StageRun] = field(default_factory=dict)
     decoder: StageRun | None = None
+    encoded: StageRun | None = None
+    before: StageRun | None = None
+    earlier: StageRun | None = None
 
     def name(self, run: StageRun) -> str:
         """Under which name a pass stands."""
@@ -168,6 +199,7 @@ class Ledger:
         steps: decode steps so far.
         kernels: calls of `vlmtok.kernels` in this process before the compression.
         unseen: whether a prompt came as embeddings alone, in which pictures cannot be found.
+        uncounted: paths of modules that ran and are not counted (see `vlmtok.core.model_shape.Uncounted`).
     """
 
     passes: dict[str, int] = field(default_factory=dict)
@@ -175,9 +207,11 @@ class Ledger:
     steps: int = 0
     kernels: dict[str, int] = field(default_factory=ran)
     unseen: bool = False
+    uncounted: set[str] = field(default_factory=set)
     _books: dict[int, Books] = field(default_factory=dict)
     _latest: Books | None = None
     _totals: dict[tuple[object, ...], tuple[StageRun, int]] = field(default_factory=dict)
+    _unread: list[StageRun] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -201,6 +235,12 @@ class Ledger:
         return {} if books is None else books.last
 
     @property
+    def earlier(self) -> StageRun | None:
+        """The tower's pass of pictures, where the last prefill had clips too, of whose pass `last` tells."""
+        books = self._books.get(threading.get_ident()) or self._latest
+        return None if books is None else books.earlier
+
+    @property
     def blind(self) -> bool:
         """Whether a language model ran, and never with a picture."""
         runs = [run for run, _ in self.totals() if run.stage == "decoder"]
@@ -219,6 +259,8 @@ class Ledger:
             run.captured = torch.cuda.is_current_stream_capturing()
         books = self._latest = self.mine
         name = books.name(run)
+        if run.stage == "vision":
+            books.before, books.encoded, books.earlier = books.encoded, run, None
         counted = "continued" if run.continues else run.stage
         with self._lock:
             for closed in (name, f"{name} continued", "continued" if name == "decoder" else name):
@@ -228,6 +270,9 @@ class Ledger:
             self.passes[counted] = self.passes.get(counted, 0) + 1
         if run.stage == "decoder":
             books.decoder = run
+            if run.pictures:
+                books.earlier = books.before if run.mixed else None
+            books.before, books.encoded = None, None
         return run
 
     def visit(self, run: StageRun, event: Event) -> None:
@@ -237,52 +282,71 @@ class Ledger:
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
 
-    def step(self, rows: int, past: int) -> None:
+    def step(self, rows: int, past: int, layer: int = 0, recorded: bool = False) -> None:
         """Books one decode step.
 
         Args:
             rows: of the batch.
-            past: tokens that the first layer's cache held before.
+            past: tokens that the cache held before,
+            layer: by this layer: the first that keeps keys.
+            recorded: see `Decoding`.
         """
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.columns
+        joined = past - run.past - run.reaching(layer)
         last = run.decodings[-1] if run.decodings else None
-        if last is None or (last.rows, last.first + last.steps) != (rows, joined):
-            last = Decoding(rows, joined)
+        if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
+            last = Decoding(rows, joined, recorded=recorded)
             run.decodings.append(last)
         last.steps += 1
         with self._lock:
             self.steps += 1
 
-    def note(self, stage: str, part: str, rows: int) -> None:
+    def note(self, stage: str, part: str, rows: int, steps: bool = True) -> None:
         """Books rows that a module outside the blocks saw.
 
         Args:
             stage: whose last pass it belongs to.
             part: its name.
             rows: rows of its input; pictures for a pool.
+            steps: whether it counts in decode steps too, as a head does.
         """
         books = self.mine
         run = books.decoder if stage == "decoder" else books.last.get(stage)
         if run is None:
             return
         if run.decodings:
-            run.decodings[-1].head += rows
+            run.decodings[-1].head += rows if steps else 0
         else:
             run.parts[part] = run.parts.get(part, 0) + rows
 
     def totals(self) -> list[tuple[StageRun, int]]:
         """Every kind of pass so far, with how often it ran."""
         with self._lock:
+            self._read()
             kinds = dict(self._totals)
             running = [run for books in self._books.values() for run in books.last.values()]
         for run in running:
+            run.read()
             key = run.key()
             kinds[key] = (run, kinds.get(key, (run, 0))[1] + 1)
         return list(kinds.values())
 
     def _close(self, run: StageRun) -> None:
+        if run.told is not None:  # a pass begins, which must not wait for the device; after many it waits once
+            self._unread.append(run)
+            if len(self._unread) > MOST_UNREAD:
+                self._read()
+            return
+        self._file(run)
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for run in unread:
+            run.read()
+            self._file(run)
+
+    def _file(self, run: StageRun) -> None:
         key = run.key()
         self._totals[key] = (run, self._totals.get(key, (run, 0))[1] + 1)

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ParameterError
+from .aliases import Alias
 from .settings import format_value, plain_numbers, scaled
 from .site import Counts, Layout, Site
 
@@ -40,10 +41,14 @@ class Method:
     """Where it differs from the released code, one sentence each."""
     caveats: ClassVar[tuple[str, ...]] = ()
     """Where it does badly by its nature, with the measurement and the reason."""
+    aliases: ClassVar[tuple[Alias, ...]] = ()
+    """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
     proportional: bool = False
     """Whether attention logits get + log(size) in towers after a merge."""
+    pooling: str | None = None
+    """What a merged token counts in a head that pools a tower's tokens, of `POOLINGS`; None leaves it: ``"size"``."""
     budget_parameter: ClassVar[str] = ""
     """The parameter that `vlmtok.budget` moves; empty where there is none."""
     budget: Any = None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .mixers import Mixer
 from .site import Layout
+
+LATE = "late layers"
+"""The part by which passes book how many tokens ran through layers that take none but those whose logits are wanted."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,13 @@ class BlockShape:
         attn: MACs of one token in the weights of attention (q, k, v, output).
         mlp: MACs of one token in the weights of the MLP.
         hidden: m, hidden channels of the MLP.
-        window: tokens that a sliding-window layer sees in a decode step; 0 means all.
+        window: tokens that a layer with a sliding window, or with chunks, sees in a decode step; 0 means all.
+        beside: MACs of one token in what stands beside attention and MLP.
+        kv_bytes: bytes that the cache takes for one token; 0 where the layer keeps no keys.
+        gated: whether the query projection gives a gate of the same width.
+        shared: whether keys and values are those of an earlier layer.
+        late: whether it runs for the tokens alone whose logits are wanted.
+        mixer: what it has in the place of attention, or None; `attn` counts the weights of that then.
     """
 
     width: int
@@ -30,6 +40,12 @@ class BlockShape:
     mlp: int
     hidden: int
     window: int = 0
+    beside: int = 0
+    kv_bytes: int = 0
+    gated: bool = False
+    shared: bool = False
+    late: bool = False
+    mixer: Mixer | None = None
 
     @classmethod
     def of(
@@ -62,7 +78,7 @@ class BlockShape:
     @property
     def q(self) -> int:
         """MACs of one token in the query projection."""
-        return self.width * self.heads * self.head_width
+        return (2 if self.gated else 1) * self.width * self.heads * self.head_width
 
     @property
     def k(self) -> int:
@@ -70,31 +86,44 @@ class BlockShape:
         return self.width * self.kv_heads * self.head_width
 
     def products(self, queries: int, keys: int) -> int:
-        """MACs of QK^T and AV of one row."""
+        """MACs of QK^T and AV of one row, or of what stands in their place."""
+        if self.mixer is not None:
+            return self.mixer.macs(queries, keys)
         return 2 * self.heads * self.head_width * queries * keys
 
     def held(self, tokens: int) -> int:
-        """Tokens that the layer's cache holds of so many that it has seen."""
+        """Tokens that a later one can look at, of so many that the layer has seen."""
         return min(tokens, self.window - 1) if self.window else tokens
 
-    def step(self, held: int, first: int, steps: int) -> int:
+    def cached(self, tokens: int) -> int:
+        """Bytes of the layer's cache behind so many tokens of one row."""
+        if self.mixer is not None:
+            return self.mixer.state if tokens else 0
+        return self.held(tokens) * self.kv_bytes
+
+    def step(self, held: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps of one row.
 
         Args:
             held: tokens that the layer's cache held behind the prefill.
             first: tokens that joined it since.
             steps: how many.
+            recorded: see `vlmtok.core.mixers.ShortConv.step`.
         """
+        weights = steps * (self.attn + self.mlp + self.beside)
+        if self.mixer is not None:
+            return weights + steps * self.mixer.step(recorded)
         # A step sees what it adds itself; the sum over steps of how many tokens that is.
         low, high = held + first + 1, held + first + steps
         cap = self.window or high
         rising = max(min(high, cap) - low + 1, 0)
         keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
-        return steps * (self.attn + self.mlp) + self.products(1, keys)
+        return weights + self.products(1, keys)
 
     def macs(self, tokens: Tokens) -> int:
         """MACs of one row."""
-        return tokens.queries * self.attn + self.products(tokens.queries, tokens.keys) + tokens.mlp * self.mlp
+        weights = tokens.queries * (self.attn + self.beside) + tokens.mlp * self.mlp
+        return weights + self.products(tokens.queries, tokens.keys)
 
 
 @dataclass(frozen=True)
@@ -107,6 +136,7 @@ class Part:
         token: a pool's MACs for each token of the picture.
         pair: a pool's MACs for each pair of tokens.
         path: the module's dotted path in the model; empty for a parameter, which is used in every pass.
+        joins: tokens that make one row of its input, or pairs that make one of a pool's.
     """
 
     name: str
@@ -114,10 +144,16 @@ class Part:
     token: int = 0
     pair: int = 0
     path: str = ""
+    joins: int = 1
+
+    @property
+    def pools(self) -> bool:
+        """Whether it takes a picture's tokens together."""
+        return bool(self.token or self.pair)
 
     def macs(self, rows: int, tokens: int = 0) -> int:
         """MACs of so many input rows, or of so many pictures of `tokens` tokens."""
-        return rows * (self.row + tokens * self.token + tokens * tokens * self.pair)
+        return rows * (self.row + tokens * self.token + tokens * tokens * self.pair // self.joins)
 
 
 @dataclass(frozen=True)
@@ -155,23 +191,74 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
+class PackedTowerShape:
+    """A vision tower in which tokens stay, and that may take pictures of any size: their grids say what it costs.
+
+    Attributes:
+        blocks: the blocks, in order.
+        spans: what a patch is multiplied with, by block: ``row`` (its whole row, what a mask hides included), ``frame``
+            (the patches of its frame) or ``window``.
+        stem: the patch embedding, a row for each patch.
+        parts: modules behind the patch embedding and outside the blocks: mergers, poolings.
+        merge: patches along a side that make one visual token.
+        window: visual tokens along the side of a window; 0 where there are no windows.
+        shared: whether all pictures of a pass lie in one row; else each frame has a row of its own.
+        extra: tokens of a row beside the patches.
+        pads: whether processors fill rows up to a length of theirs, which no configuration tells.
+        canvas: whether the patch embedding sees each picture on a canvas as large as the largest one.
+        slots: whether the projector multiplies padding, too.
+        first: dotted path of the first block in the model.
+        path: dotted path of the tower.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    spans: tuple[str, ...]
+    stem: Part
+    parts: tuple[Part, ...] = ()
+    merge: int = 1
+    window: int = 0
+    shared: bool = True
+    extra: int = 0
+    pads: bool = False
+    canvas: bool = False
+    slots: bool = False
+    first: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     """A language model.
 
     Attributes:
         blocks: the layers, in order.
         head: the projection on the vocabulary, or None.
-        kv_bytes: bytes that the cache takes for one token in one layer.
+        late: where the first of the layers that run late gets its tokens, or None.
     """
 
     blocks: tuple[BlockShape, ...]
     head: Part | None = None
-    kv_bytes: int = 0
+    late: Part | None = None
 
     @property
     def depth(self) -> int:
         """Layers."""
         return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Uncounted:
+    """Something that a model runs and that is not counted: where it ran, there is no total.
+
+    Attributes:
+        what: a clause for a reader, with the reason.
+        path: dotted path of the module, whose calls are noted; empty means that it runs in every pass.
+        apart: whether a call of its own runs it, which estimates do not plan.
+    """
+
+    what: str
+    path: str = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +275,11 @@ class ModelShape:
         visual: visual tokens of one picture in the language model; 0 where the configuration does not say.
         crops: rows of the tower that make one picture.
         parts: visual tokens of a picture's parts (thumbnail, crops), or empty where it is one.
-        notes: what could not be counted.
+        notes: what to know of the figures.
+        packed: the vision tower where it is no `TowerShape`, or None.
+        uncounted: what is not counted.
+        tile: visual tokens of each row of the tower where pictures are several rows, 0 where that varies; None where a
+            picture is one row.
     """
 
     name: str
@@ -201,6 +292,9 @@ class ModelShape:
     crops: int = 1
     parts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    packed: PackedTowerShape | None = None
+    uncounted: tuple[Uncounted, ...] = ()
+    tile: int | None = None
 
 
 @dataclass(frozen=True)

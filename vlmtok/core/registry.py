@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..errors import ParameterError, UnknownMethod, VlmtokWarning, hint
 from ..guard import guarded
+from .aliases import resolve, spoken
 from .method import Method
 
 _METHODS: dict[str, type[Method]] = {}
@@ -25,7 +26,7 @@ def register_method(cls: M) -> M:
     """Class decorator: makes a method known by its name.
 
     Raises:
-        ParameterError: another class already has the name.
+        ParameterError: another class already has the name, or an alias stands for no parameter.
     """
     name = cls.spec_name()
     other = _METHODS.get(name)
@@ -34,6 +35,12 @@ def register_method(cls: M) -> M:
         raise ParameterError(f"method name {name!r} of {cls.__module__} is already taken by {other.__module__}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ParameterError(f"method name {name!r} must be lower-case letters, digits and _")
+    known: set[str] = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set()
+    for alias in cls.aliases:
+        if alias.name in known or alias.parameter not in {*known, ""}:
+            raise ParameterError(
+                f"method {name!r}: alias {alias.name!r} of {alias.parameter!r} must be no parameter, and stand for one"
+            )
     _METHODS[name] = cls
     return cls
 
@@ -93,7 +100,8 @@ def create_method(name: str, **settings: Any) -> Method:
 
     Args:
         name: as in `list_methods`.
-        settings: its parameters; ``preset=NAME`` starts from one of its presets.
+        settings: its parameters, under their own names or the paper's (`Method.aliases`); ``preset=NAME`` starts
+            from one of its presets.
 
     Returns:
         The method.
@@ -104,14 +112,19 @@ def create_method(name: str, **settings: Any) -> Method:
     """
     cls = method_class(name)
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    others = [alias.name for alias in cls.aliases]
     preset = settings.pop("preset", None)
     for key in settings:
-        if key not in known:
-            like = hint(key, known, alike=0.4)
+        if key not in known and key not in others:
+            like = hint(key, [*known, *others], alike=0.4)
             raise ParameterError(f"{name} has no parameter {key!r}{like} Parameters: {', '.join(known) or 'none'}")
-    if preset is not None:
-        if not hasattr(cls, "preset"):
-            raise ParameterError(f"{name} has no presets")
-        made: Method = cls.preset(preset, **settings)
-        return made
-    return cls(**settings)
+    if preset is not None and not hasattr(cls, "preset"):
+        raise ParameterError(f"{name} has no presets")
+    values = resolve(name, cls.aliases, settings)
+    try:
+        return cls(**values) if preset is None else cls.preset(preset, **values)  # type: ignore[attr-defined]
+    except ParameterError as problem:
+        said = spoken(cls.aliases, settings)
+        if not said:
+            raise
+        raise ParameterError(f"{problem}{said}") from problem

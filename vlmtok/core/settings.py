@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
 from ..errors import ParameterError, VlmtokWarning
 from .site import Counts
+
+POOLINGS = ("size", "plain", "attention")
+"""What a merged token counts in heads that pool: its size in means; one; its size in means and attention pools."""
+
+_CHOICES: ContextVar[dict[str, tuple[Any, ...]] | None] = ContextVar("choices", default=None)
+
+
+@contextmanager
+def choices_noted() -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Context in which checks of words and switches note what there is to choose from, by parameter."""
+    found: dict[str, tuple[Any, ...]] = {}
+    before = _CHOICES.set(found)
+    try:
+        yield found
+    finally:
+        _CHOICES.reset(before)
+
+
+def _note(name: str, choices: tuple[Any, ...]) -> None:
+    found = _CHOICES.get()
+    if found is not None:
+        found[name] = choices
 
 
 def plain_numbers(value: Any) -> Any:
@@ -110,6 +134,7 @@ def check_flag(value: Any, by: str, name: str) -> None:
     Raises:
         ParameterError: neither True nor False (1 and 0 are neither).
     """
+    _note(name, (True, False))
     if not isinstance(value, bool):
         raise ParameterError(f"{by}: {name}={value!r} must be true or false")
 
@@ -194,8 +219,11 @@ def check_choice(value: Any, by: str, name: str, choices: tuple[Any, ...]) -> No
     Raises:
         ParameterError: it is none of the choices.
     """
+    _note(name, choices)
     if value not in choices:
-        raise ParameterError(f"{by}: {name}={value!r} is not possible; one of {', '.join(map(repr, choices))}")
+        problem = ParameterError(f"{by}: {name}={value!r} is not possible; one of {', '.join(map(repr, choices))}")
+        problem.choices = choices
+        raise problem
 
 
 def format_value(value: Any) -> str:

@@ -216,6 +216,22 @@ class Layout:
             return asked
         return released if self.stages[stage].renumbers else "keep"
 
+    def positions_at(self, site: Site) -> str:
+        """What becomes of the language model's position ids where tokens leave at a site.
+
+        Args:
+            site: on a stage of the model.
+
+        Returns:
+            ``keep`` or ``renumber``. Patches that leave inside a tower take their placeholders along where the model
+            offers ``features``; elsewhere rows get their length back, or there is no language model.
+        """
+        if site.stage in ("vision", "features"):
+            return "renumber" if "features" in self.stages else "keep"
+        if site.positions is not None:
+            return site.positions
+        return "renumber" if site.stage == "projected" and self.stages["projected"].renumbers else "keep"
+
     def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
         """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.
 

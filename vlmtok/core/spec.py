@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ParameterError, SpecError
+from ..errors import ParameterError, SpecError, hint
 from ..guard import guarded
 from .method import Method
-from .registry import create_method
+from .registry import create_method, list_methods
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 
@@ -23,8 +23,9 @@ _WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
 def parse_methods(spec: str) -> list[Method]:
     """Makes the methods that a spec string names: ``name[:key=value]*[+name...]``.
 
-    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable. ``+``
-    separates methods only outside values and before a letter. There are no commas.
+    A value is an int, a float, true, false, none, a word, an ``(a;b)`` tuple or an ``[a;b]`` list, nestable; inside
+    brackets a comma does for a semicolon. ``+`` separates methods only outside values and before a letter. Spaces
+    around marks count for nothing. A setting may have the name that the paper gives it (`Method.aliases`).
 
     Args:
         spec: for instance ``"pitome:ratio=0.9:margin=0.5+todre:keep=0.1"``.
@@ -41,15 +42,16 @@ def parse_methods(spec: str) -> list[Method]:
     for part in _split(spec, "+"):
         name, *settings = _split(part, ":")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise SpecError(f"{name!r} in {spec!r} is no method name; write name:key=value:key=value+name")
+            like = hint(name.partition(" ")[0], list_methods()).rstrip(".")
+            raise SpecError(f"{name!r} in {spec!r} is no method name{like}; write name:key=value:key=value+name")
         values: dict[str, Any] = {}
         for item in settings:
-            key, equals, text = item.partition("=")
+            key, equals, text = (piece.strip() for piece in item.partition("="))
             if not equals or not key.isidentifier():
                 raise SpecError(f"{item!r} in {spec!r} is no setting; write key=value")
             if key in values:
                 raise SpecError(f"{key!r} is given twice in {spec!r}")
-            values[key] = _parse_value(text, spec)
+            values[key] = parse_value(text, spec)
         methods.append(create_method(name.lower(), **values))
     return methods
 
@@ -61,7 +63,7 @@ def _split(text: str, mark: str) -> list[str]:
         depth += (letter in "([") - (letter in ")]")
         if depth < 0:
             raise SpecError(f"bracket closed but not opened in {text!r}")
-        follows = text[i + 1 : i + 2]
+        follows = text[i + 1 :].lstrip()[:1]
         if letter == mark and depth == 0 and (mark != "+" or follows.isalpha() or follows == "_"):
             parts.append(text[at:i])
             at = i + 1
@@ -70,22 +72,33 @@ def _split(text: str, mark: str) -> list[str]:
     return [part.strip() for part in (*parts, text[at:])]
 
 
-def _parse_value(text: str, spec: str) -> Any:
+def parse_value(text: str, spec: str | None = None) -> Any:
+    """A value as it stands in spec strings.
+
+    Args:
+        text: the value.
+        spec: where it stands, for the error.
+
+    Raises:
+        SpecError: it is none.
+    """
     text = text.strip()
+    where = repr(text) if spec is None else f"{text!r} in {spec!r}"
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
     if text[:1] in "([" and text[-1:] in ")]" and text:
         if {"(": ")", "[": "]"}[text[0]] != text[-1]:
-            raise SpecError(f"{text!r} in {spec!r} opens and closes with different brackets")
+            raise SpecError(f"{where} opens and closes with different brackets")
         inside = text[1:-1].strip()
-        items = [_parse_value(item, spec) for item in _split(inside.rstrip(";"), ";")] if inside else []
+        parts = [item for part in _split(inside, ";") for item in _split(part, ",")]
+        items = [parse_value(item, spec) for item in (parts if parts[-1] else parts[:-1])]
         return tuple(items) if text[0] == "(" else items
     if _NUMBER.match(text):
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     if _WORD.match(text):
         return text
-    raise SpecError(f"{text!r} in {spec!r} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
+    raise SpecError(f"{where} is no value; an int, a float, true, false, none, a word, (a;b) or [a;b]")
 
 
 @guarded
@@ -107,12 +120,12 @@ def expand(spec: str) -> list[str]:
         pieces = _split(part, ":")
         ways = [[("+" if index else "") + pieces[0]]]
         for piece in pieces[1:]:
-            name, equals, values = piece.partition("=")
+            name, equals, values = (text.strip() for text in piece.partition("="))
             choices = [value.strip() for value in _split(values, ",")]
             if len(choices) > 1 and not all(choices):
                 raise SpecError(f"{piece!r} in {spec!r} has an empty alternative")
             if len(choices) > 1:
-                kinds = {type(_parse_value(value, spec)) for value in choices} & {int, float}
+                kinds = {type(parse_value(value, spec)) for value in choices} & {int, float}
                 if len(kinds) > 1:
                     raise ParameterError(
                         f"{piece!r} sweeps counts (1) beside shares (1.0), which mean different things; write all of "

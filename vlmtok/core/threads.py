@@ -21,18 +21,19 @@ class PerThread(Generic[S]):
 
     Attributes:
         latest: the state of the thread that ran last, for who asks from outside.
+        traced: the state of compiled code.
     """
 
     def __init__(self, make: Callable[[], S]) -> None:
         self._make = make
         self._local = threading.local()
-        self._traced = make()
-        self.latest = self._traced
+        self.traced = make()
+        self.latest = self.traced
 
     def mine(self) -> S:
         """The state of this thread."""
         if torch.compiler.is_compiling():
-            return self._traced  # what is traced runs no hook again
+            return self.traced  # what is traced runs no hook again
         found: S | None = getattr(self._local, "state", None)
         if found is None:
             found = self._local.state = self._make()

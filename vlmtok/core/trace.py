@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError, PassError
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from .site import Site
 
 if TYPE_CHECKING:
     from .attachment import Attachment
 
 
+MOST = 6
+"""Pictures of a pass that a table shows one by one."""
+
+
 @dataclass(frozen=True, eq=False)
-class PictureTrace:
+class PictureTrace(Shown):
     """One picture's patches.
 
     Attributes:
@@ -33,6 +39,7 @@ class PictureTrace:
         slots: of a tower alone, with each step, int64 `[patches]`: the token behind the protected ones that holds each
             patch, -1 where it was dropped.
         prefix: protected tokens in front of them.
+        methods: with each step, the name of the method that cut; empty where it was not recorded.
     """
 
     owner: Tensor
@@ -43,6 +50,7 @@ class PictureTrace:
     shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     slots: tuple[Tensor, ...] = ()
     prefix: int = 0
+    methods: tuple[str, ...] = ()
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
@@ -111,6 +119,28 @@ class PictureTrace:
         """Slots that are left."""
         return int(self.owner[self.owner >= 0].unique().numel())
 
+    def left(self) -> list[tuple[str, int, int]]:
+        """By step: the site, tokens that are left behind it, and patches that are dropped by then."""
+        return [
+            (str(site), int(owner[owner >= 0].unique().numel()), int((owner < 0).sum())) for site, owner in self.steps
+        ]
+
+    def sheet(self) -> Sheet:
+        """What was left behind each cut."""
+        rows = [["all", str(self.patches), "0", "0"]]
+        rows += [
+            [site, str(tokens), str(self.patches - gone - tokens), str(gone)] for site, tokens, gone in self.left()
+        ]
+        return Sheet(self._title(), tables=[Table(["behind", "tokens", "merged away", "patches dropped"], rows)])
+
+    def _title(self) -> str:
+        grid = "" if self.grid is None else f" on a grid of {self.grid[0]} x {self.grid[1]}"
+        cuts = f"{len(self.steps)} cut{'s' if len(self.steps) != 1 else ''}"
+        return f"{self.kept} tokens left of {self.patches} patches{grid}, {cuts}"
+
+    def __repr__(self) -> str:
+        return f"<PictureTrace: {self._title()}>"
+
     def group_sizes(self) -> Tensor:
         """Patches of each patch's slot, int64 `[patches]`; 0 where it was dropped."""
         counts = torch.bincount(self.owner.clamp(min=0)[self.owner >= 0], minlength=self.patches)
@@ -174,7 +204,7 @@ class PictureTrace:
         return found * (slots >= 0).to(found)[:, None]
 
 
-class Trace:
+class Trace(Shown):
     """The pictures of the last pass.
 
     Attributes:
@@ -190,8 +220,27 @@ class Trace:
     def __getitem__(self, index: int) -> PictureTrace:
         return self.pictures[index]
 
+    def sheet(self) -> Sheet:
+        """What was left behind each cut, picture by picture; of many pictures the least and the most."""
+        if len(self) == 1:
+            return self[0].sheet()
+        by_site: dict[str, dict[int, int]] = {"all": {i: picture.patches for i, picture in enumerate(self.pictures)}}
+        for i, picture in enumerate(self.pictures):
+            for site, tokens, _ in picture.left():
+                by_site.setdefault(site, {})[i] = tokens
+        title = f"{len(self)} pictures: {sum(p.kept for p in self.pictures)} tokens left of "
+        title += f"{sum(p.patches for p in self.pictures)} patches"
+        if len(self) > MOST:
+            rows = [[s, str(min(left.values())), str(max(left.values()))] for s, left in by_site.items()]
+            return Sheet(title, tables=[Table(["behind", "tokens, least", "tokens, most"], rows)])
+        rows = [[s, *(str(left.get(i, "")) for i in range(len(self)))] for s, left in by_site.items()]
+        return Sheet(title, tables=[Table(["behind", *(f"tokens of picture {i}" for i in range(len(self)))], rows)])
+
     def __repr__(self) -> str:
-        return f"<Trace of {len(self)} pictures: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+        many = f"{len(self)} picture{'s' if len(self) != 1 else ''}"
+        return f"<Trace of {many}: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+
+    __str__ = __repr__  # a picture of it prints its table
 
     @classmethod
     def of(cls, attachment: Attachment) -> Trace:
@@ -223,7 +272,8 @@ def _tower(tower: Any) -> list[PictureTrace]:
     run = tower.current
     source = run.sequence.source.cpu()
     grid = run.grid
-    steps = [(site, owner.cpu()) for site, owner in run.steps]
+    steps = [(site, owner.cpu()) for site, owner, _ in run.steps]
+    methods = tuple(method.spec_name() for *_, method in run.steps)
     return [
         PictureTrace(
             _first_patch(source[i]),
@@ -231,6 +281,7 @@ def _tower(tower: Any) -> list[PictureTrace]:
             grid,
             slots=tuple(owner[i] for _, owner in steps),
             prefix=tower.num_prefix,
+            methods=methods,
         )
         for i in range(source.shape[0])
     ]
@@ -247,23 +298,26 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         columns = torch.tensor(picture.columns)
         slot = torch.arange(len(columns))
         steps: list[tuple[Site, Tensor]] = []
+        methods: tuple[str, ...] = ()
         if before is not None and sources is not None:
             slot = sources[picture.tower]
             if handover.valid is not None:
                 real = handover.valid[picture.tower].cpu()
                 slot = torch.where((slot >= 0) & real[slot.clamp(min=0)], slot, -1)
             steps += before[picture.tower].steps
+            methods = before[picture.tower].methods
 
         def at(owner: Tensor, slot: Tensor = slot, columns: Tensor = columns, row: int = picture.row) -> Tensor:
             there = owner[row].cpu()[columns]
             return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
 
-        steps += [(site, at(owner)) for site, owner in running.steps]
+        steps += [(site, at(owner)) for site, owner, _ in running.steps]
+        methods += tuple(method.spec_name() for *_, method in running.steps)
         parts = None if rows.first_part is None else rows.first_part[picture.row].cpu()[columns]
         grid = picture.grid
         if before is not None and before[picture.tower].patches == len(slot):
             grid = before[picture.tower].grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
-        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video))
+        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods))
     return found

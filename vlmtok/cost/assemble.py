@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import kernels
 from ..core.attachment import Attachment
-from ..core.ledger import StageRun
-from ..core.model_shape import ModelShape, Tokens
+from ..core.ledger import Ledger, StageRun
+from ..core.model_shape import ModelShape, Tokens, Uncounted
 from ..errors import PassError
 from .flops import Account, Profile, count_decoder, count_tower
 from .lines import TITLES, LayerLine, Line, SiteLine, Span
 from .overhead import overhead
+from .packed import count_packed
 from .report_data import ReportData
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ def report_of_passes(made: type[R], attachment: Attachment, model: nn.Module | N
     try:
         shape = adapter_for(model).account()
     except NotImplementedError:
-        shape = ModelShape(type(model).__name__, attachment.layout, notes=("the adapter does not count MACs",))
+        nothing = Uncounted("the adapter does not count MACs")
+        shape = ModelShape(type(model).__name__, attachment.layout, uncounted=(nothing,))
     ledger = attachment.ledger
-    runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger.last)]
+    runs = ledger.totals() if total else [(run, 1) for run in _latest(ledger)]
+    for run, _ in runs:
+        run.read()
     runs, notes = _seen(attachment, shape, runs)
     problem = None
     if not ledger.fired and not attachment.compiled:
@@ -41,7 +45,8 @@ def report_of_passes(made: type[R], attachment: Attachment, model: nn.Module | N
         why = "no pass has run" if not runs else ledger.blindness if blind else "no method was asked"
         problem = f"never fired: {why}"
         notes.insert(0, problem)
-    report = _report(made, attachment, shape, [runs], "all passes" if total else "last pass", notes)
+    missing = [one.what for one in shape.uncounted if not one.path or one.path in ledger.uncounted]
+    report = _report(made, attachment, shape, [runs], "all passes" if total else "last pass", notes, missing)
     report.problem = problem
     report.passes = {**ledger.passes, **({"decode steps": ledger.steps} if ledger.steps else {})}
     report.kernels = kernels.ran(since=ledger.kernels)
@@ -58,7 +63,8 @@ def report_of_plans(
 ) -> R:
     """`Report.planned`; `made` is the class of the report."""
     weighted = [[(run, 1) for run in runs] for runs in plans]
-    return _report(made, attachment, shape, weighted, "estimate", list(notes), deciding)
+    missing = [one.what for one in shape.uncounted if not one.apart]
+    return _report(made, attachment, shape, weighted, "estimate", list(notes), missing, deciding)
 
 
 def _report(
@@ -68,19 +74,26 @@ def _report(
     plans: Sequence[Sequence[tuple[StageRun, int]]],
     source: str,
     notes: list[str],
+    missing: list[str],
     deciding: bool = True,
 ) -> R:
-    """A report of runs, each counted so many times; two plans are the bounds of what depends on content."""
+    """A report of runs, each counted so many times; two plans are the bounds of what depends on content.
+
+    `missing` is what belongs to them and is not counted.
+    """
     total = source == "all passes"
     accounts = []
     for runs in plans:
         account, said = _account(attachment, shape, runs, total, deciding)
         accounts.append(account)
+        missing += account.missing
         notes += said
     notes += uncut(attachment, [run for runs in plans for run, _ in runs])
     report = made(shape.name, [str(method) for method in attachment.methods], source)
     report.settings = [method.settings() if is_dataclass(method) else {} for method in attachment.methods]
-    report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes]))
+    report.missing = list(dict.fromkeys(missing))
+    uncounted = [one.what for one in shape.uncounted]
+    report.notes = list(dict.fromkeys([*notes, *attachment.said, *shape.notes, *uncounted, *report.missing]))
     report._shape, report._accounts = shape, tuple(accounts)
     report._runs = tuple(run for run, _ in plans[-1])
     low, high = accounts[0], accounts[-1]
@@ -97,12 +110,14 @@ def _report(
     return report
 
 
-def _latest(last: dict[str, StageRun]) -> list[StageRun]:
+def _latest(ledger: Ledger) -> list[StageRun]:
     """The passes that belong together: those of the last prompt with pictures, or of the last one if none had any."""
+    last = ledger.last
     seen = "decoder" in last or not any(run.stage == "decoder" for run in last.values())
-    if seen:
-        return [run for name, run in last.items() if not name.startswith("pictureless")]
-    return [run for name, run in last.items() if name != "vision"]
+    if not seen:
+        return [run for name, run in last.items() if name != "vision"]
+    earlier = [ledger.earlier] if ledger.earlier is not None and "vision" in last else []
+    return [*earlier, *(run for name, run in last.items() if not name.startswith("pictureless"))]
 
 
 def _seen(
@@ -140,6 +155,8 @@ def _account(
     for run, times in runs:
         if run.stage == "vision" and shape.vision is not None:
             count_tower(account, run, shape.vision, shape.projector, times)
+        elif run.stage == "vision" and shape.packed is not None:
+            count_packed(account, run, shape.packed, shape.projector, times)
         elif run.stage == "text" and shape.text is not None:
             count_tower(account, run, shape.text, (), times)
         elif run.stage == "decoder" and shape.language is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.ledger import StageRun
-from ..core.model_shape import BlockShape, LanguageShape, Part, Tokens, TowerShape
+from ..core.model_shape import LATE, BlockShape, LanguageShape, Part, Tokens, TowerShape
 from ..core.site import layer_of
 
 
@@ -37,7 +37,7 @@ class Profile:
         """MACs of the blocks."""
         return self.rows * sum(block.macs(tokens) for block, tokens in zip(blocks, self.layers))
 
-    def step_macs(self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int) -> int:
+    def step_macs(self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps on the cache that this pass leaves.
 
         Args:
@@ -45,12 +45,14 @@ class Profile:
             rows: rows of each step.
             first: tokens that joined the caches before.
             steps: how many.
+            recorded: see `vlmtok.core.ledger.Decoding`.
         """
-        return rows * sum(block.step(tokens.keys, first, steps) for block, tokens in zip(blocks, self.layers))
+        layers = zip(blocks, self.layers)
+        return rows * sum(block.step(tokens.keys, first, steps, recorded) for block, tokens in layers)
 
     def cached(self, blocks: Sequence[BlockShape]) -> int:
-        """Tokens that the caches of all layers hold, all rows."""
-        return self.rows * sum(block.held(tokens.keys) for block, tokens in zip(blocks, self.layers))
+        """Bytes of the caches of all layers behind the pass, all rows."""
+        return self.rows * sum(block.cached(tokens.keys) for block, tokens in zip(blocks, self.layers))
 
 
 def tower_profiles(run: StageRun, depth: int, protected: int) -> tuple[Profile, Profile]:
@@ -103,9 +105,9 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
     """
     visual = run.visual / run.rows
     columns = run.entered
+    late = run.parts.get(LATE, 0) // run.rows
     bare, layers = [], []
     for layer, block in enumerate(blocks):
-        bare.append(Tokens(run.entered, block.held(run.seen) + run.entered, run.entered, run.visual / run.rows))
         for event in run.events:
             if (layer_of(event.layer, event.point) if event.stage == "decoder" else 0) != layer:
                 continue
@@ -116,8 +118,12 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
                 visual -= gone / run.rows
                 columns = event.after
         past = max(run.held, default=(0, run.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
-        layers.append(Tokens(columns, block.held(past) + columns, columns, visual))
-    return _pair(run, bare, layers, columns)
+        # As many tokens as arrive are all that there are, whatever the row was before a cut.
+        few = late if block.late and 0 < late < columns else None
+        entered, left = (run.entered, columns) if few is None else (few, few)
+        bare.append(Tokens(entered, block.held(run.seen) + run.entered, entered, run.visual / run.rows))
+        layers.append(Tokens(left, block.held(past) + columns, left, visual))
+    return _pair(run, bare, layers, layers[-1].queries if layers else columns)
 
 
 def _pair(run: StageRun, bare: list[Tokens], layers: list[Tokens], left: int) -> tuple[Profile, Profile]:
@@ -137,6 +143,7 @@ class Account:
         stepped: how many they were.
         cache: bytes of the key-value cache behind the prefill, all rows, or None.
         profiles: by stage, (bare, as it ran).
+        missing: what ran and could not be counted.
     """
 
     lines: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -145,6 +152,7 @@ class Account:
     stepped: int = 0
     cache: tuple[int, int] | None = None
     profiles: dict[str, tuple[Profile, Profile]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def add(self, name: str, before: int, after: int, times: int = 1) -> None:
         """Adds to a line."""
@@ -203,11 +211,12 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
     if not run.continues:
         account.profiles["decoder"] = (before, after)
         account.step = (one[0], one[1])
-        held = [profile.cached(shape.blocks) * shape.kv_bytes for profile in (before, after)]
+        held = [profile.cached(shape.blocks) for profile in (before, after)]
         account.cache = (held[0], held[1])
     for part in run.decodings:
         spent = [
-            p.step_macs(shape.blocks, part.rows, part.first, part.steps) + part.head * row for p in (before, after)
+            p.step_macs(shape.blocks, part.rows, part.first, part.steps, part.recorded) + part.head * row
+            for p in (before, after)
         ]
         account.steps = (account.steps[0] + times * spent[0], account.steps[1] + times * spent[1])
     account.stepped += times * run.steps

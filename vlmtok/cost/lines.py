@@ -88,7 +88,7 @@ class LayerLine:
     attention: Span
     mlp: Span
     visual: Span
-    visual_before: int
+    visual_before: float
 
 
 @dataclass(frozen=True)

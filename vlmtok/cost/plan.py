@@ -16,6 +16,7 @@ from ..core.sequence import TowerRow
 from ..core.site import Counts
 from ..errors import ParameterError
 from .flops import feature_tokens, tower_profiles
+from .packed import planned
 from .planned_rows import PlannedRows, Prompt
 from .rehearsal import Rehearsal
 
@@ -63,10 +64,11 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
     """
     planner = Planner(attachment, shape, prompt, past or Past())
     runs = []
-    pictures = prompt.batch * prompt.pictures
     if shape.vision is not None:
-        seen = StageRun("vision", pictures * prompt.crops, shape.vision.protected + prompt.patches)
+        seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
         runs.append(planner.vision(seen))
+    elif shape.packed is not None:
+        runs.append(planned(shape.packed, shape.projector, prompt))
     if shape.text is not None and prompt.words:
         runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
     if shape.language is not None:
@@ -100,7 +102,7 @@ class Planner:
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
-            run.parts[part.name] = run.rows * n
+            run.parts[part.name] = run.rows * n // part.joins
         return run
 
     def text(self, run: StageRun) -> StageRun:
@@ -154,10 +156,12 @@ class Planner:
         prompt, shape = self.prompt, self.shape
         assert shape.language is not None
         rows = PlannedRows(prompt)
-        shown = prompt.batch * prompt.pictures
-        run = StageRun("decoder", prompt.batch, rows.length, 0, shown, True, shown * prompt.visual)
+        visual = prompt.batch * sum(picture.tokens for picture in prompt.shown)
+        run = StageRun("decoder", prompt.batch, rows.length, 0, prompt.batch * prompt.pictures, True, visual)
         if shape.language.head is not None:
             run.parts[shape.language.head.name] = prompt.batch * (rows.length if prompt.every else 1)
+        if shape.language.late is not None and not prompt.every:
+            run.parts[shape.language.late.name] = prompt.batch
         if seen is not None and shape.vision is not None and "features" in self.attachment.layout.stages:
             self._hand_over(run, rows, seen, shape.vision)
         rows.enter()
@@ -190,7 +194,8 @@ class Planner:
             gone = recorded.before - recorded.after
             groups = [(group, group.n - gone) for group in rows.groups("sample")]
         elif slots != entered:
-            groups = [(group, slots * self.prompt.crops) for group in rows.groups("picture")]
+            crops = 1 if self.prompt.seen else self.prompt.crops
+            groups = [(group, slots * crops) for group in rows.groups("picture")]
         else:
             return
         rows.cut(groups)

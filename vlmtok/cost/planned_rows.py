@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..core.ledger import Group
+from ..core.sight import Seen
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Prompt:
         patches: patches of a row of the tower.
         words: tokens of a row of the text tower.
         every: whether the head sees all tokens of a prompt (a plain forward) or the last one (`generate`).
+        grids: frames, rows and columns of patches of each picture of a row, for towers that take pictures of any size;
+            empty means as near to a square as `visual` allows.
+        seen: the pictures of a row, where a processor told; `visual`, `parts` and `crops` do not count then, and
+            `pictures` is how many these are.
+        seen_rows: rows of the tower for all of them.
     """
 
     batch: int = 1
@@ -33,25 +39,39 @@ class Prompt:
     patches: int = 0
     words: int = 0
     every: bool = False
+    grids: tuple[tuple[int, int, int], ...] = ()
+    seen: tuple[Seen, ...] = ()
+    seen_rows: int = 0
+
+    @property
+    def shown(self) -> tuple[Seen, ...]:
+        """The pictures of a row."""
+        return self.seen or (Seen(self.visual, self.parts),) * self.pictures
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tower for the pictures of a row."""
+        return self.seen_rows if self.seen else self.pictures * self.crops
 
 
 @dataclass
 class Shown:
-    """A picture of the row."""
+    """A picture of the row; of its tokens, `apart` belong to no part."""
 
     parts: list[int]
     after: int
     after_last: int
     entered: int = 0
+    apart: int = 0
 
     @property
     def n(self) -> int:
         """Tokens it has now."""
-        return sum(self.parts)
+        return sum(self.parts) + self.apart
 
     def leave(self, count: int) -> None:
         """So many tokens are left; how they fall into parts is not known, evenly is assumed."""
-        self.parts = share(count, self.parts)
+        *self.parts, self.apart = share(count, [*self.parts, self.apart])
 
 
 def share(count: int, among: list[int]) -> list[int]:
@@ -94,19 +114,23 @@ class PlannedRows:
     """One row of a language model's batch, as counts; all rows are alike (see `core.rows` for the real ones)."""
 
     def __init__(self, prompt: Prompt) -> None:
-        parts = prompt.parts or (prompt.visual,)
+        shown = prompt.shown
         self.pictures = []
-        for index in range(prompt.pictures):
-            behind = sum(prompt.text[index + 1 :])
-            self.pictures.append(Shown(list(parts), behind, behind))
-        self.single = not prompt.parts
-        self.length = sum(prompt.text) + sum(picture.n for picture in self.pictures)
+        for index, picture in enumerate(shown):
+            last = sum(prompt.text[index + 1 :]) + sum(later.inside for later in shown[index + 1 :])
+            parts = picture.parts or (picture.tokens - picture.apart,)
+            self.pictures.append(Shown(list(parts), picture.inside + last, last, apart=picture.apart))
+        self.single = not any(picture.parts for picture in shown)
+        self.length = sum(prompt.text) + sum(picture.inside + picture.tokens for picture in shown)
 
     def enter(self, hold: bool = False) -> None:
         """A stage begins; a visual token that ends the row is held back in the decoder."""
         if hold and self.pictures and self.pictures[-1].after_last == 0 and self.pictures[-1].n:
-            last = max(i for i, n in enumerate(self.pictures[-1].parts) if n)
-            self.pictures[-1].parts[last] -= 1
+            ends = self.pictures[-1]
+            if ends.apart:  # a separator stands behind every row
+                ends.apart -= 1
+            else:
+                ends.parts[max(i for i, n in enumerate(ends.parts) if n)] -= 1
         for picture in self.pictures:
             picture.entered = picture.n
 

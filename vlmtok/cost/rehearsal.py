@@ -274,8 +274,9 @@ class Rehearsal:
         def q(places: Tensor) -> Tensor:
             if not ahead:
                 return empty(group.rows, block.heads, places.shape[1], d)
-            made = empty(group.rows, places.shape[1], block.width) @ empty(block.width, block.heads * d)
-            return made.unflatten(-1, (block.heads, d)).transpose(1, 2)
+            outputs = block.heads * d
+            made = empty(group.rows, places.shape[1], block.width) @ empty(block.width, (1 + block.gated) * outputs)
+            return made[..., :outputs].unflatten(-1, (block.heads, d)).transpose(1, 2)
 
         def k() -> Tensor:
             if ahead:  # all rows are projected, the group's are taken

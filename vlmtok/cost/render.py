@@ -37,6 +37,8 @@ def records(report: ReportData) -> list[dict[str, Any]]:
     for _, item in report.counted():
         for line in (item, flops_of(item)):
             add("cost", line.name, None, line.unit, line.before, line.after)
+    for reason in report.missing:
+        add("missing", f"no total: {reason}", None, "", None, None)
     for item in report.others():
         add("cache" if item.unit == "bytes" else "convention", item.name, None, item.unit, item.before, item.after)
     for row in report.layers:
@@ -61,7 +63,8 @@ def html_text(report: ReportData) -> str:
     """The tables in HTML, for notebooks and pages."""
     parts = [f"<p><b>{html.escape(_title(report))}</b></p>"]
     if report.problem is not None:
-        parts.append(f'<p style="color:#b00020"><b>error: {html.escape(report.problem)}</b></p>')
+        mark = "border-left:4px solid #e0303a;padding-left:0.5em"  # seen on light and on dark pages
+        parts.append(f'<p style="{mark}"><b>error: {html.escape(report.problem)}</b></p>')
     parts += [table.html() for table in _tables(report)]
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _footnotes(report))
     return "\n".join([*parts, f"<ul>{notes}</ul>"] if notes else parts)
@@ -98,8 +101,11 @@ def _title(report: ReportData) -> str:
 
 
 def _footnotes(report: ReportData) -> Iterator[str]:
-    """Notes, then the paths that the kernels took."""
-    yield from (note for note in report.notes if note != report.problem)
+    """Why there is no total, notes, then the paths that the kernels took."""
+    if report.missing and report.lines:
+        yield f"total: not given, {'; '.join(report.missing)}"
+    said = [report.problem, *(report.missing if report.lines else [])]
+    yield from (note for note in report.notes if note not in said)
     if report.kernels:
         calls = [f"{name.replace(':', ' on ')} ({count})" for name, count in sorted(report.kernels.items())]
         yield f"kernels: {', '.join(calls)}"
@@ -112,6 +118,8 @@ def _tables(report: ReportData) -> Iterator[Table]:
         twice = flops_of(line)
         figures = [si(line.before), line.after.show(si), si(twice.before), twice.after.show(si)]
         rows.append([name, *figures, share(line)])
+    if rows and report.missing:
+        rows.append(["total", *["not given"] * 4, ""])
     if rows:
         yield Table(["", "MACs before", "MACs after", "FLOPs before", "FLOPs after", "after / before"], rows)
     rows = []

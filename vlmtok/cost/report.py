@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.attachment import Attachment
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
-from ..tabular import csv_of, frame_of
+from ..tabular import Records
 from . import assemble, render
 from .lines import Line
 from .report_data import ReportData, flops_of
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(repr=False)
-class Report(ReportData):
+class Report(ReportData, Records):
     """What a compression saved and what it cost.
 
     Print it, or take `to_dict`, `to_json`, `to_csv`, `to_pandas`, `to_markdown`, `to_latex`, `to_html`. MACs are matrix
-    products and convolutions, as torch's FlopCounterMode counts them where it sees all (docs/counting.md); FLOPs are
-    2 x MACs. Where a count depends on content, estimates give what lies between everything dropped and nothing dropped.
+    products and convolutions, as torch's FlopCounterMode counts them where it sees all: under math or eager attention
+    (docs/counting.md). FLOPs are 2 x MACs. Where a count depends on content, estimates give what lies between
+    everything dropped and nothing dropped.
 
     Attributes:
         model: its class, or the preset.
@@ -42,6 +43,7 @@ class Report(ReportData):
         problem: why this is no report of a compression at all, or None: no method was asked, so nothing was saved.
         open: methods and sites whose counts depend on content, so that figures are ranges.
         figure: the total under the convention that was asked for, or None.
+        missing: what ran and is not counted; then there is no total: `total` is None, and `macs` an error.
     """
 
     # ------------------------------------------------------------------ making one
@@ -95,8 +97,9 @@ class Report(ReportData):
             "source": self.source,
             "macs": {item.name: line(item) for item in self.lines},
             "flops": {item.name: line(flops_of(item)) for item in self.lines},
-            "total_macs": line(self.macs),
-            "total_flops": line(self.flops),
+            "total_macs": line(self.total),
+            "total_flops": None if self.total is None else line(flops_of(self.total)),
+            "missing": self.missing,
             "decode_step_macs": line(self.step),
             "decode_step_flops": None if self.step is None else line(flops_of(self.step)),
             "cache_bytes": line(self.cache),
@@ -137,18 +140,6 @@ class Report(ReportData):
         """Every line and layer as a record: model, method, settings, source, kind, name, layer, unit, before, after."""
         return render.records(self)
 
-    def to_csv(self) -> str:
-        """`to_records` as CSV; whole numbers without a point."""
-        return csv_of(self.to_records())
-
-    def to_pandas(self) -> Any:
-        """`to_records` as a pandas.DataFrame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame_of(self.to_records())
-
     def to_markdown(self) -> str:
         """The tables in Markdown."""
         return render.markdown(self)
@@ -172,6 +163,11 @@ class Report(ReportData):
         return render.plain_text(self)
 
     def __repr__(self) -> str:
-        share = self.macs.share
-        left = "nothing counted" if share is None else f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
+        share = None if self.total is None else self.total.share
+        if self.missing:
+            left = "no total"
+        elif share is None:
+            left = "nothing counted"
+        else:
+            left = f"{share.show(lambda value: f'{100 * value:.1f} %')} of the MACs"
         return f"<Report of {' + '.join(self.methods)} on {self.model}: {left}>"

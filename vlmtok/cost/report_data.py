@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
-from ..errors import ParameterError
+from ..errors import NotCounted, ParameterError
 from .conventions import convention
 from .flops import Account
 from .lines import TITLES, LayerLine, Line, SiteLine, Span
@@ -33,20 +33,44 @@ class ReportData:
     settings: list[dict[str, Any]] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     figure: Line | None = None
+    missing: list[str] = field(default_factory=list)
     _shape: ModelShape | None = field(default=None, repr=False)
     _accounts: tuple[Account, ...] = field(default=(), repr=False)
     _runs: tuple[StageRun, ...] = field(default=(), repr=False)
 
     @property
-    def macs(self) -> Line:
-        """All lines together: MACs of the model before, of the model with signals and methods after."""
+    def total(self) -> Line | None:
+        """All lines together: MACs of the model before, of the model with signals and methods after.
+
+        Twice as many are what torch's FlopCounterMode says under math or eager attention. Fused attention counts as
+        nothing on a CPU before torch 2.15, and by its shapes alone on a GPU; a causal half counts in full everywhere.
+
+        None where something that ran is not counted (`missing` says what), since a part is no total.
+        """
+        if self.missing:
+            return None
         before = sum(line.before for line in self.lines)
         low, high = sum(line.after.low for line in self.lines), sum(line.after.high for line in self.lines)
         return Line("total", "MACs", before, Span(low, high))
 
     @property
+    def macs(self) -> Line:
+        """`total`.
+
+        Raises:
+            NotCounted: something that ran is not counted; `lines` has what is.
+        """
+        if self.total is None:
+            raise NotCounted(f"no total for {self.model}: {'; '.join(self.missing)}. `lines` has what is counted")
+        return self.total
+
+    @property
     def flops(self) -> Line:
-        """2 x MACs."""
+        """2 x MACs.
+
+        Raises:
+            NotCounted: as `macs`.
+        """
         return flops_of(self.macs)
 
     def line(self, name: str) -> Line:
@@ -70,17 +94,27 @@ class ReportData:
             Before and after, in the unit that the convention prints.
 
         Raises:
-            ParameterError: no such convention, or it covers a stage that did not run.
+            ParameterError: no such convention, it covers a stage that did not run, or its formula does not hold for
+                layers of this form.
+            NotCounted: it covers a stage that is not counted, or a tower with attention of another kind.
         """
         found = convention(name)
         if self._shape is None or not self._accounts:
             raise ParameterError("this report holds no pass")
         missing = [stage for stage in found.stages if any(stage not in a.profiles for a in self._accounts)]
+        if missing and self.missing:
+            raise NotCounted(f"convention {name!r} counts {' and '.join(found.stages)}: {'; '.join(self.missing)}")
+        if "vision" in found.stages and self._shape.packed is not None:
+            raise NotCounted(
+                f"convention {name!r} counts a vision tower as rows of one picture, and that of {self.model} packs "
+                "pictures of any size, pads them or splits them into windows"
+            )
         if missing:
             raise ParameterError(
                 f"convention {name!r} counts {' and '.join(found.stages)}, and this report has no pass through "
                 f"{' and '.join(missing)}"
             )
+        found.check(self._shape)
         shape, ends = self._shape, (self._accounts[0], self._accounts[-1])
         bare = found.count(shape, {stage: pair[0] for stage, pair in ends[1].profiles.items()})
         low, high = (found.count(shape, {s: pair[1] for s, pair in a.profiles.items()}) for a in ends)
@@ -96,8 +130,8 @@ class ReportData:
         """Lines in MACs, with what they are called."""
         for line in self.lines:
             yield TITLES[line.name], line
-        if self.lines:
-            yield "total", self.macs
+        if self.lines and self.total is not None:
+            yield "total", self.total
         if self.step is not None:
             yield self.step.name, self.step
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Reports(Tabular):
         reports: one for each method, in order.
     """
 
-    reports: tuple[Report, ...]
+    reports: Sequence[Report]
 
     def __iter__(self) -> Iterator[Report]:
         return iter(self.reports)
@@ -65,7 +65,8 @@ def _cells(report: Report, before: bool = False) -> list[str]:
         return form(line.before) if before else line.after.show(form)
 
     cells = ["" if tokens is None else whole(tokens[0] if before else tokens[1])]
-    cells += [shown(report.macs), "" if before else share(report.macs)]
+    total = report.total
+    cells += ["not given", ""] if total is None else [shown(total), "" if before else share(total)]
     return cells + [shown(line) for line in (report.cache, report.step, report.figure) if line is not None]
 
 
@@ -74,10 +75,13 @@ def _record(report: Report) -> dict[str, Any]:
     made: dict[str, Any] = {"model": report.model, "method": "+".join(report.methods)}
     if tokens is not None:
         made.update(visual_tokens_before=tokens[0], visual_tokens_after=tokens[1])
-    named = {"total_macs": report.macs, "cache_bytes": report.cache, "decode_step_macs": report.step}
+    named = {"total_macs": report.total, "cache_bytes": report.cache, "decode_step_macs": report.step}
     if report.figure is not None:
         named[f"{report.figure.name}_{report.figure.unit.lower()}"] = report.figure
     for name, line in named.items():
         if line is not None:
             made.update({f"{name}_before": line.before, f"{name}_low": line.after.low, f"{name}_high": line.after.high})
+    if report.missing:
+        made.update(dict.fromkeys(("total_macs_before", "total_macs_low", "total_macs_high")))
+    made["missing"] = "; ".join(report.missing)
     return made

@@ -29,3 +29,13 @@ def binary(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.2f} {name}"
     return f"{value:g} B"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit: bytes as `binary`, MACs and FLOPs as `si`, anything else as `whole`."""
+    if unit == "bytes":
+        return binary(value)
+    if unit in ("MACs", "FLOPs"):
+        number = si(value)
+        return number + ("" if number[-1].isalpha() else " ") + unit
+    return f"{whole(value)} {unit}"

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.method import Method
-from ..core.model_shape import ModelShape
 from ..core.spec import as_methods
 from ..cost.conventions import convention as named
 from ..cost.report import Report
-from ..errors import ParameterError, SiteError, TargetError
+from ..cost.units import quantity, whole
+from ..errors import NotCounted, ParameterError, SiteError, TargetError
 from ..guard import guarded
-from .estimate import estimate, shape_of
+from ..sheet import Sheet, Shown
+from ..tabular import Table
+from .estimate import estimate
+from .prompt import Asked, prompt_of
+from .subject import Subject, subject_of
 
 WITHIN = 0.01
 """How far from its target a budget may be, as a share of it."""
@@ -22,7 +26,7 @@ _UNITS = {"tokens": "tokens", "layer_average_tokens": "tokens", "macs": "MACs", 
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Shown):
     """What was asked of `budget`, and what its method reaches.
 
     Attributes:
@@ -48,9 +52,21 @@ class Budget:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        reached = f"{self.what} = {self.reached:g} {self.unit} on {self.model}, {self.asked:g} asked"
-        tokens = f"visual tokens: {self.tokens:g} at the end, {self.layer_average_tokens:.1f} on average over layers"
-        return "; ".join((reached, tokens, *self.notes))
+        reached, asked = quantity(self.reached, self.unit), quantity(self.asked, self.unit)
+        mean = whole(self.layer_average_tokens)
+        tokens = f"visual tokens: {whole(self.tokens)} at the end, {mean} on average over layers"
+        return "; ".join((f"{self.what} = {reached} on {self.model}, {asked} asked", tokens, *self.notes))
+
+    def sheet(self) -> Sheet:
+        """What was asked and reached."""
+        cells = [self.what, *(quantity(value, self.unit) for value in (self.bare, self.asked, self.reached))]
+        left = [whole(self.tokens), whole(self.layer_average_tokens)]
+        head = ["", "bare", "asked", "reached", "tokens at the end", "tokens, mean over layers"]
+        return Sheet(f"a budget on {self.model}", tables=[Table(head, [[*cells, *left]])], notes=self.notes)
+
+    def __repr__(self) -> str:
+        reached, asked = quantity(self.reached, self.unit), quantity(self.asked, self.unit)
+        return f"<Budget: {self.what} = {reached} on {self.model}, {asked} asked>"
 
 
 @guarded
@@ -81,7 +97,7 @@ def budget(
             figure of that convention, in its unit.
         kv_bytes: bytes of the key-value cache behind the prefill, all rows.
         convention: how `macs` are counted, see `vlmtok.cost.conventions`.
-        prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, ...).
+        prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, `image_size`, ...).
 
     Returns:
         A new method that meets the target within 1 percent; its attribute `budget` (see `Budget`) says what it reaches.
@@ -90,6 +106,7 @@ def budget(
     Raises:
         TargetError: no setting comes within 1 percent; the message names the nearest.
         ParameterError: no target or several, or the method has no parameter to move.
+        NotCounted: `macs`, and part of the model is not counted.
         UnsupportedModel, SiteError, MissingSignal: as `compress`.
     """
     methods = as_methods(method)
@@ -104,7 +121,15 @@ def budget(
         raise ParameterError(f"budget: {what}={value!r} is not possible; a number above 0, or a share in (0, 1]")
     if convention is not None and what != "macs":
         raise ParameterError(f"budget: a convention counts macs, not {what}")
-    return _Search(methods[0], shape_of(model), what, convention, prompt).run(value)
+    subject = subject_of(model, prompt.pop("processor", None))
+    shape = subject.shape
+    missing = [one.what for one in shape.uncounted if not one.apart]
+    if missing and what == "macs" and convention is None:
+        raise NotCounted(
+            f"budget: {shape.name} has no total to set macs to: {'; '.join(missing)}. Set tokens, "
+            "layer_average_tokens or kv_bytes, or macs by a convention that does not count it"
+        )
+    return _Search(methods[0], subject, what, convention, prompt).run(value)
 
 
 @dataclass
@@ -120,16 +145,20 @@ class _Search:
     """Bisection over `Method.at_level`."""
 
     def __init__(
-        self, method: Method, shape: ModelShape, what: str, convention: str | None, prompt: dict[str, Any]
+        self, method: Method, subject: Subject, what: str, convention: str | None, prompt: dict[str, Any]
     ) -> None:
         self.method = method
-        self.shape = shape
+        self.subject = subject
+        self.shape = subject.shape
         self.what = what
         self.convention = convention
         self.prompt = prompt
+        self.unit = _UNITS[what] if convention is None else named(convention).unit
         self.deciding = what == "macs" and convention is None
         self.extra = 0.0
-        self.tokens = int(prompt.get("visual_tokens") or shape.visual or _patches(shape))
+        known = {name: value for name, value in prompt.items() if name in Asked.__dataclass_fields__}
+        laid = prompt_of(subject, Asked(**known))[0]
+        self.tokens = max(picture.tokens for picture in laid.shown) or laid.patches
 
     def run(self, value: float | int) -> Method:
         """The method that meets the target."""
@@ -151,15 +180,16 @@ class _Search:
         assert best.report is not None
         if abs(best.reached - target) > WITHIN * target:
             low = ends[0].reached if ends[0].report is not None else best.reached
+            lowest = quantity(low, self.unit).removesuffix(" tokens")
             raise TargetError(
-                f"{self.method} on {self.shape.name} cannot be set to {self.what} = {target:g} by "
-                f"{self.method.budget_parameter}: the nearest is {best.reached:g} with {best.method} "
-                f"(possible: {low:g} to {bare:g})"
+                f"{self.method} on {self.shape.name} cannot be set to {self.what} = {quantity(target, self.unit)} by "
+                f"{self.method.budget_parameter}: the nearest is {quantity(best.reached, self.unit)} with "
+                f"{best.method} (possible: {lowest} to {quantity(bare, self.unit)})"
             )
         made = dataclasses.replace(best.method)  # type: ignore[type-var]
         made.budget = Budget(
             self.what if self.convention is None else f"{self.what} by {self.convention}",
-            _UNITS[self.what] if self.convention is None else named(self.convention).unit,
+            self.unit,
             target,
             best.reached,
             bare,
@@ -227,7 +257,7 @@ class _Search:
         return _Try(made, report, reached if deciding else reached + self.extra)
 
     def _estimate(self, made: Method, deciding: bool = False) -> Report:
-        return estimate(self.shape, made, deciding=deciding, **self.prompt)
+        return estimate(self.subject, made, deciding=deciding, **self.prompt)
 
 
 def measure(report: Report, what: str, convention: str | None = None) -> tuple[float, float]:
@@ -258,10 +288,6 @@ def measure(report: Report, what: str, convention: str | None = None) -> tuple[f
 
 def _apart(tried: _Try, target: float) -> float:
     return abs(tried.reached - target)
-
-
-def _patches(shape: ModelShape) -> int:
-    return 0 if shape.vision is None else shape.vision.tokens - shape.vision.protected
 
 
 def _rounded(value: Any, digits: int) -> Any:

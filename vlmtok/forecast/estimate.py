@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +12,15 @@ from ..compression import Compression
 from ..core.attachment import Attachment
 from ..core.method import Method
 from ..core.model_shape import ModelShape
-from ..core.settings import check_choice, check_range
+from ..core.settings import check_choice
 from ..core.spec import as_methods
 from ..core.view import TokenView
 from ..cost.plan import Past, check_counts, plan
-from ..cost.planned_rows import Prompt
 from ..cost.report import Report
 from ..errors import ParameterError, SiteError
 from ..guard import guarded
-from ..loading.models import configured, skeleton
-from ..loading.names import EMBEDDED
-from .presets import PRESETS, preset
-
-if TYPE_CHECKING:
-    from torch import nn
-
-TEXT = 64
-"""Text tokens of a prompt unless given."""
+from .prompt import Asked, prompt_of
+from .subject import subject_of
 
 
 @guarded
@@ -43,6 +34,9 @@ def estimate(
     visual_tokens: int | None = None,
     crops: int | None = None,
     parts: int | Sequence[int] | None = None,
+    image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    frames: int | None = None,
+    processor: Any = None,
     logits: str = "last",
     counts: Compression | Report | Mapping[str, int] | None = None,
     convention: str | None = None,
@@ -55,19 +49,25 @@ def estimate(
     without data. A report of a run on the same shapes gives the same numbers.
 
     Args:
-        model: a preset (see `vlmtok.forecast.presets`), a loaded model, a configuration of transformers or
-            its dict, or a name as `vlmtok.load` takes it (a folder, a hub id, ``"timm:NAME"``,
+        model: a preset (see `vlmtok.forecast.presets`), a model, loaded by `vlmtok.load` or not, a configuration of
+            transformers or its dict, or a name as `vlmtok.load` takes it (a folder, a hub id, ``"timm:NAME"``,
             ``"open_clip:NAME"``), of which the configuration alone is read.
         method: a method, a spec string, or several, as for `compress`.
         text_tokens: of a prompt, all behind the pictures; or a sequence with the tokens before the first picture,
-            between pictures, and behind the last. For a dual encoder, tokens of a text row (by default all).
+            between pictures, and behind the last. Marks that a processor puts inside a picture are not among them. For
+            a dual encoder, tokens of a text row (by default all).
         pictures: pictures of a prompt.
         batch: prompts, all alike; pictures for a lone tower.
         visual_tokens: of one picture in the language model, or patches for a lone tower; by default what the model
             makes of a picture of its configured size.
-        crops: rows of the tower that make one picture, or frames of a clip.
+        crops: rows of the tower that make one picture, or frames of a clip. Where pictures are several rows, it follows
+            from `visual_tokens` if that is possible, and is asked for if not.
         parts: how the visual tokens of a picture fall into parts: their number, or the tokens of each. By default as
             the model's crops.
+        image_size: width and height of a picture in pixels, or those of each picture of a prompt. Visual tokens, crops,
+            parts and grids are what the model's own processor makes of blank pictures of that size.
+        frames: of a clip, of which `image_size` is the size; all are shown to the model.
+        processor: of the model, where it is given without one (a module, a configuration).
         logits: ``"last"`` (the head sees one token of a prompt, as in `generate`) or ``"all"`` (a plain forward).
         counts: what stays at sites whose count depends on content: a compression that has run, its report, or slots of
             a view row by site (``{"decoder layer 2 end": 300}``), which win over the methods' counts.
@@ -81,17 +81,19 @@ def estimate(
 
     Raises:
         ParameterError: an argument is not possible, or the model does not say what is needed.
-        LoadError: the name's configuration cannot be had.
+        LoadError: the name's configuration cannot be had, or its processor takes no such pictures.
         UnsupportedModel, SiteError, MissingSignal: as `compress`.
     """
     check_choice(logits, "estimate", "logits", ("last", "all"))
-    shape = shape_of(model)
+    subject = subject_of(model, processor)
+    shape = subject.shape
     attachment = attach(shape, method, counts, signals)
-    prompt = _prompt(shape, text_tokens, pictures, batch, visual_tokens, crops, parts, logits == "all")
+    asked = Asked(text_tokens, pictures, batch, visual_tokens, crops, parts, image_size, frames, logits == "all")
+    prompt, said = prompt_of(subject, asked)
     past = _past(counts, attachment)
     past.nothing = True
     most = plan(attachment, shape, prompt, past)
-    met, plans, notes = list(dict.fromkeys(past.met)), [most], []
+    met, plans, notes = list(dict.fromkeys(past.met)), [most], said
     if met:
         past.nothing = False
         plans.insert(0, plan(attachment, shape, prompt, past))
@@ -99,6 +101,8 @@ def estimate(
             f"{', '.join(met)} depends on content: figures go from everything dropped there to nothing; "
             "counts= takes what a run kept"
         )
+    if shape.packed is not None and shape.packed.pads:
+        notes.append("rows of the vision tower count without the padding that a processor may add")
     report = Report.planned(attachment, shape, plans, notes, deciding)
     report.open = met
     if convention is not None:
@@ -113,20 +117,7 @@ def shape_of(model: Any) -> ModelShape:
         ParameterError: nothing that can be counted.
         UnsupportedModel: no adapter carries it.
     """
-    if isinstance(model, ModelShape):
-        return model
-    if isinstance(model, torch.nn.Module):
-        return _account(model)
-    if isinstance(model, str):
-        if model in PRESETS or not (":" in model or "/" in model or model == EMBEDDED or os.path.isdir(model)):
-            return preset(model)
-        return _account(skeleton(model).model)
-    if isinstance(model, Mapping) or hasattr(model, "model_type"):
-        return _account(configured(model))
-    raise ParameterError(
-        f"estimate() takes a preset, a model, a transformers configuration or its dict, got {type(model).__name__}; "
-        f"presets: {', '.join(PRESETS)}"
-    )
+    return subject_of(model).shape
 
 
 def attach(shape: ModelShape, method: Any, counts: Any = None, signals: Iterable[str] = ()) -> Attachment:
@@ -160,82 +151,6 @@ def _absent(view: TokenView) -> Tensor:
     raise ParameterError("an estimate has no data")
 
 
-def _prompt(
-    shape: ModelShape,
-    text_tokens: int | Sequence[int] | None,
-    pictures: int,
-    batch: int,
-    visual_tokens: int | None,
-    crops: int | None,
-    parts: int | Sequence[int] | None,
-    every: bool,
-) -> Prompt:
-    """Arguments as counts.
-
-    Raises:
-        ParameterError: one is not possible, or does not fit the others.
-    """
-    by = "estimate"
-    for name, value in (("pictures", pictures), ("batch", batch), ("visual_tokens", visual_tokens), ("crops", crops)):
-        if value is not None:
-            check_range(value, by, name, 1, kind=int)
-    patches = 0 if shape.vision is None else shape.vision.tokens - shape.vision.protected
-    if shape.language is None:
-        if crops is not None or parts is not None:
-            raise ParameterError(f"{by}: crops and parts are for vision-language models; {shape.name} is a tower")
-        words = 0
-        if shape.text is not None:
-            words = shape.text.tokens if text_tokens is None else _one(text_tokens)
-        return Prompt(batch, pictures, (), 0, (), 1, visual_tokens or patches, words)
-    rows = crops or shape.crops
-    visual = visual_tokens or shape.visual * rows // shape.crops
-    if not visual:
-        raise ParameterError(f"{by}: {shape.name} does not say how many tokens a picture has; pass visual_tokens=")
-    text = _texts(text_tokens, pictures)
-    falls = _parts(shape, parts, rows, visual)
-    if "features" in shape.layout.stages:  # every patch is a token of the language model
-        if visual % rows:
-            raise ParameterError(f"{by}: visual_tokens={visual} cannot be shared by {rows} crops")
-        patches = visual // rows
-    return Prompt(batch, pictures, text, visual, falls, rows, patches, 0, every)
-
-
-def _texts(text_tokens: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
-    given = TEXT if text_tokens is None else text_tokens
-    if not isinstance(given, (int, Iterable)):
-        raise ParameterError(f"estimate: text_tokens={given!r} must be an integer, or several")
-    texts = (*[0] * pictures, given) if isinstance(given, int) else tuple(given)
-    if len(texts) != pictures + 1:
-        raise ParameterError(
-            f"estimate: text_tokens={given!r} must be one number, or {pictures + 1}: before the first picture, between "
-            "pictures, behind the last"
-        )
-    for count in texts:
-        check_range(count, "estimate", "text_tokens", 0, kind=int)
-    return texts
-
-
-def _one(text_tokens: int | Sequence[int]) -> int:
-    check_range(text_tokens, "estimate", "text_tokens", 2, kind=int)
-    assert isinstance(text_tokens, int)
-    return text_tokens
-
-
-def _parts(shape: ModelShape, parts: int | Sequence[int] | None, crops: int, visual: int) -> tuple[int, ...]:
-    if parts is None:
-        if crops == shape.crops and sum(shape.parts) == visual:
-            return shape.parts
-        parts = crops
-    if isinstance(parts, int):
-        check_range(parts, "estimate", "parts", 1, kind=int)
-        if visual % parts:
-            raise ParameterError(f"estimate: visual_tokens={visual} cannot be shared by {parts} equal parts")
-        return () if parts == 1 else (visual // parts,) * parts
-    if sum(parts) != visual:
-        raise ParameterError(f"estimate: parts={tuple(parts)!r} must sum to the picture's {visual} tokens")
-    return tuple(parts)
-
-
 def _past(counts: Any, attachment: Attachment) -> Past:
     if counts is None:
         return Past()
@@ -247,14 +162,3 @@ def _past(counts: Any, attachment: Attachment) -> Past:
         check_counts(counts, attachment)
         return Past(fixed=dict(counts))
     raise ParameterError(f"estimate: counts={counts!r} must be a Compression, a Report or a dict of counts by site")
-
-
-def _account(model: nn.Module) -> ModelShape:
-    from ..adapters import adapter_for
-
-    adapter = adapter_for(model)
-    try:
-        found: ModelShape = adapter.account()
-    except NotImplementedError:
-        raise ParameterError(f"adapter {adapter.name!r} does not say what its models cost") from None
-    return found

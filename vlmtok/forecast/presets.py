@@ -1,4 +1,4 @@
-"""Named shapes of published models, so that `estimate` needs neither weights nor the library that runs them."""
+"""Named shapes of published models, so that `estimate` needs no files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..core.model_shape import BlockShape, LanguageShape, ModelShape, Part, Towe
 from ..core.signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
 from ..core.site import Layout, StageLayout
 from ..errors import ParameterError, hint
+from .published import PUBLISHED
 
 HALF = 2
 """Bytes of a cached value: the models are released in half precision."""
@@ -91,9 +92,7 @@ def _vlm(
     tower: TowerShape,
     language: LanguageShape,
     *,
-    visual: int = 0,
     parts: tuple[int, ...] = (),
-    last: int = -2,
 ) -> ModelShape:
     """A tower, a projector of two linear maps, and a language model.
 
@@ -101,22 +100,22 @@ def _vlm(
         name: of the preset.
         tower: its vision tower.
         language: its language model.
-        visual: visual tokens of one row of the tower; 0 means all patches.
         parts: tokens of a picture's parts, where it has several.
-        last: the last block whose output is used.
     """
     source, target = tower.blocks[0].width, language.blocks[0].width
     projector = Part("projector", source * target + target * target)
-    single = not visual and not parts
-    # Pooling and crops want whole grids: rows get their full length back behind the tower.
+    single = not parts
+    # Crops want whole grids: rows get their full length back behind the tower.
     tower = replace(tower, spread=not single)
-    stages = {"vision": replace(tower_layout(tower, last), carries=single or PER_TOKEN)}
+    stages = {"vision": replace(tower_layout(tower, -2), carries=single or PER_TOKEN)}
     if single:
         stages["features"] = StageLayout(1, source, 0, 0, provides=frozenset({"protected"}))
     stages.update(language_layout(language))
-    visual = visual or tower.tokens - tower.protected
-    crops = sum(parts) // visual if parts else 1
-    return ModelShape(name, Layout(name, stages), tower, None, (projector,), language, crops * visual, crops, parts)
+    patches = tower.tokens - tower.protected
+    crops = sum(parts) // patches if parts else 1
+    tile = None if single else 0
+    layout = Layout(name, stages)
+    return ModelShape(name, layout, tower, None, (projector,), language, crops * patches, crops, parts, tile=tile)
 
 
 def _language(
@@ -124,8 +123,8 @@ def _language(
 ) -> LanguageShape:
     """A Llama or Qwen2: gated MLPs."""
     block = BlockShape.of(width, hidden, heads, kv_heads, gated=True)
-    head = Part("lm_head", width * vocabulary)
-    return LanguageShape((block,) * depth, head, 2 * block.kv_heads * block.head_width * HALF)
+    block = replace(block, kv_bytes=2 * block.kv_heads * block.head_width * HALF)
+    return LanguageShape((block,) * depth, Part("lm_head", width * vocabulary))
 
 
 # ---------------------------------------------------------------------- rows
@@ -133,7 +132,6 @@ _CLIP_L_336 = _tower(1024, 24, 16, 14, 336)
 _SO400M = _tower(1152, 27, 16, 14, 384, 4304, protected=0)
 _VICUNA_7B = _language(4096, 11008, 32, 32, 32064)
 _VICUNA_13B = _language(5120, 13824, 40, 40, 32064)
-_QWEN2_7B = _language(3584, 18944, 28, 28, 152064, kv_heads=4)
 
 PRESETS: Mapping[str, Callable[[str], ModelShape]] = {
     "llava-1.5-7b": partial(_vlm, tower=_CLIP_L_336, language=_VICUNA_7B),
@@ -141,8 +139,8 @@ PRESETS: Mapping[str, Callable[[str], ModelShape]] = {
     # A thumbnail and a canvas of four crops, 576 tokens each as papers count; row separators are left out.
     "llava-next-7b": partial(_vlm, tower=_CLIP_L_336, language=_VICUNA_7B, parts=(576, 4 * 576)),
     "llava-next-13b": partial(_vlm, tower=_CLIP_L_336, language=_VICUNA_13B, parts=(576, 4 * 576)),
-    # A frame has 27 x 27 patches, pooled to 14 x 14 behind the projector.
-    "llava-onevision-7b": partial(_vlm, tower=_SO400M, language=_QWEN2_7B, visual=196, last=-1),
+    # Made of their configurations; LLaVA's above are written as papers count them.
+    **{name: row for name, row in PUBLISHED.items() if not name.startswith(("llava-1.5", "llava-next"))},
     "clip-vit-b-16": partial(
         _clip, tower=_tower(768, 12, 12, 16, 224), text_width=512, text_depth=12, text_heads=8, embed=512
     ),
@@ -174,7 +172,7 @@ def preset(name: str) -> ModelShape:
         name: a key of `PRESETS`.
 
     Returns:
-        The shape; pictures at the size the model was released for, cached values in half precision.
+        The shape; cached values in half precision.
 
     Raises:
         ParameterError: no such preset; the message names them all.

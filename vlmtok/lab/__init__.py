@@ -9,9 +9,13 @@ _MODULES = (
     "catalogue",
     "compare",
     "comparison",
+    "controls",
     "doctor",
+    "explore",
+    "knobs",
     "overlay",
     "pages",
+    "plots",
     "prompts",
     "runners",
     "suite",
@@ -25,9 +29,13 @@ if TYPE_CHECKING:
     from . import catalogue as catalogue
     from . import compare as compare
     from . import comparison as comparison
+    from . import controls as controls
     from . import doctor as doctor
+    from . import explore as explore
+    from . import knobs as knobs
     from . import overlay as overlay
     from . import pages as pages
+    from . import plots as plots
     from . import prompts as prompts
     from . import runners as runners
     from . import suite as suite

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..core.attachment import Attachment
+from ..core.attachment import Attachment, looks_on
 from ..core.method import Method
 from ..core.registry import create_method, list_methods, method_class
-from ..core.settings import format_value
+from ..core.settings import choices_noted, format_value
 from ..core.site import STAGES, Layout
 from ..errors import VlmtokError
 from ..forecast.presets import preset
@@ -136,6 +136,21 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class OtherName:
+    """What a paper or its code calls a parameter; spec strings take it.
+
+    Attributes:
+        name: as typed.
+        stands_for: the parameter, and how it follows where the name is another quantity; else what to write instead.
+        whose: who calls it that; empty where it is no parameter's.
+    """
+
+    name: str
+    stands_for: str
+    whose: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A method as tables show it.
 
@@ -153,6 +168,7 @@ class Entry:
         caveats: where it does badly, and why.
         scope: what one row of a view is.
         parameters: its settings.
+        other_names: names that its paper and the released code have for them.
         presets: names of its presets.
         kinds: kinds of models on which it runs.
         adapters: adapters that can run it.
@@ -171,6 +187,7 @@ class Entry:
     caveats: tuple[str, ...]
     scope: str
     parameters: tuple[Parameter, ...]
+    other_names: tuple[OtherName, ...]
     presets: tuple[str, ...]
     kinds: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -213,6 +230,12 @@ def entry(name: str) -> Entry:
         caveats=tuple(cls.caveats),
         scope=cls.scope,
         parameters=_parameters(cls),
+        other_names=tuple(
+            OtherName(one.name, one.meaning, one.whose)
+            if one.parameter
+            else OtherName(one.name, f"no single parameter: {one.instead}", "")
+            for one in cls.aliases
+        ),
         presets=_presets(cls),
         kinds=kinds_of(name),
         adapters=tuple(adapters_of(name)),
@@ -227,23 +250,56 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
         layout: what the model offers.
 
     Returns:
-        What the model is called, and a row for each site: its name, scope, positions and signals.
+        What the model is called, and a row for each site: its name, scope, signals, and what becomes of the language
+        model's position ids (empty where it only looks on).
 
     Raises:
         VlmtokError: it does not run there.
     """
+    return layout.family, [
+        {
+            "site": str(visit.site),
+            "scope": visit.scope,
+            "positions": "" if looks_on(method, visit.site, layout) else layout.positions_at(visit.site),
+            "needs": list(visit.site.needs),
+        }
+        for visit in Attachment([method], layout).entries
+    ]
+
+
+def refused_settings(method: Method, layout: Layout) -> list[dict[str, str]]:
+    """Words and switches that a method takes elsewhere and a model refuses, where all else stays as it is.
+
+    Args:
+        method: it runs on the model.
+        layout: what the model offers.
+
+    Returns:
+        A row for each: ``setting`` as a spec string has it, and ``why``.
+    """
+    with choices_noted() as choices:
+        dataclasses.replace(method)  # type: ignore[type-var]
     rows = []
-    for visit in Attachment([method], layout).entries:
-        late = visit.site.stage in ("features", "projected") and layout.stages[visit.site.stage].renumbers
-        rows.append(
-            {
-                "site": str(visit.site),
-                "scope": visit.scope,
-                "positions": visit.site.positions or ("renumber" if late else "keep"),
-                "needs": list(visit.site.needs),
-            }
-        )
-    return layout.family, rows
+    for name, offered in choices.items():
+        for choice in offered:
+            try:
+                changed = dataclasses.replace(method, **{name: choice})  # type: ignore[type-var]
+            except VlmtokError:
+                continue  # it does not go with the method's other settings, on any model
+            why = refusal(changed, layout)
+            if why is not None:
+                rows.append({"setting": f"{name}={format_value(choice)}", "why": why})
+    return rows
+
+
+def said_of(method: Method, layout: Layout) -> list[str]:
+    """What reports of a method on a model say of how it acts there.
+
+    Args:
+        method: it runs on the model.
+        layout: what the model offers.
+    """
+    return Attachment([method], layout).said
 
 
 def remarks(method: Method, layout: Layout) -> list[str]:

@@ -10,8 +10,7 @@ This is what ``vlmtok run`` does, for notebooks too:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 from PIL import Image
 from torch import nn
@@ -33,6 +32,8 @@ DEFAULT_TOWER_METHOD = "pitome:ratio=0.9"
 
 
 Picture = Image.Image | str | os.PathLike[str]
+_One = Method | str | list[Method | str] | tuple[Method | str, ...]
+Several = list[_One] | tuple[_One, ...]
 
 
 @overload
@@ -56,7 +57,7 @@ def compare(
     image: Picture,
     prompt: str | None = None,
     *,
-    method: Sequence[Method | str | Sequence[Method | str]],
+    method: Several,
     max_new_tokens: int = 32,
     rounds: int = 5,
     limit: float = 10.0,
@@ -69,7 +70,7 @@ def compare(
 def compare(
     model: Loaded,
     image: Picture,
-    prompt: Sequence[Method | str | Sequence[Method | str]],
+    prompt: Several,
     *,
     max_new_tokens: int = 32,
     rounds: int = 5,
@@ -83,8 +84,8 @@ def compare(
 def compare(
     model: Loaded,
     image: Picture,
-    prompt: str | Sequence[Method | str | Sequence[Method | str]] | None = None,
-    method: str | Method | Sequence[Method | str | Sequence[Method | str]] | None = None,
+    prompt: str | Several | None = None,
+    method: str | Method | Several | None = None,
     *,
     max_new_tokens: int = 32,
     rounds: int = 5,
@@ -119,10 +120,10 @@ def compare(
         if method is not None:
             raise ParameterError(f"the prompt is one text, and {prompt!r} is {type(prompt).__name__}")
         prompt, method = None, prompt
-    how = {"max_new_tokens": max_new_tokens, "adapter": adapter, "progress": progress}
-    if isinstance(method, Sequence) and not isinstance(method, str):
-        return sweep(model, image, method, prompt, rounds=rounds, limit=limit, **how)  # type: ignore[arg-type]
-    comparing = Comparing(model, image, prompt, **how)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "adapter": adapter, "progress": progress}
+    if isinstance(method, (list, tuple)):
+        return sweep(model, image, method, prompt, rounds=rounds, limit=limit, **how)
+    comparing = Comparing(model, image, prompt, **how)
     methods = default_method(model.model, adapter) if method is None else method
     return comparing.with_method(methods, rounds=rounds, limit=limit)
 

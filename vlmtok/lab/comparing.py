@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from ..timing import Case, Progress, Ratio
 from .comparison import Comparison, VisualTokens
 from .legend import legend
 from .overlay import overlay as draw_overlay
-from .overlay import region
+from .region import region
 from .runners import Answer, Looker, Runner, Speaker
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Comparing:
                 report = _checked(run, runner, short)
                 trace = run.trace()
                 names = method if isinstance(method, str) else "+".join(map(str, run.methods))
-                overlay, words, problem = _overlay(self.image, trace, model.processor)
+                seen, overlay, words, problem = _overlay(self.image, trace, model.processor, names)
             full = self.bare()
             _tell(self.progress, "answering, bare", 2, 2)
             latency, seconds = _latency(runner, lambda: self._compressed(method), model, rounds, limit, self.progress)
@@ -124,6 +125,8 @@ class Comparing:
             overlay=overlay,
             overlay_legend=words,
             overlay_problem=problem,
+            image=self.image,
+            trace=seen,
             environment=timing.environment(model.device),
         )
 
@@ -200,13 +203,15 @@ def _latency(
     return ratios, seconds
 
 
-def _overlay(image: Image.Image, trace: Trace, processor: Any) -> tuple[Image.Image | None, str, str | None]:
-    """The overlay and how to read it, or why there is none: that is no reason to lose the figures."""
+def _overlay(
+    image: Image.Image, trace: Trace, processor: Any, title: str
+) -> tuple[PictureTrace | None, Image.Image | None, str, str | None]:
+    """The picture's trace, its overlay and how to read it, or why there is none: no reason to lose the figures."""
     try:
         found = joined(trace, image.size, processor)
-        return draw_overlay(image, found, preprocess=processor), legend(found), None
+        return found, draw_overlay(image, found, preprocess=processor, title=title), legend(found), None
     except VlmtokError as problem:
-        return None, "", str(problem)
+        return None, None, "", str(problem)
 
 
 def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace:
@@ -215,7 +220,7 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
     Args:
         trace: of a pass with one picture.
         size: width and height of the picture.
-        preprocess: as for `vlmtok.lab.overlay.region`.
+        preprocess: as for `vlmtok.lab.region.region`.
 
     Returns:
         All its patches, with crops as parts 1.. and the crop that shows the whole picture as part 0.
@@ -235,9 +240,11 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
         first += piece.patches
     steps = []
     for step, (site, _) in enumerate(trace[0].steps):
-        places = [piece.steps[step][1] for piece in trace.pictures]
-        steps.append((site, torch.cat(places)))  # who was dropped is all that is read of them
-    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes)
+        starts = itertools.accumulate((piece.patches for piece in trace.pictures), initial=0)
+        held = [(piece.steps[step][1], start) for piece, start in zip(trace.pictures, starts)]
+        steps.append((site, torch.cat([torch.where(owner < 0, -1, owner + start) for owner, start in held])))
+    methods = trace[0].methods
+    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods)
 
 
 def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,11 @@ from ..core.site import layer_of
 from ..core.trace import PictureTrace, Trace
 from ..cost.units import binary, si
 from ..loading.models import Loaded
+from ..loading.pictures import check_writable
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from ..timing import Ratio
+from .page import Entry, Side, page
 from .runners import Answer, Loyalty
 
 if TYPE_CHECKING:
@@ -71,8 +76,8 @@ def _left(picture: PictureTrace, layer: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """The outcome of `compare`; print it with rich, or take `to_dict`.
+class Comparison(Shown):
+    """The outcome of `compare`; print it, let a notebook show it, or take `to_dict`.
 
     Attributes:
         model: what was loaded.
@@ -85,10 +90,12 @@ class Comparison:
         report: tokens, MACs and cache bytes of the compressed pass, before and after.
         latency: how many times faster, by stage: ``prefill`` and ``answer``, or ``forward`` for towers.
         seconds: bare and compressed medians by stage; on a GPU only.
-        overlay: the picture with what became of its patches, or None.
+        overlay: the picture and what became of its patches, a panel a cut, or None.
         overlay_legend: how to read it.
         overlay_problem: why there is none.
         environment: device and versions.
+        image: the picture, RGB.
+        trace: what became of its patches, for `vlmtok.overlay`; None where there is no overlay.
     """
 
     model: Loaded
@@ -105,6 +112,8 @@ class Comparison:
     overlay_legend: str
     overlay_problem: str | None
     environment: dict[str, Any]
+    image: Image.Image
+    trace: PictureTrace | None
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts; no absolute times of a CPU."""
@@ -115,9 +124,10 @@ class Comparison:
                 made["classes"] = [{"label": label, "probability": share} for label, share in answer.classes]
             return made
 
-        macs, cache, tokens = self.report.macs, self.report.cache, self.tokens
-        bare = {**side(self.bare), "visual_tokens": tokens.bare, "total_macs": macs.before}
-        short = {**side(self.compressed), "visual_tokens": tokens.first, "total_macs": macs.after.high}
+        macs, cache, tokens = self.report.total, self.report.cache, self.tokens
+        bare = {**side(self.bare), "visual_tokens": tokens.bare, "total_macs": None if macs is None else macs.before}
+        short = {**side(self.compressed), "visual_tokens": tokens.first}
+        short["total_macs"] = None if macs is None else macs.after.high
         short.update(visual_tokens_last_layer=tokens.last, visual_tokens_mean=tokens.mean)
         if cache is not None:
             bare["kv_bytes"], short["kv_bytes"] = cache.before, cache.after.high
@@ -141,35 +151,85 @@ class Comparison:
             "report": self.report.to_dict(),
         }
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def sheet(self) -> Sheet:
         """The two side by side."""
-        from rich.table import Table
-        from rich.text import Text
-
         loaded, gpu = self.model, self.environment["device_type"] != "cpu"
         dtype = str(loaded.dtype).removeprefix("torch.")
         size = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters"
         where = self.environment["device"] if gpu else "CPU"
-        yield Text(f"{loaded.name} ({size}) on {where}, {dtype}", style="bold")
-        if not loaded.trained:
-            yield Text("the weights are random: what it says means nothing", style="yellow")
-        if self.prompt is not None:
-            yield Text(f"prompt   {self.prompt}")
-        yield Text(f"method   {self.method}")
-        table = Table()
-        for name in ("", "bare", "compressed", ""):
-            table.add_column(name, justify="left")
-        for row in self._rows():
-            table.add_row(*(Text(cell) for cell in row))
-        yield table
+        lines = [] if loaded.trained else ["the weights are random: what it says means nothing"]
+        lines += [] if self.prompt is None else [f"prompt   {self.prompt}"]
+        notes = [*self.doubts(), *(f"note: {note}" for note in self.report.notes)]
         if self.latency:
             rounds = max(ratio.rounds for ratio in self.latency.values())
             how = f"median of {rounds} interleaved rounds, 20 and 80 % in brackets"
-            yield Text(f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"), style="dim")
-        for words in self.doubts():
-            yield Text(words, style="dim")
-        for note in self.report.notes:
-            yield Text(f"note: {note}", style="dim")
+            notes.insert(0, f"time: {how}" + ("" if gpu else "; on a CPU relative to bare, never absolute"))
+        return Sheet(
+            f"{loaded.name} ({size}) on {where}, {dtype}",
+            [*lines, f"method   {self.method}"],
+            [self.table()],
+            notes,
+            self.overlay,
+            self.overlay_legend if self.overlay_problem is None else f"no overlay: {self.overlay_problem}",
+        )
+
+    def __repr__(self) -> str:
+        answer = "same answer" if self.loyalty.same else "another answer"
+        tokens = f"{self.tokens.first:g} of {self.tokens.bare} visual tokens"
+        return f"<Comparison of {self.method} on {self.model.name}: {answer}, {tokens}>"
+
+    def table(self) -> Table:
+        """The two side by side, row by row."""
+        return Table(["", "bare", "compressed", ""], list(self._rows()))
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: the picture with a slider over stages and layers, answers, figures, report.
+
+        Nothing is fetched when it is opened.
+        """
+        return page(
+            f"{self.method} on {self.model.name}",
+            self.facts(),
+            self.image,
+            self.model.processor,
+            [self.entry()],
+            self.environment,
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What was asked of what, as names and values."""
+        loaded = self.model
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        what = f"{type(loaded.model).__name__}, {si(loaded.parameters)} parameters, {dtype}"
+        found = [("model", f"{loaded.name} ({what})")]
+        if not loaded.trained:
+            found.append(("weights", "random: what it says means nothing"))
+        return found if self.prompt is None else [*found, ("prompt", self.prompt)]
+
+    def entry(self) -> Entry:
+        """What a page says of this method."""
+
+        def side(title: str, answer: Answer) -> Side:
+            return Side(title, answer.text, [f"{share:.1%} {label}" for label, share in answer.classes])
+
+        return Entry(
+            self.method,
+            self.trace,
+            self.overlay_problem,
+            [side("bare", self.bare), side("compressed", self.compressed)],
+            self._agreement(),
+            self.table(),
+            [*self.doubts(), *self.report.notes],
+            self.report.to_html(),
+        )
 
     def doubts(self) -> Iterator[str]:
         """What the ratios of time do not say."""
@@ -183,7 +243,7 @@ class Comparison:
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Cells of the table."""
-        tokens, macs, cache = self.tokens, self.report.macs, self.report.cache
+        tokens, macs, cache = self.tokens, self.report.total, self.report.cache
         yield ("answer", self.bare.text, self.compressed.text, self._agreement())
         for (label, share), (other, short) in zip(self.bare.classes, self.compressed.classes):
             yield ("", f"{share:.1%} {label}", f"{short:.1%} {other}", "")
@@ -191,8 +251,11 @@ class Comparison:
         if tokens.last != tokens.first:
             note = f"{tokens.last:g} left at the end, {tokens.mean:.0f} a layer on average"
         yield ("visual tokens", str(tokens.bare), f"{tokens.first:g}", note)
-        fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
-        yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
+        if macs is None:
+            yield ("MACs, total", "not given", "not given", "; ".join(self.report.missing))
+        else:
+            fewer = f"{macs.before / macs.after.high:.2f} x fewer" if macs.after.high else ""
+            yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
         if cache is not None and cache.before:
             saved = f"{1 - cache.after.high / cache.before:.0%} saved"
             yield (cache.name, binary(cache.before), cache.after.show(binary), saved)

@@ -21,12 +21,12 @@ def legend(trace: PictureTrace) -> str:
     Returns:
         One line: what stayed, what was merged, and where the others left.
     """
-    kept = trace.owner >= 0
+    sizes = trace.group_sizes()
     said = []
-    if bool(kept.any()):
-        said.append("bright patches stayed")
-    if bool((trace.group_sizes() > 1).any()):
-        said.append("one colour is one merged group")
+    if bool((sizes == 1).any()):
+        said.append("clear patches stayed")
+    if bool((sizes > 1).any()):
+        said.append("one colour and outline is one merged group")
     gone = [site for site in trace.dropped_at() if site is not None]
     for stage, words in WHERE.items():
         if any(site.stage == stage for site in gone):
@@ -34,6 +34,6 @@ def legend(trace: PictureTrace) -> str:
     layers = sorted({site.layer for site in gone if site.stage == "decoder" and site.layer is not None})
     if layers:
         said.append(f"dim ones left in the language model, at layer {', '.join(map(str, layers))}")
-    if not gone and bool(kept.all()) and len(said) == 1:
+    if not gone and bool((sizes == 1).all()):
         said = ["every patch stayed"]
     return "; ".join(said)

@@ -10,6 +10,7 @@ from ..errors import ParameterError
 from ..guard import guarded
 from ..loading.models import Loaded
 from ..loading.problems import taken_in
+from ..loading.processors import mark_of
 
 DEFAULT_PROMPT = "Describe this picture."
 
@@ -37,13 +38,13 @@ def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1
     processor = model.processor
     if not prompt.strip():
         raise ParameterError("the prompt is empty")
-    marks = prompt.count(_mark(processor, prompt))
+    marks = prompt.count(mark_of(processor, prompt))
     if marks > 1:
         raise ParameterError(f"the prompt has {marks} image marks for one picture")
     if marks or not getattr(processor, "chat_template", None):
-        text = prompt if marks else f"{_mark(processor)}{prompt}"
+        text = prompt if marks else f"{mark_of(processor)}{prompt}"
         if getattr(processor, "num_query_tokens", None):  # BLIP's processors put the marks in themselves
-            text = text.replace(_mark(processor, text), "").strip()
+            text = text.replace(mark_of(processor, text), "").strip()
         words = [text] * batch
         made = taken_in(
             model.name, image.size, lambda: processor(images=[[image]] * batch, text=words, return_tensors="pt")
@@ -63,10 +64,3 @@ def encode_prompt(model: Loaded, image: Image.Image, prompt: str, batch: int = 1
         )
     made = made.to(model.device, model.dtype)  # floating tensors alone take the dtype
     return {name: value for name, value in made.items() if name != "labels"}
-
-
-def _mark(processor: Any, prompt: str = "") -> str:
-    """The text that stands for a picture: the processor's, or ``<image>`` where the prompt says so."""
-    mark = getattr(processor, "image_token", None)
-    found = mark if isinstance(mark, str) else str(getattr(mark, "content", None) or "<image>")
-    return "<image>" if found not in prompt and "<image>" in prompt else found

@@ -27,7 +27,9 @@ def model_suite(progress: Progress | None = None) -> list[Row]:
     with quiet():
         tower = shape_of(tower_config(FULL))
         llava = shape_of(llava_config(FULL))
-    llava = replace(llava, language=replace(llava.language, kv_bytes=llava.language.kv_bytes // 2))  # type: ignore
+    assert llava.language is not None
+    halved = [replace(block, kv_bytes=block.kv_bytes // 2) for block in llava.language.blocks]
+    llava = replace(llava, language=replace(llava.language, blocks=tuple(halved)))
     jobs: list[Callable[[], list[Row]]] = []
     for method in FULL.towers:
         jobs += [lambda m=method, b=batch: [_modelled_tower(tower, m, b)] for batch in FULL.tower_batches]  # type: ignore
@@ -66,7 +68,7 @@ def _modelled(shape: Any, name: str, visual: int, method: str, batch: int) -> li
 
 def _weights(blocks: Sequence[BlockShape]) -> int:
     """Bytes of the weights of blocks, in bf16: a MAC of a token each."""
-    return 2 * sum(block.attn + block.mlp for block in blocks)
+    return 2 * sum(block.attn + block.mlp + block.beside for block in blocks)
 
 
 def _promise(before: float, after: float, moved_before: float, moved_after: float) -> Row:

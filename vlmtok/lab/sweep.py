@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from ..core.method import Method
 from ..core.spec import expand
-from ..cost.units import binary, si
-from ..errors import ParameterError
+from ..cost.units import binary, si, whole
+from ..errors import InternalError, NotCounted, ParameterError, VlmtokError
 from ..guard import guarded
 from ..loading.models import Loaded
+from ..loading.pictures import check_writable
+from ..loading.problems import line_of
 from ..tabular import Table, Tabular
 from ..timing import Progress
 from .comparing import Comparing
 from .comparison import Comparison
+from .page import page
+from .plot_svg import pareto_svg
+from .plots import COSTS, pareto
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-COSTS = ("total_macs", "kv_bytes", "visual_tokens_mean")
-"""What can be plotted against agreement."""
 
 
 @guarded
@@ -55,11 +59,12 @@ def sweep(
         progress: told what is being done.
 
     Returns:
-        The rows.
+        The rows. A method that fits the model and fails on the picture has a row that says why; the others go on.
 
     Raises:
         ParameterError: no method, or values of one sweep that mean different things (a count beside a share).
-        VlmtokError: a method does not fit the model, before any answer is given.
+        VlmtokError: a method does not fit the model, before any answer is given; or the last of them, all having
+            failed.
     """
     given = [methods] if isinstance(methods, (str, Method)) else list(methods)
     listed: list[str | Method | Sequence[str | Method]] = []
@@ -70,12 +75,33 @@ def sweep(
     comparing = Comparing(model, image, prompt, max_new_tokens=max_new_tokens, adapter=adapter)
     for one in listed:
         comparing.check(one)
-    found = []
+    found: list[Comparison | Failed] = []
     for index, one in enumerate(listed):
         if progress is not None:
             progress(f"{one}", index, len(listed))
-        found.append(comparing.with_method(one, rounds=rounds, limit=limit))
+        try:
+            found.append(comparing.with_method(one, rounds=rounds, limit=limit))
+        except InternalError:
+            raise
+        except (VlmtokError, torch.OutOfMemoryError) as problem:
+            found.append(Failed(str(one), problem))
+    failed = [row for row in found if isinstance(row, Failed)]
+    if len(failed) == len(found):
+        raise failed[-1].problem
     return Sweep(tuple(found))
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row of a sweep without figures.
+
+    Attributes:
+        method: spec string.
+        problem: what was raised.
+    """
+
+    method: str
+    problem: Exception
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,21 +109,31 @@ class Sweep(Tabular):
     """Rows of a sweep; print it, or take one of its forms.
 
     Attributes:
-        comparisons: one for each method, in order.
+        rows: one for each method, in order.
     """
 
-    comparisons: tuple[Comparison, ...]
+    rows: tuple[Comparison | Failed, ...]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """Rows with figures."""
+        return [row for row in self.rows if isinstance(row, Comparison)]
+
+    @property
+    def failed(self) -> list[Failed]:
+        """Rows without: methods that fit the model and failed on the picture."""
+        return [row for row in self.rows if isinstance(row, Failed)]
 
     def __iter__(self) -> Iterator[Comparison]:
         return iter(self.comparisons)
 
     def __len__(self) -> int:
-        return len(self.comparisons)
+        return len(self.rows)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Numbers and words, the bare model first: method, answer, agreement, tokens, MACs, cache, speed."""
+        """Numbers and words, the bare model first: method, answer, agreement, tokens, MACs, cache, speed, problem."""
         first = self.comparisons[0]
-        cache = first.report.cache
+        cache, total = first.report.cache, first.report.total
         bare = {
             "method": "bare",
             "answer": first.bare.text,
@@ -106,25 +142,34 @@ class Sweep(Tabular):
             "cosine": 1.0 if first.loyalty.cosine is not None else None,
             "visual_tokens": first.tokens.bare,
             "visual_tokens_mean": first.tokens.bare,
-            "total_macs": first.report.macs.before,
+            "total_macs": None if total is None else total.before,
             "kv_bytes": None if cache is None else cache.before,
             **{f"speed_{stage}": 1.0 for stage in first.latency},
+            "problem": None,
         }
-        return [bare, *map(_record, self.comparisons)]
+        return [bare, *(_record(row) if isinstance(row, Comparison) else _failed(row, bare) for row in self.rows)]
 
     def table(self) -> Table:
         """The rows as people read them."""
         records = self.to_records()
         stages = [name for name in records[0] if name.startswith("speed_")]
-        head = ["method", "answer", "agreement", "visual tokens", "MACs, total", "key-value cache"]
+        head = ["method", "answer", "agreement", "visual tokens a layer", "MACs, total", "key-value cache"]
         head += [f"speed, {name.removeprefix('speed_')}" for name in stages]
         rows = []
         for record in records:
+            if record["problem"] is not None:
+                rows.append([record["method"], "failed, see below", *[""] * (len(head) - 2)])
+                continue
             cache = record["kv_bytes"]
-            cells = [record["method"], record["answer"], _agreement(record), f"{record['visual_tokens']:g}"]
-            cells += [si(record["total_macs"]), "" if cache is None else binary(cache)]
+            total = record["total_macs"]
+            cells = [record["method"], record["answer"], _agreement(record), whole(record["visual_tokens_mean"])]
+            cells += ["not given" if total is None else si(total), "" if cache is None else binary(cache)]
             rows.append(cells + [f"{record[name]:.2f} x" for name in stages])
         return Table(head, rows)
+
+    def notes(self) -> list[str]:
+        """Why rows failed, and what the ratios of time do not say."""
+        return [*(f"{row.method} failed: {line_of(row.problem)}" for row in self.failed), *self.doubts()]
 
     def doubts(self) -> list[str]:
         """What the ratios of time do not say, method by method; what all share is said once."""
@@ -132,41 +177,64 @@ class Sweep(Tabular):
         return list(dict.fromkeys(said))
 
     def plot(self, cost: str = "total_macs", ax: Axes | None = None) -> Axes:
-        """Agreement with the bare model against a cost, a point for each row.
+        """Agreement with the bare model against a cost: a point a row, and a line through those that no other beats.
 
         Args:
-            cost: one of `COSTS`.
+            cost: ``total_macs``, ``kv_bytes`` or ``visual_tokens_mean``.
             ax: axes of matplotlib to draw on; new ones unless given.
 
         Returns:
             The axes.
 
         Raises:
-            ParameterError: no such cost.
-            ImportError: matplotlib is not installed.
+            ParameterError: no such cost, or no row has it.
+            NotCounted: totals, and something is not counted.
+            MissingPackage: matplotlib is not installed.
         """
-        if cost not in COSTS:
-            raise ParameterError(f"no cost {cost!r} to plot; one of {', '.join(COSTS)}")
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise ImportError("plot() needs matplotlib: pip install 'vlmtok[notebooks]'") from None
-        axes = plt.subplots()[1] if ax is None else ax
-        records = self.to_records()
-        what = "cosine" if records[0]["cosine"] is not None else "divergence"
-        for record in records:
-            axes.plot(record[cost], record[what], "k*" if record["method"] == "bare" else "o", label=record["method"])
-        axes.set_xlabel(cost.replace("_", " "))
-        axes.set_ylabel("cosine with the bare output" if what == "cosine" else "KL divergence from bare, nats")
-        axes.legend(fontsize="small")
-        return axes
+        missing = self.comparisons[0].report.missing
+        if cost == "total_macs" and missing:
+            raise NotCounted(f"no total to plot: {'; '.join(missing)}; other costs: {', '.join(COSTS)}")
+        return pareto(self.to_records(), cost, ax)
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: each method to choose from, a table of all and their Pareto plot.
+
+        Nothing is fetched when it is opened.
+        """
+        first = next(iter(self))
+        notes = "".join(f"<li>{html.escape(line)}</li>" for line in self.notes())
+        plot = pareto_svg(self.to_records())
+        parts = [
+            "<section><h2>All methods</h2>",
+            f'<div class="wide" tabindex="0" role="group" aria-label="table">{self.table().html()}</div>',
+            f'<ul class="notes">{notes}</ul>' if notes else "",
+            f"<h2>Cost against agreement</h2>{plot}" if plot else "",
+            "</section>",
+        ]
+        return page(
+            f"{len(self.rows)} methods on {first.model.name}",
+            first.facts(),
+            first.image,
+            first.model.processor,
+            [found.entry() for found in self],
+            first.environment,
+            "".join(parts),
+        )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
 
     def __repr__(self) -> str:
-        return f"<Sweep of {', '.join(found.method for found in self.comparisons)}>"
+        return f"<Sweep of {', '.join(row.method for row in self.rows)}>"
 
 
 def _record(found: Comparison) -> dict[str, Any]:
-    cache = found.report.cache
+    cache, total = found.report.cache, found.report.total
     return {
         "method": found.method,
         "answer": found.compressed.text,
@@ -175,10 +243,15 @@ def _record(found: Comparison) -> dict[str, Any]:
         "cosine": found.loyalty.cosine,
         "visual_tokens": found.tokens.first,
         "visual_tokens_mean": found.tokens.mean,
-        "total_macs": found.report.macs.after.high,
+        "total_macs": None if total is None else total.after.high,
         "kv_bytes": None if cache is None else cache.after.high,
         **{f"speed_{stage}": ratio.median for stage, ratio in found.latency.items()},
+        "problem": None,
     }
+
+
+def _failed(row: Failed, like: dict[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(like), "method": row.method, "problem": line_of(row.problem)}
 
 
 def _agreement(record: dict[str, Any]) -> str:

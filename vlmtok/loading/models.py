@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
 from ..guard import guarded
+from ..sheet import Sheet, Shown
+from ..tabular import Table
 from . import names
 from .devices import pick_device, pick_dtype
 from .names import EMBEDDED
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class Loaded(Shown):
     """A model that is ready to look at pictures.
 
     Attributes:
@@ -60,6 +62,22 @@ class Loaded:
     def parameters(self) -> int:
         """How many it has."""
         return sum(p.numel() for p in self.model.parameters())
+
+    def sheet(self) -> Sheet:
+        """What it consists of."""
+        from .parts import parts_of
+
+        rows, notes = parts_of(self.model)
+        lines = [] if self.trained else ["the weights are random: what it says means nothing"]
+        return Sheet(self._title(), lines, [Table(["part", "what it is"], rows)] if rows else [], notes)
+
+    def _title(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        size = f"{type(self.model).__name__}, {self.parameters:,} parameters"
+        return f"{self.name}: {size}, {dtype} on {self.device}"
+
+    def __repr__(self) -> str:
+        return f"<Loaded {self._title()}>"
 
 
 @guarded
@@ -149,7 +167,7 @@ def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool 
 def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool) -> Loaded:
     import transformers
 
-    shown, place = _place(name)
+    shown, place = place_of(name)
     config = one_line_errors(shown, lambda: transformers.AutoConfig.from_pretrained(place))
     language = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     maker: Any = transformers.AutoModelForImageTextToText if language else _tower_class(config)
@@ -173,7 +191,7 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     return Loaded(shown, model, processor, False, not random, pixels, _encoder(model), labels)
 
 
-def _place(name: str | None) -> tuple[str, str]:
+def place_of(name: str | None) -> tuple[str, str]:
     """What to call a checkpoint, and where it is."""
     if name is None or name == EMBEDDED:
         folder = names.DATA / EMBEDDED

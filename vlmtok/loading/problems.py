@@ -68,23 +68,22 @@ def quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def taken_in(name: str, size: tuple[int, int], make: Callable[[], T]) -> T:
+def taken_in(name: str, size: tuple[int, int], make: Callable[[], T], frames: int = 0) -> T:
     """Runs a host's preprocessing on a picture; its errors, of any kind, become one line.
 
     Args:
         name: of the model.
         size: width and height of the picture, in pixels.
         make: the preprocessing.
+        frames: of a clip; 0 for a picture.
 
     Raises:
-        LoadError: the host cannot take the picture.
+        LoadError: the host cannot take it.
     """
     try:
         return make()
     except (MemoryError, VlmtokError):
         raise
     except Exception as problem:
-        what = f"{size[0]} x {size[1]} pixels"
-        raise LoadError(
-            f"the preprocessing of {name!r} cannot take a picture of {what}: {line_of(problem)}"
-        ) from problem
+        what = f"{f'a clip of {frames} frames' if frames else 'a picture'} of {size[0]} x {size[1]} pixels"
+        raise LoadError(f"the preprocessing of {name!r} cannot take {what}: {line_of(problem)}") from problem

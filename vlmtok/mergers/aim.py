@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -141,6 +142,7 @@ class AIM(Method):
         "Equal similarities and importances go to the lowest index.",
     )
     scope = "sample"
+    aliases = (Alias("l1", "first"), Alias("l2", "last"))
     budget_parameter = "first"
 
     passes: int = 2

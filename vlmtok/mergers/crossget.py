@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_choice, check_flag, check_range
+from ..core.settings import POOLINGS, check_choice, check_flag, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
@@ -159,6 +160,8 @@ class CrossGET(Method):
             makes causality approximate.
         guidance: ``"auto"``, ``"cls"``, ``"cross"``, ``"attention"`` or None.
         prop_attn: add log(size) to the attention logits.
+        pooling: what a merged token counts in a head that pools tokens: ``"size"`` weights means by size; ``"plain"``
+            counts it once; ``"attention"`` also adds log(size) to an attention pool's logits.
     """
 
     paper = "CrossGET: Cross-Guided Ensemble of Tokens for Accelerating Vision-Language Transformers (ICML 2024)"
@@ -182,12 +185,14 @@ class CrossGET(Method):
         "The BLIP and BLIP-2 forms exist in the paper only and are left out.",
     )
 
+    aliases = (Alias("r", instead="rv is that of the vision tower, rl that of the text tower"),)
     budget_parameter = "rv"
 
     rv: int | None = 16
     rl: int | None = None
     guidance: str | None = "auto"
     prop_attn: bool = True
+    pooling: str = "size"
 
     def __post_init__(self) -> None:
         for name in ("rv", "rl"):
@@ -195,6 +200,7 @@ class CrossGET(Method):
                 check_range(getattr(self, name), "CrossGET", name, 0, kind=int)
         check_choice(self.guidance, "CrossGET", "guidance", GUIDANCE)
         check_flag(self.prop_attn, "CrossGET", "prop_attn")
+        check_choice(self.pooling, "CrossGET", "pooling", POOLINGS)
         if self.rv is None and self.rl is None:
             raise ParameterError("CrossGET: rv=None and rl=None leave nothing to do")
         if self.guidance == "attention" and (self.rv is None or self.rl is not None):

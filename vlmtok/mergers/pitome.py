@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_choice, check_flag, check_layers, check_range
+from ..core.settings import POOLINGS, check_choice, check_flag, check_layers, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
@@ -58,6 +59,9 @@ class PiToMe(Method):
         prop_attn: add log(size) to the attention logits.
         point: merge between attention and MLP (``"mid"``) or after the block (``"end"``).
         skip_last: this many last layers merge nothing.
+        pooling: what a merged token counts in a head that pools tokens: ``"size"`` weights means by size, as the
+            released MAE patch does; ``"plain"`` counts it once; ``"attention"`` also adds log(size) to an attention
+            pool's logits.
     """
 
     paper = "Accelerating Transformers with Spectrum-Preserving Token Merging (NeurIPS 2024)"
@@ -73,11 +77,13 @@ class PiToMe(Method):
         "All protected tokens stay; the release merges a distillation token as if it were a patch.",
         "Energy and similarity are computed in fp32; equal energies go to the lowest index.",
         "Keys are read after a key norm, where a model has one.",
-        "Where a head pools by average, a merged token counts once; the released MAE patch weights it by its size.",
+        "A mean weighted by size is divided by the sum of sizes; the released MAE patch divides by the picture's three "
+        "channels, which the norm behind it undoes.",
         "The margin schedule a - b * layer / depth and the per-task settings are those of the code, not of the text; "
         "preset('paper') is the paper's.",
     )
 
+    aliases = (Alias("r", "ratio"), Alias("m", "margin"))
     budget_parameter = "ratio"
 
     ratio: float | list[float] = 0.9
@@ -92,6 +98,7 @@ class PiToMe(Method):
     prop_attn: bool = True
     point: str = "mid"
     skip_last: int = 0
+    pooling: str = "size"
 
     def __post_init__(self) -> None:
         for value in self.ratio if isinstance(self.ratio, (list, tuple)) else [self.ratio]:
@@ -114,6 +121,7 @@ class PiToMe(Method):
         check_choice(self.point, "PiToMe", "point", ("mid", "end"))
         check_flag(self.weighted, "PiToMe", "weighted")
         check_flag(self.prop_attn, "PiToMe", "prop_attn")
+        check_choice(self.pooling, "PiToMe", "pooling", POOLINGS)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PiToMe:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -189,6 +190,7 @@ class PruMerge(Method):
         "all pictures of a call together; here the rules are the same on every model.",
     )
     scope = "part"
+    aliases = (Alias("k", "neighbours"), Alias("reduction_ratio", "keep", "the released code"))
     budget_parameter = "keep"
 
     keep: float | int | None = None

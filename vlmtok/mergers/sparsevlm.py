@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -191,6 +192,7 @@ class SparseVLM(Method):
         "At least one token stays.",
     )
     scope = "sample"
+    aliases = (Alias("retained_tokens", "tokens", "the released code"),)
     budget_parameter = "budgets"
 
     tokens: int = 192

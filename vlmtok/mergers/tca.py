@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import random_subset
-from ..core.settings import check_choice, check_flag, check_layer, check_range
+from ..core.settings import POOLINGS, check_choice, check_flag, check_layer, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
@@ -98,6 +99,8 @@ class TCA(Method):
         update: False freezes the reservoir (`run.memory().frozen` later).
         batch_mode: ``"sequential"`` takes pictures one by one, ``"synchronous"`` a batch with the anchors from before
             it, then updates and corrects in order; the two differ.
+        pooling: what a merged token counts in a head that pools tokens: ``"size"`` weights means by size; ``"plain"``
+            counts it once; ``"attention"`` also adds log(size) to an attention pool's logits.
     """
 
     paper = "Is Less More? Exploring Token Condensation as Training-free Test-time Adaptation (ICCV 2025)"
@@ -122,6 +125,7 @@ class TCA(Method):
         "Towers without a class token condense by received attention, without a reservoir.",
     )
 
+    aliases = (Alias("R", "ratio"), Alias("M", "reservoir_size"), Alias("lambda", "lambd"))
     budget_parameter = "ratio"
 
     ratio: float = 0.9
@@ -143,6 +147,7 @@ class TCA(Method):
     include_self: bool = True
     update: bool = True
     batch_mode: str = "sequential"
+    pooling: str = "size"
 
     def __post_init__(self) -> None:
         check_range(self.ratio, "TCA", "ratio", 0, 1)
@@ -172,6 +177,7 @@ class TCA(Method):
         for name in ("fuse", "include_self", "update"):
             check_flag(getattr(self, name), "TCA", name)
         check_choice(self.batch_mode, "TCA", "batch_mode", ("sequential", "synchronous"))
+        check_choice(self.pooling, "TCA", "pooling", POOLINGS)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TCA:

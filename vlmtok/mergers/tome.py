@@ -11,7 +11,7 @@ from .. import kernels
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.settings import check_flag, check_layers, check_range
+from ..core.settings import POOLINGS, check_choice, check_flag, check_layers, check_range
 from ..core.site import Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
@@ -73,6 +73,9 @@ class ToMe(Method):
         r: tokens merged in a layer: an int for every layer, a list with one int a layer, or (r, inflection) for a
             falling (-1) or rising (1) schedule with the same mean. Capped at half of the tokens.
         prop_attn: add log(size) to the attention logits, so that a token counts as often as it stands for patches.
+        pooling: what a merged token counts in a head that pools tokens: ``"size"`` weights means by size, as the
+            released MAE patch does; ``"plain"`` counts it once; ``"attention"`` also adds log(size) to an attention
+            pool's logits.
     """
 
     paper = "Token Merging: Your ViT But Faster (ICLR 2023)"
@@ -84,13 +87,15 @@ class ToMe(Method):
         "Equal similarities go to the lowest index; the release sorts unstably.",
         "All protected tokens of the model stay in front (registers too); the release knows CLS and distillation.",
         "Keys are read after a key norm, where a model has one.",
-        "Where a head pools by average, a merged token counts once; the released MAE patch weights it by its size.",
+        "Every head that pools by average weights tokens by size; the release does so for MAE alone, and its patch for "
+        "other models is pooling='plain'.",
     )
 
     budget_parameter = "r"
 
     r: int | list[int] | tuple[int, float] = 8
     prop_attn: bool = True
+    pooling: str = "size"
 
     def __post_init__(self) -> None:
         if isinstance(self.r, tuple):
@@ -104,6 +109,7 @@ class ToMe(Method):
             if self.r == []:
                 raise ParameterError("ToMe: r=[] names no layer; give one int a layer")
         check_flag(self.prop_attn, "ToMe", "prop_attn")
+        check_choice(self.pooling, "ToMe", "pooling", POOLINGS)
 
     @property
     def proportional(self) -> bool:  # type: ignore[override]

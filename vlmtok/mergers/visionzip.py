@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -54,6 +57,18 @@ def dominant_and_contextual(score: Tensor, keys: Tensor, dominant: int, contextu
     return kept, targets, joining, target
 
 
+def _together(value: Any, settings: Mapping[str, Any]) -> int:
+    """All tokens of a crop, from the paper's two counts."""
+    contextual = settings.get("contextual")
+    counts = [one for one in (value, contextual) if isinstance(one, int) and not isinstance(one, bool)]
+    if len(counts) < 2 or min(counts) < 0:
+        raise ParameterError(
+            f"VisionZip: dominant={value!r} is a count and needs contextual as a count beside it, for instance "
+            "dominant=54:contextual=10; or give both together as keep"
+        )
+    return sum(counts)
+
+
 @register_method
 @dataclass(eq=False)
 class VisionZip(Method):
@@ -98,6 +113,7 @@ class VisionZip(Method):
         "together.",
     )
     scope = "part"
+    aliases = (Alias("dominant", "keep", formula="dominant + contextual", convert=_together),)
     budget_parameter = "keep"
 
     keep: float | int = 0.111

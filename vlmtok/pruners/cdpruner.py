@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -148,6 +149,7 @@ class CDPruner(Method):
         "Text behind the picture includes the prompt's template.",
     )
     scope = "part"
+    aliases = (Alias("visual_token_num", "keep", "the released code"), Alias("k", "keep"))
     budget_parameter = "keep"
 
     keep: float | int = 0.111

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -81,6 +82,7 @@ class DivPrune(Method):
         "Shares round half up; the release rounds half to even.",
     )
 
+    aliases = (Alias("ratio", "keep", "the released code"), Alias("subset_ratio", "keep", "the released code"))
     budget_parameter = "keep"
 
     keep: float | int = 0.098

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.aliases import Alias, share_that_goes
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -60,6 +61,14 @@ class FastV(Method):
         "The visual tokens are those of the prompt, of any number of pictures; the release hard-codes one span.",
         "K = 0, a random choice in the release, is the method Random.",
         "Equal scores go to the lowest index.",
+    )
+    aliases = (
+        share_that_goes("R", "keep", "FastV"),
+        share_that_goes("fastv_r", "keep", "FastV", "the released code"),
+        Alias("fastv_k", "K", "the released code"),
+        Alias("agg_layer", "K", "the released code"),
+        Alias("attention_rank", "keep", "the released code"),
+        Alias("ratio", instead="R is the share that goes, keep the share that stays; name one of them"),
     )
     budget_parameter = "keep"
     scope = "sample"

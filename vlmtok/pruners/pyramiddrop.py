@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
 
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
-from ..core.settings import check_choice, check_schedule, share_of_entered
+from ..core.settings import check_choice, check_range, check_schedule, share_of_entered
 from ..core.site import POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
+from ..errors import ParameterError
 from .fastv import last_row_score
+
+
+def _powers(value: Any, settings: Mapping[str, Any]) -> tuple[float, ...]:
+    """Shares of the stages behind the first: powers of the paper's lambda, to the last decimal that was written."""
+    check_range(value, "PyramidDrop", "lambda", 0, 1)
+    if value == 0:
+        raise ParameterError("PyramidDrop: lambda=0 is not possible; it is the share of tokens that a cut leaves")
+    layers = settings.get("layers", settings.get("layer_list"))
+    cuts = len(layers) if isinstance(layers, (tuple, list)) else len(PyramidDrop.ratios)
+    return tuple(float(Decimal(repr(value)) ** power) for power in range(1, cuts + 1))
 
 
 @register_method
@@ -33,7 +48,7 @@ class PyramidDrop(Method):
             divides the decoder into equal stages: 8, 16, 24 of 32 layers. In a decoder too short for that, stages
             that fall on one layer are one, with the last one's share.
         ratios: share of the visual tokens that entered the decoder, for each stage but the first, rounded down.
-            (The paper's lambda = 0.5 to the power of the stage.)
+            (The paper's lambda to the power of the stage; ``lambda=0.5`` gives the default.)
         positions: ``"renumber"`` the position ids of what stays, as released, or ``"keep"`` them. None renumbers where
             the model can, and keeps them where they are places in a picture (M-RoPE).
     """
@@ -50,6 +65,11 @@ class PyramidDrop(Method):
         "Works with grouped-query attention, batches and several pictures, where the release raises or prunes the "
         "first picture only.",
         "At least one token stays; equal scores go to the lowest index; scores are fp32.",
+    )
+    aliases = (
+        Alias("lambda", "ratios", formula="(lambda; lambda^2; ...), one for each cut", convert=_powers),
+        Alias("layer_list", "layers", "the released code"),
+        Alias("image_token_ratio_list", "ratios", "the released code"),
     )
     budget_parameter = "ratios"
     scope = "sample"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -85,6 +86,7 @@ class SCOPE(Method):
         "With several crops a picture, similarities are those of projected tokens; the release takes tower features.",
     )
     scope = "part"
+    aliases = (Alias("k", "keep"),)
     budget_parameter = "keep"
 
     keep: float | int = 0.111

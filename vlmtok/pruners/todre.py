@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -141,6 +142,7 @@ class ToDRE(Method):
         "Keys and values of dropped tokens stay cached in the layers below the check.",
     )
 
+    aliases = (Alias("k", "keep"), Alias("threshold", "tau"))
     budget_parameter = "keep"
 
     keep: float | int | None = 0.1

@@ -36,9 +36,10 @@ def test_several_methods_in_one_layer_equal_the_oracle(name, spec):
         memory = {at: run.memory(at) for at in range(len(methods))}
         for row in range(2):
             player = Player(methods, run.layout, memory)
-            wanted = vision.tokens(oracle.run_tower(vision, pictures[row : row + 1], player).x[None])
+            left = oracle.run_tower(vision, pictures[row : row + 1], player)
+            wanted = vision.tokens(left.x[None])
             assert_equal(tokens[row : row + 1], wanted, what="tokens")
-            assert_equal(found[row : row + 1], vision.head(wanted))
+            assert_equal(found[row : row + 1], vision.answer(wanted, left.size))
     assert_differs(found, bare)
 
 
@@ -82,7 +83,7 @@ def test_looking_ahead_at_a_start_equals_the_oracle(name, method):
         for row in range(2):
             player = Player(methods, run.layout)
             wanted = oracle.run_tower(vision, pictures[row : row + 1], player)
-            assert_equal(found[row : row + 1], vision.head(vision.tokens(wanted.x[None])))
+            assert_equal(found[row : row + 1], vision.answer(vision.tokens(wanted.x[None]), wanted.size))
     assert_differs(found, bare)
 
 
@@ -121,7 +122,7 @@ def test_signals_of_other_layers_follow_the_cuts_between(name):
     with torch.no_grad():
         for row in range(2):
             wanted = oracle.run_tower(vision, pictures[row : row + 1], Player(methods, run.layout))
-            assert_equal(found[row : row + 1], vision.head(vision.tokens(wanted.x[None])))
+            assert_equal(found[row : row + 1], vision.answer(vision.tokens(wanted.x[None]), wanted.size))
 
 
 class Keeps(vlmtok.Random):
@@ -151,7 +152,7 @@ def test_state_follows_the_cuts_of_any_method():
         assert_same(found[0], found[1], "state leaked from one forward into the next")
         for row in range(2):
             wanted = oracle.run_tower(vision, pictures[row : row + 1], Player(methods, run.layout))
-            assert_equal(found[0][row : row + 1], vision.head(vision.tokens(wanted.x[None])))
+            assert_equal(found[0][row : row + 1], vision.answer(vision.tokens(wanted.x[None]), wanted.size))
     assert_differs(found[0], bare)
 
 

@@ -46,7 +46,7 @@ def explicit_loss(model, methods, layout, pictures):
     total = 0.0
     for row in range(len(pictures)):
         run = oracle.run_tower(vision, pictures[row : row + 1], Player(methods, layout))
-        total = total + vision.head(vision.tokens(run.x[None])).square().sum()
+        total = total + vision.answer(vision.tokens(run.x[None]), run.size).square().sum()
     return total
 
 

@@ -36,6 +36,7 @@ class Vision:
         rope: pixels to (sin, cos) [N, d] each, or None.
         half: rotate halves instead of neighbours.
         grid: of the patches.
+        mean: the same as `head` where it reads a mean over the patches, from these and the sizes [L] of its tokens.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -46,6 +47,11 @@ class Vision:
     rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     half: bool = False
     grid: tuple[int, int] | None = None
+    mean: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def answer(self, tokens: Tensor, size: Tensor) -> Tensor:
+        """What the user gets, from what is seen of the tokens [1, L, C] and their sizes [L]."""
+        return self.head(tokens) if self.mean is None else self.mean(tokens, size)
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
@@ -104,6 +110,11 @@ def _timm(model: nn.Module) -> Vision:
     def rope(x: Tensor) -> tuple[Tensor, Tensor]:
         return model._pos_embed(model.patch_embed(x))[1].chunk(2, -1)
 
+    def mean(x: Tensor, size: Tensor) -> Tensor:
+        patches, size = x[0, model.num_prefix_tokens :].double(), size[model.num_prefix_tokens :].double()
+        each = torch.stack([row * number / size.sum() for row, number in zip(patches, size)])
+        return model.head(model.fc_norm(each.sum(0)[None].to(x.dtype)))
+
     rotary = getattr(model, "rope", None) is not None
     return Vision(
         embed,
@@ -114,6 +125,7 @@ def _timm(model: nn.Module) -> Vision:
         rope if rotary else None,
         bool(rotary and getattr(model.blocks[0].attn, "rotate_half", False)),
         tuple(model.patch_embed.grid_size),
+        mean if model.global_pool == "avg" else None,
     )
 
 
@@ -133,6 +145,7 @@ def _open_clip(model: nn.Module) -> Vision:
     visual = getattr(model, "visual", model)
     if hasattr(visual, "trunk"):
         inner = _timm(visual.trunk)
+        assert inner.mean is None, "the head behind the trunk is not in it"
         inner.head = lambda x: visual.head(visual.trunk.forward_head(x))
         return inner
 

@@ -50,6 +50,7 @@ def method_page(entry: Entry, measured: Measured) -> str:
     parts = {
         "Algorithm": said["Algorithm"],
         "Parameters": _parameters(entry),
+        "Names of the paper": _other_names(entry),
         "Presets": _presets(entry),
         "Where it acts": _places(entry),
         "What it saves": _cost(entry),
@@ -78,6 +79,13 @@ def _facts(entry: Entry) -> str:
 def _parameters(entry: Entry) -> str:
     rows = [(f"`{item.name}`", f"`{item.default}`", item.what) for item in entry.parameters]
     return table(("name", "default", "meaning"), rows)
+
+
+def _other_names(entry: Entry) -> str:
+    if not entry.other_names:
+        return ""
+    rows = [(f"`{one.name}`", one.stands_for, one.whose) for one in entry.other_names]
+    return f"Spec strings and `create_method` read them too.\n\n{table(('name', 'stands for', 'name in'), rows)}"
 
 
 def _presets(entry: Entry) -> str:
