@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .tabular import Table, plain
+from .tabular import Table, bullets, plain
 
 LARGEST, SMALLEST = 1200, 240
 """Pixels of the longer side of a picture in a notebook: larger ones are shrunk, smaller ones shown larger."""
@@ -65,7 +65,7 @@ class Sheet:
             parts.append(f'<figure style="margin:0.5em 0">{shown}{caption}</figure>')
         parts += [table.html() for table in self.tables]
         if self.notes:
-            parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in self.notes)}</ul>")
+            parts.append(bullets(self.notes))
         return "\n".join(parts)
 
 

@@ -6,7 +6,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +134,8 @@ class Tabular(Records):
         return "".join(f"% {note}\n" for note in self.notes()) + self.table().latex() + "\n"
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes())
-        return self.table().html() + (f"\n<ul>{notes}</ul>" if notes else "")
+        notes = self.notes()
+        return self.table().html() + (f"\n{bullets(notes)}" if notes else "")
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The table and its notes for a rich console."""
@@ -146,6 +146,17 @@ class Tabular(Records):
 
     def __str__(self) -> str:
         return plain(*self.__rich_console__(None, None), width=160)
+
+
+def bullets(lines: Iterable[str], attributes: str = "") -> str:
+    """Lines as a ``<ul>``; nothing where there are none.
+
+    Args:
+        lines: as text.
+        attributes: of the list, with a space in front.
+    """
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<ul{attributes}>{items}</ul>" if items else ""
 
 
 def plain(*parts: Any, width: int = 120) -> str:

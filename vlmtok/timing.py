@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .errors import ParameterError
+from .tabular import columns_of
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -290,8 +291,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     """Writes rows as CSV; columns are those of all rows, in the order in which they first appear."""
     import csv
 
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, columns)
+        writer = csv.DictWriter(table, columns_of(rows))
         writer.writeheader()
         writer.writerows(rows)

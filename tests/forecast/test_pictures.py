@@ -238,7 +238,7 @@ def tower(report):
 def test_crops_of_next_are_derived_or_asked_for(folder):
     place, crops = (
         folder("llava_next"),
-        "do(es)? not say how many: pass crops= .--crops., or image_size= .--image-size.",
+        "do(es)? not say how many: pass crops=, or image_size=",
     )
     for tokens in (60, 70, 16):
         with pytest.raises(ParameterError, match=crops):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import SiteError
+
+T = TypeVar("T")
 
 STAGES = ("vision", "features", "projected", "decoder", "text")
 """Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder)."""
@@ -65,6 +67,38 @@ class Site:
 
     def __str__(self) -> str:
         return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
+
+
+def runs_of_layers(items: Iterable[T], site: Callable[[T], Site], same: Callable[[T], object]) -> list[list[T]]:
+    """Groups items at neighbouring layers that are alike.
+
+    Args:
+        items: in order.
+        site: of an item.
+        same: what alike items share, beside stage and point.
+
+    Returns:
+        Runs; an item without a layer is one by itself.
+    """
+    runs: list[list[T]] = []
+    for item in items:
+        last = runs[-1][-1] if runs else None
+        if last is not None and _follows(site(last), site(item)) and same(last) == same(item):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
+def _follows(one: Site, other: Site) -> bool:
+    alike = (one.stage, one.point) == (other.stage, other.point)
+    return alike and one.layer is not None and other.layer == one.layer + 1
+
+
+def named(run: Sequence[Site]) -> str:
+    """Sites of a run of layers in words."""
+    first, last = run[0], run[-1]
+    return str(first) if len(run) == 1 else f"{first.stage} layers {first.layer} - {last.layer} {first.point}"
 
 
 def layer_of(layer: int | None, point: str) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..core.settings import format_value
-from ..tabular import Table, plain
+from ..core.site import named, runs_of_layers
+from ..tabular import Table, bullets, plain
 from .lines import LayerLine, SiteLine, Span
 from .report_data import ReportData, flops_of
 from .units import binary, share, si, whole
@@ -66,8 +67,8 @@ def html_text(report: ReportData) -> str:
         mark = "border-left:4px solid #e0303a;padding-left:0.5em"  # seen on light and on dark pages
         parts.append(f'<p style="{mark}"><b>error: {html.escape(report.problem)}</b></p>')
     parts += [table.html() for table in _tables(report)]
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _footnotes(report))
-    return "\n".join([*parts, f"<ul>{notes}</ul>"] if notes else parts)
+    notes = bullets(_footnotes(report))
+    return "\n".join([*parts, notes] if notes else parts)
 
 
 def latex(report: ReportData) -> str:
@@ -152,26 +153,13 @@ def _merged(layers: Iterable[LayerLine]) -> Iterator[list[str]]:
 
 def _merged_sites(sites: Sequence[SiteLine]) -> Iterator[list[str]]:
     """Runs of layers in which a method does the same as one row."""
-    runs: list[list[SiteLine]] = []
-    for item in sites:
-        last = runs[-1][-1] if runs else None
-        if last is not None and _alike(last, item):
-            runs[-1].append(item)
-        else:
-            runs.append([item])
-    for run in runs:
+    for run in runs_of_layers(
+        sites, lambda item: item.site, lambda item: (item.method, item.visits, item.after is None)
+    ):
         first, end = run[0], run[-1]
-        name = str(first.site)
-        if len(run) > 1:
-            name = f"{first.site.stage} layers {first.site.layer} - {end.site.layer} {first.site.point}"
+        name = named([item.site for item in run])
         tokens = "never fired" if end.after is None else f"{first.before} -> {end.after.show(whole)}"
         yield [name, first.method, str(first.visits) + (" each" if len(run) > 1 else ""), tokens]
-
-
-def _alike(one: SiteLine, other: SiteLine) -> bool:
-    where = (one.site.stage, one.site.point, one.method, one.visits, one.after is None)
-    there = (other.site.stage, other.site.point, other.method, other.visits, other.after is None)
-    return where == there and one.site.layer is not None and other.site.layer == one.site.layer + 1
 
 
 def _tokens(item: LayerLine) -> tuple[Any, ...]:

@@ -126,6 +126,12 @@ class ReportData:
         gone = after.layers[-1].queries - after.left
         return bare.layers[0].visual, after.layers[-1].visual - gone
 
+    def last_layers(self) -> list[LayerLine]:
+        """Lines of the language model's layers; of the first tower where none are counted."""
+        stages = [line.stage for line in self.layers]
+        last = "decoder" if "decoder" in stages else next(iter(stages), None)
+        return [line for line in self.layers if line.stage == last]
+
     def counted(self) -> Iterator[tuple[str, Line]]:
         """Lines in MACs, with what they are called."""
         for line in self.lines:

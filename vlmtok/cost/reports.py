@@ -49,9 +49,7 @@ class Reports(Tabular):
 
 def _tokens(report: Report) -> tuple[float, float] | None:
     """Visual tokens of a row, mean over the layers of the last stage: bare, and the most that stay."""
-    stages = [line.stage for line in report.layers]
-    stage = "decoder" if "decoder" in stages else stages[0] if stages else None
-    lines = [line for line in report.layers if line.stage == stage]
+    lines = report.last_layers()
     if not lines:
         return None
     return sum(line.visual_before for line in lines) / len(lines), sum(line.visual.high for line in lines) / len(lines)

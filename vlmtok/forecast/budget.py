@@ -278,12 +278,11 @@ def measure(report: Report, what: str, convention: str | None = None) -> tuple[f
         if report.cache is None:
             raise ParameterError(f"budget: {report.model} has no key-value cache")
         return report.cache.before, report.cache.after.high
-    stage = "decoder" if any(layer.stage == "decoder" for layer in report.layers) else "vision"
-    bare, left = report.visual(stage)
+    lines = report.last_layers()
+    bare, left = report.visual(lines[0].stage if lines else "vision")
     if what == "tokens":
         return bare, left
-    layers = [layer.visual.high for layer in report.layers if layer.stage == stage]
-    return bare, sum(layers) / len(layers)
+    return bare, sum(line.visual.high for line in lines) / len(lines)
 
 
 def _apart(tried: _Try, target: float) -> float:

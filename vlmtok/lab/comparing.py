@@ -143,7 +143,7 @@ class Comparing:
         except Exception as problem:
             try:
                 with run.paused():
-                    self._bare = self.runner.answer()
+                    self.bare()
             except Exception as own:
                 size = "{} x {}".format(*self.image.size)
                 raise LoadError(

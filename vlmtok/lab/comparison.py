@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,10 @@ from ..core.site import layer_of
 from ..core.trace import PictureTrace, Trace
 from ..cost.units import binary, si
 from ..loading.models import Loaded
-from ..loading.pictures import check_writable
 from ..sheet import Sheet, Shown
 from ..tabular import Table
 from ..timing import Ratio
-from .page import Entry, Side, page
+from .page import Entry, Page, Side, page
 from .runners import Answer, Loyalty
 
 if TYPE_CHECKING:
@@ -53,8 +51,8 @@ class VisualTokens:
             trace: of the pass.
             depth: layers of the language model, or None for a lone tower; reports do not count those of every family.
         """
-        stage = "decoder" if any(line.stage == "decoder" for line in report.layers) else "vision"
-        layers = [line.visual.high for line in report.layers if line.stage == stage]
+        lines = report.last_layers()
+        stage, layers = lines[0].stage if lines else "vision", [line.visual.high for line in lines]
         bare = sum(picture.patches for picture in trace.pictures)
         if depth is not None and stage != "decoder":
             layers = [sum(_left(picture, layer) for picture in trace.pictures) for layer in range(depth)]
@@ -76,7 +74,7 @@ def _left(picture: PictureTrace, layer: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison(Shown):
+class Comparison(Shown, Page):
     """The outcome of `compare`; print it, let a notebook show it, or take `to_dict`.
 
     Attributes:
@@ -196,14 +194,6 @@ class Comparison(Shown):
             self.environment,
         )
 
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_html` into a file.
-
-        Raises:
-            LoadError: its folder does not exist, or does not let us write.
-        """
-        check_writable(path).write_text(self.to_html(), "utf-8")
-
     def facts(self) -> list[tuple[str, str]]:
         """What was asked of what, as names and values."""
         loaded = self.model
@@ -225,7 +215,7 @@ class Comparison(Shown):
             self.trace,
             self.overlay_problem,
             [side("bare", self.bare), side("compressed", self.compressed)],
-            self._agreement(),
+            str(self.loyalty),
             self.table(),
             [*self.doubts(), *self.report.notes],
             self.report.to_html(),
@@ -244,7 +234,7 @@ class Comparison(Shown):
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Cells of the table."""
         tokens, macs, cache = self.tokens, self.report.total, self.report.cache
-        yield ("answer", self.bare.text, self.compressed.text, self._agreement())
+        yield ("answer", self.bare.text, self.compressed.text, str(self.loyalty))
         for (label, share), (other, short) in zip(self.bare.classes, self.compressed.classes):
             yield ("", f"{share:.1%} {label}", f"{short:.1%} {other}", "")
         note = f"{tokens.first / tokens.bare:.0%}" if tokens.bare else ""
@@ -265,15 +255,6 @@ class Comparison(Shown):
             else:
                 before, after = "1.00", f"{1 / ratio.median:.2f}"
             yield (f"time, {stage}", before, after, _faster(ratio))
-
-    def _agreement(self) -> str:
-        loyalty = self.loyalty
-        said = ["same" if loyalty.same else "different"]
-        if loyalty.cosine is not None:
-            said.append(f"cosine {loyalty.cosine:.4f}")
-        if loyalty.divergence is not None:
-            said.append(f"KL {loyalty.divergence:.2g}")
-        return ", ".join(said)
 
 
 def _faster(ratio: Ratio) -> str:

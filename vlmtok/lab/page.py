@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from PIL import Image
 
 from ..core.trace import PictureTrace
 from ..errors import VlmtokError
-from ..tabular import Table
+from ..loading.pictures import check_writable
+from ..tabular import Table, bullets
 from .panels import panel_size
 from .pieces import pieces_of, worth_showing
 from .states import states_of
@@ -28,6 +30,22 @@ PIXELS = 96
 """Pixels of the longer side up to which a picture is kept as the pixels that it is."""
 ENLARGED = 4
 """Times from which on pixels stay pixels."""
+
+
+class Page:
+    """Something that writes itself as one page."""
+
+    def to_html(self) -> str:
+        """The page; nothing is fetched when it is opened."""
+        raise NotImplementedError
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_html` into a file.
+
+        Raises:
+            LoadError: its folder does not exist, or does not let us write.
+        """
+        check_writable(path).write_text(self.to_html(), "utf-8")
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ def page(
         "picture": _embedded(image),
         "methods": "\n".join(_method(number, entry) for number, entry in enumerate(entries)),
         "sweep": sweep,
-        "environment": _wide(
+        "environment": wide(
             Table(["", ""], [[name, "" if value is None else str(value)] for name, value in environment.items()]).html()
         ),
         "data": script_safe(data),
@@ -208,17 +226,16 @@ def _choice(entries: Sequence[Entry]) -> str:
 
 def _method(number: int, entry: Entry) -> str:
     """Answers, figures and report of one method."""
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in entry.notes)
     return "\n".join(
         [
             f'<section class="method" id="method-{number}" aria-label="{html.escape(entry.name)}">',
             f"<h2>{html.escape(entry.name)}: {html.escape(entry.agreement)}</h2>",
             f'<div class="answers">{"".join(map(_side, entry.sides))}</div>',
             "<h3>Bare and compressed</h3>",
-            _wide(entry.table.html()),
-            f'<ul class="notes">{notes}</ul>' if notes else "",
+            wide(entry.table.html()),
+            bullets(entry.notes, ' class="notes"'),
             "<h3>Report</h3>",
-            _wide(entry.report),
+            wide(entry.report),
             "</section>",
         ]
     )
@@ -230,6 +247,6 @@ def _side(side: Side) -> str:
     return f"<div><h3>{html.escape(side.title)}</h3><p>{html.escape(side.text) or '&nbsp;'}</p>{listed}</div>"
 
 
-def _wide(inner: str) -> str:
+def wide(inner: str) -> str:
     """What scrolls by itself in a narrow window, with the keyboard too."""
     return f'<div class="wide" tabindex="0" role="group" aria-label="table">{inner}</div>'

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cost.units import si
+from . import plots
 
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 92, 24, 24, 52
 RADIUS = 11
@@ -59,11 +60,7 @@ def front(points: Sequence[Point], higher: bool) -> list[Point]:
         higher: whether more agreement is a larger number.
     """
     sign = -1.0 if higher else 1.0
-    found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.cost, sign * one.agreement)):
-        if not found or sign * point.agreement < sign * found[-1].agreement:
-            found.append(point)
-    return found
+    return [points[place] for place in plots.front([(point.cost, sign * point.agreement) for point in points])]
 
 
 def pareto_svg(records: Sequence[Mapping[str, Any]]) -> str:
@@ -75,7 +72,7 @@ def pareto_svg(records: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An ``<svg>``, or nothing where no row but the bare model has both figures.
     """
-    measure = "cosine" if records[0]["cosine"] is not None else "divergence"
+    measure = plots.measure_of(records)
     points = points_of(records, measure)
     if len(points) < 2:
         return ""

@@ -42,7 +42,7 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     """
     if cost not in COSTS:
         raise ParameterError(f"no cost {cost!r} to plot; one of {', '.join(COSTS)}")
-    measure = "cosine" if records[0]["cosine"] is not None else "divergence"
+    measure = measure_of(records)
     shown = [r for r in records if r[cost] is not None and r[measure] is not None and math.isfinite(r[measure])]
     if len(shown) < 2:
         raise ParameterError(f"nothing to plot: no row besides the bare model has {cost!r} and {measure!r}")
@@ -80,6 +80,11 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     axes.legend(fontsize="small")
     _label(axes, [(r[cost], r[measure], settings_of(r), colours[name_of(r)]) for r in shown])
     return axes
+
+
+def measure_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """What tells agreement in the rows of a sweep: ``cosine`` of towers, ``divergence`` of language models."""
+    return "cosine" if records[0]["cosine"] is not None else "divergence"
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -58,6 +58,14 @@ class Loyalty:
     divergence: float | None = None
     cosine: float | None = None
 
+    def __str__(self) -> str:
+        said = ["same" if self.same else "different"]
+        if self.cosine is not None:
+            said.append(f"cosine {self.cosine:.4f}")
+        if self.divergence is not None:
+            said.append(f"KL {self.divergence:.2g}")
+        return ", ".join(said)
+
 
 class Runner:
     """Something that answers, the same way each time.

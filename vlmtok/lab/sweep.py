@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from ..cost.units import binary, si, whole
 from ..errors import InternalError, NotCounted, ParameterError, VlmtokError
 from ..guard import guarded
 from ..loading.models import Loaded
-from ..loading.pictures import check_writable
 from ..loading.problems import line_of
-from ..tabular import Table, Tabular
+from ..tabular import Table, Tabular, bullets
 from ..timing import Progress
 from .comparing import Comparing
 from .comparison import Comparison
-from .page import page
+from .page import Page, page, wide
 from .plot_svg import pareto_svg
 from .plots import COSTS, pareto
+from .runners import Loyalty
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +104,7 @@ class Failed:
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep(Tabular):
+class Sweep(Tabular, Page):
     """Rows of a sweep; print it, or take one of its forms.
 
     Attributes:
@@ -162,7 +161,8 @@ class Sweep(Tabular):
                 continue
             cache = record["kv_bytes"]
             total = record["total_macs"]
-            cells = [record["method"], record["answer"], _agreement(record), whole(record["visual_tokens_mean"])]
+            agreement = str(Loyalty(record["same"], None, record["divergence"], record["cosine"]))
+            cells = [record["method"], record["answer"], agreement, whole(record["visual_tokens_mean"])]
             cells += ["not given" if total is None else si(total), "" if cache is None else binary(cache)]
             rows.append(cells + [f"{record[name]:.2f} x" for name in stages])
         return Table(head, rows)
@@ -202,12 +202,11 @@ class Sweep(Tabular):
         Nothing is fetched when it is opened.
         """
         first = next(iter(self))
-        notes = "".join(f"<li>{html.escape(line)}</li>" for line in self.notes())
         plot = pareto_svg(self.to_records())
         parts = [
             "<section><h2>All methods</h2>",
-            f'<div class="wide" tabindex="0" role="group" aria-label="table">{self.table().html()}</div>',
-            f'<ul class="notes">{notes}</ul>' if notes else "",
+            wide(self.table().html()),
+            bullets(self.notes(), ' class="notes"'),
             f"<h2>Cost against agreement</h2>{plot}" if plot else "",
             "</section>",
         ]
@@ -220,14 +219,6 @@ class Sweep(Tabular):
             first.environment,
             "".join(parts),
         )
-
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_html` into a file.
-
-        Raises:
-            LoadError: its folder does not exist, or does not let us write.
-        """
-        check_writable(path).write_text(self.to_html(), "utf-8")
 
     def __repr__(self) -> str:
         return f"<Sweep of {', '.join(row.method for row in self.rows)}>"
@@ -252,12 +243,3 @@ def _record(found: Comparison) -> dict[str, Any]:
 
 def _failed(row: Failed, like: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(like), "method": row.method, "problem": line_of(row.problem)}
-
-
-def _agreement(record: dict[str, Any]) -> str:
-    said = ["same" if record["same"] else "different"]
-    if record["cosine"] is not None:
-        said.append(f"cosine {record['cosine']:.4f}")
-    if record["divergence"] is not None:
-        said.append(f"KL {record['divergence']:.2g}")
-    return ", ".join(said)
