@@ -48,6 +48,8 @@ class BlockSpec:
         rope: the block's argument with a rotary table, or None.
         rotate: from the attention and a table, what rotates `[B, H, L, d]`.
         through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
+        bounds: the block's argument with the boundaries of the rows that see each other, int `[segments + 1]`, or None.
+        longest: its argument with the length of the longest of them, or None.
     """
 
     norm: str
@@ -67,6 +69,8 @@ class BlockSpec:
     rope: Role | None = None
     rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
     through: bool = False
+    bounds: Role | None = None
+    longest: Role | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,32 @@ class AttentionPool:
 
 
 @dataclass(frozen=True)
+class PackedForm:
+    """How pictures of any size lie in the rows of a tower.
+
+    Attributes:
+        told: module that is told their sizes, and
+        sizes: its argument with them, or None where all pictures have the size of its pixels.
+        grids: frames, rows and columns of patches of each picture, from the value of that argument.
+        spans: what a patch of each block sees: ``window``, ``frame``, or ``row`` (its picture; see `PackedTowerShape`).
+        merge: patches along a side of the square that makes one visual token.
+        shared: whether all pictures of a call lie in one row; else each is a row, padded at its end.
+        windows: from the sizes, the order in which units of ``merge ** 2`` patches lie in the row, int64 `[units]`, and
+            the boundaries of windows in it; None where units lie picture by picture.
+        readers: modules that read the whole row of patches between blocks.
+    """
+
+    told: nn.Module
+    sizes: Role | None
+    grids: Callable[[Tensor], list[tuple[int, int, int]]]
+    spans: tuple[str, ...]
+    merge: int
+    shared: bool = True
+    windows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    readers: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
 class TowerSpec:
     """A tower as data.
 
@@ -136,6 +166,8 @@ class TowerSpec:
         maps: methods of the host that collect the outputs of blocks, and can lay them out as maps `[B, C, H, W]`.
         pools: where its tokens become one vector a picture and sizes can count.
         unpooled: why sizes cannot count in its pool; empty where they can, or where there is none.
+        packed: how pictures of any size lie in its rows, or None where every row is a picture.
+        whole: why no token can leave inside it; empty where one can.
     """
 
     block: BlockSpec
@@ -155,6 +187,8 @@ class TowerSpec:
     maps: tuple[Callable[..., Any], ...] = ()
     pools: tuple[MeanPool | AttentionPool, ...] = ()
     unpooled: str = ""
+    packed: PackedForm | None = None
+    whole: str = ""
 
 
 @dataclass(frozen=True)

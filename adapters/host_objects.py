@@ -119,13 +119,14 @@ def keys_in(module: Host, cache: Any, layer: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------- outputs
-def hidden_of(module: Host, output: Any, batch: int | None = None) -> Tensor:
+def hidden_of(module: Host, output: Any, batch: int | None = None, packed: bool = False) -> Tensor:
     """The hidden states `[B, L, C]` in what a layer, an attention or a model gives back.
 
     Args:
         module: that gave it.
         output: a tensor, a tuple or list with hidden states first, or an output object.
         batch: B, where it is known.
+        packed: whether they may also be one row of all pictures, `[L, C]`.
 
     Raises:
         HostChanged: none is found.
@@ -135,7 +136,7 @@ def hidden_of(module: Host, output: Any, batch: int | None = None) -> Tensor:
         found = output if place is None else output[place]
     except (IndexError, KeyError):
         found = None
-    if not isinstance(found, Tensor) or found.dim() < 3 or (batch is not None and found.shape[0] != batch):
+    if not isinstance(found, Tensor) or found.dim() < 3 - packed or (batch is not None and found.shape[0] != batch):
         raise changed(module, f"no {LAST_HIDDEN.what} [B, L, C] are found in its output {_described(output)}")
     return found
 

@@ -82,6 +82,8 @@ KEY_BIAS = Role("bias on the keys", ("key_padding_mask",))
 BIAS = Role("bias on the logits", ("attn_mask", "attention_mask"))
 ROPE = Role("rotary table", ("rope",))
 CAUSAL = Role("causal switch", ("is_causal",))
+BOUNDS = Role("boundaries of rows that see each other", ("cu_seqlens",))
+LONGEST = Role("length of the longest of them", ("max_seqlen",))
 MAPS = Role("format of what is collected", ("output_fmt",))
 
 # Arguments of the host's own mask functions.

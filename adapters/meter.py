@@ -54,11 +54,12 @@ class Meter:
 
     def _watch(self, model: nn.Module, shape: PackedTowerShape) -> None:
         """Hooks on a tower that takes pictures of any size: its pass begins with its call, which tells the grids."""
-        tower = model.get_submodule(shape.path)
-        told = {*shape.spans} != {"row"}
-        self.tower = Arguments(tower, [hosts.TOWER_GRIDS] if told else [])
-        self.attachment.hook(tower, "pre", self.open)
-        self.attachment.hook(model.get_submodule(shape.first), "pre", self.enter)
+        if not self.attachment.at("vision") and not self.attachment.tapped("vision"):  # else its driver begins passes
+            tower = model.get_submodule(shape.path)
+            told = {*shape.spans} != {"row"}
+            self.tower = Arguments(tower, [hosts.TOWER_GRIDS] if told else [])
+            self.attachment.hook(tower, "pre", self.open)
+            self.attachment.hook(model.get_submodule(shape.first), "pre", self.enter)
         for part in (shape.stem, *shape.parts):
             self._put(model, "vision", part)
 

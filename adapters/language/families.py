@@ -46,7 +46,8 @@ _QWEN = VLMSpec(
     feature=None,
     parts="mrope",
     grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS),
-    whole="all pictures share one row, whose patches are merged in squares",
+    tower_cut="spread",
+    patches="squares",
 )
 _QWEN3 = replace(_QWEN, deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES))
 _SMOLVLM = VLMSpec(
@@ -102,7 +103,13 @@ ROWS: dict[str, VLMSpec] = {
     "qwen3_5_moe": _QWEN,
     "glm4v": _QWEN,
     "glm46v": _QWEN,
-    "paddleocr_vl": replace(_QWEN, projector="projector", ids=("image_token_id",), grid_arguments=(hosts.IMAGE_GRIDS,)),
+    "paddleocr_vl": replace(
+        _QWEN,
+        projector="projector",
+        ids=("image_token_id",),
+        grid_arguments=(hosts.IMAGE_GRIDS,),
+        patches="raster",
+    ),
     "internvl": VLMSpec(
         lengths_of="crop",
         parts="chunks",
@@ -117,7 +124,8 @@ ROWS: dict[str, VLMSpec] = {
         parts="rows",
         grid_arguments=(hosts.IMAGE_SIZES,),
         tower_size_argument=hosts.IMAGE_SIZES,
-        whole="all pictures share one row, whose patches are merged in squares",
+        tower_cut="spread",
+        patches="raster",
     ),
     "gemma3": VLMSpec(
         mask="dict",

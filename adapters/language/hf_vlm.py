@@ -12,6 +12,8 @@ from ...core.site import Layout, StageLayout
 from ...errors import UnsupportedModel
 from ..base import Adapter, TowerSpec, child
 from ..towers.hf_rows import check_bias, vision_spec
+from ..towers.packed_spec import packed_spec
+from ..towers.packed_tower import PackedTower
 from ..towers.tower import Tower
 from . import language_account
 from .decoder import Decoder
@@ -48,11 +50,16 @@ class HFVLM(Adapter):
         self.lm = None if spec.boundary else child(self.core, spec.lm)
 
     def tower(self) -> TowerSpec | None:
-        """The tower as data, or None where tokens cannot leave in it."""
-        if self.spec.tower_cut is None or not hasattr(self.core, self.spec.tower.split(".")[0]):
+        """The tower as data, or None where nothing of it can be reached."""
+        if not hasattr(self.core, self.spec.tower.split(".")[0]):
             return None
         tower = child(self.core, self.spec.tower)
         config = self.core.config
+        packed = packed_spec(tower, config) if self.spec.patches is not None else None
+        if packed is not None:
+            return replace(packed, carries=PER_TOKEN, whole=self.spec.whole or "")
+        if self.spec.tower_cut is None:
+            return None
         index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
         if not isinstance(index, int):
             return None  # features of several layers are concatenated: they must have equal lengths
@@ -90,7 +97,7 @@ class HFVLM(Adapter):
             why.update(projected=self.spec.boundary, decoder=self.spec.boundary)
         if self.spec.whole:
             why["vision"] = why["features"] = self.spec.whole
-        if self.spec.tower_cut == "spread":
+        if self.spec.tower_cut == "spread" and not self.spec.whole:
             why["features"] = "its projector reads the whole grid"
         return {name: reason for name, reason in why.items() if name not in stages}
 
@@ -99,14 +106,20 @@ class HFVLM(Adapter):
         spec = self.tower()
         tower = None
         if spec is not None and (attachment.at("vision") or attachment.tapped("vision") or attachment.at("features")):
-            check_bias(child(self.core, self.spec.tower), attachment)
-            tower = attachment.drivers["vision"] = Tower(attachment, spec)
+            check_bias(spec, attachment)
+            tower = attachment.drivers["vision"] = self._driver(attachment, spec)
         if self.lm is None:
             return
         grid = None if spec is None else spec.grid
         waited = bool((self.spec.packing_methods or self.spec.patches) and attachment.awaited("vision"))
         reader = tower if self.spec.tower_cut == "slots" or waited else None
         attachment.drivers["decoder"] = Decoder(attachment, self.spec, self.model, self.core, reader, grid)
+
+    def _driver(self, attachment: Attachment, spec: TowerSpec) -> Tower:
+        """What drives the tower."""
+        if spec.packed is None:
+            return Tower(attachment, spec)
+        return PackedTower(attachment, spec, raster=self.spec.patches == "raster")
 
     def preview(self, inputs: Mapping[str, Any], between: int | None = None) -> Sight:
         """The pictures of a prompt as counts."""

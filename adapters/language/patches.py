@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -18,7 +19,12 @@ def _raster(value: Tensor, grid: Grid, tokens: int) -> Tensor:
     return squares.mean((2, 4)).flatten(1, 2)
 
 
-RULES: dict[str, Callable[[Tensor, Grid, int], Tensor]] = {"raster": _raster}
+def _squares(value: Tensor, grid: Grid, tokens: int) -> Tensor:
+    """Patches of a token stand side by side: `[B, N, c]` to `[B, n, c]`."""
+    return value.unflatten(1, (tokens, -1)).mean(2)
+
+
+RULES: dict[str, Callable[[Tensor, Grid, int], Tensor]] = {"raster": _raster, "squares": _squares}
 """By `VLMSpec.patches`: from signals of patches, their rows and columns, and how many tokens a row becomes."""
 
 
@@ -27,6 +33,38 @@ def fits(grid: Grid, tokens: int) -> bool:
     rows, columns = grid
     side = math.isqrt(rows * columns // tokens) if tokens else 0
     return bool(side) and not rows % side and not columns % side and side * side * tokens == rows * columns
+
+
+def packed_means(
+    rule: str, value: Tensor, axis: int, grids: Sequence[tuple[int, int, int]], merge: int, order: Tensor | None
+) -> Tensor:
+    """A signal of a row of several pictures at the tokens that they become, picture by picture.
+
+    Args:
+        rule: a key of `RULES`.
+        value: `[1, ...]` with the patches of all pictures along `axis`.
+        axis: of the patches.
+        grids: frames, rows and columns of patches of each picture.
+        merge: patches along the side of a token.
+        order: int64 `[T]`, which token each unit of patches in the row becomes; None where they lie in order.
+
+    Returns:
+        `[T, ...]`, means over the patches of each token, in the order of the placeholders.
+    """
+    rows = value.movedim(axis, 1)[0]
+    cell, at, found = merge * merge, 0, []
+    for frames, down, across in grids:
+        n = down * across
+        part = rows[at : at + frames * n].unflatten(0, (frames, n))
+        found.append(token_means(rule, part, 1, (down, across), n // cell).flatten(0, 1))
+        at += frames * n
+    tokens = torch.cat(found)
+    return tokens if order is None else in_order(tokens, order)
+
+
+def in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens `[T, ...]` that lie in windows, in the order of the placeholders: token i of the row is token `order[i]`."""
+    return tokens[order.argsort()]
 
 
 def token_means(rule: str, value: Tensor, axis: int, grid: Grid, tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from ...core.pictures import Picture
 from ...core.sight import Seen, Sight
 from .. import hosts
 from ..hosts import Role
+from ..towers.packed_grids import patch_grids
 from . import shapes
 from .packing import Packing
 from .parts import PARTS, Look
@@ -62,7 +63,9 @@ def _tower(
     pixels, clips = given(hosts.PIXELS), given(hosts.CLIP_PIXELS)
     roles = [role for role in (*spec.grid_arguments, spec.tower_size_argument) if role is not None]
     told = [(role, given(role)) for role in dict.fromkeys(roles)]
-    grids = [one for role, value in told if value is not None for one in _grids(role, value, core.config)]
+    patch = core.config.vision_config.patch_size
+    side = patch if isinstance(patch, int) else patch[0]
+    grids = [one for role, value in told if value is not None for one in patch_grids(role, value, side)]
     if grids:
         shared = spec.whole is not None and hosts.PATCH_SHAPES not in roles and hosts.IMAGE_PLACES not in roles
         if shared:
@@ -86,17 +89,6 @@ def _patches(core: Any, stem: Any, pixels: Any) -> int:
     else:
         edges = [(side - k) // s + 1 for side, k, s in zip(pixels, stem.kernel_size, stem.stride)]
     return int(edges[0] * edges[1])
-
-
-def _grids(role: Role, value: Tensor, config: Any) -> list[tuple[int, int, int]]:
-    """Frames, rows and columns of patches that an argument tells."""
-    if role in (hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS):
-        return [(frames, rows, columns) for frames, rows, columns in value.tolist()]
-    if role == hosts.IMAGE_SIZES:
-        value = value // config.vision_config.patch_size
-    elif role != hosts.PATCH_SHAPES:
-        value = (value.flatten(0, -3).amax(1) + 1).flip(-1)
-    return [(1, rows, columns) for rows, columns in value.tolist()]
 
 
 # ---------------------------------------------------------------------- the language model

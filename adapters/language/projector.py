@@ -27,11 +27,12 @@ from ...errors import CacheError, PassError
 from .. import hosts
 from ..base import child
 from ..hosts import Arguments
+from ..towers.packed_pass import PackedPass
 from ..towers.tower import Tower
 from .handover import Handover, number_pictures
 from .packing import PROBE, Packing
 from .parts import square
-from .patches import fits, token_means
+from .patches import fits, in_order, packed_means, token_means
 from .signal_queue import SignalQueue
 from .spans import IMAGE
 from .spec import VLMSpec
@@ -153,6 +154,9 @@ class Projector:
         if current is None or current.handed:
             raise PassError(UNSEEN)
         current.handed = True
+        if isinstance(current, PackedPass):
+            self._wait_packed(module, output, queue, current)
+            return
         output = output.flatten(1, -2)
         row, n = current.sequence.row, output.shape[1]
         grid = current.grid or square(row.n)
@@ -168,6 +172,23 @@ class Projector:
             if value is not None and axis is not None
         }
         queue.record(output, waiting)
+
+    def _wait_packed(self, module: nn.Module, output: Tensor, queue: SignalQueue, current: PackedPass) -> None:
+        """The same of a row of all pictures, whose tokens come in one run `[T, C]`, perhaps window by window."""
+        assert self.tower is not None and self.tower.packed is not None and self.spec.patches is not None
+        merge = self.tower.packed.merge
+        output = output.flatten(0, -2)
+        expected = sum(frames * rows * columns for frames, rows, columns in current.grids) // merge**2
+        if len(output) != expected:
+            raise hosts.changed(
+                module, f"it made {len(output)} tokens of pictures of {list(current.grids)} patches, not {expected}"
+            )
+        waiting = {
+            name: (packed_means(self.spec.patches, value, axis, current.grids, merge, current.order), axis)
+            for name, (value, axis) in current.sequence.carried.items()
+            if value is not None and axis is not None
+        }
+        queue.record(output if current.order is None else in_order(output, current.order), waiting)
 
     def carry(self, rows: PromptRows, x: Tensor, encoded: Mapping[int, int]) -> None:
         """Sets signals that were packed or wait beside the columns of the language model's input.

@@ -36,13 +36,14 @@ def check_key_bias(entries: Iterable[Entry], spec: TowerSpec) -> None:
         )
 
 
-def check_input(module: nn.Module, x: Any, width: int) -> None:
+def check_input(module: nn.Module, x: Any, width: int, packed: bool = False) -> None:
     """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
 
     Args:
         module: block 0.
         x: what it gets.
         width: C.
+        packed: whether it may also be one row of all pictures, `[L, C]`.
 
     Raises:
         PassError: it is a symbol, or a picture out of a batch that nobody sees whole.
@@ -50,7 +51,7 @@ def check_input(module: nn.Module, x: Any, width: int) -> None:
     """
     if not torch.compiler.is_compiling():
         _refuse_symbols(x)
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
+    if not isinstance(x, Tensor) or x.dim() not in ((2, 3) if packed else (3,)) or x.shape[-1] != width:
         what = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise hosts.changed(module, f"its hidden states are {what}, where [B, L, {width}] is expected")
 

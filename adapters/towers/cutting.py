@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event, Group
+from ...core.reduction import Reduction
 from ...core.signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal
 from ...core.view import Signal, TokenView
 from ..base import TowerSpec
@@ -56,9 +57,8 @@ class PictureCuts:
         """
         sequence = run.sequence
         taps.inserted = sequence.outputs.get(entry.index)
-        view = self._view(run, entry, taps)
-        reduction = self.attachment.decide(entry, view)
         row = sequence.row
+        reduction, groups = self.ask(run, entry, taps)
         if reduction is not None:
             check_maps(self.collectors, sequence.cuts)
             asks = layer + (entry.site.point != "start")  # the first layer that attends to what is left
@@ -69,13 +69,26 @@ class PictureCuts:
             if sequence.source is not None:
                 run.steps.append((entry.site, sequence.source, entry.method))
         if not torch.compiler.is_compiling():
-            group = Group(x.shape[0], row.n, sequence.row.n, sequence.entered, 0, row.length)
             kind = "observe" if reduction is None else "cut"
             event = Event(
-                self.stage, layer, entry.site.point, entry.index, kind, row.length, sequence.row.length, (group,)
+                self.stage, layer, entry.site.point, entry.index, kind, row.length, sequence.row.length, groups
             )
             self.attachment.ledger.visit(run.run, event)
         return x
+
+    def ask(self, run: Pass, entry: Entry, taps: TowerTaps) -> tuple[Reduction | None, tuple[Group, ...]]:
+        """Shows a method its view; the reduction of the row that it wants, and what is booked of the view.
+
+        Args:
+            run: the pass.
+            entry: the method at its site.
+            taps: what signals are derived from.
+        """
+        row = run.sequence.row
+        view = self._view(run, entry, taps)
+        reduction = self.attachment.decide(entry, view)
+        slots = row.n if reduction is None else reduction.slots
+        return reduction, (Group(view.tokens.shape[0], row.n, slots, run.sequence.entered, 0, row.length),)
 
     def _view(self, run: Pass, entry: Entry, taps: TowerTaps) -> TokenView:
         sequence = run.sequence

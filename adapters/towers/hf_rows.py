@@ -237,13 +237,12 @@ def pools_of(model: Host, tower: Host) -> tuple[MeanPool | AttentionPool, ...]:
     return tuple(found)
 
 
-def check_bias(tower: nn.Module, attachment: Attachment) -> None:
+def check_bias(spec: TowerSpec, attachment: Attachment) -> None:
     """Refuses proportional attention where the attention takes no bias on the keys.
 
     Raises:
         UnsupportedModel: flash or flex attention, or one of the user's own, with a proportional method.
     """
-    spec = vision_spec(tower)
     kind = forms.unbiased(child(spec.blocks[0], spec.block.attn))
     asking = [type(e.method).__name__ for e in attachment.at("vision") if e.method.proportional]
     if asking and kind:

@@ -45,7 +45,7 @@ class HFVision(Adapter):
 
     def install(self, attachment: Attachment) -> None:
         """Hooks on the blocks."""
-        check_bias(self.vision(), attachment)
+        check_bias(self.tower(), attachment)
         attachment.drivers["vision"] = Tower(attachment, self.tower())
 
     def account(self) -> ModelShape:

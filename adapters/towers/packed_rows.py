@@ -6,6 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .. import hosts
+from ..base import BlockSpec
+from ..hosts import Role
+from .packed_blocks import PADDLE_BLOCK, PIXTRAL_BLOCK, QWEN_BLOCK
+
 
 def _window(config: Any) -> int:
     """Visual tokens along the side of a window of Qwen2.5-VL."""
@@ -39,6 +44,10 @@ class PackedRow:
         pool: path of a module that averages patches by a matrix product, or None.
         table: path of an embedding of places that is resized for each picture, or None, and
         resize: name of the method of the module around it that does so.
+        block: hook points of its blocks, or None where none are known.
+        told: path of the module that is told sizes of pictures, and
+        sizes: its argument with them, or None where pictures have the size of its pixels.
+        readers: path of modules that read the whole row between blocks, or None.
     """
 
     layer: str
@@ -58,20 +67,24 @@ class PackedRow:
     pool: str | None = None
     table: str | None = None
     resize: str = ""
+    block: BlockSpec | None = None
+    told: str = ""
+    sizes: Role | None = hosts.TOWER_GRIDS
+    readers: str | None = None
 
 
 _FIELDS: dict[str, Any] = {"attn": "self_attn", "heads": "num_attention_heads"}
 
 PACKED_ROWS: dict[str, PackedRow] = {
-    "qwen2_vl_vision": PackedRow("Qwen2VLVisionBlock", width="embed_dim"),
-    "qwen2_5_vl_vision": PackedRow("Qwen2_5_VLVisionBlock", span=_windowed, window=_window),
-    "qwen3_vl_vision": PackedRow("Qwen3VLVisionBlock"),
-    "qwen3_vl_moe_vision": PackedRow("Qwen3VLMoeVisionBlock"),
-    "qwen3_5_vision": PackedRow("Qwen3_5VisionBlock"),
-    "qwen3_5_moe_vision": PackedRow("Qwen3_5MoeVisionBlock"),
-    "glm4v_vision": PackedRow("Glm4vVisionBlock"),
+    "qwen2_vl_vision": PackedRow("Qwen2VLVisionBlock", width="embed_dim", block=QWEN_BLOCK),
+    "qwen2_5_vl_vision": PackedRow("Qwen2_5_VLVisionBlock", span=_windowed, window=_window, block=QWEN_BLOCK),
+    "qwen3_vl_vision": PackedRow("Qwen3VLVisionBlock", block=QWEN_BLOCK, readers="deepstack_merger_list"),
+    "qwen3_vl_moe_vision": PackedRow("Qwen3VLMoeVisionBlock", block=QWEN_BLOCK, readers="deepstack_merger_list"),
+    "qwen3_5_vision": PackedRow("Qwen3_5VisionBlock", block=QWEN_BLOCK),
+    "qwen3_5_moe_vision": PackedRow("Qwen3_5MoeVisionBlock", block=QWEN_BLOCK),
+    "glm4v_vision": PackedRow("Glm4vVisionBlock", block=QWEN_BLOCK),
     "paddleocr_vl_vision": PackedRow(
-        "PaddleOCRVisionEncoderLayer", "vision_model.embeddings.patch_embedding", inside=False, **_FIELDS
+        "PaddleOCRVisionEncoderLayer", "vision_model.embeddings.patch_embedding", inside=False, block=PADDLE_BLOCK, told="vision_model", **_FIELDS
     ),
     # One row with a mask of blocks: the products are those of the whole row.
     "pixtral": PackedRow(
@@ -83,6 +96,8 @@ PACKED_ROWS: dict[str, PackedRow] = {
         span="row",
         merge=lambda own, whole: int(getattr(whole, "spatial_merge_size", 1)),
         canvas=True,
+        block=PIXTRAL_BLOCK,
+        sizes=hosts.IMAGE_SIZES,
     ),
     "gemma4_vision": PackedRow(
         "Gemma4VisionEncoderLayer",

@@ -20,7 +20,7 @@ def spread(run: Pass, out: Tensor, num_prefix: int) -> Tensor:
     Returns:
         `[B, prefix + patches, C]`.
     """
-    whole = _spread_out(out[:, num_prefix:], run.sequence.source, 1)
+    whole = spread_out(out[:, num_prefix:], run.sequence.source, 1)
     return torch.cat([out[:, :num_prefix], whole], 1)
 
 
@@ -36,7 +36,7 @@ def book_spread(run: Pass, stage: str, layer: int, ledger: Ledger) -> None:
     sequence = run.sequence
     before = sequence.row.length
     carried = {
-        name: (_spread_out(value, sequence.source, axis), axis)
+        name: (spread_out(value, sequence.source, axis), axis)
         for name, (value, axis) in sequence.carried.items()
         if value is not None and axis is not None
     }
@@ -46,7 +46,7 @@ def book_spread(run: Pass, stage: str, layer: int, ledger: Ledger) -> None:
         ledger.visit(run.run, Event(stage, layer, "end", -1, "spread", before, sequence.row.length))
 
 
-def _spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
+def spread_out(value: Tensor, source: Tensor, axis: int) -> Tensor:
     """Rows or a signal of slots as those of patches: every patch has that of its slot, 0 where it was dropped."""
     shape = [1] * value.dim()
     shape[0], shape[axis] = source.shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
-from ...core.signals import TowerTaps, tower_signals
+from ...core.signals import PER_TOKEN, TowerTaps, tower_signals
 from ...core.site import StageLayout
 from .. import forms, host_objects, hosts
 from ..base import TowerSpec, child
@@ -63,11 +63,12 @@ class Tower:
         self.num_prefix = spec.num_prefix
         self.last = spec.last % len(spec.blocks)
         self.returns_grid = spec.returns_grid
+        self.packed = spec.packed
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
         self.running = RunningPasses(spec.stage)
         classed = self.stage == "text" or bool(spec.num_prefix and spec.has_class_token)
-        self.reader = BlockTaps(spec.block, self.running, classed)
+        self.reader = BlockTaps(spec.block, self.running, classed, self.rows)
         self.intake = PictureIntake(attachment, spec) if intake is None else intake
         self.cuts = PictureCuts(attachment, spec) if cuts is None else cuts
         self.inputs: dict[int, Arguments] = {}
@@ -82,16 +83,18 @@ class Tower:
     def layout(spec: TowerSpec) -> StageLayout:
         """What a tower offers to methods."""
         why = forms.strange(spec)
+        provides = tower_signals(spec.num_prefix if spec.has_class_token else 0, attention=not why)
         return StageLayout(
             depth=len(spec.blocks),
             width=spec.width,
             heads=spec.heads,
             last=spec.last % len(spec.blocks),
-            points=frozenset({"start", "mid", "end"}),
-            provides=tower_signals(spec.num_prefix if spec.has_class_token else 0, attention=not why),
+            points=frozenset({"start", "mid", "end"} if spec.packed is None else {"mid", "end"}),
+            provides=provides & PER_TOKEN if spec.packed is not None else provides,
             num_prefix=spec.num_prefix,
             carries=spec.carries,
             why=why,
+            whole=spec.whole,
         )
 
     def _install(self, spec: TowerSpec) -> None:
@@ -104,7 +107,7 @@ class Tower:
     def _install_block(self, plan: BlockPlan, module: nn.Module) -> None:
         put, block, layer = self.attachment.hook, self.block, plan.layer
         attn = child(module, block.attn)
-        wanted_of_block = [hosts.HIDDEN, *([block.rope] if block.rope else [])]
+        wanted_of_block = [role for role in (hosts.HIDDEN, block.rope, block.bounds) if role]
         self.inputs[layer] = Arguments(module, wanted_of_block, [hosts.BIAS, hosts.CAUSAL])
         put(module, "pre", self.start, layer)
         if plan.attention:
@@ -130,7 +133,8 @@ class Tower:
             return None
         again = replaying()
         arguments = self.inputs[layer]
-        x = arguments.get(hosts.HIDDEN, args, kwargs)
+        given = arguments.get(hosts.HIDDEN, args, kwargs)
+        x = self.rows(given)
         rope = None if self.block.rope is None else arguments.get(self.block.rope, args, kwargs)
         if again:
             record = self.running.replay(layer, x)
@@ -142,18 +146,19 @@ class Tower:
                 record.probe = probe(x)
         before = x
         if not torch.compiler.is_compiling():
-            record.taps["block"] = id(x)
+            record.taps["block"] = id(given)
         if again:
             for step in record.start:
                 x = torch.cat([x, step], 1) if isinstance(step, Tensor) else step(x)
         else:
             x = self._act_at_start(layer, module, record, x, rope)
-        changes: dict[hosts.Role, Any] = {} if x is before else {hosts.HIDDEN: x}
+        changes: dict[hosts.Role, Any] = {} if x is before else {hosts.HIDDEN: self.back(x, given)}
         if self.block.rope is not None and rope is not None:
             if not again:
                 record.rope = self.running.now.rotary(rope, x.shape[0])
             if record.rope is not None:
                 changes[self.block.rope] = record.rope
+        changes.update(self.bounds(layer, record, arguments, args, kwargs, again))
         return arguments.put(args, kwargs, changes) if changes else None
 
     def _act_at_start(
@@ -176,7 +181,7 @@ class Tower:
         again = replaying()
         record = self.running.of(again).record(layer)
         arguments = self.attentions[layer]
-        x = arguments.get(hosts.HIDDEN, args, kwargs)
+        x = self.rows(arguments.get(hosts.HIDDEN, args, kwargs))
         self.running.recognise(record, layer, x, again)
         if not again:
             sequence = self.running.now.sequence
@@ -190,6 +195,20 @@ class Tower:
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
             record.shown = shown if record.moved or record.bias is not None else None
+        return self.mask(record, x, arguments, args, kwargs)
+
+    def mask(
+        self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The attention's arguments with the mask that fits its rows; None where the host's own does.
+
+        Args:
+            record: of the layer.
+            x: `[B, L, C]`, the attention's input.
+            arguments: of the attention.
+            args: of its call.
+            kwargs: of its call.
+        """
         if record.shown is not None and self.block.bias is not None:
             bias = hiding(record.bias, record.shown, arguments.get(hosts.BIAS, args, kwargs), x.dtype)
             return arguments.put(args, kwargs, {self.block.bias: bias})
@@ -205,8 +224,8 @@ class Tower:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
         if self.reader.muted:
             return None
-        full = self.middles[layer].get(hosts.HIDDEN, args, kwargs)
-        x = full
+        given = self.middles[layer].get(hosts.HIDDEN, args, kwargs)
+        x = full = self.rows(given)
         if replaying():
             record = self.running.trained.record(layer)
             for step in record.mid:
@@ -221,11 +240,11 @@ class Tower:
         if not record.mid:
             return None
         self._let_go(layer, record)
-        if mid_block.can_be_set(full, record):
-            full.set_(x)
+        if mid_block.can_be_set(given, record):
+            given.set_(self.back(x, given))
             return None
         record.full, record.merged = full, x
-        return self.middles[layer].put(args, kwargs, {hosts.HIDDEN: x})
+        return self.middles[layer].put(args, kwargs, {hosts.HIDDEN: self.back(x, given)})
 
     def branch(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Hook on the end of the MLP branch: keeps its output aside, or puts it on the slots' places."""
@@ -234,7 +253,7 @@ class Tower:
         record = self.running.of(replaying()).record(layer)
         if not record.mid or record.full is None:
             return None
-        return mid_block.branch_output(record, module, output, self.block.through)
+        return self.back(mid_block.branch_output(record, module, self.rows(output), self.block.through), output)
 
     def end(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Block hook: closes the merge, reduces at ``end``, takes inserted tokens off."""
@@ -243,7 +262,8 @@ class Tower:
         again = replaying()
         run = self.running.of(again)
         record = run.record(layer)
-        out = before = host_objects.hidden_of(module, output)
+        given = host_objects.hidden_of(module, output, packed=self.packed is not None)
+        out = before = self.rows(given)
         if mid_block.is_open(record):
             out = mid_block.close(record, out)
         elif not again and layer in self.tapped and not self.attachment.at(self.stage, layer, "mid"):
@@ -261,7 +281,7 @@ class Tower:
                 book_spread(run, self.stage, layer, self.attachment.ledger)
         record.taps.clear()
         record.branch = record.merged = record.full = None
-        return None if out is before else host_objects.with_hidden(output, out)
+        return None if out is before else host_objects.with_hidden(output, self.back(out, given))
 
     def _act_at_end(self, layer: int, run: Pass, record: LayerRecord, out: Tensor) -> Tensor:
         """Methods at ``end`` cut the row; tokens that were put in leave it."""
@@ -277,6 +297,36 @@ class Tower:
         if not self.attachment.at(self.stage, layer, "end"):
             for name in ("q", "k", "x", "rope"):
                 record.taps.pop(name, None)
+
+    # ------------------------------------------------------------------ rows of the host
+    def rows(self, x: Tensor) -> Tensor:
+        """What a host's module works on, as rows `[B, L, C]`."""
+        return x
+
+    def back(self, x: Tensor, like: Tensor) -> Tensor:
+        """Rows in the host's own form, which is that of `like`."""
+        return x
+
+    def bounds(
+        self,
+        layer: int,
+        record: LayerRecord,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        again: bool,
+    ) -> dict[hosts.Role, Any]:
+        """Arguments of a block beside its rows that must follow them.
+
+        Args:
+            layer: of the block.
+            record: of the layer.
+            arguments: of the block.
+            args: of its call.
+            kwargs: of its call.
+            again: whether autograd runs the block again.
+        """
+        return {}
 
     # ------------------------------------------------------------------ passes
     @property

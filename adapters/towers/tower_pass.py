@@ -22,6 +22,8 @@ class LayerRecord:
         shown: bool `[B, L]`, keys that the block's own mask must show in place of the host's, or None.
         moved: whether the row is no longer the host's, so that its mask does not fit.
         rope: the rotary table that the block got, or None.
+        bounds: the boundaries that the block was told in place of the host's, or None.
+        place: patches that its tokens represent, or None where it has all.
         inserted: how many tokens were put at the end of the row.
         start: tokens put in and steps taken before the block, in order.
         mid: steps between attention and MLP.
@@ -37,7 +39,9 @@ class LayerRecord:
     bias: Tensor | None = None
     shown: Tensor | None = None
     moved: bool = False
-    rope: Tensor | None = None
+    rope: Any = None
+    bounds: Tensor | None = None
+    place: Tensor | None = None
     inserted: int = 0
     start: list[Any] = field(default_factory=list)
     mid: list[Any] = field(default_factory=list)

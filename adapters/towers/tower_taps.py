@@ -32,10 +32,18 @@ class BlockTaps:
         block: where its blocks can be tapped.
         running: the passes through the tower.
         classed: whether the first protected token is a class token.
+        rows: what a host's module works on, as rows.
     """
 
-    def __init__(self, block: BlockSpec, running: RunningPasses, classed: bool = True) -> None:
+    def __init__(
+        self,
+        block: BlockSpec,
+        running: RunningPasses,
+        classed: bool = True,
+        rows: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         self.block = block
+        self.rows = rows
         self.classed = classed
         self.running = running
         self._mute = PerThread(Mute)
@@ -76,9 +84,10 @@ class BlockTaps:
             if which not in caught:
                 with _as_called(run, x):
                     return self.block.project(attn, caught["x"], which, {})
-            if self.block.split is not None and caught[which].dim() == 3:
-                caught[which] = self.block.split(attn, caught[which], which)
-            caught[which] = _by_head(caught[which], heads)
+            if caught[which].dim() == 4:  # made before, or by the host
+                return caught[which]
+            given = self.rows(caught[which])
+            caught[which] = _by_head(given, heads) if self.block.split is None else self.block.split(attn, given, which)
             return caught[which]
 
         return TowerTaps(

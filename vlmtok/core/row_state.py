@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .row_data import Group
-from .rows import PromptRows
+
+Unit = tuple[int, int, int]
+
+
+class NotedRows(Protocol):
+    """Rows `[batch, length]` that hold what methods note, for whom `states` follow every cut."""
+
+    batch: int
+    states: dict[tuple[int, str], Tensor]
+    known: dict[tuple[int, str], set[Unit]]
+    notes: dict[tuple[int, str], dict[str, dict[Unit, Any]]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+
+    def gather(self, table: Tensor, group: Group) -> Tensor:
+        """A table at a group's tokens."""
 
 
 class TokenState(MutableMapping[str, Tensor]):
     """`TokenView.state` of a group: a window on tensors over all rows."""
 
-    def __init__(self, rows: PromptRows, group: Group, method: int) -> None:
+    def __init__(self, rows: NotedRows, group: Group, method: int) -> None:
         self._rows, self._group, self._method = rows, group, method
 
     def __getitem__(self, name: str) -> Tensor:
@@ -50,7 +67,7 @@ class TokenState(MutableMapping[str, Tensor]):
 class RowNotes(MutableMapping[str, Any]):
     """`TokenView.row` of a group: what was noted for its view rows."""
 
-    def __init__(self, rows: PromptRows, group: Group, method: int, scope: str) -> None:
+    def __init__(self, rows: NotedRows, group: Group, method: int, scope: str) -> None:
         self._units = group.units
         self._notes = rows.notes.setdefault((method, scope), {})
 

@@ -103,7 +103,7 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
             )
         return Need(text, name)
     if not layout.gives(stage, name, later=stage != site.stage):
-        offered = layout.stages[stage].provides if layout.has(stage) else frozenset()
+        offered = layout.stages[stage].provides if stage in layout.stages else frozenset()
         known = sorted(signal for signal in offered if layout.gives(stage, signal, later=stage != site.stage))
         raise MissingSignal(
             f"{by} needs {text!r}, which {layout.family} cannot give{_why(layout, stage)}; "

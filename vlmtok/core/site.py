@@ -149,6 +149,7 @@ class StageLayout:
         carries: whether signals of this stage reach later ones, or which do.
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
         why: why signals are missing that others of its kind give; empty where none are.
+        whole: why no token can leave here, though signals can be read; empty where some can.
     """
 
     depth: int
@@ -163,6 +164,7 @@ class StageLayout:
     carries: bool | frozenset[str] = True
     renumbers: bool = True
     why: str = ""
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,20 +182,22 @@ class Layout:
     without: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, stage: str) -> bool:
-        """Whether the model has this stage."""
-        return stage in self.stages
+        """Whether tokens can leave at this stage of the model."""
+        return stage in self.stages and not self.stages[stage].whole
 
     def stage(self, name: str, by: str = "this method") -> StageLayout:
-        """The stage of that name.
+        """The stage of that name, for a method that acts there.
 
         Raises:
-            SiteError: the model has none.
+            SiteError: the model has none, or no token can leave there.
         """
-        if name not in self.stages:
-            why = f" ({self.without[name]})" if name in self.without else ""
+        whole = self.stages[name].whole if name in self.stages else self.without.get(name, "")
+        if name not in self.stages or whole:
+            why = f" ({whole})" if whole else ""
+            open_to_cuts = (other for other, stage in self.stages.items() if not stage.whole)
             raise SiteError(
                 f"{by} acts at stage {name!r}, which {self.family} does not offer{why}; it offers: "
-                f"{', '.join(self.stages)}"
+                f"{', '.join(open_to_cuts)}"
             )
         return self.stages[name]
 
@@ -229,7 +233,7 @@ class Layout:
         """What a report says of a method's place from `feature_stage`: nothing where it is the papers' own."""
         if stage != "projected":
             return []
-        why = self.without.get("features") or self.without.get("vision") or "nothing can leave before its projector"
+        why = self.without.get("features") or "nothing can leave before its projector"
         return [
             f"{by} acts at 'projected', on what the projector made of each crop or frame: {self.family} offers no "
             f"'features' ({why})"

@@ -1,0 +1,110 @@
+"""Blocks of towers that pack pictures of any size, as data: where q, k and the rotary table of a row are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from .. import forms, hosts
+from ..base import BlockSpec
+from ..hosts import Host
+
+
+def _thirds(attn: Host, made: Tensor, which: str) -> Tensor:
+    """q or k, `[B, H, L, d]`, out of one projection for q, k and v, `[B, L, 3 C]`."""
+    part = made.chunk(3, -1)["qk".index(which)]
+    return part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _fused(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
+    """q or k of an attention with one projection for q, k and v."""
+    if "fused" not in shared:
+        shared["fused"] = attn.qkv(x)
+    return _thirds(attn, shared["fused"], which)
+
+
+def _apart(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
+    """q or k of an attention with q_proj and k_proj."""
+    made: Tensor = (attn.q_proj if which == "q" else attn.k_proj)(x)
+    return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _turned_rows(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The rotation of rows `[L, H, d]` by the host's own function, for `[1, H, L, d]`."""
+    turn = forms.beside(attn, "apply_rotary_pos_emb_vision")
+
+    def rotate(x: Tensor) -> Tensor:
+        rows = x[0].transpose(0, 1)
+        turned: Tensor = turn(rows, rows, *table)[0]
+        return turned.transpose(0, 1)[None]
+
+    return rotate
+
+
+def _turned_heads(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same where the host's function takes `[B, H, L, d]` as it is."""
+    turn = forms.beside(attn, "apply_rotary_pos_emb")
+
+    def rotate(x: Tensor) -> Tensor:
+        turned: Tensor = turn(x, x, *table, unsqueeze_dim=0)[0]
+        return turned
+
+    return rotate
+
+
+QWEN_BLOCK = BlockSpec(
+    norm="norm1",
+    attn="attn",
+    mid="norm2",
+    branch_end="mlp",
+    mlp="mlp",
+    project=_fused,
+    scale=lambda attn: float(attn.scaling),
+    heads="num_heads",
+    bias=None,
+    forms=tuple(
+        f"transformers.models:{name}"
+        for name in (
+            "VisionAttention",
+            "Qwen2_5_VLVisionAttention",
+            "Qwen3VLVisionAttention",
+            "Qwen3VLMoeVisionAttention",
+            "Qwen3_5VisionAttention",
+            "Qwen3_5MoeVisionAttention",
+            "Glm4vVisionAttention",
+        )
+    ),
+    q="qkv",
+    k="qkv",
+    split=_thirds,
+    rope=hosts.ROTARY,
+    rotate=_turned_rows,
+    bounds=hosts.BOUNDS,
+    longest=hosts.LONGEST,
+)
+PADDLE_BLOCK = replace(
+    QWEN_BLOCK,
+    norm="layer_norm1",
+    attn="self_attn",
+    mid="layer_norm2",
+    project=_apart,
+    forms=("transformers.models:PaddleOCRVisionAttention"),
+    q="q_proj",
+    k="k_proj",
+    split=None,
+)
+PIXTRAL_BLOCK = replace(
+    PADDLE_BLOCK,
+    norm="attention_norm",
+    attn="attention",
+    mid="ffn_norm",
+    branch_end="feed_forward",
+    mlp="feed_forward",
+    bias=hosts.BIAS,
+    forms=("transformers.models:PixtralAttention",),
+    rotate=_turned_heads,
+    bounds=None,
+    longest=None,
+)

@@ -1,0 +1,97 @@
+"""Signals of a packed row: derived stretch by stretch, since tokens see those of their own window, frame or picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...core.row_data import Group
+from ...core.sequence import TowerRow
+from ...core.signals import TOWER_SIGNALS, TowerTaps
+from .packed_segments import Segments
+
+MEANS_OF_ROWS = frozenset({"received_attention", "flat_attention"})
+"""Signals that are means over the rows which see a token."""
+
+
+def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> Tensor | None:
+    """A signal of a packed row.
+
+    Means over rows are taken over the rows of a frame, whatever a block sees of it: a sum over a window's rows divided
+    by the window's length would favour patches of small windows.
+
+    Args:
+        name: of a tower's signal.
+        taps: of the whole row `[1, S, C]`.
+        segments: of that row.
+        span: what a token of the block sees.
+
+    Returns:
+        What the signal is of one row, `[1, ...]` with S tokens along its axis.
+    """
+    signal = TOWER_SIGNALS[name]
+    if signal.axis is None:
+        return None
+    axis, found = signal.axis, None
+    for group in segments.groups(span, taps.tokens.device):
+        value = signal.make(_of_group(taps, group))
+        assert value is not None
+        value = value.movedim(axis, 1)
+        if found is None:
+            found = value.new_zeros(segments.total, *value.shape[2:])
+        found = found.index_put((group.columns,), value)
+    if found is None:
+        return None
+    if name in MEANS_OF_ROWS:
+        share = _shares(segments, span, found.device)
+        found = found * share.reshape(-1, *[1] * (found.dim() - 1)).to(found.dtype)
+    return found[None].movedim(1, axis)
+
+
+def _of_group(taps: TowerTaps, group: Group) -> TowerTaps:
+    """Taps of some stretches as rows of their own."""
+    at = group.columns
+
+    def heads(x: Tensor) -> Tensor:  # [1, H, S, d] to [b, H, n, d]
+        return x[0][:, at].transpose(0, 1)
+
+    turned: list[Tensor] = []
+
+    def both() -> Sequence[Tensor]:
+        if not turned:
+            turned.extend(heads(x) for x in taps.rotated())
+        return turned
+
+    def rotate(x: Tensor) -> Tensor:
+        # The rotary table is one of the whole row.
+        q, k = both()
+        return q if x is queries else k
+
+    queries, keys = heads(taps.q()), heads(taps.k())
+    bias = None if taps.bias is None else taps.bias[0, 0, 0, at][:, None, None]
+    row = TowerRow(0, group.n)
+    return replace(
+        taps,
+        row=row,
+        tokens=taps.tokens[0, at],
+        q=lambda: queries,
+        k=lambda: keys,
+        bias=bias,
+        rotate=None if taps.rotate is None else rotate,
+        left=None,
+        cuts=(),
+    )
+
+
+def _shares(segments: Segments, span: str, device: torch.device) -> Tensor:
+    """Rows that see a token over rows of its frame, fp32 `[S]`."""
+    frames, starts = segments.frame_lengths(), segments.starts
+    share = torch.zeros(segments.total)
+    for run in segments.runs(span):
+        seen = sum(segments.items[i].n for i in run)
+        for i in run:
+            share[starts[i] : starts[i] + segments.items[i].n] = seen / frames[i]
+    return share.to(device)
