@@ -177,7 +177,7 @@ class Sites:
         if renumber:
             _note_drop(call, 0, moved)
         if rows.owner is not None:
-            call.steps.append((entry.site, rows.owner))
+            call.steps.append((entry.site, rows.owner, entry.method))
         booked = tuple(Booked(len(group.units), group.n, 0, group.n) for group in groups)
         gone = held - sum(rows.lengths)
         event = Event("projected", None, "end", -1, "cut", before, rows.length, booked, True, gone)

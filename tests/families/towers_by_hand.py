@@ -39,6 +39,7 @@ def members(name: str) -> Tensor:
     return members_in(name, shared(name, "eager"))
 
 
+@torch.enable_grad()
 def members_in(name: str, model: nn.Module) -> Tensor:
     """Patches that each token of one crop is made of, bool `[n, N]`: those of which its gradients speak."""
     side = model.config.vision_config.image_size
@@ -49,7 +50,9 @@ def members_in(name: str, model: nn.Module) -> Tensor:
         kept.append(output.detach().requires_grad_())
         return kept[0]
 
-    hook = blocks_of(name, model.model.get_submodule(ROWS[name].tower))[-1].register_forward_hook(leaf)
+    hook = blocks_of(name, model.model.get_submodule(ROWS[name].tower))[-1].register_forward_hook(
+        leaf, prepend=True
+    )  # in front of what the host itself hangs there to record
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(5))
     pixels = pixels.unsqueeze(0) if ROWS[name].lengths_of == "crops" else pixels
     features = model.model.get_image_features(pixels, return_dict=True).pooler_output
