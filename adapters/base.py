@@ -67,7 +67,7 @@ class BlockSpec:
     k: str | None = None
     split: Callable[[Host, Tensor, str], Tensor] | None = None
     rope: Role | None = None
-    rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
+    rotate: Callable[[Host, Any], Callable[[Tensor], Tensor]] | None = None
     through: bool = False
     bounds: Role | None = None
     longest: Role | None = None

@@ -63,7 +63,7 @@ def packed_means(
 
 
 def in_order(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens `[T, ...]` that lie in windows, in the order of the placeholders: token i of the row is token `order[i]`."""
+    """Tokens `[T, ...]` of windows in the order of the placeholders: token i of the row is token `order[i]`."""
     return tokens[order.argsort()]
 
 

@@ -34,8 +34,11 @@ class PackedCuts(PictureCuts):
         assert spec.packed is not None
         self.spans = spec.packed.spans
 
-    def ask(
-        self, run: PackedPass, entry: Entry, taps: TowerTaps  # type: ignore[override]
+    def ask(  # type: ignore[override]
+        self,
+        run: PackedPass,
+        entry: Entry,
+        taps: TowerTaps,
     ) -> tuple[Reduction | None, tuple[Booked, ...]]:
         """As that of a picture's row, group by group of stretches of equal length."""
         made: dict[str, Tensor | None] = {}

@@ -21,7 +21,7 @@ class PackedPass(Pass):
     Attributes:
         segments: the row as it is.
         grids: of the pictures.
-        order: int64 `[units]`, which unit of ``merge ** 2`` patches lies where in the row; None where they lie in order.
+        order: int64 `[units]`, which unit of ``merge ** 2`` patches lies where; None where they lie in order.
         states: what methods noted of tokens, `[1, S, ...]` by (method, name), and
         known: for which segments.
         inside: the block that runs, and the row as it came into it.

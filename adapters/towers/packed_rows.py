@@ -84,7 +84,12 @@ PACKED_ROWS: dict[str, PackedRow] = {
     "qwen3_5_moe_vision": PackedRow("Qwen3_5MoeVisionBlock", block=QWEN_BLOCK),
     "glm4v_vision": PackedRow("Glm4vVisionBlock", block=QWEN_BLOCK),
     "paddleocr_vl_vision": PackedRow(
-        "PaddleOCRVisionEncoderLayer", "vision_model.embeddings.patch_embedding", inside=False, block=PADDLE_BLOCK, told="vision_model", **_FIELDS
+        "PaddleOCRVisionEncoderLayer",
+        "vision_model.embeddings.patch_embedding",
+        inside=False,
+        block=PADDLE_BLOCK,
+        told="vision_model",
+        **_FIELDS,
     ),
     # One row with a mask of blocks: the products are those of the whole row.
     "pixtral": PackedRow(

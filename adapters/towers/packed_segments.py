@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -73,7 +73,7 @@ class Segments:
         """
         ends = list(accumulate(segment.n for segment in self.items))
         found, at = [], 0
-        for begin, end in zip(bounds[:-1], bounds[1:]):
+        for begin, end in pairwise(bounds):
             while begin >= ends[at]:
                 at += 1
             found.append(replace(self.items[at], entered=end - begin, n=end - begin, grid=None))
@@ -139,4 +139,3 @@ class Segments:
         for segment in self.items:
             sums[segment.frame] = sums.get(segment.frame, 0) + segment.n
         return [sums[segment.frame] for segment in self.items]
-

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,38 +52,44 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> 
 
 
 def _of_group(taps: TowerTaps, group: Group) -> TowerTaps:
-    """Taps of some stretches as rows of their own."""
+    """Taps of some stretches as rows of their own, `[b, H, n, d]`."""
     at = group.columns
 
-    def heads(x: Tensor) -> Tensor:  # [1, H, S, d] to [b, H, n, d]
+    def heads(x: Tensor) -> Tensor:
         return x[0][:, at].transpose(0, 1)
 
-    turned: list[Tensor] = []
-
-    def both() -> Sequence[Tensor]:
-        if not turned:
-            turned.extend(heads(x) for x in taps.rotated())
-        return turned
-
-    def rotate(x: Tensor) -> Tensor:
-        # The rotary table is one of the whole row.
-        q, k = both()
-        return q if x is queries else k
-
-    queries, keys = heads(taps.q()), heads(taps.k())
-    bias = None if taps.bias is None else taps.bias[0, 0, 0, at][:, None, None]
-    row = TowerRow(0, group.n)
-    return replace(
-        taps,
-        row=row,
-        tokens=taps.tokens[0, at],
-        q=lambda: queries,
-        k=lambda: keys,
-        bias=bias,
-        rotate=None if taps.rotate is None else rotate,
-        left=None,
-        cuts=(),
+    # The rotary table is one of the whole row, so that q and k are turned before they are taken apart.
+    turn = (lambda x: x) if taps.rotate is None else taps.rotate
+    return _Turned(
+        TowerRow(0, group.n),
+        taps.tokens[0, at],
+        lambda: heads(taps.q()),
+        lambda: heads(taps.k()),
+        taps.scale,
+        None if taps.bias is None else taps.bias[0, 0, 0, at][:, None, None],
+        classed=taps.classed,
+        both=lambda: (heads(turn(taps.q())), heads(turn(taps.k()))),
+        key=lambda: heads(turn(taps.k())),
     )
+
+
+@dataclass
+class _Turned(TowerTaps):
+    """Taps that are told what q and k are behind rope.
+
+    Attributes:
+        both: gives q and k as the attention uses them, and
+        key: k alone.
+    """
+
+    both: Callable[[], tuple[Tensor, Tensor]] = field(kw_only=True)
+    key: Callable[[], Tensor] = field(kw_only=True)
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        return self.both()
+
+    def turned(self) -> Tensor:
+        return self.key()
 
 
 def _shares(segments: Segments, span: str, device: torch.device) -> Tensor:

@@ -22,8 +22,8 @@ class PackedTower(Tower):
     """Drives a packed tower.
 
     Methods are shown the finest stretches of patches that see each other, and each is shortened by itself; the
-    boundaries that blocks are told, rotary tables and masks follow. Behind the last block, and for what reads the row in
-    between, every patch gets its slot's features.
+    boundaries that blocks are told, rotary tables and masks follow. Behind the last block, and for what reads the row
+    in between, every patch gets its slot's features.
 
     Args:
         attachment: whose hooks and methods.
@@ -92,7 +92,7 @@ class PackedTower(Tower):
             changes[longest] = int(record.bounds.diff().max())
         return changes
 
-    def mask(
+    def masked(
         self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The host's mask of blocks at the tokens that are left, with what proportional attention adds."""

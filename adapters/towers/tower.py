@@ -195,9 +195,9 @@ class Tower:
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
             record.shown = shown if record.moved or record.bias is not None else None
-        return self.mask(record, x, arguments, args, kwargs)
+        return self.masked(record, x, arguments, args, kwargs)
 
-    def mask(
+    def masked(
         self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The attention's arguments with the mask that fits its rows; None where the host's own does.

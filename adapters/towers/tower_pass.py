@@ -75,7 +75,7 @@ class Pass:
     run: StageRun
     records: dict[int, LayerRecord] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
-    tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     grad: bool = False
     autocast: torch.dtype | None = None

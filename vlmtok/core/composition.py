@@ -17,7 +17,7 @@ def compose(first: ReductionData, second: ReductionData, size: Tensor | None) ->
     weighted = first.keep_weight is not None or second.keep_weight is not None
     a, b = first, second
     if weighted:
-        a, b = weighted(first, size), weighted(second, _sizes(first, size))
+        a, b = with_weights(first, size), with_weights(second, _sizes(first, size))
     keep = a.keep.gather(1, b.keep)
     slot, scale = _where(b, a.slots)
     parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -55,7 +55,7 @@ def _sizes(plan: ReductionData, size: Tensor | None) -> Tensor:
     return apply(plan, size.unsqueeze(-1).expand(-1, size.shape[1], 1), size, None, 0, 0)[1]
 
 
-def weighted(plan: ReductionData, size: Tensor | None) -> ReductionData:
+def with_weights(plan: ReductionData, size: Tensor | None) -> ReductionData:
     """The same reduction with its weights written out."""
     if plan.keep_weight is not None:
         return plan
