@@ -48,6 +48,8 @@ class BlockSpec:
         rope: the block's argument with a rotary table, or None.
         rotate: from the attention and a table, what rotates `[B, H, L, d]`.
         through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
+        by_name: whether its attention has no argument for a bias, but looks its function up by the name in its
+            configuration, where one can be brought in (see `towers.sized_attention`).
     """
 
     norm: str
@@ -67,6 +69,12 @@ class BlockSpec:
     rope: Role | None = None
     rotate: Callable[[Host, Tensor], Callable[[Tensor], Tensor]] | None = None
     through: bool = False
+    by_name: bool = False
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether something can be added to the logits of its keys."""
+        return self.bias is not None or self.by_name
 
 
 @dataclass(frozen=True)

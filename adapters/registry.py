@@ -32,6 +32,8 @@ ROWS: dict[tuple[str, str], str] = {
     ("transformers.models.vit.modeling_vit", "ViTForImageClassification"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2ForImageClassification"): f"{_HF}:HFVision",
+    ("transformers.models.blip_2.modeling_blip_2", "Blip2VisionModel"): f"{_HF}:HFVision",
+    ("transformers.models.instructblip.modeling_instructblip", "InstructBlipVisionModel"): f"{_HF}:HFVision",
 }
 
 REFUSED: dict[tuple[str, str], str] = {

@@ -166,7 +166,7 @@ def _open_clip(model: nn.Module) -> Vision:
 def _hf_block(block: nn.Module) -> Block:
     kind = type(block).__name__
     attn = block.self_attn if hasattr(block, "self_attn") else block.attention
-    out = attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj
+    out = next(getattr(attn, name) for name in ("out_proj", "o_proj", "projection") if hasattr(attn, name))
     heads = int(attn.config.num_attention_heads)
     norms = {
         "ViTLayer": ("layernorm_before", "layernorm_after"),
@@ -176,7 +176,9 @@ def _hf_block(block: nn.Module) -> Block:
     two = block.layer_scale2 if kind == "Dinov2Layer" else (lambda x: x)
     return Block(
         getattr(block, norms[0]),
-        _apart(attn.q_proj, attn.k_proj, attn.v_proj, heads),
+        _fused(attn.qkv.weight, attn.qkv.bias, heads)
+        if hasattr(attn, "qkv")
+        else _apart(attn.q_proj, attn.k_proj, attn.v_proj, heads),
         (int(attn.config.hidden_size) // heads) ** -0.5,
         lambda x: one(out(x)),
         getattr(block, norms[1]),
@@ -199,6 +201,9 @@ def hf_tower(model: nn.Module) -> Vision:
         )
     if "Siglip" in type(tower).__name__:
         return Vision(tower.embeddings, blocks, 0, tower.post_layernorm, tower.head, grid=(side, side))
+    if "Blip" in type(tower).__name__:
+        norm = tower.post_layernorm
+        return Vision(tower.embeddings, blocks, 1, norm, lambda x: norm(x[:, 0]), grid=(side, side))
     heads = {
         "ViTModel": lambda x: model.pooler(x),
         "ViTForImageClassification": lambda x: model.classifier(x[:, 0]),

@@ -228,6 +228,8 @@ def _hf(kind: str, attention: str = "sdpa") -> nn.Module:
     elif kind == "Dinov2Model":
         sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
         made = tf.Dinov2Model(tf.Dinov2Config(**sizes, **own, layerscale_value=0.5))
+    elif kind == "Blip2VisionModel":
+        made = tf.Blip2VisionModel(tf.Blip2VisionConfig(**SIZES, **own))
     elif kind == "CLIPModel":
         made = tf.CLIPModel(tf.CLIPConfig(vision_config=SIZES, text_config=text, projection_dim=24, **own))
     else:
@@ -264,6 +266,7 @@ HF = (
         1,
     ),
     Tower("HF DINOv2", lambda: _hf("Dinov2Model"), _pooled, _last, 1),
+    Tower("HF BLIP-2 vision", lambda: _hf("Blip2VisionModel"), _pooled, _last, 1),
     Tower("HF CLIPModel", lambda: _hf("CLIPModel"), _image_features, _below, 1),
     Tower("HF SiglipModel", lambda: _hf("SiglipModel"), _image_features, _below, 0),
 )
