@@ -16,6 +16,7 @@ _HF = "towers.hf_vit"
 ROWS: dict[tuple[str, str], str] = {
     ("timm.models.vision_transformer", "VisionTransformer"): f"{_TIMM}:TimmViT",
     ("timm.models.eva", "Eva"): f"{_TIMM}:TimmEva",
+    ("timm.models.naflexvit", "NaFlexVit"): "towers.timm_naflex:TimmNaFlex",
     ("open_clip.model", "CLIP"): f"{_OPEN_CLIP}:OpenClip",
     ("open_clip.model", "CustomTextCLIP"): f"{_OPEN_CLIP}:OpenClip",
     ("open_clip.coca_model", "CoCa"): f"{_OPEN_CLIP}:OpenClip",
@@ -46,7 +47,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("timm.models.vision_transformer_relpos", "VisionTransformerRelPos"): (
         "its relative position bias is a fixed table over all patches"
     ),
-    ("timm.models.naflexvit", "NaFlexVit"): "its attention masks and its pooling follow the padded patches by position",
     ("timm.models.hiera", "Hiera"): "its stages pool the grid of patches",
     ("timm.models.cait", "Cait"): "its talking heads and its class attention take no bias",
     ("timm.models.xcit", "Xcit"): "its attention runs over channels and its convolutions need the grid",

@@ -101,7 +101,7 @@ def visible_keys(
     mask = arguments.get(hosts.BIAS, args, kwargs)
     if arguments.get(hosts.CAUSAL, args, kwargs):
         raise PassError(f"the {stage} tower was called as a causal one; call the compressed model without that")
-    if mask is None or (masked and isinstance(mask, Tensor) and _hides_nothing(mask)):
+    if mask is None or (masked and isinstance(mask, Tensor) and hides_nothing(mask)):
         return None
     visible = _by_key(mask) if padded and isinstance(mask, Tensor) else None
     if visible is not None:
@@ -126,7 +126,7 @@ def _by_key(mask: Tensor) -> Tensor | None:
     return shown if bool(shown.any(1).all()) else None
 
 
-def _hides_nothing(mask: Tensor) -> bool:
+def hides_nothing(mask: Tensor) -> bool:
     """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
     if mask.dtype == torch.bool or mask.dim() == 2:  # flash attention takes one number a token, not what is added
         seen = mask.bool().all()

@@ -103,11 +103,17 @@ def _timm_block(block: nn.Module) -> Block:
 
 
 def _timm(model: nn.Module) -> Vision:
+    naflex = hasattr(model, "embeds")
+
     def embed(x: Tensor) -> Tensor:
+        if naflex:
+            return model.norm_pre(model.embeds(x)[0])
         made = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(made[0] if isinstance(made, tuple) else made)
 
     def rope(x: Tensor) -> tuple[Tensor, Tensor]:
+        if naflex:
+            return model.rope.get_embed(shape=model.embeds(x)[1]).chunk(2, -1)
         return model._pos_embed(model.patch_embed(x))[1].chunk(2, -1)
 
     def mean(x: Tensor, size: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ def _timm(model: nn.Module) -> Vision:
         model.forward_head,
         rope if rotary else None,
         bool(rotary and getattr(model.blocks[0].attn, "rotate_half", False)),
-        tuple(model.patch_embed.grid_size),
+        tuple(model.embeds.pos_embed_grid_size if naflex else model.patch_embed.grid_size),
         mean if model.global_pool == "avg" else None,
     )
 

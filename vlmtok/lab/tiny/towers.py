@@ -133,6 +133,8 @@ TIMM = (
     _timm_tower("timm EVA-02", "eva02_base_patch14_224", 1),
     _timm_tower("timm PE", "vit_pe_core_tiny_patch16_384", 1),
     _timm_tower("timm DINOv3", "vit_small_patch16_dinov3", 5),
+    _timm_tower("timm NaFlexVit", "naflexvit_base_patch16_gap", 4, pos_embed_grid_size=(SIDE // PATCH, SIDE // PATCH)),
+    _timm_tower("timm NaFlexVit rope", "naflexvit_base_patch16_map", 1, rope_type="axial", pos_embed_grid_size=(6, 6)),
 )
 
 
