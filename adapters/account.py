@@ -90,11 +90,12 @@ def tower_shape(model: nn.Module, spec: TowerSpec, stem: nn.Module | None, parts
     """
     patches = 0 if spec.grid is None else spec.grid[0] * spec.grid[1]
     weight = getattr(stem, "weight", None)
+    embedded = weights(stem) if stem is not None and is_linear(stem) else 0 if weight is None else weight.numel()
     return TowerShape(
         blocks=block_shapes(spec.block, spec.blocks, spec.width),
         tokens=spec.num_prefix + patches,
         protected=spec.num_prefix,
-        stem=0 if weight is None else weight.numel(),
+        stem=embedded,
         parts=tuple(parts),
         recomputed=spec.block.q is None,
         fused=getattr(child(spec.blocks[0], spec.block.attn), "qkv", None) is not None,

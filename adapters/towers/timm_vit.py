@@ -116,7 +116,7 @@ def _pools(model: Host) -> tuple[tuple[MeanPool | AttentionPool, ...], str]:
         return (), f"{type(model).__name__} pools in a way of its own"
     skip = 0 if getattr(model, "pool_include_prefix", False) else int(model.num_prefix_tokens)
     if attention is not None:
-        if type(attention).__name__ != "AttentionPoolLatent":
+        if not forms.known(attention, ("timm.layers:AttentionPoolLatent",)):
             return (), f"{type(attention).__name__} takes no bias on its keys"
         skip = skip if hasattr(model, "pool_include_prefix") else 0  # Eva's reads the whole row
         return (AttentionPool(model, attention, hosts.BIAS, 4, skip, model.norm),), ""
@@ -134,7 +134,7 @@ class TimmViT(Adapter):
     name = "timm-vit"
     targets = (("timm.models.vision_transformer", "VisionTransformer"),)
     block = VIT_BLOCK
-    blocks = ("timm.models.vision_transformer:Block",)
+    blocks: tuple[str, ...] = ("timm.models.vision_transformer:Block",)
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
