@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import UnsupportedModel, VlmtokWarning
 from .base import Adapter
-from .registry import REFUSED, ROWS, class_names, listed, unwrap
+from .refused import REFUSED
+from .registry import ROWS, class_names, listed, unwrap
 from .wholes import wholes
 
 

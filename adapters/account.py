@@ -90,11 +90,12 @@ def tower_shape(model: nn.Module, spec: TowerSpec, stem: nn.Module | None, parts
     """
     patches = 0 if spec.grid is None else spec.grid[0] * spec.grid[1]
     weight = getattr(stem, "weight", None)
+    embedded = weights(stem) if stem is not None and is_linear(stem) else 0 if weight is None else weight.numel()
     return TowerShape(
         blocks=block_shapes(spec.block, spec.blocks, spec.width),
         tokens=spec.num_prefix + patches,
         protected=spec.num_prefix,
-        stem=0 if weight is None else weight.numel(),
+        stem=embedded,
         parts=tuple(parts),
         recomputed=spec.block.q is None,
         fused=getattr(child(spec.blocks[0], spec.block.attn), "qkv", None) is not None,
@@ -150,10 +151,18 @@ def multihead_pool(name: str, attn: nn.MultiheadAttention, queries: int, rest: i
     return Part(name, row, width * ((attn.kdim or width) + (attn.vdim or width)) + 2 * queries * width, 0, path)
 
 
-def latent_pool(name: str, pool: Any, path: str) -> Part:
-    """timm's attention pooling: learned queries (`AttentionPoolLatent`), or none but the tokens themselves (`Prr`)."""
+def latent_pool(name: str, pool: Any, path: str, skip: int = 0) -> Part:
+    """timm's attention pooling: learned queries (`AttentionPoolLatent`), or none but the tokens themselves (`Prr`).
+
+    Args:
+        name: of the part.
+        pool: the pooling.
+        path: of the module.
+        skip: tokens in front that learned queries do not see.
+    """
     inner = int(pool.num_heads) * int(pool.head_dim)
     if not hasattr(pool, "kv"):
         return Part(name, 0, 0, 2 * inner, path)
-    queries, token = int(pool.latent_len), weights(pool.kv)
-    return Part(name, queries * (weights(pool) - token), token + 2 * queries * inner, 0, path)
+    queries, linear = int(pool.latent_len), weights(pool.kv)
+    token = linear + 2 * queries * inner
+    return Part(name, queries * (weights(pool) - linear) - skip * token, token, 0, path)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import UnsupportedModel
 from .base import Adapter, Host
+from .refused import REFUSED
 
 _TIMM = "towers.timm_vit"
 _OPEN_CLIP = "towers.open_clip_vit"
@@ -16,6 +17,7 @@ _HF = "towers.hf_vit"
 ROWS: dict[tuple[str, str], str] = {
     ("timm.models.vision_transformer", "VisionTransformer"): f"{_TIMM}:TimmViT",
     ("timm.models.eva", "Eva"): f"{_TIMM}:TimmEva",
+    ("timm.models.naflexvit", "NaFlexVit"): "towers.timm_naflex:TimmNaFlex",
     ("open_clip.model", "CLIP"): f"{_OPEN_CLIP}:OpenClip",
     ("open_clip.model", "CustomTextCLIP"): f"{_OPEN_CLIP}:OpenClip",
     ("open_clip.coca_model", "CoCa"): f"{_OPEN_CLIP}:OpenClip",
@@ -32,25 +34,8 @@ ROWS: dict[tuple[str, str], str] = {
     ("transformers.models.vit.modeling_vit", "ViTForImageClassification"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"): f"{_HF}:HFVision",
     ("transformers.models.dinov2.modeling_dinov2", "Dinov2ForImageClassification"): f"{_HF}:HFVision",
-}
-
-REFUSED: dict[tuple[str, str], str] = {
-    ("timm.models.beit", "Beit"): "its relative position bias is a fixed table over all patches",
-    ("timm.models.swin_transformer", "SwinTransformer"): "its shifted windows need the whole grid of patches",
-    ("timm.models.swin_transformer_v2", "SwinTransformerV2"): "its shifted windows need the whole grid of patches",
-    ("timm.models.vision_transformer_sam", "VisionTransformerSAM"): (
-        "its windowed attention and its neck need the whole grid of patches"
-    ),
-    ("timm.models.vision_transformer_relpos", "VisionTransformerRelPos"): (
-        "its relative position bias is a fixed table over all patches"
-    ),
-    ("timm.models.naflexvit", "NaFlexVit"): "its attention masks and its pooling follow the padded patches by position",
-    ("timm.models.hiera", "Hiera"): "its stages pool the grid of patches",
-    ("timm.models.cait", "Cait"): "its talking heads and its class attention take no bias",
-    ("timm.models.xcit", "Xcit"): "its attention runs over channels and its convolutions need the grid",
-    ("torch.nn.parallel.data_parallel", "DataParallel"): (
-        "its replicas share hooks across threads; use one process a device"
-    ),
+    ("transformers.models.blip_2.modeling_blip_2", "Blip2VisionModel"): f"{_HF}:HFVision",
+    ("transformers.models.instructblip.modeling_instructblip", "InstructBlipVisionModel"): f"{_HF}:HFVision",
 }
 
 

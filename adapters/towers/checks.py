@@ -28,7 +28,7 @@ def check_key_bias(entries: Iterable[Entry], spec: TowerSpec) -> None:
         UnsupportedModel: the block has no such argument, or its attention is of a form that is not known.
     """
     asking = [type(entry.method).__name__ for entry in entries if entry.method.proportional]
-    why = "it takes no bias on the keys" if spec.block.bias is None else forms.strange(spec)
+    why = "it takes no bias on the keys" if not spec.block.takes_bias else forms.strange(spec)
     if asking and why:
         raise UnsupportedModel(
             f"{asking[0]} wants proportional attention, but with the attention of this tower that is not possible: "
@@ -102,7 +102,7 @@ def visible_keys(
     mask = arguments.get(hosts.BIAS, args, kwargs)
     if arguments.get(hosts.CAUSAL, args, kwargs):
         raise PassError(f"the {stage} tower was called as a causal one; call the compressed model without that")
-    if mask is None or (masked and isinstance(mask, Tensor) and _hides_nothing(mask)):
+    if mask is None or (masked and isinstance(mask, Tensor) and hides_nothing(mask)):
         return None
     visible = _by_key(mask) if padded and isinstance(mask, Tensor) else None
     if visible is not None:
@@ -127,7 +127,7 @@ def _by_key(mask: Tensor) -> Tensor | None:
     return shown if bool(shown.any(1).all()) else None
 
 
-def _hides_nothing(mask: Tensor) -> bool:
+def hides_nothing(mask: Tensor) -> bool:
     """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
     if mask.dtype == torch.bool or mask.dim() == 2:  # flash attention takes one number a token, not what is added
         seen = mask.bool().all()

@@ -98,6 +98,7 @@ BLIP2_BLOCK = replace(
     k="qkv",
     split=_split,
     bias=None,
+    by_name=True,
     forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
 )
 

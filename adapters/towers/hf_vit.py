@@ -1,4 +1,4 @@
-"""transformers: CLIP, SigLIP, ViT and DINOv2 vision models, alone or in a dual encoder. A family is a row."""
+"""transformers: CLIP, SigLIP, ViT, DINOv2 and BLIP-2 vision models, alone or in a dual encoder. A family is a row."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class HFVision(Adapter):
         ("transformers.models.siglip.modeling_siglip", "SiglipVisionModel"),
         ("transformers.models.vit.modeling_vit", "ViTModel"),
         ("transformers.models.dinov2.modeling_dinov2", "Dinov2Model"),
+        ("transformers.models.blip_2.modeling_blip_2", "Blip2VisionModel"),
+        ("transformers.models.instructblip.modeling_instructblip", "InstructBlipVisionModel"),
     )
 
     def tower(self) -> TowerSpec:

@@ -20,6 +20,14 @@ from .checks import check_input, visible_keys
 from .tower_pass import Pass, autocast_dtype
 
 
+def _map_of(output: Any) -> tuple[int, int] | None:
+    """Rows and columns of what a patch embedding made: of a map `[B, C, rows, columns]`, or said beside the tokens."""
+    if isinstance(output, tuple):
+        said = output[-1]
+        return (int(said[0]), int(said[1])) if isinstance(said, (tuple, list)) and len(said) == 2 else None
+    return (output.shape[-2], output.shape[-1]) if isinstance(output, Tensor) and output.dim() == 4 else None
+
+
 @dataclass
 class LastMap:
     """Rows and columns of the patches of the pixels that came last in a thread, until its pass takes them."""
@@ -50,8 +58,7 @@ class PictureIntake:
     def embed(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Hook on the patch embedding: notes rows and columns of the pictures that come in."""
         if not replaying():
-            shape = output.shape if isinstance(output, Tensor) and output.dim() == 4 else ()
-            self.maps.mine().size = (shape[-2], shape[-1]) if shape else None
+            self.maps.mine().size = _map_of(output)
 
     def begin(
         self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], watch: BlockOrder

@@ -23,6 +23,7 @@ from ...errors import ParameterError, PassError, UnsupportedModel, VlmtokWarning
 from .. import host_objects, hosts
 from ..base import AttentionPool, Host, MeanPool, TowerSpec
 from ..hosts import Arguments
+from .checks import hides_nothing
 from .pool_notes import Noted, PoolState, nearest
 from .running import RunningPasses
 
@@ -243,7 +244,8 @@ class AttentionHooks(PoolHooks):
             size = None if noted is None else noted.size
         if size is None:
             return None
-        if self.arguments.get(self.bias, args, kwargs) is not None:
+        mask = self.arguments.get(self.bias, args, kwargs)
+        if mask is not None and not hides_nothing(mask):
             raise hosts.changed(module, "a pool comes with an attention mask of the host's own")
         bias = size[:, self.skip :].log().to(x.dtype)
         bias = bias[:, None, None] if self.rank == 4 else bias

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.site import Layout
 from .. import forms, hosts
@@ -87,7 +87,11 @@ VIT_BLOCK = BlockSpec(**_BLOCK)
 EVA_BLOCK = BlockSpec(**_BLOCK, rope=hosts.ROPE, rotate=_rotate)
 
 
-_POOLED = ("timm.models.vision_transformer:VisionTransformer", "timm.models.eva:Eva")
+_POOLED = (
+    "timm.models.vision_transformer:VisionTransformer",
+    "timm.models.eva:Eva",
+    "timm.models.naflexvit:NaFlexVit",
+)
 """Classes whose `forward`, `forward_head` and `pool` are known to pool by `global_pool` what `norm` gives."""
 
 
@@ -107,11 +111,12 @@ def _pools(model: Host) -> tuple[tuple[MeanPool | AttentionPool, ...], str]:
     kind, attention = model.global_pool, getattr(model, "attn_pool", None)
     if attention is None and kind not in ("avg", "avgmax"):
         return (), ""
-    if any(forms.maker(model, name) not in _POOLED for name in ("forward", "forward_head", "pool")):
+    own = "pool" if hasattr(model, "pool") else "_pool"
+    if any(forms.maker(model, name) not in _POOLED for name in ("forward", "forward_head", own)):
         return (), f"{type(model).__name__} pools in a way of its own"
     skip = 0 if getattr(model, "pool_include_prefix", False) else int(model.num_prefix_tokens)
     if attention is not None:
-        if type(attention).__name__ != "AttentionPoolLatent":
+        if not forms.known(attention, ("timm.layers:AttentionPoolLatent",)):
             return (), f"{type(attention).__name__} takes no bias on its keys"
         skip = skip if hasattr(model, "pool_include_prefix") else 0  # Eva's reads the whole row
         return (AttentionPool(model, attention, hosts.BIAS, 4, skip, model.norm),), ""
@@ -129,7 +134,7 @@ class TimmViT(Adapter):
     name = "timm-vit"
     targets = (("timm.models.vision_transformer", "VisionTransformer"),)
     block = VIT_BLOCK
-    blocks = ("timm.models.vision_transformer:Block",)
+    blocks: tuple[str, ...] = ("timm.models.vision_transformer:Block",)
 
     def __init__(self, model: Host) -> None:
         super().__init__(model)
@@ -150,19 +155,38 @@ class TimmViT(Adapter):
         if not len(model.blocks):
             raise self.refuse("it has no blocks")
 
+    def block_spec(self) -> BlockSpec:
+        """Hook points of its blocks."""
+        return self.block
+
+    def embedding(self) -> nn.Module | None:
+        """The module that makes tokens of pictures."""
+        return getattr(self.model, "patch_embed", None)
+
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of the configured size; None where it is made for any."""
+        return getattr(self.embedding(), "grid_size", None)
+
+    def stem(self) -> nn.Module | None:
+        """The module from whose output the grid of a picture is read."""
+        return getattr(self.embedding(), "proj", None)
+
     def tower(self) -> TowerSpec:
         """The tower as data."""
-        model = self.model
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        return self._spec()
+
+    def _spec(self, masked: bool = False) -> TowerSpec:
+        model, grid = self.model, self.grid()
         pools, unpooled = _pools(model)
         return TowerSpec(
-            block=self.block,
+            block=self.block_spec(),
             blocks=tuple(map(forms.inner, model.blocks)),
             num_prefix=int(model.num_prefix_tokens),
             width=int(model.embed_dim),
             heads=int(forms.inner(model.blocks[0]).attn.num_heads),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            stem=getattr(getattr(model, "patch_embed", None), "proj", None),
+            stem=self.stem(),
+            masked=masked,
             maps=(type(model).forward_intermediates,),
             has_class_token=bool(getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None)),
             pools=pools,

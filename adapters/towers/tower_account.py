@@ -22,7 +22,7 @@ from ..account import (
     tower_shape,
     weights,
 )
-from ..base import TowerSpec
+from ..base import AttentionPool, TowerSpec
 
 
 def of_timm(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> ModelShape:
@@ -35,12 +35,14 @@ def of_timm(adapter: Any, prefix: str = "", model: nn.Module | None = None) -> M
     """
     trunk, spec = adapter.model, adapter.tower()
     pool = getattr(trunk, "attn_pool", None)
-    parts = [] if pool is None else [latent_pool("pool", pool, f"{prefix}attn_pool")]
-    outside = [trunk.patch_embed, *spec.blocks, *([] if pool is None else [pool])]
+    skip = next((p.skip for p in spec.pools if isinstance(p, AttentionPool)), 0)
+    parts = [] if pool is None else [latent_pool("pool", pool, f"{prefix}attn_pool", skip)]
+    embedding = adapter.embedding()
+    outside = [embedding, *spec.blocks, *([] if pool is None else [pool])]
     parts += [Part(part.name, part.row, path=prefix + part.path) for part in heads(trunk, outside)]
-    stem = getattr(trunk.patch_embed, "proj", None)
+    stem = getattr(embedding, "proj", None)
     uncounted = []
-    if hasattr(trunk.patch_embed, "backbone"):
+    if hasattr(embedding, "backbone"):
         uncounted = [Uncounted("the convolutions in front of the patch embedding are not counted")]
     tower = tower_shape(model or trunk, spec, stem, parts)
     return ModelShape(class_name(model or trunk), adapter.layout(), tower, uncounted=tuple(uncounted))

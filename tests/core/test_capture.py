@@ -21,7 +21,16 @@ from vlmtok.errors import PassError, UnsupportedModel, VlmtokError
 
 PLAIN = "random:keep=0.5"
 SPECS = ("tome:r=4", "tome:r=4:prop_attn=false", "pitome:ratio=0.8", "crossget:rv=6", PLAIN)
-FEW = ("timm ViT", "timm EVA-02", "timm SigLIP", "open_clip CLIP", "HF CLIP vision", "HF ViT", "HF DINOv2")
+FEW = (
+    "timm ViT",
+    "timm EVA-02",
+    "timm SigLIP",
+    "open_clip CLIP",
+    "HF CLIP vision",
+    "HF ViT",
+    "HF DINOv2",
+    "HF BLIP-2 vision",
+)
 
 
 def compressed(name: str, spec: str) -> tuple[models.Tower, nn.Module, vlmtok.Compression]:

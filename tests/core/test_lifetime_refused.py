@@ -152,7 +152,6 @@ def test_what_no_adapter_carries_is_said(model, named):
         ("swin_tiny_patch4_window7_224", {}, "window"),
         ("samvit_base_patch16", {}, "window|grid"),
         ("vit_relpos_small_patch16_224", {}, "relative position"),
-        ("naflexvit_base_patch16_gap", {}, "mask|position"),
         ("cait_xxs24_224", {}, "talking heads|class attention"),
         ("xcit_nano_12_p16_224", {}, "channels"),
         ("hiera_tiny_224", {}, "pool"),

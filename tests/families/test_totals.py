@@ -88,10 +88,11 @@ def test_clips_are_counted_whole(name):
     check(built(name), batch(name, "clips").inputs())
 
 
+@pytest.mark.parametrize("spec", ["pitome:ratio=0.9", "pitome:ratio=0.9:prop_attn=false"])
 @pytest.mark.parametrize("name", TOWER_ONLY)
-def test_what_reads_a_tower_and_is_not_counted_leaves_no_total(name):
+def test_what_reads_a_tower_and_is_not_counted_leaves_no_total(name, spec):
     family = TOWER_ONLY[name]
-    report = check(built(name), family.batch(*family.rows).inputs(), "pitome:ratio=0.9:prop_attn=false")
+    report = check(built(name), family.batch(*family.rows).inputs(), spec)
     assert [reason.split()[0] for reason in report.missing] == ["qformer", "language_projection", "language_model"]
 
 

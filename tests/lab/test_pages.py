@@ -9,7 +9,7 @@ import pytest
 import typer
 from support.places import ROOT
 from vlmtok.adapters.language.families import EXAMPLES, REFUSED, ROWS
-from vlmtok.adapters.registry import REFUSED as REFUSED_CLASSES
+from vlmtok.adapters.refused import REFUSED as REFUSED_CLASSES
 from vlmtok.adapters.registry import ROWS as CLASSES
 
 import vlmtok

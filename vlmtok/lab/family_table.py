@@ -41,7 +41,7 @@ def _adapter_name(where: str) -> str:
 def families() -> list[dict[str, Any]]:
     """Vision-language families of transformers: stages in which tokens can leave, or why they cannot."""
     from ..adapters.language import families as vlm_rows
-    from ..adapters.registry import REFUSED
+    from ..adapters.refused import REFUSED
 
     found: list[dict[str, Any]] = []
     for name, spec in vlm_rows.ROWS.items():

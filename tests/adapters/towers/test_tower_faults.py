@@ -79,7 +79,9 @@ def test_differential_attention_of_timm_is_refused_by_name() -> None:
         assert_differs(model(torch.ones(1, 3, 48, 48)), model.forward_head(torch.zeros(1, 37, 32)))
 
 
-@pytest.mark.parametrize("name", ["HF CLIP vision", "HF SigLIP vision", "HF ViT", "HF DINOv2", "HF CLIPModel"])
+@pytest.mark.parametrize(
+    "name", ["HF CLIP vision", "HF SigLIP vision", "HF ViT", "HF DINOv2", "HF BLIP-2 vision", "HF CLIPModel"]
+)
 def test_attention_functions_of_transformers(name: str) -> None:
     """Flash and flex attention are the same function of q and k; what else is registered may be anything."""
     from transformers import AttentionInterface
@@ -187,7 +189,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("order", ["shard, compress", "compress, shard"])
 @pytest.mark.parametrize("spec", WRAPPED)
-@pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02", "open_clip CLIP", "HF CLIPModel", "HF DINOv2"])
+@pytest.mark.parametrize("name", ["timm ViT", "timm EVA-02", "open_clip CLIP", "HF CLIPModel", "HF BLIP-2 vision"])
 def test_fully_sharded_models(one_process: None, name: str, spec: str, order: str) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -18,6 +18,7 @@ TRAINED = [
     "open_clip CustomTextCLIP",
     "HF CLIP vision",
     "HF DINOv2",
+    "HF BLIP-2 vision",
 ]
 METHODS = ["tome:r=6", "pitome:ratio=0.8", "pitome:ratio=0.8:point=end:weighted=false", "tca:ratio=0.6:update=false"]
 

@@ -169,7 +169,7 @@ def test_rows_of_every_block_go_back_to_the_grid(name: str, merge: bool) -> None
 
 
 @pytest.mark.parametrize("spec", ["tome:r=4", "random:keep=0.5", "pitome:ratio=0.8"])
-@pytest.mark.parametrize("name", ["HF CLIP vision", "HF SigLIP vision", "HF DINOv2", "HF ViT"])
+@pytest.mark.parametrize("name", ["HF CLIP vision", "HF SigLIP vision", "HF DINOv2", "HF ViT", "HF BLIP-2 vision"])
 def test_hidden_states_of_transformers_are_rows_as_cut(name: str, spec: str) -> None:
     """One rule for every field: hidden state i + 1 is what block i gave, and the last is what follows it."""
     tower, model = models.TOWERS[name], models.fresh(name)

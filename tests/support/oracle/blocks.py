@@ -103,11 +103,17 @@ def _timm_block(block: nn.Module) -> Block:
 
 
 def _timm(model: nn.Module) -> Vision:
+    naflex = hasattr(model, "embeds")
+
     def embed(x: Tensor) -> Tensor:
+        if naflex:
+            return model.norm_pre(model.embeds(x)[0])
         made = model._pos_embed(model.patch_embed(x))
         return model.norm_pre(made[0] if isinstance(made, tuple) else made)
 
     def rope(x: Tensor) -> tuple[Tensor, Tensor]:
+        if naflex:
+            return model.rope.get_embed(shape=model.embeds(x)[1]).chunk(2, -1)
         return model._pos_embed(model.patch_embed(x))[1].chunk(2, -1)
 
     def mean(x: Tensor, size: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ def _timm(model: nn.Module) -> Vision:
         model.forward_head,
         rope if rotary else None,
         bool(rotary and getattr(model.blocks[0].attn, "rotate_half", False)),
-        tuple(model.patch_embed.grid_size),
+        tuple(model.embeds.pos_embed_grid_size if naflex else model.patch_embed.grid_size),
         mean if model.global_pool == "avg" else None,
     )
 
@@ -166,7 +172,7 @@ def _open_clip(model: nn.Module) -> Vision:
 def _hf_block(block: nn.Module) -> Block:
     kind = type(block).__name__
     attn = block.self_attn if hasattr(block, "self_attn") else block.attention
-    out = attn.out_proj if hasattr(attn, "out_proj") else attn.o_proj
+    out = next(getattr(attn, name) for name in ("out_proj", "o_proj", "projection") if hasattr(attn, name))
     heads = int(attn.config.num_attention_heads)
     norms = {
         "ViTLayer": ("layernorm_before", "layernorm_after"),
@@ -176,7 +182,9 @@ def _hf_block(block: nn.Module) -> Block:
     two = block.layer_scale2 if kind == "Dinov2Layer" else (lambda x: x)
     return Block(
         getattr(block, norms[0]),
-        _apart(attn.q_proj, attn.k_proj, attn.v_proj, heads),
+        _fused(attn.qkv.weight, attn.qkv.bias, heads)
+        if hasattr(attn, "qkv")
+        else _apart(attn.q_proj, attn.k_proj, attn.v_proj, heads),
         (int(attn.config.hidden_size) // heads) ** -0.5,
         lambda x: one(out(x)),
         getattr(block, norms[1]),
@@ -199,6 +207,9 @@ def hf_tower(model: nn.Module) -> Vision:
         )
     if "Siglip" in type(tower).__name__:
         return Vision(tower.embeddings, blocks, 0, tower.post_layernorm, tower.head, grid=(side, side))
+    if "Blip" in type(tower).__name__:
+        norm = tower.post_layernorm
+        return Vision(tower.embeddings, blocks, 1, norm, lambda x: norm(x[:, 0]), grid=(side, side))
     heads = {
         "ViTModel": lambda x: model.pooler(x),
         "ViTForImageClassification": lambda x: model.classifier(x[:, 0]),

@@ -133,6 +133,8 @@ TIMM = (
     _timm_tower("timm EVA-02", "eva02_base_patch14_224", 1),
     _timm_tower("timm PE", "vit_pe_core_tiny_patch16_384", 1),
     _timm_tower("timm DINOv3", "vit_small_patch16_dinov3", 5),
+    _timm_tower("timm NaFlexVit", "naflexvit_base_patch16_gap", 4, pos_embed_grid_size=(SIDE // PATCH, SIDE // PATCH)),
+    _timm_tower("timm NaFlexVit rope", "naflexvit_base_patch16_map", 1, rope_type="axial", pos_embed_grid_size=(6, 6)),
 )
 
 
@@ -228,6 +230,8 @@ def _hf(kind: str, attention: str = "sdpa") -> nn.Module:
     elif kind == "Dinov2Model":
         sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
         made = tf.Dinov2Model(tf.Dinov2Config(**sizes, **own, layerscale_value=0.5))
+    elif kind == "Blip2VisionModel":
+        made = tf.Blip2VisionModel(tf.Blip2VisionConfig(**SIZES, **own))
     elif kind == "CLIPModel":
         made = tf.CLIPModel(tf.CLIPConfig(vision_config=SIZES, text_config=text, projection_dim=24, **own))
     else:
@@ -264,6 +268,7 @@ HF = (
         1,
     ),
     Tower("HF DINOv2", lambda: _hf("Dinov2Model"), _pooled, _last, 1),
+    Tower("HF BLIP-2 vision", lambda: _hf("Blip2VisionModel"), _pooled, _last, 1),
     Tower("HF CLIPModel", lambda: _hf("CLIPModel"), _image_features, _below, 1),
     Tower("HF SiglipModel", lambda: _hf("SiglipModel"), _image_features, _below, 0),
 )
