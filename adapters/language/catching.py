@@ -13,9 +13,10 @@ from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.signals import DECODER_SIGNALS
 from ...core.threads import PerThread
+from ...errors import UnsupportedModel
 from .. import host_objects, hosts
 from ..hosts import Arguments
-from .attention import attention_form
+from .attention import attention_form, branches
 from .call import DecoderRun
 
 
@@ -44,16 +45,22 @@ class Catcher:
         wanted = {name for name in needs if name in DECODER_SIGNALS}
         if not wanted:
             return
-        form = attention_form(block)
-        assert form is not None  # the layout offers no signals elsewhere
         put = self.attachment.hook
         if wanted - {"transition"}:
+            form = attention_form(block)
+            assert form is not None  # the layout offers no signals elsewhere
             self.attentions[layer] = Arguments(form.attn, [hosts.ROTARY, hosts.MASK])
             put(form.attn, "pre", self.tap_attention, layer)
             put(form.projection("q"), "post", self.tap_q, layer)
             put(form.projection("k"), "post", self.tap_k, layer)
         if "transition" in wanted:
-            for branch in (form.attn, form.mlp):
+            found = branches(block)
+            if found is None:
+                raise UnsupportedModel(
+                    f"decoder layer {layer}, a {type(block).__name__} of {hosts.library_of(block)}, is not known to be "
+                    "a mixer and an MLP, whose inputs and outputs 'transition' compares"
+                )
+            for branch in found:
                 self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
                 put(branch, "post", self.tap_transition, layer)
 
@@ -83,7 +90,7 @@ class Catcher:
         if caught is None:
             return
         x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
-        y = host_objects.hidden_of(module, output)
+        y = host_objects.branch_of(module, output, x)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
 

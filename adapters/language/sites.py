@@ -177,7 +177,7 @@ class Sites:
         if renumber:
             _note_drop(call, 0, moved)
         if rows.owner is not None:
-            call.steps.append((entry.site, rows.owner))
+            call.steps.append((entry.site, rows.owner, entry.method))
         booked = tuple(Booked(len(group.units), group.n, 0, group.n) for group in groups)
         gone = held - sum(rows.lengths)
         event = Event("projected", None, "end", -1, "cut", before, rows.length, booked, True, gone)
@@ -205,7 +205,7 @@ class Sites:
             signals[need.key] = _signal(need, x, rows, group, tapped)
         view = TokenView(
             rows.gather(x.detach(), group),
-            entry.site,
+            entry.asked,
             size=None if rows.size is None else rows.gather(rows.size, group),
             depth=self.depth if entry.site.stage == "decoder" else 1,
             grid=group.grid,

@@ -132,7 +132,7 @@ class LayerTaps:
             change = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
         if form is None:
             return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change)
-        cached = self._cached(layer, group, ahead)
+        cached, held = self._cached(layer, group, ahead), self._before(ahead).length
         past = 0 if cached is None else cached.shape[2]
         length = self.hidden.shape[1] if caught is None else caught[1].shape[2]
 
@@ -142,7 +142,7 @@ class LayerTaps:
                 made = caught[0][group.index].gather(2, _rows_index(columns, caught[0]))
             else:
                 made = self._project(form, self.hidden[group.index[:, None], columns], "q")
-            return form.rotate(made, gather_rotary(rotary, columns, group.index))
+            return form.rotate(made, gather_rotary(rotary, columns, group.index), columns + held)
 
         def k() -> Tensor:
             made = caught[1] if caught is not None else self._project(form, self.hidden, "k")
