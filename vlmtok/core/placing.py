@@ -135,8 +135,10 @@ def _said(name: str, kept: list[Placed], joined: list[Placed], layout: Layout) -
         left = [other for other in joined if _later(one.asked, other.asked)]
         joined = [other for other in joined if other not in left]
         asked = [other.asked for other in (*left, *([one] if one.site != one.asked else []))]
-        if asked:
-            once = f", once, as at {one.asked}" if left else ""
+        if asked and one.site == one.asked:
+            said.append(f"{name}: {_blind_layers(asked, layout)}; what would leave there leaves at {one.site}")
+        elif asked:
+            once = f", once, as it would at {one.asked}" if left else ""
             said.append(f"{name}: {_blind_layers(asked, layout)}; it acts at {one.site}{once}")
     return said
 
