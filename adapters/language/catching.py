@@ -65,10 +65,13 @@ class Catcher:
                 put(branch, "post", self.tap_transition, layer)
 
     def tap_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Attention pre-hook: the rotary embeddings and the mask of the layer."""
+        """Attention pre-hook: the rotary embeddings and the mask of the layer, and the keys that it held before."""
         caught = self._caught(layer)
         if caught is not None:
-            arguments = self.attentions[layer]
+            arguments, call = self.attentions[layer], self.running.mine().call
+            assert call is not None
+            if call.cache is not None and call.stream is not None and call.stream.segment(layer).length:
+                caught["past"] = host_objects.keys_in(module, call.cache, layer)  # a window forgets them behind it
             caught["rotary"] = arguments.get(hosts.ROTARY, args, kwargs)
             caught["mask"] = arguments.get(hosts.MASK, args, kwargs)
 

@@ -93,6 +93,8 @@ class LayerTaps:
         rotary = self.rotary
         if self.renumbered and form is not None:
             rotary = self.segments.own_rotary(self.call, self.past, self.layer, self.hidden)
+        if self.mask is None:
+            self.mask = self.segments.own_mask(self.call, self.past, self.layer, self.hidden)
         return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
 
     @staticmethod
@@ -176,13 +178,12 @@ class LayerTaps:
 
     def _cached(self, layer: int, group: Group, ahead: bool) -> Tensor | None:
         """Keys that the layer's cache held before this call, after rope; a sliding cache holds the last ones only."""
-        segment = self._before(ahead)
-        if not segment.length or self.call.cache is None:
+        if not self._before(ahead).length or self.call.cache is None:
             return None
-        keys = host_objects.keys_in(self.module, self.call.cache, layer)
-        if not ahead:  # the layer ran: its new keys are in there too
-            new = self.call.added.get(segment.first, self.call.added[0])[0]
-            keys = keys[:, :, : keys.shape[2] - new]
+        if ahead:
+            keys = host_objects.keys_in(self.module, self.call.cache, layer)
+        else:
+            keys = self.call.taps[layer]["past"]
         return keys[group.index] if keys.shape[2] else None
 
     def _real(self, group: Group, length: int, ahead: bool) -> Tensor | None:

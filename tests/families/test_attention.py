@@ -4,6 +4,7 @@ At the start of a layer they come from its own norm and projections, at the end 
 """
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
 
@@ -71,6 +72,8 @@ def test_attention_is_that_of_the_host(name, point):
     seen = 0.0
     for layer in range(1, len(layers) - (point == "end")):
         if not hasattr(layers[layer], "self_attn"):
+            if layer + 1 + (point == "end") == len(layers):
+                continue
             seen += check(model, batch(name).inputs(), layer + 1, point, layer)
             continue
         try:
@@ -95,9 +98,8 @@ def test_attention_of_another_kind_is_passed_over():
     assert check(model, batch("llava").inputs(), 2, "end", asked=1) > 0.1
     with vlmtok.compress(model, Listen(layer=1)) as run, torch.no_grad():
         model(**batch("llava").inputs())
-        assert any(
-            "layer 1 has no attention rows (an attention of unknown form)" in note for note in run.report().notes
-        )
+        notes = run.report().notes
+    assert any("layer 1 has no attention rows (an attention of unknown form)" in note for note in notes)
     for layer in text_model(model).layers:
         layer.self_attn.gate_proj = torch.nn.Linear(4, 4)
     with pytest.raises(MissingSignal, match="no attention rows can be derived there"):
@@ -128,9 +130,29 @@ class Halve(Method):
         return (counts.n + 1) // 2
 
 
-def warm_llama4():
-    """Its queries grow with their place from the fourth token on."""
-    return dataclasses.replace(FAMILIES["llama4"], make=lambda: llama4(4)).build("eager")
+@functools.cache
+def warm_llama4(normed=True):
+    """Layers 1 and 3 do not turn: their queries grow with their place, from the fourth token on."""
+
+    def make():
+        model = llama4(4)
+        text = model.config.get_text_config()
+        text.no_rope_layers, text.use_qk_norm = [1, 0, 1, 0], normed
+        text.layer_types = ["chunked_attention", "full_attention"] * 2
+        return type(model)(model.config)
+
+    return dataclasses.replace(FAMILIES["llama4"], make=make).build("eager")
+
+
+@pytest.mark.runs("llama4")
+@pytest.mark.parametrize("normed", [True, False])
+def test_places_of_llama4_count_padding(normed):
+    model, plain = warm_llama4(normed), shared("llama4", "eager")
+    for layer, point in ((1, "start"), (1, "end"), (2, "start"), (2, "end"), (3, "start")):
+        assert check(model, batch("llama4").inputs(), layer, point) > 0.1
+    attentions = [[layer.self_attn for layer in text_model(one).layers] for one in (model, plain)]
+    assert [hasattr(attn, "qk_norm") for attn in attentions[0]] == [normed, False] * 2
+    assert [attn.use_rope for attn in attentions[1]] == [1, 1, 1, 0]
 
 
 def compare(model, methods, listen, turns):
@@ -172,10 +194,9 @@ def test_attention_behind_a_cut_and_behind_a_past(name, layer, point):
     family, last = FAMILIES[name], len(text_model(model).layers) - 1
     if layer + (point == "end") > (2 if name == "gemma4" else last):
         return
-    picture, text = family.batch("3I2J6").inputs(mask=False), family.batch("^19").inputs(mask=False)
-    found = []
-    for methods in ((), (Halve(layer=1),), (Halve(layer=layer),)):
-        for turns in ((picture,), (text, picture)):
-            found.append(compare(model, methods, Listen(layer=layer, point=point), turns))
+    pictures = "2S4S1" if "S" in family.shots else "3I2J1"
+    picture, text = family.batch(pictures).inputs(mask=False), family.batch("^19").inputs(mask=False)
+    turns, cuts = ((picture,), (text, picture)), ((), (Halve(layer=1),), (Halve(layer=layer),))
+    found = [compare(model, cut, Listen(layer=layer, point=point), turn) for cut in cuts for turn in turns]
     assert all(one.sum() > 1e-3 for one in found)
     assert found[0].shape != found[-1].shape
