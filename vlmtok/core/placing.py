@@ -71,14 +71,13 @@ def place(method: Method, layout: Layout, user: frozenset[str] = frozenset()) ->
     sites = method.sites(layout)
     if len({_key(site) for site in sites}) != len(sites):
         raise SiteError(f"{by} names the same site twice: {', '.join(map(str, sites))}")
-    found = []
-    for site in sites:
-        try:
+    try:
+        for site in sites:
             check_stage(site, layout, by)
-        except SiteError as problem:
-            raise _with_remedy(problem, method, layout) from None
-        if site.layer is None or site.layer <= layout.stages[site.stage].last:
-            found.append(Placed(_seeing(site, layout, user, by), site))
+    except SiteError as problem:
+        raise _with_remedy(problem, method, layout) from None
+    read = [site for site in sites if site.layer is None or site.layer <= layout.stages[site.stage].last]
+    found = [Placed(_seeing(site, layout, user, by), site) for site in read]
     joined = _overtaken(found, method, layout)
     if joined and not method.joins_cuts:
         raise SiteError(
