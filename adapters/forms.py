@@ -128,11 +128,16 @@ def beside(module: Host, name: str) -> Any:
     Raises:
         UnsupportedModel: this version of the host defines none.
     """
-    for kind in type(inner(module)).__mro__:
-        found = getattr(sys.modules.get(kind.__module__), name, None)
-        if found is not None:
-            return found
+    found = found_beside(module, name)
+    if found is not None:
+        return found
     raise UnsupportedModel(f"{library_of(module)} has no {name} beside {type(inner(module)).__name__}")
+
+
+def found_beside(module: Host, name: str) -> Any:
+    """The same as `beside`, or None where this version of the host defines none."""
+    found = (getattr(sys.modules.get(kind.__module__), name, None) for kind in type(inner(module)).__mro__)
+    return next((thing for thing in found if thing is not None), None)
 
 
 def blocks_of(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:

@@ -141,6 +141,23 @@ def hidden_of(module: Host, output: Any, batch: int | None = None, packed: bool 
     return found
 
 
+def branch_of(module: Host, output: Any, x: Tensor) -> Tensor:
+    """What an attention, a mixer or an MLP made of its input, one token for each; mixtures may give all rows as one.
+
+    Args:
+        module: that gave it.
+        output: a tensor, or a tuple with it first.
+        x: `[B, L, C]`, the input.
+
+    Raises:
+        HostChanged: none is found.
+    """
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(found, Tensor) or found.numel() != x.numel() or found.shape[-1] != x.shape[-1]:
+        raise changed(module, f"no output of shape {list(x.shape)} is found in what it gave, {_described(output)}")
+    return found.reshape(x.shape)
+
+
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """The output of `hidden_of` with other hidden states; output objects are changed in place, as hosts expect."""
     place = _place(output)

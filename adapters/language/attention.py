@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import forms
@@ -17,6 +19,13 @@ _KNOWN = frozenset({"q_proj", "k_proj", "v_proj", "v_norm", *_OUT, *_NORMS["q"],
 """Modules with weights that an attention may have; one with others makes queries or keys in another way."""
 _TURNED_IN_WINDOWS = frozenset({"cohere2"})
 """Text models whose layers without a window have no rotary embeddings."""
+ROTARY = "apply_rotary_pos_emb"
+"""The rotary function, as it is called beside an attention: of (q, k, cos, sin), or of (x, cos, sin)."""
+COMPLEX = {"Llama4TextAttention": "apply_rotary_emb"}
+"""Attentions that turn by complex numbers, norm heads behind that, and warm up where they do not turn; by the class
+whose forward they run, and what the rotary function of (q, k, table) is called beside it."""
+_MIXERS = ("self_attn", "linear_attn", "conv")
+"""What a layer calls the module that mixes its tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class AttentionForm:
         mlp: the module of the other branch.
         norms: norms of heads, by ``"q"`` and ``"k"``; None where there are none.
         gated: whether `q_proj` gives, head by head, a query and a gate.
-        has_rope: whether rotary embeddings are applied.
+        turn: the host's own rotary function, or None where no rotary embeddings are applied.
         cap: the soft cap of the logits, or None.
     """
 
@@ -38,7 +47,7 @@ class AttentionForm:
     mlp: nn.Module
     norms: dict[str, nn.Module | None]
     gated: bool
-    has_rope: bool
+    turn: Callable[..., Any] | None
     cap: float | None
 
     def projection(self, which: str) -> nn.Module:
@@ -53,15 +62,36 @@ class AttentionForm:
         norm = self.norms[which]
         return (x if norm is None else norm(x)).transpose(1, 2)
 
-    def rotate(self, x: Tensor, rotary: Any) -> Tensor:
-        """Applies the family's own rotary function to `[G, H, R, d]`; layers without rope leave it."""
-        if not self.has_rope or rotary is None:
+    def rotate(self, x: Tensor, rotary: Any, queries: Tensor | None = None) -> Tensor:
+        """Makes of what `heads` gave what the attention compares, by the family's own rotary function.
+
+        Args:
+            x: `[G, H, R, d]`.
+            rotary: what the host hands the layer, for these tokens; layers without rope leave it.
+            queries: of queries, the place of each among the keys of its layer, int64 `[G, R]`; None for keys.
+        """
+        if self.turn is None or rotary is None:
             return x
-        apply = forms.beside(self.attn, "apply_rotary_pos_emb")
         cos, sin = rotary
-        parameters = apply.__code__.co_varnames[: apply.__code__.co_argcount]
-        rotated: Tensor = apply(x, x, cos, sin)[0] if parameters[1] == "k" else apply(x, cos, sin)
+        parameters = self.turn.__code__.co_varnames[: self.turn.__code__.co_argcount]
+        rotated: Tensor = self.turn(x, x, cos, sin)[0] if parameters[1] == "k" else self.turn(x, cos, sin)
         return rotated
+
+
+class ComplexForm(AttentionForm):
+    """Llama 4: rotary tables of complex numbers, then a norm; layers without rope scale queries by their place."""
+
+    def rotate(self, x: Tensor, rotary: Any, queries: Tensor | None = None) -> Tensor:
+        """See `AttentionForm.rotate`."""
+        attn, x = self.attn, x.transpose(1, 2)
+        if self.turn is not None:
+            x = self.turn(x, x, rotary)[0]
+        if hasattr(attn, "qk_norm"):
+            x = attn.qk_norm(x)
+        if queries is not None and self.turn is None and attn.attn_temperature_tuning:
+            warmth = torch.log1p(torch.floor((queries.float() + 1.0) / attn.floor_scale)) * attn.attn_scale + 1.0
+            x = (x * warmth[:, :, None, None]).to(x.dtype)
+        return x.transpose(1, 2)
 
 
 def attention_form(block: Any) -> AttentionForm | None:
@@ -80,9 +110,20 @@ def attention_form(block: Any) -> AttentionForm | None:
     has_rope = bool(getattr(attn, "use_rope", True))
     if getattr(getattr(attn, "config", None), "model_type", None) in _TURNED_IN_WINDOWS:
         has_rope = attn.sliding_window is not None
+    own = next((name for name in COMPLEX if forms.known(attn, (f"transformers:{name}",))), None)
+    turn = forms.found_beside(attn, ROTARY if own is None else COMPLEX[own]) if has_rope else None
+    if has_rope and turn is None:
+        return None
     norms = {which: _first(attn, names) for which, names in _NORMS.items()}
     cap = getattr(attn, "attn_logit_softcapping", None)
-    return AttentionForm(attn, before, mlp, norms, made != heads, has_rope, None if cap is None else float(cap))
+    kind = AttentionForm if own is None else ComplexForm
+    return kind(attn, before, mlp, norms, made != heads, turn, None if cap is None else float(cap))
+
+
+def branches(block: Any) -> tuple[nn.Module, nn.Module] | None:
+    """What a layer's two branches run, the one that mixes its tokens and the MLP, or None where they are not known."""
+    mixer, mlp = _first(block, _MIXERS), _first(block, _AFTER)
+    return None if mixer is None or mlp is None else (mixer, mlp)
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> nn.Module | None:

@@ -13,9 +13,10 @@ from ...core.attachment import Attachment
 from ...core.hooks import replaying
 from ...core.signals import DECODER_SIGNALS
 from ...core.threads import PerThread
+from ...errors import UnsupportedModel
 from .. import host_objects, hosts
 from ..hosts import Arguments
-from .attention import attention_form
+from .attention import attention_form, branches
 from .call import DecoderRun
 
 
@@ -44,24 +45,33 @@ class Catcher:
         wanted = {name for name in needs if name in DECODER_SIGNALS}
         if not wanted:
             return
-        form = attention_form(block)
-        assert form is not None  # the layout offers no signals elsewhere
         put = self.attachment.hook
         if wanted - {"transition"}:
+            form = attention_form(block)
+            assert form is not None  # the layout offers no signals elsewhere
             self.attentions[layer] = Arguments(form.attn, [hosts.ROTARY, hosts.MASK])
             put(form.attn, "pre", self.tap_attention, layer)
             put(form.projection("q"), "post", self.tap_q, layer)
             put(form.projection("k"), "post", self.tap_k, layer)
         if "transition" in wanted:
-            for branch in (form.attn, form.mlp):
+            found = branches(block)
+            if found is None:
+                raise UnsupportedModel(
+                    f"decoder layer {layer}, a {type(block).__name__} of {hosts.library_of(block)}, is not known to be "
+                    "a mixer and an MLP, whose inputs and outputs 'transition' compares"
+                )
+            for branch in found:
                 self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
                 put(branch, "post", self.tap_transition, layer)
 
     def tap_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Attention pre-hook: the rotary embeddings and the mask of the layer."""
+        """Attention pre-hook: the rotary embeddings and the mask of the layer, and the keys that it held before."""
         caught = self._caught(layer)
         if caught is not None:
-            arguments = self.attentions[layer]
+            arguments, call = self.attentions[layer], self.running.mine().call
+            assert call is not None
+            if call.cache is not None and call.stream is not None and call.stream.segment(layer).length:
+                caught["past"] = host_objects.keys_in(module, call.cache, layer)  # a window forgets them behind it
             caught["rotary"] = arguments.get(hosts.ROTARY, args, kwargs)
             caught["mask"] = arguments.get(hosts.MASK, args, kwargs)
 
@@ -83,7 +93,7 @@ class Catcher:
         if caught is None:
             return
         x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
-        y = host_objects.hidden_of(module, output)
+        y = host_objects.branch_of(module, output, x)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
 

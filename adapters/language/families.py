@@ -159,7 +159,6 @@ ROWS: dict[str, VLMSpec] = {
         tower="vision_model",
         ids=("image_token_index",),
         feature=None,
-        attention=False,
         projects_late=True,
         parts="runs",
         thumbnail="last",

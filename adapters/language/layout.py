@@ -21,11 +21,11 @@ def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
     config = lm.config
     depth, width, heads = len(lm.layers), int(config.hidden_size), int(config.num_attention_heads)
     kinds = layer_kinds(config, depth)
-    blind = frozenset(
-        i
+    blind = {
+        i: RECURRENT.get(kind, "an attention of unknown form")
         for i, kind in enumerate(kinds)
-        if kind in RECURRENT or not spec.attention or attention_form(lm.layers[i]) is None
-    )
+        if kind in RECURRENT or attention_form(lm.layers[i]) is None
+    }
     return {
         "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"}), renumbers=spec.positions == "1d"),
         "decoder": StageLayout(

@@ -17,8 +17,13 @@ from .. import host_objects, hosts
 from ..hosts import Role
 from .spec import BlockRule
 
-RECURRENT = frozenset({"linear_attention", "conv", "mamba", "hybrid"})
-"""Layer types without a key for each token."""
+RECURRENT = {
+    "linear_attention": "linear attention",
+    "conv": "a convolution",
+    "mamba": "a state space model",
+    "hybrid": "a state space model beside attention",
+}
+"""Layer types without a key for each token, and what such a layer has instead."""
 
 
 def layer_kinds(config: Any, depth: int) -> list[str]:

@@ -154,6 +154,23 @@ class Segments:
             return mask[:, :, -hidden.shape[1] :]
         return mask
 
+    def own_mask(self, call: Call, segment: Segment, layer: int, hidden: Tensor) -> Any:
+        """The mask that a layer would get if its rows began a segment here; None where it sees all that came before.
+
+        Args:
+            call: this call, with pictures.
+            segment: its past.
+            layer: the layer.
+            hidden: `[B, L, C]`, its input.
+        """
+        kind, rows = self.kinds[layer], call.rows
+        if rows is None or (kind == "full_attention" and self.rule is None):
+            return None
+        count, batch, device = hidden.shape[1], hidden.shape[0], hidden.device
+        valid = segment.extended(count, rows.valid, batch, device)
+        blocks = segment.extended_blocks(count, rows.states.get(BLOCKS), batch, device)
+        return build_mask(self.lm().config, kind, hidden, valid, call.cache, layer, blocks, self.rule)
+
     def rotary(self, call: Call, segment: Segment, layer: int, given: Any, hidden: Tensor) -> Any:
         """Position embeddings of a layer behind a cut: the host's own, at the columns that are left.
 

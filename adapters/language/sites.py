@@ -205,7 +205,7 @@ class Sites:
             signals[need.key] = _signal(need, x, rows, group, tapped)
         view = TokenView(
             rows.gather(x.detach(), group),
-            entry.site,
+            entry.asked,
             size=None if rows.size is None else rows.gather(rows.size, group),
             depth=self.depth if entry.site.stage == "decoder" else 1,
             grid=group.grid,

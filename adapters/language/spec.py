@@ -50,7 +50,6 @@ class VLMSpec:
         deepstack: arguments of the text model with (mask of visual columns, features added behind the first layers).
         feature: config field with the index of the hidden state that the projector reads; None means the last.
         last_cut: from the text config, the last layer at whose start a cut is possible, or None for any.
-        attention: whether attention rows can be derived from q_proj, k_proj and a rotary pair.
         tower_cut: whether tokens may leave inside the tower: ``slots`` (the picture's first placeholders take what is
             left), ``spread`` (every patch gets its slot's features behind the last block), ``free`` (whatever reads
             the tower takes any number), or None.
@@ -89,7 +88,6 @@ class VLMSpec:
     deepstack: tuple[Role, Role] | None = None
     feature: str | None = "vision_feature_layer"
     last_cut: Callable[[Any], int] | None = None
-    attention: bool = True
     tower_cut: str | None = None
     lengths_of: str = "picture"
     parts: str = "one"

@@ -93,6 +93,8 @@ class LayerTaps:
         rotary = self.rotary
         if self.renumbered and form is not None:
             rotary = self.segments.own_rotary(self.call, self.past, self.layer, self.hidden)
+        if self.mask is None:
+            self.mask = self.segments.own_mask(self.call, self.past, self.layer, self.hidden)
         return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
 
     @staticmethod
@@ -132,7 +134,7 @@ class LayerTaps:
             change = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
         if form is None:
             return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change)
-        cached = self._cached(layer, group, ahead)
+        cached, held = self._cached(layer, group, ahead), self._before(ahead).length
         past = 0 if cached is None else cached.shape[2]
         length = self.hidden.shape[1] if caught is None else caught[1].shape[2]
 
@@ -142,7 +144,7 @@ class LayerTaps:
                 made = caught[0][group.index].gather(2, _rows_index(columns, caught[0]))
             else:
                 made = self._project(form, self.hidden[group.index[:, None], columns], "q")
-            return form.rotate(made, gather_rotary(rotary, columns, group.index))
+            return form.rotate(made, gather_rotary(rotary, columns, group.index), columns + held)
 
         def k() -> Tensor:
             made = caught[1] if caught is not None else self._project(form, self.hidden, "k")
@@ -176,13 +178,12 @@ class LayerTaps:
 
     def _cached(self, layer: int, group: Group, ahead: bool) -> Tensor | None:
         """Keys that the layer's cache held before this call, after rope; a sliding cache holds the last ones only."""
-        segment = self._before(ahead)
-        if not segment.length or self.call.cache is None:
+        if not self._before(ahead).length or self.call.cache is None:
             return None
-        keys = host_objects.keys_in(self.module, self.call.cache, layer)
-        if not ahead:  # the layer ran: its new keys are in there too
-            new = self.call.added.get(segment.first, self.call.added[0])[0]
-            keys = keys[:, :, : keys.shape[2] - new]
+        if ahead:
+            keys = host_objects.keys_in(self.module, self.call.cache, layer)
+        else:
+            keys = self.call.taps[layer]["past"]
         return keys[group.index] if keys.shape[2] else None
 
     def _real(self, group: Group, length: int, ahead: bool) -> Tensor | None:

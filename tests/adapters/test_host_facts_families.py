@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from vlmtok.adapters import hosts
 from vlmtok.adapters.base import child
-from vlmtok.adapters.language import shapes
+from vlmtok.adapters.language import attention, shapes
 from vlmtok.adapters.language.checks import KNOWN
 from vlmtok.adapters.language.families import ROWS
 from vlmtok.adapters.language.masks import RECURRENT
@@ -279,7 +279,7 @@ def _(at: Host) -> bool:
 
 @fact(
     "attention has q_proj, k_proj, head_dim and scaling, behind input_layernorm",
-    lambda s: not s.boundary and s.attention,
+    lambda s: not s.boundary,
 )
 def _(at: Host) -> bool:
     named = ("q_proj", "k_proj", "head_dim", "scaling")
@@ -289,12 +289,16 @@ def _(at: Host) -> bool:
     return all(hasattr(attn, name) for attn in own for name in named) and hasattr(at.lm.layers[0], norms)
 
 
-@fact(
-    "its rotary function is apply_rotary_pos_emb of the module of its attention",
-    lambda s: not s.boundary and s.attention,
-)
+@fact("its rotary function stands beside its attention under the name that is looked up", lambda s: not s.boundary)
 def _(at: Host) -> bool:
-    return all(hasattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb") for attn in at.attentions())
+    names = ((attn, attention.COMPLEX.get(type(attn).__name__, attention.ROTARY)) for attn in at.attentions())
+    return all(hasattr(sys.modules[type(attn).__module__], name) for attn, name in names)
+
+
+@fact("its attention says where it turns and how it warms up", lambda s: s is ROWS["llama4"])
+def _(at: Host) -> bool:
+    named = ("use_rope", "attn_temperature_tuning", "floor_scale", "attn_scale")
+    return all(hasattr(attn, name) for attn in at.attentions() for name in named)
 
 
 @fact("its cache is a DynamicCache with `layers`, and counts columns by the first layer that keeps keys")

@@ -38,5 +38,5 @@ def test_masks_take_what_we_hand_them() -> None:
 
 
 def _mask_functions() -> dict[str, Callable[..., Any]]:
-    kinds = {kind for name in FAMILIES if fault_of(name) is None for kind in host(name).kinds} - RECURRENT
+    kinds = {kind for name in FAMILIES if fault_of(name) is None for kind in host(name).kinds} - set(RECURRENT)
     return {kind: masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind] for kind in kinds}

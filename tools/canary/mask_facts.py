@@ -48,7 +48,7 @@ def mask_facts(
     listed = config_field(text, "layer_types")
     ask.check(listed or not said, "the text model's configuration has types of layers and no `layer_types`", text)
     window = config_field(text, "sliding_window")
-    kinds = sorted(said - masks.RECURRENT) if listed else ["sliding_attention"] * window
+    kinds = sorted(said - set(masks.RECURRENT)) if listed else ["sliding_attention"] * window
     for kind, function in table.items():
         if kind in ("sliding_attention", "chunked_attention") and _mentioned(models, function):
             ask.check(

@@ -6,12 +6,11 @@ import ast
 from collections.abc import Callable, Iterable
 
 from vlmtok.adapters.language import attention as decoder_attention
-from vlmtok.adapters.language.attention import AttentionForm
 from vlmtok.adapters.language.spec import VLMSpec
 
 from .classes import Auto, External, HostClass, dotted, signature_of
 from .facts import Questions, either
-from .needs import ROLES, Role, module_reads, wanted
+from .needs import ROLES, Role, wanted
 from .shown import calls_of, loop_calls, returned, weighted
 
 Settle = Callable[[list[HostClass | External | Auto]], list[HostClass]]
@@ -63,8 +62,7 @@ def text_facts(ask: Questions, text: HostClass, spec: VLMSpec, settle: Settle) -
         ask.takes(layer, "layers", ROLES["POSITIONS"], swallows=True)  # which hooks set
         for call in calls:
             _handed(ask, call, layer, "layers do", roles, text)
-        if spec.attention:
-            _form(ask, layer, settle)
+        _form(ask, layer, settle)
 
 
 def _handed(ask: Questions, call: ast.Call, cls: HostClass, who: str, roles: Iterable[Role], where: HostClass) -> None:
@@ -94,13 +92,19 @@ def _attention(ask: Questions, attention: HostClass) -> None:
     ask.check(any(map(attention.has, out)), f"attention has no {either(out)}", attention)
     strange = sorted(set(weighted(attention)) - decoder_attention._KNOWN)
     ask.check(not strange, f"attention has weights that no form knows: {', '.join(strange)}", attention)
-    for name in module_reads(AttentionForm.rotate):
-        place = attention.module.find(name)
-        if ask.check(place is not None, f"the module of attention has no `{name}`", attention):
-            assert place is not None
-            given = signature_of(place[1]).names if isinstance(place[1], ast.FunctionDef) else ()
+    own = decoder_attention.COMPLEX.get(attention.name)
+    name = own or decoder_attention.ROTARY
+    place = attention.module.find(name)
+    if ask.check(place is not None, f"the module of attention has no `{name}`", attention):
+        assert place is not None
+        given = signature_of(place[1]).names if isinstance(place[1], ast.FunctionDef) else ()
+        if own:
+            ask.check(given[1:3] == ("xk", "freqs_cis"), f"`{name}` does not take (xq, xk, freqs_cis)", attention)
+        else:
             fits = given[1:2] == ("k",) or given[1:3] == ("cos", "sin")
             ask.check(fits, f"`{name}` takes neither (q, k, cos, sin) nor (x, cos, sin)", attention)
+    for name in ("use_rope", "attn_temperature_tuning", "floor_scale", "attn_scale") if own else ():
+        ask.check(attention.has(name), f"attention has no `{name}`", attention)
     for cap in _caps(attention):
         said = cap == "self.attn_logit_softcapping"
         ask.check(said, f"attention caps its logits by `{cap}`, which is not looked at", attention)

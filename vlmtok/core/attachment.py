@@ -18,13 +18,11 @@ from ..kernels.exact import exact
 from .hooks import Hook
 from .ledger import Ledger
 from .method import Method
+from .placing import PATCHES, looks_on, place
 from .reduction import Reduction
-from .signals import Need, check_stage, resolve_need
+from .signals import Need
 from .site import POINTS, STAGES, Counts, Layout, Site
 from .view import Signal, TokenView
-
-_PATCHES = 576
-"""A number of patches; whether a method's count depends on content shows with any."""
 
 UserSignal = Callable[[TokenView], Tensor]
 
@@ -45,12 +43,14 @@ class Entry:
         method: the method.
         site: where.
         needs: its signals, resolved.
+        asked: the site that the method named, by which it counts (see `placing`).
     """
 
     index: int
     method: Method
     site: Site
     needs: tuple[Need, ...]
+    asked: Site
 
     @property
     def scope(self) -> str:
@@ -66,19 +66,6 @@ class Entry:
         """Sorts entries by the forward, then by the list."""
         layer = -1 if self.site.layer is None else self.site.layer
         return (STAGES.index(self.site.stage), layer, POINTS.index(self.site.point), self.index)
-
-
-def looks_on(method: Method, site: Site, layout: Layout) -> bool:
-    """Whether a method only observes at a site: by its count no token leaves there.
-
-    Args:
-        method: the method.
-        site: one of its sites.
-        layout: what the model offers.
-    """
-    stage = layout.stages[site.stage]
-    counts = Counts(site, _PATCHES, _PATCHES, stage.num_prefix, stage.depth)
-    return type(method).count is not Method.count and method.count(counts) == _PATCHES
 
 
 class Attachment:
@@ -128,22 +115,14 @@ class Attachment:
         known = frozenset(self.user)
         entries: list[Entry] = []
         for index, method in enumerate(self.methods):
-            by = type(method).__name__
-            sites = method.sites(self.layout)
-            if len({(s.stage, s.layer, s.point) for s in sites}) != len(sites):
-                raise SiteError(f"{by} names the same site twice: {', '.join(map(str, sites))}")
-            for site in sites:
-                check_stage(site, self.layout, by)
-                if site.layer is not None and site.layer > self.layout.stages[site.stage].last:
-                    continue  # nobody reads that layer's output
-                needs = tuple(resolve_need(need, site, self.layout, known, by) for need in site.needs)
-                entries.append(Entry(index, method, site, needs))
-            self._say_positions(method, sites)
-            self.said += method.remarks(self.layout)
+            places, moved = place(method, self.layout, known)
+            entries += [Entry(index, method, one.site, one.needs, one.asked) for one in places]
+            self._say_positions(method, method.sites(self.layout))
+            self.said += [*moved, *method.remarks(self.layout)]
         entries.sort(key=Entry.order)
         features = [entry for entry in entries if entry.site.stage == "features"]
         for first, second in pairwise(features):
-            if first.method.count(Counts(first.site, _PATCHES, _PATCHES)) is None:
+            if first.method.count(Counts(first.asked, PATCHES, PATCHES)) is None:
                 raise SiteError(
                     f"{type(second.method).__name__} cannot act at features behind {first.method}, which leaves "
                     "pictures of different lengths there; turn the two round, or set how many tokens it keeps"

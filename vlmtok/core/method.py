@@ -45,6 +45,9 @@ class Method:
     """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
+    joins_cuts: ClassVar[bool] = False
+    """Whether cuts of a schedule that fall on one layer, since layers before it have no attention rows, are one: the
+    last of them. They are refused otherwise."""
     proportional: bool = False
     """Whether attention logits get + log(size) in towers after a merge."""
     pooling: str | None = None
@@ -158,6 +161,19 @@ class Method:
             raise ParameterError(f"{self}: a budget cannot be set, {why}; parameters: {', '.join(self.settings())}")
         value = scaled(getattr(self, name), level, tokens)
         return dataclasses.replace(self, **{name: value})  # type: ignore[type-var]
+
+    def fitted(self, layout: Layout) -> Method | None:
+        """The same method with a schedule of its own spread over the layers where a model lets tokens leave.
+
+        Asked where some layers of a model let none leave; errors name it.
+
+        Args:
+            layout: what the model offers.
+
+        Returns:
+            A new method, or None where its schedule is the user's or has no such form.
+        """
+        return None
 
     # ------------------------------------------------------------------ text form
     @classmethod

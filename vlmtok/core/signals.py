@@ -96,11 +96,6 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
                 f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give"
                 f"{_why(layout, site.stage)}; it gives there: {', '.join(sorted(offered)) or 'none'}"
             )
-        if site.layer in layout.stages[site.stage].blind and name != "transition":
-            raise MissingSignal(
-                f"{by} needs the signal {name!r} at {site}, but no attention rows can be derived from that layer of "
-                f"{layout.family}"
-            )
         return Need(text, name)
     if not layout.gives(stage, name, later=stage != site.stage):
         offered = layout.stages[stage].provides if stage in layout.stages else frozenset()
@@ -117,6 +112,8 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     same = site.stage == stage and site.layer is not None
     if STAGES.index(stage) > STAGES.index(site.stage) or (same and (layer > (site.layer or 0))):
         raise MissingSignal(f"{by} needs {text!r} at {site}, where that layer has not run yet")
+    if stage == "decoder":
+        raise MissingSignal(f"{by} needs {text!r} at {site}, but a decoder layer shows it at that layer only")
     return Need(text, name, stage, layer)
 
 

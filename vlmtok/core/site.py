@@ -144,7 +144,7 @@ class StageLayout:
         points: points at which a method may act.
         provides: signals that can be derived at this stage.
         num_prefix: protected tokens in front of a row.
-        blind: layers whose attention gives no signal.
+        blind: layers that have no attention rows, and what they have instead.
         last_cut: the last layer at whose start tokens may leave; None means any.
         carries: whether signals of this stage reach later ones, or which do.
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
@@ -159,12 +159,21 @@ class StageLayout:
     points: frozenset[str] = frozenset({"end"})
     provides: frozenset[str] = frozenset()
     num_prefix: int = 0
-    blind: frozenset[int] = frozenset()
+    blind: Mapping[int, str] = field(default_factory=dict)
     last_cut: int | None = None
     carries: bool | frozenset[str] = True
     renumbers: bool = True
     why: str = ""
     whole: str = ""
+
+    def room(self) -> int:
+        """Layers from the first on at whose start tokens may leave, the first included."""
+        return self.depth if self.last_cut is None else self.last_cut + 1
+
+    def seeing(self, layer: int, point: str) -> int | None:
+        """The first layer from one on that has attention rows, and at whose `point` tokens can leave; None for none."""
+        layers = range(layer, self.last + 1)
+        return next((i for i in layers if i not in self.blind and layer_of(i, point) < self.room()), None)
 
 
 @dataclass(frozen=True)

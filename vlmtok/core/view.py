@@ -25,7 +25,7 @@ class TokenView:
 
     Attributes:
         tokens: `[B, N, C]`, any floating dtype.
-        site: where the method acts.
+        site: the site, as the method named it.
         size: fp32 `[B, N]`, patches each token stands for; None means ones.
         num_prefix: protected tokens in front of the row (CLS, registers); they are not among `tokens`.
         depth: layers of the stage.

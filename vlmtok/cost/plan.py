@@ -214,7 +214,7 @@ class Planner:
     # ------------------------------------------------------------------ counts
     def _counts(self, entry: Entry, n: int, entered: int) -> int | None:
         stage = self.attachment.layout.stages[entry.site.stage]
-        return entry.method.count(Counts(entry.site, n, entered, stage.num_prefix, stage.depth))
+        return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth))
 
     def _slots(self, run: StageRun, entry: Entry, n: int, entered: int) -> tuple[int, str]:
         """Slots of a view row, and the kind of the visit."""

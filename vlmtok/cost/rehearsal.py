@@ -343,7 +343,7 @@ class Rehearsal:
         grid = None if tower is None else tower.grid
         return TokenView(
             empty(group.rows, group.n, width),
-            entry.site,
+            entry.asked,
             size=empty(group.rows, group.n),
             num_prefix=stage.num_prefix,
             depth=stage.depth,

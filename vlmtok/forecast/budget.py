@@ -11,7 +11,7 @@ from ..core.spec import as_methods
 from ..cost.conventions import convention as named
 from ..cost.report import Report
 from ..cost.units import quantity, whole
-from ..errors import NotCounted, ParameterError, SiteError, TargetError
+from ..errors import MissingSignal, NotCounted, ParameterError, SiteError, TargetError
 from ..guard import guarded
 from ..sheet import Sheet, Shown
 from ..tabular import Table
@@ -222,7 +222,7 @@ class _Search:
             value = _rounded(getattr(best.method, name), digits)
             try:
                 tried = self._seen(dataclasses.replace(best.method, **{name: value}))  # type: ignore[type-var]
-            except (ParameterError, SiteError):
+            except (ParameterError, SiteError, MissingSignal):
                 continue
             if _apart(tried, target) <= max(_apart(best, target), 0.1 * WITHIN * target):
                 return tried
@@ -246,7 +246,7 @@ class _Search:
             return _Try(self.method, reached=0.0 if level < 0.5 else float("inf"))
         try:
             return self._seen(made)
-        except SiteError:
+        except (SiteError, MissingSignal):
             if level == 0.0:  # the strongest setting always has something to do, so this is the model
                 raise
             return _Try(made, reached=float("inf"))

@@ -260,7 +260,7 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
         {
             "site": str(visit.site),
             "scope": visit.scope,
-            "positions": "" if looks_on(method, visit.site, layout) else layout.positions_at(visit.site),
+            "positions": "" if looks_on(method, visit.asked, layout) else layout.positions_at(visit.site),
             "needs": list(visit.site.needs),
         }
         for visit in Attachment([method], layout).entries

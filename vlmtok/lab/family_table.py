@@ -121,6 +121,4 @@ def notes(spec: Any) -> list[str]:
         said.append("tokens look at each other both ways: masks are built anew")
     if spec.last_cut:
         said.append("no cut behind the first layer whose keys later ones share")
-    if not spec.attention:
-        said.append("no attention signals")
     return said

@@ -142,6 +142,7 @@ class AIM(Method):
         "Equal similarities and importances go to the lowest index.",
     )
     scope = "sample"
+    joins_cuts = True
     aliases = (Alias("l1", "first"), Alias("l2", "last"))
     budget_parameter = "first"
 
@@ -202,6 +203,13 @@ class AIM(Method):
                 for i in layout.layers("decoder", range(first, last + 1), "AIM")
             ]
         return sites
+
+    def fitted(self, layout: Layout) -> Method | None:
+        """Its pruning over the layers where tokens may leave."""
+        if self.first is not None or self.last is not None:
+            return None
+        first, last = self._span(layout.stages["decoder"].room())
+        return replace(self, first=first, last=last)
 
     def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
         """Moves `first` and `last` together through the decoder."""

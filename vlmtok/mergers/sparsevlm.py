@@ -192,6 +192,7 @@ class SparseVLM(Method):
         "At least one token stays.",
     )
     scope = "sample"
+    joins_cuts = True
     aliases = (Alias("retained_tokens", "tokens", "the released code"),)
     budget_parameter = "budgets"
 
@@ -230,6 +231,15 @@ class SparseVLM(Method):
             )
             for layer in layout.layers("decoder", list(plan), "SparseVLM")
         ]
+
+    def fitted(self, layout: Layout) -> Method | None:
+        """Its cuts over the layers where tokens may leave."""
+        if self.layers is not None:
+            return None
+        plan = self._plan(layout.stages["decoder"].room())
+        if len(plan) < len(_LAYERS):
+            return replace(self, layers=tuple(plan), budgets=tuple(plan.values()))
+        return replace(self, layers=tuple(plan))
 
     def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
         """Moves `budgets`, from those of the table where none are given."""

@@ -73,6 +73,7 @@ class PyramidDrop(Method):
     )
     budget_parameter = "ratios"
     scope = "sample"
+    joins_cuts = True
 
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
@@ -94,6 +95,13 @@ class PyramidDrop(Method):
         """Moves `ratios` to powers with one exponent, so that (lambda, lambda^2, ...) stays of that form."""
         exponent = (1.0 - level) / max(level, 1e-9)
         return replace(self, ratios=tuple(max(ratio**exponent, 1e-9) for ratio in self.ratios))
+
+    def fitted(self, layout: Layout) -> Method | None:
+        """Its stages over the layers where tokens may leave."""
+        if self.layers is not None:
+            return None
+        plan = self._plan(layout.stages["decoder"].room())
+        return replace(self, layers=tuple(plan), ratios=tuple(plan.values()))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """The best tokens by the last row's attention."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from ..core.view import TokenView
 from ..errors import ParameterError
 
 PIVOTS = ("cls", "center", "farthest", "random")
+
+
+def _late(depth: int) -> int:
+    """The layer of a decoder of so many at whose end stage 2 looks."""
+    return max(0, math.floor(7 * depth / 8) - 1)
 
 
 def diverse_subset(
@@ -171,6 +176,12 @@ class ToDRE(Method):
         check_choice(self.positions, "ToDRE", "positions", (None, "renumber", "keep"))
         check_range(self.seed, "ToDRE", "seed", kind=int)
 
+    def fitted(self, layout: Layout) -> Method | None:
+        """Its check at the same share of the layers where tokens may leave."""
+        if self.check_layer is not None:
+            return None
+        return replace(self, check_layer=_late(layout.stages["decoder"].room()))
+
     def sites(self, layout: Layout) -> list[Site]:
         """Stage 1 at ``projected``, stage 2 at the end of the check layer."""
         sites = []
@@ -181,7 +192,7 @@ class ToDRE(Method):
             sites.append(Site("projected", needs=first, positions=self.positions, scope="picture"))
         if self.tau is not None:
             depth = layout.stage("decoder", "ToDRE").depth
-            layer = max(0, math.floor(7 * depth / 8) - 1) if self.check_layer is None else self.check_layer
+            layer = _late(depth) if self.check_layer is None else self.check_layer
             needs = ("text_attention", "attention_to_text")
             sites += [
                 Site("decoder", i, "end", needs, positions="keep", scope="sample")

@@ -12,7 +12,7 @@ from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
 from ..core.settings import check_choice, check_range, check_schedule, check_schedule_layers, share_of_entered
-from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.site import POSITIONS, Counts, Layout, Site, StageLayout
 from ..core.view import TokenView
 from ..errors import MissingSignal, ParameterError
 from .fastv import last_row_score
@@ -118,6 +118,7 @@ class TransPrune(Method):
     )
     budget_parameter = "ratios"
     scope = "sample"
+    joins_cuts = True
 
     alpha: float = 0.5
     ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
@@ -152,7 +153,7 @@ class TransPrune(Method):
         ]
         looks = [
             Site("decoder", layer, "end", ("transition",))
-            for layer in layout.layers("decoder", self._watched(), "TransPrune")
+            for layer in layout.layers("decoder", self._watched(layout.stages["decoder"]), "TransPrune")
         ]
         return looks + cuts
 
@@ -173,13 +174,15 @@ class TransPrune(Method):
             return counts.n
         return share_of_entered(counts, ratio)
 
-    def _watched(self) -> list[int]:
-        """Layers whose transitions some cut reads."""
+    def _watched(self, decoder: StageLayout) -> list[int]:
+        """Layers whose transitions some cut reads; cuts whose layer has no attention rows are made at a later one."""
         if self.alpha == 0:
             return []
-        last = max(self.layers)
+        first, last = min(self.layers), max(self.layers)
+        if self.alpha < 1:
+            first, last = (decoder.seeing(layer, "start") or layer for layer in (first, last))
         if self.accumulate is None:
-            return list(range(min(self.layers) - 1, last))
+            return list(range(first - 1, last))
         return [layer for layer in self.accumulate if layer < last]
 
     def _look(self, view: TokenView) -> None:

@@ -148,7 +148,7 @@ def _depth(offered: StageLayout) -> str:
     if offered.last_cut is not None:
         said += f", the last cut at the start of {offered.last_cut}"
     if offered.blind:
-        said += f"; no attention signals in {len(offered.blind)} of them"
+        said += f"; {len(offered.blind)} of them have no attention rows, and sites there act at the next that has some"
     return said + (f"; {offered.why}" if offered.why else "")
 
 
