@@ -44,6 +44,7 @@ _BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {
     hosts.PATCH_SHAPES: _of_patches,
     hosts.IMAGE_GRIDS: _of_grids,
     hosts.CLIP_GRIDS: _of_grids,
+    hosts.TOWER_GRIDS: _of_grids,
     hosts.IMAGE_PLACES: _of_places,
     hosts.CLIP_PLACES: _of_places,
     hosts.PIXEL_PLACES: _of_places,

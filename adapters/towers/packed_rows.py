@@ -70,6 +70,9 @@ PACKED_ROWS: dict[str, PackedRow] = {
     "qwen3_5_vision": PackedRow("Qwen3_5VisionBlock"),
     "qwen3_5_moe_vision": PackedRow("Qwen3_5MoeVisionBlock"),
     "glm4v_vision": PackedRow("Glm4vVisionBlock"),
+    "glm4v_moe_vision": PackedRow("Glm4vMoeVisionBlock"),
+    "glm_ocr_vision": PackedRow("GlmOcrVisionBlock"),
+    "exaone4_5_vision": PackedRow("Exaone4_5_VisionBlock", span=_windowed, window=_window),
     "paddleocr_vl_vision": PackedRow(
         "PaddleOCRVisionEncoderLayer", "vision_model.embeddings.patch_embedding", inside=False, **_FIELDS
     ),

@@ -18,12 +18,13 @@ from .methods import InTower, Top
 from .oracle import Cut, chosen
 from .prompts import Picture, Prompt
 
-SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0}
+SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0, "deepseek_vl": 0, "janus": 0}
 """What is left takes a picture's first placeholders; by family, tokens in front of the patches."""
 SPREAD = {
     "llava_next": 1,
     "llava_onevision": 0,
     "internvl": 1,
+    "qianfan_ocr": 1,
     "smolvlm": 0,
     "idefics3": 0,
     "gemma3": 0,
