@@ -53,6 +53,7 @@ CACHING = Role("wish for a cache", ("use_cache",))
 LAYER_TYPE = Role("layer type", ("layer_type",))
 PER_LAYER = Role("inputs of every layer", ("per_layer_inputs",))
 PER_LAYER_SLICE = Role("input of one layer", ("per_layer_input",))
+EXPERT_TYPES = Role("token types that choose experts", ("moe_mm_token_type_ids",))
 DEEPSTACK_COLUMNS = Role("mask of visual columns", ("visual_pos_masks",))
 DEEPSTACK_FEATURES = Role("features that early layers add", ("deepstack_visual_embeds",))
 

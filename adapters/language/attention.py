@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,13 @@ _OUT = ("o_proj", "out_proj")
 _NORMS = {"q": ("q_norm", "q_layernorm"), "k": ("k_norm", "k_layernorm")}
 _KNOWN = frozenset({"q_proj", "k_proj", "v_proj", "v_norm", *_OUT, *_NORMS["q"], *_NORMS["k"]})
 """Modules with weights that an attention may have; one with others makes queries or keys in another way."""
-_TURNED_IN_WINDOWS = frozenset({"cohere2"})
-"""Text models whose layers without a window have no rotary embeddings."""
+_TURNED: dict[str, Callable[[Any], bool]] = {
+    "cohere2": lambda attn: attn.sliding_window is not None,
+    "exaone4": lambda attn: attn.sliding_window is None or attn.is_sliding,
+}
+"""Text models of which some layers have no rotary embeddings, and which layers have them."""
+_UNNORMED = frozenset({"exaone4"})
+"""Text models whose layers norm what attention gives, and not what it takes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class AttentionForm:
 def attention_form(block: Any) -> AttentionForm | None:
     """How a decoder layer makes queries and keys, or None where its attention is none of the known kinds."""
     attn: Any = getattr(block, "self_attn", None)
+    kind = getattr(getattr(attn, "config", None), "model_type", None)
     before, mlp, out = _first(block, _BEFORE), _first(block, _AFTER), _first(attn, _OUT)
+    if before is None and kind in _UNNORMED:
+        before = nn.Identity()
     q, k, width = getattr(attn, "q_proj", None), getattr(attn, "k_proj", None), getattr(attn, "head_dim", None)
     if before is None or mlp is None or out is None or q is None or k is None or width is None:
         return None
@@ -78,8 +87,8 @@ def attention_form(block: Any) -> AttentionForm | None:
     if made not in (heads, 2 * heads):
         return None
     has_rope = bool(getattr(attn, "use_rope", True))
-    if getattr(getattr(attn, "config", None), "model_type", None) in _TURNED_IN_WINDOWS:
-        has_rope = attn.sliding_window is not None
+    if kind in _TURNED:
+        has_rope = _TURNED[kind](attn)
     norms = {which: _first(attn, names) for which, names in _NORMS.items()}
     cap = getattr(attn, "attn_logit_softcapping", None)
     return AttentionForm(attn, before, mlp, norms, made != heads, has_rope, None if cap is None else float(cap))

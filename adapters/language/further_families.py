@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .. import hosts
-from .kin import QWEN, QWEN3, shuffled
+from .kin import BOTH, QWEN, QWEN3, SMOLVLM, shuffled
 from .spec import VLMSpec
 
 FLAT = replace(
@@ -18,6 +18,9 @@ FLAT = replace(
     tower_size_argument=hosts.TOWER_GRIDS,
 )
 """Qwen's tower in front of a text model that counts positions in one dimension, so that frames of clips do not show."""
+
+STAMPED = replace(FLAT, ids=BOTH, grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS))
+"""The same where text stands between frames."""
 
 FURTHER: dict[str, VLMSpec] = {
     "deepseek_vl": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
@@ -44,6 +47,58 @@ FURTHER: dict[str, VLMSpec] = {
     "cosmos3_omni": QWEN3,
     "glm4v_moe": QWEN,
     "glm_ocr": QWEN,
+    "llava_next_video": VLMSpec(
+        ids=BOTH,
+        parts="anyres",
+        thumbnail="first",
+        tower_cut="spread",
+        packing_methods=("pack_image_features", ""),
+        varies=True,
+    ),
+    "ovis2": VLMSpec(projector="visual_embeddings_table", feature=None, whole="no"),
+    "got_ocr2": VLMSpec(
+        feature=None,
+        lengths_of="crop",
+        parts="chunks",
+        thumbnail="last",
+        whole="its windows share out a grid of patches",
+    ),
+    "fast_vlm": VLMSpec(whole="it is made of convolutions"),
+    "perception_lm": VLMSpec(ids=BOTH, feature=None, lengths_of="crop", parts="chunks", thumbnail="first", whole="no"),
+    "granite_docling": replace(
+        SMOLVLM,
+        projector="vision_model.connector",
+        deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES),
+        tower_cut=None,
+        patches=None,
+        whole="no",
+    ),
+    "deepseek_vl_hybrid": VLMSpec(
+        tower="vision_model",
+        projector="aligner",
+        feature=None,
+        whole="its projector joins each patch with that of a second tower",
+    ),
+    "video_llama_3": replace(
+        FLAT, tower="vision_model", projector="projector", grid_arguments=(), tower_size_argument=None
+    ),
+    "qwen2_5_omni_thinker": replace(QWEN, types=None),
+    "qwen3_omni_moe_thinker": replace(QWEN3, types=None),
+    "cosmos3_edge": replace(QWEN, projector="projector"),
+    "lfm3_vl": replace(STAMPED, tower="vision_tower", projector="multi_modal_projector"),
+    "muse_glimmer": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
+    "cohere_compass": QWEN3,
+    "kimi_k25": replace(FLAT, tower="vision_tower", projector="mm_projector"),
+    "step3p7": VLMSpec(
+        tower="vision_model", feature=None, lengths_of="picture", parts="runs", thumbnail="last", whole="no"
+    ),
+    "ernie4_5_vl_moe": replace(
+        QWEN,
+        tower="vision_tower",
+        projector="resampler_model",
+        gather=(hosts.EXPERT_TYPES,),
+        layer_args=(hosts.EXPERT_TYPES,),
+    ),
 }
 """By ``config.model_type``."""
 
@@ -58,5 +113,22 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "cosmos3_omni": "nvidia/Cosmos3-Nano",
     "glm4v_moe": "zai-org/GLM-4.5V",
     "glm_ocr": "zai-org/GLM-OCR",
+    "llava_next_video": "llava-hf/LLaVA-NeXT-Video-7B-hf",
+    "ovis2": "thisisiron/Ovis2-1B-hf",
+    "got_ocr2": "stepfun-ai/GOT-OCR-2.0-hf",
+    "fast_vlm": "KamilaMila/FastVLM-7B",
+    "perception_lm": "facebook/Perception-LM-1B",
+    "granite_docling": "x",
+    "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
+    "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
+    "qwen2_5_omni_thinker": "Qwen/Qwen2.5-Omni-7B",
+    "qwen3_omni_moe_thinker": "Qwen/Qwen3-Omni-30B-A3B-Instruct",
+    "cosmos3_edge": "nvidia/Cosmos3-Edge",
+    "lfm3_vl": "LiquidAI/LFM3-VL-2B",
+    "muse_glimmer": "meta-models/Muse-Glimmer-30B",
+    "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
+    "kimi_k25": "moonshotai/Kimi-K2.6",
+    "step3p7": "stepfun-ai/Step-3.7-Flash",
+    "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
 }
 """A published checkpoint of each family, by its name on the hub."""

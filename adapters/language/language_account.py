@@ -40,7 +40,8 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
         module = child(core, path)
         projector = heads_of(model, module)
         # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
-        own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        alone = [] if isinstance(module, nn.Linear) else module.named_parameters(recurse=False)
+        own = [(name, p) for name, p in alone if p.dim() == 2]
         projector += [Part(name, p.numel(), path=path_of(model, module)) for name, p in own]
         joins = 1 if adapter.spec.joins is None else adapter.spec.joins(core.config)
         projector = [replace(part, joins=joins) for part in projector]

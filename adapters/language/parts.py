@@ -93,7 +93,7 @@ def _by_chunks(look: Look) -> Tensor | None:
     for picture in look.pictures:
         n = len(picture.columns)
         size = look.crop if look.crop and n % look.crop == 0 else n
-        names = _thumbnail(n // size, look.spec.thumbnail)
+        names = _frames(n // size) if picture.video else _thumbnail(n // size, look.spec.thumbnail)
         parts.append([names[i // size] for i in range(n)])
         picture.grid = square(size)
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None

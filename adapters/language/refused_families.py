@@ -12,6 +12,5 @@ REFUSED: dict[str, str] = {
     "emu3": "pictures are discrete tokens of the vocabulary",
     "molmo2": "its mask is built outside the language model in a form that cannot be rebuilt",
     "gemma3n": "its layers carry four streams of hidden states",
-    "ernie4_5_vl_moe": "its experts are chosen by moe_mm_token_type_ids, which a cut would have to follow",
 }
 """Families that cannot be carried, with the reason."""

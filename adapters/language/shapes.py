@@ -28,9 +28,15 @@ def _of_patches(value: Tensor, config: Any) -> Tensor:
     return value // config.downsample_factor
 
 
+def _merge(vision: Any) -> int:
+    """Patches along a side that make one token."""
+    kernel = getattr(vision, "merge_kernel_size", None)
+    return int(getattr(vision, "merge_size", None) or vision.spatial_merge_size) if kernel is None else int(kernel[0])
+
+
 def _of_grids(value: Tensor, config: Any) -> Tensor:
     """Frames, rows and columns of patches."""
-    merge = config.vision_config.spatial_merge_size
+    merge = _merge(config.vision_config)
     return value // value.new_tensor([1, merge, merge])
 
 

@@ -39,6 +39,7 @@ def members(name: str) -> Tensor:
     return members_in(name, shared(name, "eager"))
 
 
+@torch.enable_grad()  # whoever asks first
 def members_in(name: str, model: nn.Module) -> Tensor:
     """Patches that each token of one crop is made of, bool `[n, N]`: those of which its gradients speak."""
     side = model.config.vision_config.image_size

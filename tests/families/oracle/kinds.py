@@ -45,6 +45,8 @@ class MRoPEOracle(Oracle):
 
     frame_step = 1
     follows = "last"
+    time_counts = False
+    """Whether the text behind a clip goes on behind its last frame too."""
 
     def positions(self, prompt: Prompt, more: int) -> Tensor:
         places, at, column = torch.zeros(3, len(prompt.ids), dtype=torch.int64), 0, 0
@@ -56,7 +58,8 @@ class MRoPEOracle(Oracle):
                 step = self.frame_step if picture.shot.video else 1
                 grid = torch.cartesian_prod(torch.arange(frames) * step, torch.arange(rows), torch.arange(columns))
                 places[:, run] = at + grid.T
-                at, column = at + max(rows, columns), first + len(run)
+                ahead = (frames - 1) * step + 1 if self.time_counts else 0
+                at, column = at + max(rows, columns, ahead), first + len(run)
         places[:, column:] = at + torch.arange(len(prompt.ids) - column)
         end = places[:, -1:] if self.follows == "last" else places.max().expand(3, 1)
         return torch.cat([places, end + 1 + torch.arange(more)], 1)
@@ -186,6 +189,102 @@ class Lfm2Oracle(Oracle):
     norm_path = "embedding_norm"
 
 
+class GraniteOracle(TilesOracle, Qwen3Oracle):
+    """Granite Docling: embeddings are scaled by the text model."""
+
+    follows = "last"
+
+    def positions(self, prompt: Prompt, more: int) -> Tensor:
+        return Oracle.positions(self, prompt, more)
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return Oracle.rotary(self, kind, row)
+
+    def start(self, row: Row) -> Row:
+        return replace(row, hidden=row.hidden * self.config.embedding_multiplier)
+
+
+class OvisOracle(Oracle):
+    """Ovis2: marks around pictures have embeddings out of the visual table."""
+
+    def row(self, prompt: Prompt, written: Tensor, encoded: dict[int, Any]) -> Row:
+        row = super().row(prompt, written, encoded)
+        hidden = row.hidden.clone()
+        for made in encoded.values():
+            for mark, value in zip(self.core.config.visual_indicator_token_ids, made.visual_indicator_features):
+                hidden[row.ids == mark] = value
+        return replace(row, hidden=hidden)
+
+
+class OmniOracle(MRoPEOracle):
+    """Qwen2.5-Omni: frames of a clip lie as far apart as the prompt says: a second here."""
+
+    time_counts = True
+
+    @property
+    def frame_step(self) -> int:  # type: ignore[override]
+        return int(self.core.config.position_id_per_seconds)
+
+
+class Omni3Oracle(OmniOracle, Qwen3Oracle):
+    """Qwen3-Omni: the same, and features for the first layers."""
+
+
+class PerceptionOracle(Oracle):
+    """Perception LM: clips are encoded as pictures are."""
+
+    def encode(self, prompt: Prompt) -> dict[int, Any]:
+        found = {}
+        for kind, name in ((1, "pixel_values"), (2, "pixel_values_videos")):
+            shown = [p.shot.arrays[name] for p in prompt.pictures if name in p.shot.arrays]
+            if shown:
+                found[kind] = self.core.get_image_features(pixel_values=torch.cat(shown), return_dict=True)
+        return found
+
+
+class TypedOracle(Oracle):
+    """Rotary tables of each type of layer."""
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return self.lm.rotary_emb(row.hidden[None], row.positions, kind)
+
+
+class Lfm3Oracle(TypedOracle):
+    """LFM3-VL: the last norm has another name."""
+
+    norm_path = "embedding_norm"
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return None if kind == "conv" else super().rotary(kind, row)
+
+
+class CompassOracle(Qwen3Oracle):
+    """North Micro Vision: layers without a window have no positions."""
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        if self.config.rope_parameters[kind] is None:
+            return None
+        return self.lm.rotary_emb(row.hidden[None], row.positions[:, None], kind)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        scale = self.model.logit_scale
+        return logits if scale is None else logits * scale
+
+
+class MuseOracle(Oracle):
+    """Muse Glimmer: some layers have no positions; logits are scaled and capped."""
+
+    def layer(self, index: int, row: Row) -> Tensor:
+        kind = self.kinds[index]
+        table = self.rotary(kind, row) if self.config.layer_rope_theta[index] else None
+        return self.layers[index](
+            row.hidden[None], attention_mask=self.mask(kind, row), position_embeddings=table, position_ids=None
+        )[0]
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return super().finish(logits * self.config.output_multiplier)
+
+
 ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "llava_onevision": OneVisionOracle,
     "qwen2_vl": MRoPEOracle,
@@ -199,6 +298,17 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "glm4v_moe": MRoPEOracle,
     "glm_ocr": MRoPEOracle,
     "cosmos3_omni": Qwen3Oracle,
+    "cosmos3_edge": MRoPEOracle,
+    "cohere_compass": CompassOracle,
+    "ernie4_5_vl_moe": MRoPEOracle,
+    "qwen2_5_omni_thinker": OmniOracle,
+    "qwen3_omni_moe_thinker": Omni3Oracle,
+    "perception_lm": PerceptionOracle,
+    "muse_glimmer": MuseOracle,
+    "step3p7": TypedOracle,
+    "granite_docling": GraniteOracle,
+    "ovis2": OvisOracle,
+    "lfm3_vl": Lfm3Oracle,
     "paddleocr_vl": MRoPEOracle,
     "smolvlm": TilesOracle,
     "idefics3": TilesOracle,

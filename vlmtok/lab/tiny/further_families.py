@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from .family import Family
 from .models_further import (
     cosmos3_omni,
@@ -15,7 +20,40 @@ from .models_further import (
     qianfan_ocr,
     vipllava,
 )
-from .shots import PATCH_VALUES, packed, packed_clip, plain, rows_with_breaks, tiles
+from .models_rarer import (
+    cohere_compass,
+    cosmos3_edge,
+    deepseek_vl_hybrid,
+    ernie4_5_vl_moe,
+    fast_vlm,
+    got_ocr2,
+    granite_docling,
+    kimi_k25,
+    lfm3_vl,
+    llava_next_video,
+    muse_glimmer,
+    ovis2,
+    perception_lm,
+    qwen2_5_omni_thinker,
+    qwen3_omni_moe_thinker,
+    step3p7,
+    video_llama_3,
+)
+from .prompts import END, FIRST_FRAME, MARK, START, VIDEO, Prompt, Shot, padded
+from .shots import (
+    PATCH_VALUES,
+    AnyRes,
+    Maker,
+    by_sample,
+    marked,
+    packed,
+    packed_clip,
+    pixels,
+    plain,
+    pooled_clip,
+    rows_with_breaks,
+    tiles,
+)
 
 MM = "mm_token_type_ids"
 QWEN = {"I": packed(4, 4, PATCH_VALUES), "J": packed(2, 4, PATCH_VALUES)}
@@ -23,6 +61,84 @@ RUN_CLIPS = {"V": packed_clip(3, 2, 2, "run"), "W": packed_clip(2, 2, 5, "run")}
 STAMPED_CLIPS = {"V": packed_clip(3, 2, 2, "stamped"), "W": packed_clip(2, 2, 5, "stamped")}
 GLM_CLIPS = {"V": packed_clip(3, 2, 2, "glm"), "W": packed_clip(2, 2, 5, "glm")}
 MIXED_CLIPS = ("2I3V4", "3W2J3")
+
+LARGE, WIDE = AnyRes(40, 60, (64, 64)), AnyRes(30, 62, (32, 64))
+SPLIT = marked([(START, MARK), (START, MARK + 1), (MARK + 8, MARK + 8, START, MARK + 9)], (START,))
+WHOLE = marked([(START, MARK + 9)], (START,))
+PLANE = {"I": packed(4, 4, 48), "J": packed(2, 4, 48)}
+PLANE_CLIPS = {"V": packed_clip(3, 2, 2, "stamped", 48), "W": packed_clip(2, 2, 5, "stamped", 48)}
+
+
+def tiled(count: int) -> Maker:
+    """A picture of Perception LM: the thumbnail, then tiles; pictures of a batch have equally many."""
+
+    def make(generator: torch.Generator) -> Shot:
+        shot = tiles(count)(generator)
+        order = range(count)
+        return replace(
+            shot,
+            arrays={"pixel_values": shot.arrays["pixel_values"][None]},
+            parts=tuple(tile for tile in order for _ in range(16)),
+        )
+
+    return make
+
+
+def tiled_clip(frames: int) -> Maker:
+    """A clip of Perception LM: frames one behind the other."""
+
+    def make(generator: torch.Generator) -> Shot:
+        shot = tiles(frames)(generator)
+        return Shot(
+            (VIDEO,) * (16 * frames),
+            {"pixel_values_videos": shot.arrays["pixel_values"][None]},
+            (),
+            tuple(frame for frame in range(FIRST_FRAME, FIRST_FRAME + frames) for _ in range(16)),
+            True,
+            VIDEO,
+        )
+
+    return make
+
+
+def masked(make: Maker) -> Maker:
+    """A picture as tiles that come with a mask of which are real."""
+
+    def made(generator: torch.Generator) -> Shot:
+        shot = make(generator)
+        real = torch.ones(len(shot.arrays["pixel_values"]), dtype=torch.bool)
+        return replace(shot, arrays={**shot.arrays, "pixel_attention_mask": real})
+
+    return made
+
+
+def two_towers(generator: torch.Generator) -> Shot:
+    """A picture of DeepSeek-VL 7B in two sizes."""
+    shot = plain()(generator)
+    return replace(shot, arrays={**shot.arrays, "high_res_pixel_values": pixels(generator, 1, 3, 64, 64)})
+
+
+def flat(rows: int, columns: int) -> Maker:
+    """A picture of Video-LLaMA 3: patches of one frame, and how many a side make a token."""
+
+    def make(generator: torch.Generator) -> Shot:
+        shot = packed(rows, columns, 48)(generator)
+        return replace(shot, arrays={**shot.arrays, "image_merge_sizes": torch.tensor([2])})
+
+    return make
+
+
+def seconds(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
+    """How many seconds lie between the frames of each clip of Qwen-Omni."""
+    clips = sum(picture.shot.video for prompt in prompts for picture in prompt.pictures)
+    return {"video_second_per_grid": torch.ones(clips)} if clips else {}
+
+
+def expert_types(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
+    """Which experts of ERNIE 4.5 VL take a token: those of pictures take marks around them too."""
+    rows = [prompt.kinds + (prompt.ids == START) + (prompt.ids == END) for prompt in prompts]
+    return {"moe_mm_token_type_ids": padded(rows)}
+
 
 FURTHER: tuple[Family, ...] = (
     Family("deepseek_vl", deepseek_vl, {"I": plain(), "J": plain()}),
@@ -34,6 +150,66 @@ FURTHER: tuple[Family, ...] = (
     Family("exaone4_5", exaone4_5, QWEN),
     Family("cosmos3_omni", cosmos3_omni, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
     Family("glm4v_moe", glm4v_moe, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
+    Family(
+        "llava_next_video",
+        llava_next_video,
+        {"I": LARGE, "J": WIDE, "V": pooled_clip(3, newline=False), "W": pooled_clip(3, newline=False)},
+        clips=("2I3V4", "3W5"),
+    ),
+    Family("ovis2", ovis2, {"I": tiles(), "J": tiles(), "M": tiles(3)}, several=("2M3J5", "4I3", "7")),
+    Family(
+        "got_ocr2",
+        got_ocr2,
+        {"I": tiles(side=64), "J": tiles(side=64), "M": tiles(3, side=64)},
+        several=("2M3J5", "4I3", "7"),
+    ),
+    Family("fast_vlm", fast_vlm, {"I": plain(side=128), "J": plain(side=128)}),
+    Family(
+        "perception_lm",
+        perception_lm,
+        {"I": tiled(1), "J": tiled(1), "M": tiled(3), "V": tiled_clip(2), "W": tiled_clip(2)},
+        several=("2M3M5", "4M3", "7"),
+        clips=("2I3V4", "3W5"),
+    ),
+    Family(
+        "granite_docling",
+        granite_docling,
+        {"I": masked(WHOLE), "J": masked(WHOLE), "M": masked(SPLIT)},
+        several=("2M3J5", "4I3", "7"),
+        join={"pixel_values": by_sample, "pixel_attention_mask": by_sample},
+    ),
+    Family("deepseek_vl_hybrid", deepseek_vl_hybrid, {"I": two_towers, "J": two_towers}),
+    Family("video_llama_3", video_llama_3, {"I": flat(4, 4), "J": flat(2, 4)}),
+    Family(
+        "qwen2_5_omni_thinker",
+        qwen2_5_omni_thinker,
+        QWEN | RUN_CLIPS,
+        clips=MIXED_CLIPS,
+        positions="mrope",
+        extra=seconds,
+    ),
+    Family(
+        "qwen3_omni_moe_thinker",
+        qwen3_omni_moe_thinker,
+        QWEN | RUN_CLIPS,
+        clips=MIXED_CLIPS,
+        positions="mrope",
+        extra=seconds,
+    ),
+    Family("cosmos3_edge", cosmos3_edge, PLANE | PLANE_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
+    Family("lfm3_vl", lfm3_vl, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
+    Family("muse_glimmer", muse_glimmer, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
+    Family("cohere_compass", cohere_compass, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
+    Family("kimi_k25", kimi_k25, {"I": packed(4, 4, 3, 4, 4), "J": packed(2, 4, 3, 4, 4)}),
+    Family("step3p7", step3p7, {"I": plain(side=64), "J": plain(side=64)}),
+    Family(
+        "ernie4_5_vl_moe",
+        ernie4_5_vl_moe,
+        {"I": packed(4, 4, 3 * 16), "J": packed(2, 4, 3 * 16)},
+        types=MM,
+        positions="mrope",
+        extra=expert_types,
+    ),
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )
 """In the order of the rows of `adapters`."""

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .models_mrope import EXPERTS
-from .prompts import END, IMAGE, PAD, START, VIDEO
+from .prompts import END, IMAGE, START, VIDEO
 from .shots import GLM_VIDEO, SIDE
 from .sizes import MROPE, PACKED, TEXT, TOWER, VISION_IDS, WIDTH
 

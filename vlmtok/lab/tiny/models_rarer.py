@@ -1,0 +1,530 @@
+"""Tiny random models of the rarer families of `further_families`; a family is a function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .models_1d import FINE, PINPOINTS, WINDOWED
+from .models_mrope import EXPERTS
+from .prompts import AUDIO, END, IMAGE, MARK, PAD, START, VIDEO
+from .shots import SIDE
+from .sizes import MROPE, PACKED, TEXT, TOWER, VISION_IDS, WIDTH
+
+
+def llava_next_video() -> nn.Module:
+    """LLaVA-NeXT-Video: LLaVA-NeXT's canvas; frames of clips are pooled in front of the projector."""
+    import transformers as tf
+
+    return tf.LlavaNextVideoForConditionalGeneration(
+        tf.LlavaNextVideoConfig(
+            vision_config=tf.CLIPVisionConfig(**TOWER),
+            text_config=tf.LlamaConfig(**TEXT),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            image_grid_pinpoints=PINPOINTS,
+        )
+    )
+
+
+def ovis2() -> nn.Module:
+    """Ovis2: a tower that gives weights over a table of visual words."""
+    import transformers as tf
+
+    return tf.Ovis2ForConditionalGeneration(
+        tf.Ovis2Config(
+            vision_config=dict(**TOWER, vocab_size=40, hidden_stride=1, num_visual_indicator_tokens=2),
+            text_config=dict(TEXT),
+            image_token_id=IMAGE,
+            visual_indicator_token_ids=[START, END],
+            vocab_size=TEXT["vocab_size"],
+            hidden_size=WIDTH,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def got_ocr2() -> nn.Module:
+    """GOT-OCR 2: SAM's tower with windows, two convolutions that halve its grid."""
+    import transformers as tf
+
+    vision = {**{k: v for k, v in TOWER.items() if k != "intermediate_size"}, "image_size": 64, "patch_size": 4}
+    return tf.GotOcr2ForConditionalGeneration(
+        tf.GotOcr2Config(
+            vision_config=dict(**vision, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64),
+            text_config=dict(TEXT, model_type="qwen2"),
+            image_token_index=IMAGE,
+            image_seq_length=16,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def fast_vlm() -> nn.Module:
+    """FastVLM: a tower of convolutions from timm."""
+    import transformers as tf
+
+    return tf.FastVlmForConditionalGeneration(
+        tf.FastVlmConfig(
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "fastvit_mci0",
+                "do_pooling": False,
+                "hidden_size": 64,
+                "initializer_range": 0.02,
+                "model_args": {
+                    "layers": [1, 1, 1, 1],
+                    "embed_dims": [8, 16, 32, 32],
+                    "mlp_ratios": [2, 2, 2, 2],
+                },
+            },
+            text_config=dict(TEXT, model_type="qwen2"),
+            image_token_index=IMAGE,
+            image_seq_length=16,
+        )
+    )
+
+
+def perception_lm() -> nn.Module:
+    """Perception LM: a ViT of timm, averages over squares behind the projector."""
+    import transformers as tf
+
+    return tf.PerceptionLMForConditionalGeneration(
+        tf.PerceptionLMConfig(
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_lang_large_patch14_448",
+                "do_pooling": False,
+                "initializer_range": 0.02,
+                "model_args": {
+                    "img_size": [SIDE, SIDE],
+                    "patch_size": 4,
+                    "depth": 3,
+                    "embed_dim": 32,
+                    "num_heads": 4,
+                    "mlp_ratio": 2,
+                    "global_pool": "",
+                    "use_post_transformer_norm": False,
+                    "init_values": 0.1,
+                    "ref_feat_shape": (8, 8),
+                },
+            },
+            vision_use_cls_token=True,
+            text_config=dict(TEXT, model_type="llama"),
+            projector_pooling_ratio=2,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def granite_docling() -> nn.Module:
+    """Granite Docling: features of lower tower layers go to the first decoder layers."""
+    import transformers as tf
+
+    return tf.GraniteDoclingForConditionalGeneration(
+        tf.GraniteDoclingConfig(
+            vision_config=dict(**FINE, out_hidden_size=WIDTH, scale_factor=2, deepstack_visual_indexes=[0, 1]),
+            text_config=dict(**TEXT, embedding_multiplier=2.0, logits_scaling=1.0, attention_multiplier=0.25),
+            image_token_id=IMAGE,
+            pad_token_id=PAD,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def deepseek_vl_hybrid() -> nn.Module:
+    """DeepSeek-VL 7B: SAM's tower beside SigLIP's."""
+    import transformers as tf
+
+    sam = {k: v for k, v in TOWER.items() if k != "intermediate_size"}
+    return tf.DeepseekVLHybridForConditionalGeneration(
+        tf.DeepseekVLHybridConfig(
+            vision_config=dict(**TOWER, vision_use_head=False),
+            high_res_vision_config=dict(
+                **{**sam, "image_size": 64}, output_channels=16, mlp_dim=64, window_size=4, global_attn_indexes=[1]
+            ),
+            text_config=dict(TEXT),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def instructblipvideo() -> nn.Module:
+    """InstructBLIP for clips: the Q-Former reads each frame."""
+    import transformers as tf
+
+    qformer = {
+        "vocab_size": TEXT["vocab_size"],
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "encoder_hidden_size": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return tf.InstructBlipVideoForConditionalGeneration(
+        tf.InstructBlipVideoConfig(
+            vision_config=dict(**TOWER, initializer_range=0.02),
+            qformer_config=qformer,
+            text_config=tf.LlamaConfig(**TEXT).to_dict(),
+            num_query_tokens=4,
+            video_token_index=VIDEO,
+        )
+    )
+
+
+_AUDIO: dict[str, Any] = {
+    "num_mel_bins": 8,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "d_model": 16,
+    "output_dim": WIDTH,
+    "max_source_positions": 20,
+    "n_window": 2,
+}
+
+
+def qwen2_5_omni_thinker() -> nn.Module:
+    """Qwen2.5-Omni's thinker: Qwen2.5-VL beside an encoder of sound."""
+    import transformers as tf
+
+    return tf.Qwen2_5OmniThinkerForConditionalGeneration(
+        tf.Qwen2_5OmniThinkerConfig(
+            audio_config=dict(_AUDIO),
+            vision_config=dict(**PACKED, window_size=16, fullatt_block_indexes=[1]),
+            text_config=dict(**TEXT, rope_parameters=MROPE),
+            audio_token_index=AUDIO,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            audio_start_token_id=MARK + 3,
+            audio_end_token_id=MARK + 4,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+            vision_token_id=MARK + 5,
+        )
+    )
+
+
+def qwen3_omni_moe_thinker() -> nn.Module:
+    """Qwen3-Omni's thinker: Qwen3-VL's mixture of experts beside an encoder of sound."""
+    import transformers as tf
+
+    return tf.Qwen3OmniMoeThinkerForConditionalGeneration(
+        tf.Qwen3OmniMoeThinkerConfig(
+            audio_config=dict(**_AUDIO, downsample_hidden_size=16),
+            vision_config=dict(**PACKED, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+            text_config=dict(**TEXT, **EXPERTS, head_dim=16, rope_parameters=MROPE),
+            audio_token_id=AUDIO,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_start_token_id=MARK + 3,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
+    )
+
+
+def video_llama_3() -> nn.Module:
+    """Video-LLaMA 3: pictures of any shape in one row, a Qwen2 with positions in one dimension."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    return tf.VideoLlama3ForConditionalGeneration(
+        tf.VideoLlama3Config(
+            vision_config={**vision, "patch_size": 4},
+            text_config=dict(TEXT),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        )
+    )
+
+
+def ernie4_5_vl_moe() -> nn.Module:
+    """ERNIE 4.5 VL: experts for text and others for pictures."""
+    import transformers as tf
+
+    vision = {k: v for k, v in PACKED.items() if k not in ("temporal_patch_size", "out_hidden_size")}
+    return tf.Ernie4_5_VLMoeForConditionalGeneration(
+        tf.Ernie4_5_VLMoeConfig(
+            vision_config=dict(**vision),
+            text_config=dict(
+                **TEXT,
+                moe_intermediate_size=[64, 32],
+                moe_k=2,
+                moe_num_experts=4,
+                moe_num_shared_experts=1,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]},
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_token_id=START,
+            image_end_token_id=END,
+            video_start_token_id=START,
+            video_end_token_id=END,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def cosmos3_edge() -> nn.Module:
+    """Cosmos 3 Edge: a SigLIP2-like tower with pictures in one row, a text model without gates."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    return tf.Cosmos3EdgeForConditionalGeneration(
+        tf.Cosmos3EdgeConfig(
+            vision_config=dict(**{**vision, "patch_size": 4}, num_patches=64, spatial_merge_size=2),
+            text_config=dict(**TEXT, head_dim=16, rope_parameters=MROPE),
+            projector_hidden_size=96,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            **VISION_IDS,
+        )
+    )
+
+
+def lfm3_vl() -> nn.Module:
+    """LFM3-VL: a packed tower with convolutions, every second decoder layer a convolution."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    text = {**TEXT, "head_dim": 16, "sliding_window": 8}
+    return tf.Lfm3VlForConditionalGeneration(
+        tf.Lfm3VlConfig(
+            vision_config=dict(**{**vision, "patch_size": 4}, num_key_value_heads=2, spatial_merge_size=2),
+            text_config=dict(**text, layer_types=["conv", "full_attention", "conv", "sliding_attention"]),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            projector_hidden_size=96,
+            tie_word_embeddings=False,
+            **VISION_IDS,
+        )
+    )
+
+
+def hunyuan_vl() -> nn.Module:
+    """HunyuanOCR: a picture has marks and breaks among its placeholders."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    return tf.HunYuanVLForConditionalGeneration(
+        tf.HunYuanVLConfig(
+            vision_config=dict(
+                **{**vision, "patch_size": 4},
+                spatial_merge_size=2,
+                out_hidden_size=WIDTH,
+                text_hidden_size=WIDTH,
+                max_image_size=64,
+            ),
+            text_config=dict(**TEXT, head_dim=16),
+            image_token_id=IMAGE,
+            im_start_id=START,
+            im_end_id=END,
+            im_newline_id=MARK,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def gemma4_unified() -> nn.Module:
+    """Gemma 4 without a tower: patches go through one map."""
+    import transformers as tf
+
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "use_bidirectional_attention": "vision",
+    }
+    return tf.Gemma4UnifiedForConditionalGeneration(
+        tf.Gemma4UnifiedConfig(
+            vision_config=dict(
+                patch_size=4, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=64, output_proj_dims=32
+            ),
+            text_config=text,
+            audio_config=None,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            boi_token_id=START,
+            eoi_token_id=END,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def cohere_compass() -> nn.Module:
+    """North Micro Vision: windows, features of lower tower layers for the first decoder layers."""
+    import transformers as tf
+
+    return tf.CohereCompassForConditionalGeneration(
+        tf.CohereCompassConfig(
+            vision_config=dict(**PACKED, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+            text_config=dict(
+                **TEXT,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                rope_parameters={"sliding_attention": dict(MROPE), "full_attention": None},
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            **VISION_IDS,
+        )
+    )
+
+
+def muse_glimmer() -> nn.Module:
+    """Muse Glimmer: windows, layers without positions, gates."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    text = {**TEXT, **{k: v for k, v in WINDOWED.items() if k != "query_pre_attn_scalar"}}
+    return tf.MuseGlimmerForConditionalGeneration(
+        tf.MuseGlimmerConfig(
+            vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
+            text_config=dict(**text, layer_rope_theta=[1e4, 0, 1e4, 1e4]),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            out_hidden_size=128,
+            projector_hidden_size=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def step3p7() -> nn.Module:
+    """Step 3.7: windows, experts, crops in front of the whole picture."""
+    import transformers as tf
+
+    vision = {k: v for k, v in FINE.items() if k != "intermediate_size"}
+    return tf.Step3p7ForConditionalGeneration(
+        tf.Step3p7Config(
+            vision_config=dict(**{**vision, "image_size": 64}, intermediate_size=64, max_position_embeddings=256),
+            text_config=dict(
+                **TEXT,
+                head_dim=16,
+                sliding_window=8,
+                num_sliding_attention_heads=4,
+                layer_types=["full_attention", "sliding_attention"] * 2,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+                moe_intermediate_size=32,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                share_expert_dim=32,
+                mtp_layer_types=[],
+                mtp_mlp_layer_types=[],
+            ),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def aria() -> nn.Module:
+    """Aria: queries read the tower, experts."""
+    import transformers as tf
+
+    return tf.AriaForConditionalGeneration(
+        tf.AriaConfig(
+            vision_config=dict(FINE, model_type="idefics3_vision"),
+            text_config=dict(
+                **TEXT, head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, model_type="aria_text"
+            ),
+            image_token_index=IMAGE,
+            projector_patch_to_query_dict={64: 16},
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def idefics2() -> nn.Module:
+    """Idefics 2: latents read the tower."""
+    import transformers as tf
+
+    return tf.Idefics2ForConditionalGeneration(
+        tf.Idefics2Config(
+            vision_config=dict(FINE),
+            perceiver_config=dict(
+                hidden_size=WIDTH,
+                resampler_n_latents=16,
+                resampler_depth=1,
+                resampler_n_heads=4,
+                resampler_head_dim=16,
+                num_key_value_heads=2,
+            ),
+            text_config=dict(**TEXT, sliding_window=None),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def kimi_k25() -> nn.Module:
+    """Kimi K2.5: MoonViT's tower, latent attention, experts."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    return tf.Kimi_K25ForConditionalGeneration(
+        tf.Kimi_K25Config(
+            vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
+            text_config=dict(
+                **{**TEXT, "num_key_value_heads": 4},
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=16,
+                n_routed_experts=4,
+                n_group=1,
+                topk_group=1,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                first_k_dense_replace=1,
+            ),
+            projection_hidden_size=32,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            tie_word_embeddings=False,
+            **VISION_IDS,
+        )
+    )
+
+
+def minicpmv4_7() -> nn.Module:
+    """MiniCPM-V 4.7: Qwen3.5's language model, positions in three dimensions."""
+    import transformers as tf
+
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+    }
+    return tf.MiniCPMV4_7ForConditionalGeneration(
+        tf.MiniCPMV4_7Config(
+            vision_config=dict(**{**TOWER, "image_size": 64, "patch_size": 4}, insert_layer_id=1),
+            text_config=text,
+            insert_layer_id=1,
+            image_size=64,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_id=START,
+            image_end_id=END,
+            slice_start_id=MARK,
+            slice_end_id=MARK + 1,
+            newline_id=MARK + 2,
+        )
+    )
