@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .. import hosts
-from .kin import BOTH, QWEN, QWEN3, SMOLVLM, shuffled
-from .spec import VLMSpec
+from .kin import BLIP, BOTH, QWEN, QWEN3, SMOLVLM, shuffled
+from .spec import BlockRule, VLMSpec
 
 FLAT = replace(
     QWEN,
@@ -92,13 +92,21 @@ FURTHER: dict[str, VLMSpec] = {
     "step3p7": VLMSpec(
         tower="vision_model", feature=None, lengths_of="picture", parts="runs", thumbnail="last", whole="no"
     ),
-    "ernie4_5_vl_moe": replace(
-        QWEN,
-        tower="vision_tower",
-        projector="resampler_model",
-        gather=(hosts.EXPERT_TYPES,),
-        layer_args=(hosts.EXPERT_TYPES,),
+    "gemma4_unified": VLMSpec(
+        tower="embed_vision",
+        projector="embed_vision",
+        ids=BOTH,
+        mask="dict",
+        types=hosts.MODAL_TYPES,
+        block=BlockRule(types=(1, 2), sliding="or", when=("use_bidirectional_attention", "vision")),
+        feature=None,
+        parts="runs",
+        grid_arguments=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
+        whole="no",
     ),
+    "instructblipvideo": BLIP,
+    "aria": VLMSpec(whole="no"),
+    "idefics2": replace(SMOLVLM, tower_cut=None, patches=None, joins=None, whole="no", lengths_of="crops"),
 }
 """By ``config.model_type``."""
 
@@ -129,6 +137,9 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
     "kimi_k25": "moonshotai/Kimi-K2.6",
     "step3p7": "stepfun-ai/Step-3.7-Flash",
-    "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
+    "gemma4_unified": "google/gemma-4-12B-it",
+    "instructblipvideo": "Salesforce/instructblip-vicuna-7b",
+    "aria": "rhymes-ai/Aria",
+    "idefics2": "HuggingFaceM4/idefics2-8b",
 }
 """A published checkpoint of each family, by its name on the hub."""

@@ -42,7 +42,9 @@ def _of_grids(value: Tensor, config: Any) -> Tensor:
 
 def _of_places(value: Tensor, config: Any) -> Tensor:
     """Column and row of each patch, `[..., patches, 2]`, -1 where a picture is padded."""
-    return ((value.flatten(0, -3).amax(1) + 1) // config.vision_config.pooling_kernel_size).flip(-1)
+    vision = config.vision_config
+    side = 1 if hasattr(vision, "model_patch_size") else vision.pooling_kernel_size  # merged before the model sees them
+    return ((value.flatten(0, -3).amax(1) + 1) // side).flip(-1)
 
 
 _BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {

@@ -99,7 +99,11 @@ BLIP2_BLOCK = replace(
     k="qkv",
     split=_split,
     bias=None,
-    forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
+    forms=(
+        "transformers.models:Blip2Attention",
+        "transformers.models:InstructBlipAttention",
+        "transformers.models:InstructBlipVideoAttention",
+    ),
 )
 
 INTERNVL_BLOCK = replace(
@@ -138,6 +142,7 @@ ROWS: dict[str, VisionRow] = {
     "dinov2": VisionRow("Dinov2Layer", DINOV2_BLOCK, 1),
     "blip_2_vision_model": VisionRow("Blip2EncoderLayer", BLIP2_BLOCK, 1),
     "instructblip_vision_model": VisionRow("InstructBlipEncoderLayer", BLIP2_BLOCK, 1),
+    "instructblipvideo_vision_model": VisionRow("InstructBlipVideoEncoderLayer", BLIP2_BLOCK, 1),
     "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
     "qianfan_ocr_vision": VisionRow("QianfanOCRVisionLayer", INTERNVL_BLOCK, 1),
     "janus_vision_model": VisionRow("JanusVisionEncoderLayer", CLIP_BLOCK, 0),

@@ -157,6 +157,25 @@ class Gemma4Oracle(Gemma3Oracle):
         )[0]
 
 
+class UnifiedOracle(Gemma4Oracle):
+    """Gemma 4 without a tower: its layers take nothing besides, and share no keys; blocks reach beyond windows."""
+
+    def visible(self, kind: str, row: Row) -> Tensor:
+        return Oracle.visible(self, kind, row) | same_block(row.block)
+
+    def start(self, row: Row) -> Row:
+        return row
+
+    def layer(self, index: int, row: Row) -> Tensor:
+        kind = self.kinds[index]
+        return self.layers[index](
+            row.hidden[None],
+            shared_kv_states={},
+            attention_mask=self.mask(kind, row),
+            position_embeddings=self.rotary(kind, row),
+        )[0]
+
+
 class PaliGemmaOracle(Oracle):
     """PaliGemma: the prompt sees itself both ways, whatever the window; positions count from 1."""
 
@@ -300,7 +319,8 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "cosmos3_omni": Qwen3Oracle,
     "cosmos3_edge": MRoPEOracle,
     "cohere_compass": CompassOracle,
-    "ernie4_5_vl_moe": MRoPEOracle,
+    "gemma4_unified": UnifiedOracle,
+    "idefics2": TilesOracle,
     "qwen2_5_omni_thinker": OmniOracle,
     "qwen3_omni_moe_thinker": Omni3Oracle,
     "perception_lm": PerceptionOracle,

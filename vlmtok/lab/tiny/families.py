@@ -32,12 +32,14 @@ from .models_1d import (
     smolvlm,
 )
 from .models_mrope import glm4v, glm46v, paddleocr_vl, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from .models_rarer import instructblipvideo
 from .prompts import END, MARK, START, Prompt
 from .shots import (
     PATCH,
     PATCH_VALUES,
     AnyRes,
     by_sample,
+    frames_of_queries,
     marked,
     naflex,
     one_crop,
@@ -236,6 +238,7 @@ TOWER_ONLY: dict[str, Family] = {
     family.name: family
     for family in (
         Family("blip-2", blip_2, {"I": queries}, rows=("I3", "I5")),
+        Family("instructblipvideo", instructblipvideo, {"I": frames_of_queries}, rows=("I3", "I5"), extra=_question),
         Family("instructblip", instructblip, {"I": queries}, rows=("I3", "I5"), extra=_question),
     )
 }

@@ -21,13 +21,15 @@ from .models_further import (
     vipllava,
 )
 from .models_rarer import (
+    aria,
     cohere_compass,
     cosmos3_edge,
     deepseek_vl_hybrid,
-    ernie4_5_vl_moe,
     fast_vlm,
+    gemma4_unified,
     got_ocr2,
     granite_docling,
+    idefics2,
     kimi_k25,
     lfm3_vl,
     llava_next_video,
@@ -39,7 +41,7 @@ from .models_rarer import (
     step3p7,
     video_llama_3,
 )
-from .prompts import END, FIRST_FRAME, MARK, START, VIDEO, Prompt, Shot, padded
+from .prompts import END, FIRST_FRAME, IMAGE, MARK, START, VIDEO, Prompt, Shot
 from .shots import (
     PATCH_VALUES,
     AnyRes,
@@ -51,6 +53,7 @@ from .shots import (
     pixels,
     plain,
     pooled_clip,
+    pooled_frames,
     rows_with_breaks,
     tiles,
 )
@@ -112,6 +115,43 @@ def masked(make: Maker) -> Maker:
     return made
 
 
+def _merged(generator: torch.Generator, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Pixels `[20, 192]` and (x, y) `[20, 2]` of the patches of a picture of Gemma 4 without a tower; -1 is padding."""
+    count = rows * columns
+    place = torch.full((20, 2), -1)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    place[:count] = torch.stack([x.flatten(), y.flatten()], -1)
+    return torch.rand(20, 192, generator=generator) * (place[:, :1] >= 0), place
+
+
+def merged_patches(rows: int, columns: int) -> Maker:
+    """A picture of Gemma 4 without a tower: every patch is a token."""
+
+    def make(generator: torch.Generator) -> Shot:
+        count = rows * columns
+        shown, place = _merged(generator, rows, columns)
+        arrays = {"pixel_values": shown[None], "image_position_ids": place[None]}
+        return Shot((START, *[IMAGE] * count, END), arrays, ((1, rows, columns),), (0,) * count)
+
+    return make
+
+
+def merged_frames(frames: int, rows: int, columns: int) -> Maker:
+    """A clip of Gemma 4 without a tower: a time stamp and marks around each frame."""
+
+    def make(generator: torch.Generator) -> Shot:
+        shot = pooled_frames(frames, rows, columns)(generator)
+        made = [_merged(generator, rows, columns) for _ in range(frames)]
+        arrays = {
+            "pixel_values_videos": torch.stack([shown for shown, _ in made]),
+            "video_position_ids": torch.stack([place for _, place in made]),
+            "num_frames_per_video": torch.tensor([frames]),
+        }
+        return replace(shot, arrays=arrays)
+
+    return make
+
+
 def two_towers(generator: torch.Generator) -> Shot:
     """A picture of DeepSeek-VL 7B in two sizes."""
     shot = plain()(generator)
@@ -132,12 +172,6 @@ def seconds(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
     """How many seconds lie between the frames of each clip of Qwen-Omni."""
     clips = sum(picture.shot.video for prompt in prompts for picture in prompt.pictures)
     return {"video_second_per_grid": torch.ones(clips)} if clips else {}
-
-
-def expert_types(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
-    """Which experts of ERNIE 4.5 VL take a token: those of pictures take marks around them too."""
-    rows = [prompt.kinds + (prompt.ids == START) + (prompt.ids == END) for prompt in prompts]
-    return {"moe_mm_token_type_ids": padded(rows)}
 
 
 FURTHER: tuple[Family, ...] = (
@@ -203,12 +237,25 @@ FURTHER: tuple[Family, ...] = (
     Family("kimi_k25", kimi_k25, {"I": packed(4, 4, 3, 4, 4), "J": packed(2, 4, 3, 4, 4)}),
     Family("step3p7", step3p7, {"I": plain(side=64), "J": plain(side=64)}),
     Family(
-        "ernie4_5_vl_moe",
-        ernie4_5_vl_moe,
-        {"I": packed(4, 4, 3 * 16), "J": packed(2, 4, 3 * 16)},
+        "gemma4_unified",
+        gemma4_unified,
+        {
+            "I": merged_patches(4, 4),
+            "J": merged_patches(2, 4),
+            "V": merged_frames(2, 2, 3),
+            "W": merged_frames(3, 2, 3),
+        },
+        clips=MIXED_CLIPS,
         types=MM,
-        positions="mrope",
-        extra=expert_types,
+        gain=2.0,
+        tower_gain=2.0,
+    ),
+    Family("aria", aria, {"I": plain(), "J": plain()}),
+    Family(
+        "idefics2",
+        idefics2,
+        {"I": WHOLE, "J": WHOLE},
+        join={"pixel_values": by_sample},
     ),
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )

@@ -286,3 +286,8 @@ def by_sample(rows: list[list[Tensor]]) -> Tensor:
 def queries(generator: torch.Generator) -> Shot:
     """A picture of BLIP-2: as many placeholders as the Q-Former has queries."""
     return Shot((IMAGE,) * 8, {"pixel_values": pixels(generator, 1, 3, SIDE, SIDE)})
+
+
+def frames_of_queries(generator: torch.Generator) -> Shot:
+    """A clip of InstructBLIP: as many placeholders a frame as the Q-Former has queries."""
+    return Shot((VIDEO,) * 8, {"pixel_values": pixels(generator, 1, 2, 3, SIDE, SIDE)}, (), (), True, VIDEO)
