@@ -22,6 +22,10 @@ FLAT = replace(
 STAMPED = replace(FLAT, ids=BOTH, grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS))
 """The same where text stands between frames."""
 
+MINICPM = replace(
+    FLAT, tower="vision_tower", projector="merger", grid_arguments=(hosts.TARGET_SIZES,), tower_size_argument=None
+)
+
 FURTHER: dict[str, VLMSpec] = {
     "deepseek_vl": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
     "vipllava": VLMSpec(whole="its projector reads several layers of the tower side by side"),
@@ -55,7 +59,12 @@ FURTHER: dict[str, VLMSpec] = {
         packing_methods=("pack_image_features", ""),
         varies=True,
     ),
-    "ovis2": VLMSpec(projector="visual_embeddings_table", feature=None, whole="no"),
+    "ovis2": VLMSpec(
+        projector="visual_embeddings_table",
+        feature=None,
+        parts="runs",
+        whole="its head turns patches into weights over a table of visual words",
+    ),
     "got_ocr2": VLMSpec(
         feature=None,
         lengths_of="crop",
@@ -64,14 +73,22 @@ FURTHER: dict[str, VLMSpec] = {
         whole="its windows share out a grid of patches",
     ),
     "fast_vlm": VLMSpec(whole="it is made of convolutions"),
-    "perception_lm": VLMSpec(ids=BOTH, feature=None, lengths_of="crop", parts="chunks", thumbnail="first", whole="no"),
+    "perception_lm": VLMSpec(
+        ids=BOTH,
+        feature=None,
+        lengths_of="crop",
+        parts="chunks",
+        thumbnail="first",
+        whole="it is a model of timm inside a wrapper of transformers",
+    ),
     "granite_docling": replace(
         SMOLVLM,
         projector="vision_model.connector",
         deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES),
         tower_cut=None,
         patches=None,
-        whole="no",
+        joins=None,
+        whole="features of several of its layers are read",
     ),
     "deepseek_vl_hybrid": VLMSpec(
         tower="vision_model",
@@ -90,8 +107,16 @@ FURTHER: dict[str, VLMSpec] = {
     "cohere_compass": QWEN3,
     "kimi_k25": replace(FLAT, tower="vision_tower", projector="mm_projector"),
     "step3p7": VLMSpec(
-        tower="vision_model", feature=None, lengths_of="picture", parts="runs", thumbnail="last", whole="no"
+        tower="vision_model",
+        feature=None,
+        lengths_of="crops",
+        parts="runs",
+        thumbnail="last",
+        whole="convolutions behind its blocks read the grid of patches",
     ),
+    "muse_spark": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
+    "minicpmv4_6": MINICPM,
+    "minicpm_ocr": MINICPM,
     "gemma4_unified": VLMSpec(
         tower="embed_vision",
         projector="embed_vision",
@@ -102,11 +127,13 @@ FURTHER: dict[str, VLMSpec] = {
         feature=None,
         parts="runs",
         grid_arguments=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
-        whole="no",
+        whole="there is none: patches go through one map",
     ),
     "instructblipvideo": BLIP,
-    "aria": VLMSpec(whole="no"),
-    "idefics2": replace(SMOLVLM, tower_cut=None, patches=None, joins=None, whole="no", lengths_of="crops"),
+    "aria": VLMSpec(whole="queries of its projector read all patches"),
+    "idefics2": replace(
+        SMOLVLM, tower_cut=None, patches=None, joins=None, whole="latents of its connector read all patches"
+    ),
 }
 """By ``config.model_type``."""
 
@@ -126,7 +153,7 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "got_ocr2": "stepfun-ai/GOT-OCR-2.0-hf",
     "fast_vlm": "KamilaMila/FastVLM-7B",
     "perception_lm": "facebook/Perception-LM-1B",
-    "granite_docling": "x",
+    "granite_docling": "ibm-granite/granite-for-docling-500m",
     "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
     "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
     "qwen2_5_omni_thinker": "Qwen/Qwen2.5-Omni-7B",
@@ -137,6 +164,9 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
     "kimi_k25": "moonshotai/Kimi-K2.6",
     "step3p7": "stepfun-ai/Step-3.7-Flash",
+    "muse_spark": "meta-models/Muse-Spark-Open-816B-A42B",
+    "minicpmv4_6": "openbmb/MiniCPM-V-4.6",
+    "minicpm_ocr": "openbmb/MiniCPM-OCR-1.0",
     "gemma4_unified": "google/gemma-4-12B-it",
     "instructblipvideo": "Salesforce/instructblip-vicuna-7b",
     "aria": "rhymes-ai/Aria",

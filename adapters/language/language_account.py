@@ -36,7 +36,10 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     path = adapter.spec.projector
     vision, packed = _vision(adapter, uncounted)
     projector: list[Part] = []
-    if path and (vision is not None or packed is not None):
+    mixing = path and _mixes(child(core, path))
+    if mixing:
+        uncounted.append(Uncounted(f"{path} is not counted (it {mixing})", path, adapter.spec.boundary is None))
+    if path and not mixing and (vision is not None or packed is not None):
         module = child(core, path)
         projector = heads_of(model, module)
         # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
@@ -63,6 +66,16 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
         uncounted=tuple(uncounted),
         tile=_tile(adapter.spec, core.config),
     )
+
+
+def _mixes(module: nn.Module) -> str | None:
+    """What a projector does to several tokens at once, or None where each of its rows is multiplied alone."""
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention) or hasattr(part, "q_proj"):
+            return "attends to the tokens of a picture"
+        if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
+            return "convolves the grid of a picture"
+    return None
 
 
 def _tile(spec: VLMSpec, config: Any) -> int | None:

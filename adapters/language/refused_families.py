@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+_CROSS = "pictures enter through cross-attention"
+_ENCODED = "it is an encoder-decoder; pictures are part of the encoder's input"
+_DISCRETE = "pictures are discrete tokens of the vocabulary"
+_OWN_PROMPT = "its own generate() builds the prompt"
+_STREAMS = "its layers carry {} streams of hidden states"
+_PLACES = "its layers count distances between tokens by their places in the cache, which a cut moves"
+_INDEX = "its layers choose keys by an index {}, which a cut would have to follow"
+_MARKED = (
+    "marks and breaks of a picture are placeholders among its patches, so that methods would take them for patches"
+)
+
 REFUSED: dict[str, str] = {
-    "mllama": "pictures enter through cross-attention, and its cache holds vision states",
-    "florence2": "it is an encoder-decoder; pictures are part of the encoder's input",
-    "idefics": "pictures enter through cross-attention",
-    "kosmos-2": "its own generate() builds the prompt",
-    "kosmos-2.5": "its own generate() builds the prompt",
-    "chameleon": "pictures are discrete tokens of the vocabulary",
-    "emu3": "pictures are discrete tokens of the vocabulary",
+    "mllama": f"{_CROSS}, and its cache holds vision states",
+    "florence2": _ENCODED,
+    "idefics": _CROSS,
+    "blip": _CROSS,
+    "kosmos-2": _OWN_PROMPT,
+    "kosmos-2.5": _OWN_PROMPT,
+    "chameleon": _DISCRETE,
+    "emu3": _DISCRETE,
+    "apertus1p5": _DISCRETE,
     "molmo2": "its mask is built outside the language model in a form that cannot be rebuilt",
-    "gemma3n": "its layers carry four streams of hidden states",
+    "gemma3n": _STREAMS.format("four"),
+    "glm5_next": _STREAMS.format("several"),
+    "hy_v4_vl": _STREAMS.format("several"),
+    "qwen4_exp": _STREAMS.format("several"),
+    "ernie4_5_vl_moe": "its experts are chosen by moe_mm_token_type_ids, which a cut would have to follow",
+    "inkling_mm_model": _PLACES,
+    "inkling2": f"{_PLACES}; and every block reads the states of all blocks before it",
+    "inkling2_loop": f"{_PLACES}; and every block reads the states of all blocks before it",
+    "minimax_m3_vl": _INDEX.format("of blocks by their places in the cache"),
+    "dots3_note": _INDEX.format("with a cache of its own"),
+    "mistral_large4": _INDEX.format("that earlier layers hand on"),
+    "granite4_vision": "pictures enter between its layers; the language model's input holds zeros in their place",
+    "hunyuan_vl": _MARKED,
+    "deepseek_ocr2": _MARKED,
+    "unlimited_ocr": f"{_MARKED}; and the windows of its layers keep the prompt in sight by masks of their own",
+    "phi4_multimodal": "its text model puts pictures among its embeddings itself, behind the place where a cut could act",
+    "fuyu": "its encoder hands over all patches of a call as one, so that nothing tells pictures apart",
+    "video_llava": "clips have a tower of their own, and every frame's class token is a placeholder among its patches",
+    "nemotron_h_omni": "its layers are one norm and one mixer each, of kinds that no rule tells apart",
+    "diffusion_gemma": "it writes blocks of tokens by diffusion, and not one token after another",
+    "pi0": "it gives actions of a robot by flow matching, and not tokens",
+    "git": "pictures stand in front of the text in a decoder of its own, without placeholders",
+    "pix2struct": _ENCODED,
+    "pp_formulanet": _ENCODED,
+    "t5gemma2": _ENCODED,
+    "udop": _ENCODED,
+    "vision-encoder-decoder": _ENCODED,
+    "qwen2_5_omni": "it speaks too, out of several models; compress its thinker: vlmtok.compress(model.thinker, ...)",
+    "qwen3_omni_moe": "it speaks too, out of several models; compress its thinker: vlmtok.compress(model.thinker, ...)",
 }
 """Families that cannot be carried, with the reason."""

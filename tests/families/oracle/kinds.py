@@ -290,7 +290,15 @@ class CompassOracle(Qwen3Oracle):
         return logits if scale is None else logits * scale
 
 
-class MuseOracle(Oracle):
+class HiddenOracle(Oracle):
+    """Placeholders count as the first id where theirs is looked up."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        config = self.core.config
+        return super().embed(ids.where((ids != config.image_token_id) & (ids != config.video_token_id), 0))
+
+
+class MuseOracle(HiddenOracle):
     """Muse Glimmer: some layers have no positions; logits are scaled and capped."""
 
     def layer(self, index: int, row: Row) -> Tensor:
@@ -302,6 +310,18 @@ class MuseOracle(Oracle):
 
     def finish(self, logits: Tensor) -> Tensor:
         return super().finish(logits * self.config.output_multiplier)
+
+
+class StripOracle(Oracle):
+    """MiniCPM-V: pictures lie side by side; positions in one dimension, three times."""
+
+    def encode(self, prompt: Prompt) -> dict[int, Any]:
+        arrays = [picture.shot.arrays for picture in prompt.pictures]
+        if not arrays:
+            return {}
+        strip = torch.cat([one["pixel_values"] for one in arrays], -1)
+        sizes = torch.cat([one["target_sizes"] for one in arrays])
+        return {1: self.core.get_image_features(strip, sizes, return_dict=True)}
 
 
 ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
@@ -326,6 +346,10 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "perception_lm": PerceptionOracle,
     "muse_glimmer": MuseOracle,
     "step3p7": TypedOracle,
+    "muse_spark": MuseOracle,
+    "kimi_k25": HiddenOracle,
+    "minicpmv4_6": StripOracle,
+    "minicpm_ocr": StripOracle,
     "granite_docling": GraniteOracle,
     "ovis2": OvisOracle,
     "lfm3_vl": Lfm3Oracle,

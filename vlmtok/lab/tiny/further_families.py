@@ -33,7 +33,10 @@ from .models_rarer import (
     kimi_k25,
     lfm3_vl,
     llava_next_video,
+    minicpm_ocr,
+    minicpmv4_6,
     muse_glimmer,
+    muse_spark,
     ovis2,
     perception_lm,
     qwen2_5_omni_thinker,
@@ -68,6 +71,7 @@ MIXED_CLIPS = ("2I3V4", "3W2J3")
 LARGE, WIDE = AnyRes(40, 60, (64, 64)), AnyRes(30, 62, (32, 64))
 SPLIT = marked([(START, MARK), (START, MARK + 1), (MARK + 8, MARK + 8, START, MARK + 9)], (START,))
 WHOLE = marked([(START, MARK + 9)], (START,))
+MARKED = marked([(START,)], (END,))
 PLANE = {"I": packed(4, 4, 48), "J": packed(2, 4, 48)}
 PLANE_CLIPS = {"V": packed_clip(3, 2, 2, "stamped", 48), "W": packed_clip(2, 2, 5, "stamped", 48)}
 
@@ -152,6 +156,47 @@ def merged_frames(frames: int, rows: int, columns: int) -> Maker:
     return make
 
 
+def strip(rows: int, columns: int) -> Maker:
+    """A picture of MiniCPM-V: its patches side by side; sixteen become a token."""
+
+    def make(generator: torch.Generator) -> Shot:
+        count = rows * columns
+        arrays = {
+            "pixel_values": pixels(generator, 1, 3, 4, 4 * 16 * count),
+            "target_sizes": torch.tensor([[4 * rows, 4 * columns]]),
+        }
+        return Shot((START, *[IMAGE] * count, END), arrays, ((1, rows, columns),), (0,) * count)
+
+    return make
+
+
+def side_by_side(rows: list[list[Tensor]]) -> Tensor:
+    """Joins the pixels of several pictures of MiniCPM-V."""
+    return torch.cat([value for row in rows for value in row], -1)
+
+
+STRIPS = {"I": strip(4, 4), "J": strip(2, 4)}
+
+
+def stepped(count: int) -> Maker:
+    """A picture of Step 3.7: smaller crops of it, then the whole."""
+
+    def make(generator: torch.Generator) -> Shot:
+        ids: list[int] = []
+        for _ in range(count):
+            ids += [MARK, *[IMAGE] * 4, MARK + 1]
+        arrays = {
+            "pixel_values": pixels(generator, 1, 3, 64, 64),
+            "pixel_values_local": pixels(generator, count, 3, 32, 32),
+            "num_local_patches": torch.tensor([count]),
+        }
+        grids = ((1, 2, 2),) * count + ((1, 4, 4),)
+        parts = tuple(crop for crop in range(1, count + 1) for _ in range(4)) + (0,) * 16
+        return Shot((*ids, START, *[IMAGE] * 16, END), arrays, grids, parts)
+
+    return make
+
+
 def two_towers(generator: torch.Generator) -> Shot:
     """A picture of DeepSeek-VL 7B in two sizes."""
     shot = plain()(generator)
@@ -163,7 +208,7 @@ def flat(rows: int, columns: int) -> Maker:
 
     def make(generator: torch.Generator) -> Shot:
         shot = packed(rows, columns, 48)(generator)
-        return replace(shot, arrays={**shot.arrays, "image_merge_sizes": torch.tensor([2])})
+        return replace(shot, grids=(), arrays={**shot.arrays, "image_merge_sizes": torch.tensor([2])})
 
     return make
 
@@ -190,7 +235,12 @@ FURTHER: tuple[Family, ...] = (
         {"I": LARGE, "J": WIDE, "V": pooled_clip(3, newline=False), "W": pooled_clip(3, newline=False)},
         clips=("2I3V4", "3W5"),
     ),
-    Family("ovis2", ovis2, {"I": tiles(), "J": tiles(), "M": tiles(3)}, several=("2M3J5", "4I3", "7")),
+    Family(
+        "ovis2",
+        ovis2,
+        {"I": MARKED, "J": MARKED, "M": marked([(START,), (END,), (END,)], (START,))},
+        several=("2M3J5", "4I3", "7"),
+    ),
     Family(
         "got_ocr2",
         got_ocr2,
@@ -235,7 +285,7 @@ FURTHER: tuple[Family, ...] = (
     Family("muse_glimmer", muse_glimmer, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
     Family("cohere_compass", cohere_compass, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
     Family("kimi_k25", kimi_k25, {"I": packed(4, 4, 3, 4, 4), "J": packed(2, 4, 3, 4, 4)}),
-    Family("step3p7", step3p7, {"I": plain(side=64), "J": plain(side=64)}),
+    Family("step3p7", step3p7, {"I": stepped(0), "J": stepped(0), "M": stepped(2)}, several=("2M3J5", "4I3", "7")),
     Family(
         "gemma4_unified",
         gemma4_unified,
@@ -257,6 +307,9 @@ FURTHER: tuple[Family, ...] = (
         {"I": WHOLE, "J": WHOLE},
         join={"pixel_values": by_sample},
     ),
+    Family("muse_spark", muse_spark, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
+    Family("minicpmv4_6", minicpmv4_6, STRIPS, join={"pixel_values": side_by_side}, gain=4.0),
+    Family("minicpm_ocr", minicpm_ocr, STRIPS, join={"pixel_values": side_by_side}, gain=4.0),
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )
 """In the order of the rows of `adapters`."""

@@ -52,7 +52,9 @@ def got_ocr2() -> nn.Module:
     vision = {**{k: v for k, v in TOWER.items() if k != "intermediate_size"}, "image_size": 64, "patch_size": 4}
     return tf.GotOcr2ForConditionalGeneration(
         tf.GotOcr2Config(
-            vision_config=dict(**vision, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64),
+            vision_config=dict(
+                **vision, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64, initializer_range=0.02
+            ),
             text_config=dict(TEXT, model_type="qwen2"),
             image_token_index=IMAGE,
             image_seq_length=16,
@@ -245,34 +247,6 @@ def video_llama_3() -> nn.Module:
     )
 
 
-def ernie4_5_vl_moe() -> nn.Module:
-    """ERNIE 4.5 VL: experts for text and others for pictures."""
-    import transformers as tf
-
-    vision = {k: v for k, v in PACKED.items() if k not in ("temporal_patch_size", "out_hidden_size")}
-    return tf.Ernie4_5_VLMoeForConditionalGeneration(
-        tf.Ernie4_5_VLMoeConfig(
-            vision_config=dict(**vision),
-            text_config=dict(
-                **TEXT,
-                moe_intermediate_size=[64, 32],
-                moe_k=2,
-                moe_num_experts=4,
-                moe_num_shared_experts=1,
-                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]},
-            ),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_start_token_id=START,
-            image_end_token_id=END,
-            video_start_token_id=START,
-            video_end_token_id=END,
-            tie_word_embeddings=False,
-        )
-    )
-
-
 def cosmos3_edge() -> nn.Module:
     """Cosmos 3 Edge: a SigLIP2-like tower with pictures in one row, a text model without gates."""
     import transformers as tf
@@ -305,30 +279,6 @@ def lfm3_vl() -> nn.Module:
             projector_hidden_size=96,
             tie_word_embeddings=False,
             **VISION_IDS,
-        )
-    )
-
-
-def hunyuan_vl() -> nn.Module:
-    """HunyuanOCR: a picture has marks and breaks among its placeholders."""
-    import transformers as tf
-
-    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
-    return tf.HunYuanVLForConditionalGeneration(
-        tf.HunYuanVLConfig(
-            vision_config=dict(
-                **{**vision, "patch_size": 4},
-                spatial_merge_size=2,
-                out_hidden_size=WIDTH,
-                text_hidden_size=WIDTH,
-                max_image_size=64,
-            ),
-            text_config=dict(**TEXT, head_dim=16),
-            image_token_id=IMAGE,
-            im_start_id=START,
-            im_end_id=END,
-            im_newline_id=MARK,
-            tie_word_embeddings=False,
         )
     )
 
@@ -391,7 +341,7 @@ def muse_glimmer() -> nn.Module:
     return tf.MuseGlimmerForConditionalGeneration(
         tf.MuseGlimmerConfig(
             vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
-            text_config=dict(**text, layer_rope_theta=[1e4, 0, 1e4, 1e4]),
+            text_config=dict(**text, layer_rope_theta=[1e4, 0, 1e4, 1e4], rms_norm_eps=0.3),
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             out_hidden_size=128,
@@ -499,10 +449,7 @@ def kimi_k25() -> nn.Module:
     )
 
 
-def minicpmv4_7() -> nn.Module:
-    """MiniCPM-V 4.7: Qwen3.5's language model, positions in three dimensions."""
-    import transformers as tf
-
+def _minicpm(model: Any) -> nn.Module:
     text = {
         **TEXT,
         "head_dim": 16,
@@ -513,18 +460,60 @@ def minicpmv4_7() -> nn.Module:
         "linear_value_head_dim": 16,
         "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
     }
-    return tf.MiniCPMV4_7ForConditionalGeneration(
-        tf.MiniCPMV4_7Config(
+    return model(
+        model.config_class(
             vision_config=dict(**{**TOWER, "image_size": 64, "patch_size": 4}, insert_layer_id=1),
             text_config=text,
             insert_layer_id=1,
+            downsample_mode="16x",
             image_size=64,
             image_token_id=IMAGE,
             video_token_id=VIDEO,
-            image_start_id=START,
-            image_end_id=END,
-            slice_start_id=MARK,
-            slice_end_id=MARK + 1,
-            newline_id=MARK + 2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def minicpmv4_6() -> nn.Module:
+    """MiniCPM-V 4.6: patches are merged inside the tower and behind it, Qwen3.5's text model."""
+    import transformers as tf
+
+    return _minicpm(tf.MiniCPMV4_6ForConditionalGeneration)
+
+
+def minicpm_ocr() -> nn.Module:
+    """MiniCPM-OCR: MiniCPM-V 4.6 under another name."""
+    import transformers as tf
+
+    return _minicpm(tf.MiniCPMOcrForConditionalGeneration)
+
+
+def muse_spark() -> nn.Module:
+    """Muse Spark: Muse Glimmer with experts and gates between the branches, beside an encoder of sound."""
+    import transformers as tf
+
+    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
+    text = {**TEXT, **{k: v for k, v in WINDOWED.items() if k != "query_pre_attn_scalar"}}
+    return tf.MuseSparkForConditionalGeneration(
+        tf.MuseSparkConfig(
+            vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
+            text_config=dict(
+                **text,
+                layer_rope_theta=[1e4, 0, 1e4, 1e4],
+                rms_norm_eps=0.3,
+                moe_intermediate_size=32,
+                moe_hidden_size=32,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+            ),
+            audio_config=dict(
+                depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_hidden_layers=4, out_hidden_size=WIDTH
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            out_hidden_size=128,
+            projector_hidden_size=64,
+            tie_word_embeddings=False,
         )
     )
