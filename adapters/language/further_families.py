@@ -22,10 +22,6 @@ FLAT = replace(
 STAMPED = replace(FLAT, ids=BOTH, grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS))
 """The same where text stands between frames."""
 
-MINICPM = replace(
-    FLAT, tower="vision_tower", projector="merger", grid_arguments=(hosts.TARGET_SIZES,), tower_size_argument=None
-)
-
 FURTHER: dict[str, VLMSpec] = {
     "deepseek_vl": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
     "vipllava": VLMSpec(whole="its projector reads several layers of the tower side by side"),
@@ -96,11 +92,6 @@ FURTHER: dict[str, VLMSpec] = {
         feature=None,
         whole="its projector joins each patch with that of a second tower",
     ),
-    "video_llama_3": replace(
-        FLAT, tower="vision_model", projector="projector", grid_arguments=(), tower_size_argument=None
-    ),
-    "qwen2_5_omni_thinker": replace(QWEN, types=None),
-    "qwen3_omni_moe_thinker": replace(QWEN3, types=None),
     "cosmos3_edge": replace(QWEN, projector="projector"),
     "lfm3_vl": replace(STAMPED, tower="vision_tower", projector="multi_modal_projector"),
     "muse_glimmer": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
@@ -115,8 +106,6 @@ FURTHER: dict[str, VLMSpec] = {
         whole="convolutions behind its blocks read the grid of patches",
     ),
     "muse_spark": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
-    "minicpmv4_6": MINICPM,
-    "minicpm_ocr": MINICPM,
     "gemma4_unified": VLMSpec(
         tower="embed_vision",
         projector="embed_vision",
@@ -155,9 +144,6 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "perception_lm": "facebook/Perception-LM-1B",
     "granite_docling": "ibm-granite/granite-for-docling-500m",
     "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
-    "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
-    "qwen2_5_omni_thinker": "Qwen/Qwen2.5-Omni-7B",
-    "qwen3_omni_moe_thinker": "Qwen/Qwen3-Omni-30B-A3B-Instruct",
     "cosmos3_edge": "nvidia/Cosmos3-Edge",
     "lfm3_vl": "LiquidAI/LFM3-VL-2B",
     "muse_glimmer": "meta-models/Muse-Glimmer-30B",
@@ -165,8 +151,6 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "kimi_k25": "moonshotai/Kimi-K2.6",
     "step3p7": "stepfun-ai/Step-3.7-Flash",
     "muse_spark": "meta-models/Muse-Spark-Open-816B-A42B",
-    "minicpmv4_6": "openbmb/MiniCPM-V-4.6",
-    "minicpm_ocr": "openbmb/MiniCPM-OCR-1.0",
     "gemma4_unified": "google/gemma-4-12B-it",
     "instructblipvideo": "Salesforce/instructblip-vicuna-7b",
     "aria": "rhymes-ai/Aria",

@@ -72,7 +72,7 @@ class Intake:
     def install(self, core: nn.Module, model: nn.Module) -> None:
         """Places the hooks."""
         if model is not core:
-            self.asked = Arguments(model, [hosts.CACHE], [hosts.LOGITS])
+            self.asked = Arguments(model, [hosts.CACHE, hosts.LOGITS])
             self.attachment.hook(model, "pre", self.ask)
         self.attachment.hook(core, "pre", self.enter)
         self.attachment.hook(core, "close", self.leave)

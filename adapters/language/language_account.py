@@ -38,7 +38,8 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     projector: list[Part] = []
     mixing = path and _mixes(child(core, path))
     if mixing:
-        uncounted.append(Uncounted(f"{path} is not counted (it {mixing})", path, adapter.spec.boundary is None))
+        where = path_of(model, child(core, path))
+        uncounted.append(Uncounted(f"{where} is not counted (it {mixing})", where, adapter.spec.boundary is None))
     if path and not mixing and (vision is not None or packed is not None):
         module = child(core, path)
         projector = heads_of(model, module)

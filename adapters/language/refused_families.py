@@ -13,6 +13,11 @@ _MARKED = (
     "marks and breaks of a picture are placeholders among its patches, so that methods would take them for patches"
 )
 
+_LOGITS = (
+    "its forward takes no logits_to_keep, so that drafts of speculative decoding cannot be told from the prompt, and "
+    "every row of a prompt goes through the head"
+)
+
 REFUSED: dict[str, str] = {
     "mllama": f"{_CROSS}, and its cache holds vision states",
     "florence2": _ENCODED,
@@ -42,7 +47,7 @@ REFUSED: dict[str, str] = {
     "phi4_multimodal": "its text model puts pictures among its embeddings itself, behind the place where a cut could act",
     "fuyu": "its encoder hands over all patches of a call as one, so that nothing tells pictures apart",
     "video_llava": "clips have a tower of their own, and every frame's class token is a placeholder among its patches",
-    "nemotron_h_omni": "its layers are one norm and one mixer each, of kinds that no rule tells apart",
+    "nemotron_h_omni": _LOGITS,
     "diffusion_gemma": "it writes blocks of tokens by diffusion, and not one token after another",
     "pi0": "it gives actions of a robot by flow matching, and not tokens",
     "git": "pictures stand in front of the text in a decoder of its own, without placeholders",
@@ -51,7 +56,12 @@ REFUSED: dict[str, str] = {
     "t5gemma2": _ENCODED,
     "udop": _ENCODED,
     "vision-encoder-decoder": _ENCODED,
-    "qwen2_5_omni": "it speaks too, out of several models; compress its thinker: vlmtok.compress(model.thinker, ...)",
-    "qwen3_omni_moe": "it speaks too, out of several models; compress its thinker: vlmtok.compress(model.thinker, ...)",
+    "video_llama_3": _LOGITS,
+    "minicpmv4_6": _LOGITS,
+    "minicpm_ocr": _LOGITS,
+    "qwen2_5_omni_thinker": _LOGITS,
+    "qwen3_omni_moe_thinker": _LOGITS,
+    "qwen2_5_omni": "it is several models, one of which speaks; of the one that sees, " + _LOGITS,
+    "qwen3_omni_moe": "it is several models, one of which speaks; of the one that sees, " + _LOGITS,
 }
 """Families that cannot be carried, with the reason."""

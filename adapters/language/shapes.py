@@ -28,12 +28,6 @@ def _of_patches(value: Tensor, config: Any) -> Tensor:
     return value // config.downsample_factor
 
 
-def _of_targets(value: Tensor, config: Any) -> Tensor:
-    """Rows and columns of patches, of which the tower merges squares and the projector squares of these."""
-    inside = 1 if config.downsample_mode == "4x" else 2
-    return value // (inside * int(config.merge_kernel_size[0]) ** int(config.merger_times))
-
-
 def _merge(vision: Any) -> int:
     """Patches along a side that make one token."""
     kernel = getattr(vision, "merge_kernel_size", None)
@@ -56,7 +50,6 @@ def _of_places(value: Tensor, config: Any) -> Tensor:
 _BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {
     hosts.IMAGE_SIZES: _of_pixels,
     hosts.PATCH_SHAPES: _of_patches,
-    hosts.TARGET_SIZES: _of_targets,
     hosts.IMAGE_GRIDS: _of_grids,
     hosts.CLIP_GRIDS: _of_grids,
     hosts.TOWER_GRIDS: _of_grids,

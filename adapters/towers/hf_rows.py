@@ -106,16 +106,6 @@ BLIP2_BLOCK = replace(
     ),
 )
 
-OVIS2_BLOCK = replace(
-    CLIP_BLOCK,
-    forms=("transformers.models:Ovis2VisionAttention",),
-    norm="rms_norm1",
-    attn="attention",
-    mid="rms_norm2",
-    mlp="ffn",
-    branch_end="ffn",
-)
-
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,
     forms=("transformers.models:InternVLVisionAttention", "transformers.models:QianfanOCRVisionAttention"),
@@ -156,7 +146,6 @@ ROWS: dict[str, VisionRow] = {
     "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
     "qianfan_ocr_vision": VisionRow("QianfanOCRVisionLayer", INTERNVL_BLOCK, 1),
     "janus_vision_model": VisionRow("JanusVisionEncoderLayer", CLIP_BLOCK, 0),
-    "ovis2_vision": VisionRow("Ovis2VisionEncoderLayer", OVIS2_BLOCK, 0),
     "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0, padded=True),
     "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0, padded=True),
 }

@@ -72,8 +72,6 @@ PACKED_ROWS: dict[str, PackedRow] = {
     "glm4v_vision": PackedRow("Glm4vVisionBlock"),
     "glm4v_moe_vision": PackedRow("Glm4vMoeVisionBlock"),
     "glm_ocr_vision": PackedRow("GlmOcrVisionBlock"),
-    "qwen2_5_omni_vision_encoder": PackedRow("Qwen2_5OmniVisionBlock", span=_windowed, window=_window),
-    "qwen3_omni_moe_vision_encoder": PackedRow("Qwen3OmniMoeVisionBlock"),
     "cohere_compass_vision": PackedRow("CohereCompassVisionBlock"),
     "cosmos3_edge_vision": PackedRow(
         "Cosmos3EdgeVisionEncoderLayer", "embeddings.patch_embedding", inside=False, **_FIELDS

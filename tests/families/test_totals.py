@@ -22,8 +22,8 @@ from .harness import batch
 VALUES = 3 * 2 * 4 * 4
 METHOD = "random:keep=0.5"
 UNCOUNTED = (
-    *("got_ocr2", "fast_vlm", "perception_lm", "granite_docling", "video_llama_3", "lfm3_vl", "muse_glimmer"),
-    *("muse_spark", "kimi_k25", "step3p7", "minicpmv4_6", "minicpm_ocr", "gemma4_unified", "idefics2"),
+    *("got_ocr2", "fast_vlm", "perception_lm", "granite_docling", "ovis2", "lfm3_vl", "muse_glimmer"),
+    *("muse_spark", "kimi_k25", "step3p7", "gemma4_unified", "idefics2"),
 )
 """Families of whose tower nobody wrote down what it multiplies."""
 COUNTED = [name for name in FAMILIES if name not in UNCOUNTED]
@@ -68,7 +68,7 @@ def check(model, inputs, method=METHOD):
     assert last.lines == report.lines, "a picture's and a clip's pass of the tower belong to one prompt"
     assert tower and 2 * report.line("vision").before == tower
     path = adapter_for(model).spec.projector
-    if method == METHOD and not any(reason.startswith(f"{path} is not counted") for reason in report.missing):
+    if method == METHOD and not any(f"{path} is not counted" in reason for reason in report.missing):
         assert 2 * report.line("projector").before == projector
     if report.missing:
         assert all("tower" not in reason for reason in report.missing) and report.total is None

@@ -45,8 +45,6 @@ class MRoPEOracle(Oracle):
 
     frame_step = 1
     follows = "last"
-    time_counts = False
-    """Whether the text behind a clip goes on behind its last frame too."""
 
     def positions(self, prompt: Prompt, more: int) -> Tensor:
         places, at, column = torch.zeros(3, len(prompt.ids), dtype=torch.int64), 0, 0
@@ -58,8 +56,7 @@ class MRoPEOracle(Oracle):
                 step = self.frame_step if picture.shot.video else 1
                 grid = torch.cartesian_prod(torch.arange(frames) * step, torch.arange(rows), torch.arange(columns))
                 places[:, run] = at + grid.T
-                ahead = (frames - 1) * step + 1 if self.time_counts else 0
-                at, column = at + max(rows, columns, ahead), first + len(run)
+                at, column = at + max(rows, columns), first + len(run)
         places[:, column:] = at + torch.arange(len(prompt.ids) - column)
         end = places[:, -1:] if self.follows == "last" else places.max().expand(3, 1)
         return torch.cat([places, end + 1 + torch.arange(more)], 1)
@@ -235,20 +232,6 @@ class OvisOracle(Oracle):
         return replace(row, hidden=hidden)
 
 
-class OmniOracle(MRoPEOracle):
-    """Qwen2.5-Omni: frames of a clip lie as far apart as the prompt says: a second here."""
-
-    time_counts = True
-
-    @property
-    def frame_step(self) -> int:  # type: ignore[override]
-        return int(self.core.config.position_id_per_seconds)
-
-
-class Omni3Oracle(OmniOracle, Qwen3Oracle):
-    """Qwen3-Omni: the same, and features for the first layers."""
-
-
 class PerceptionOracle(Oracle):
     """Perception LM: clips are encoded as pictures are."""
 
@@ -266,6 +249,13 @@ class TypedOracle(Oracle):
 
     def rotary(self, kind: str, row: Row) -> Any:
         return self.lm.rotary_emb(row.hidden[None], row.positions, kind)
+
+
+class StepOracle(TypedOracle):
+    """Step 3.7: pictures that are not cut bring no crops."""
+
+    def arrays(self, arrays: dict[str, Tensor], prompt: Prompt, kind: int) -> dict[str, Tensor]:
+        return {name: value for name, value in arrays.items() if value.numel()}
 
 
 class Lfm3Oracle(TypedOracle):
@@ -312,18 +302,6 @@ class MuseOracle(HiddenOracle):
         return super().finish(logits * self.config.output_multiplier)
 
 
-class StripOracle(Oracle):
-    """MiniCPM-V: pictures lie side by side; positions in one dimension, three times."""
-
-    def encode(self, prompt: Prompt) -> dict[int, Any]:
-        arrays = [picture.shot.arrays for picture in prompt.pictures]
-        if not arrays:
-            return {}
-        strip = torch.cat([one["pixel_values"] for one in arrays], -1)
-        sizes = torch.cat([one["target_sizes"] for one in arrays])
-        return {1: self.core.get_image_features(strip, sizes, return_dict=True)}
-
-
 ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "llava_onevision": OneVisionOracle,
     "qwen2_vl": MRoPEOracle,
@@ -341,15 +319,11 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "cohere_compass": CompassOracle,
     "gemma4_unified": UnifiedOracle,
     "idefics2": TilesOracle,
-    "qwen2_5_omni_thinker": OmniOracle,
-    "qwen3_omni_moe_thinker": Omni3Oracle,
     "perception_lm": PerceptionOracle,
     "muse_glimmer": MuseOracle,
-    "step3p7": TypedOracle,
+    "step3p7": StepOracle,
     "muse_spark": MuseOracle,
     "kimi_k25": HiddenOracle,
-    "minicpmv4_6": StripOracle,
-    "minicpm_ocr": StripOracle,
     "granite_docling": GraniteOracle,
     "ovis2": OvisOracle,
     "lfm3_vl": Lfm3Oracle,

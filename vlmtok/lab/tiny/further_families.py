@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .family import Family
+from .models_experts import aria, kimi_k25, muse_spark, step3p7
 from .models_further import (
     cosmos3_omni,
     deepseek_vl,
@@ -21,7 +22,6 @@ from .models_further import (
     vipllava,
 )
 from .models_rarer import (
-    aria,
     cohere_compass,
     cosmos3_edge,
     deepseek_vl_hybrid,
@@ -30,21 +30,13 @@ from .models_rarer import (
     got_ocr2,
     granite_docling,
     idefics2,
-    kimi_k25,
     lfm3_vl,
     llava_next_video,
-    minicpm_ocr,
-    minicpmv4_6,
     muse_glimmer,
-    muse_spark,
     ovis2,
     perception_lm,
-    qwen2_5_omni_thinker,
-    qwen3_omni_moe_thinker,
-    step3p7,
-    video_llama_3,
 )
-from .prompts import END, FIRST_FRAME, IMAGE, MARK, START, VIDEO, Prompt, Shot
+from .prompts import END, FIRST_FRAME, IMAGE, MARK, START, VIDEO, Shot
 from .shots import (
     PATCH_VALUES,
     AnyRes,
@@ -156,28 +148,6 @@ def merged_frames(frames: int, rows: int, columns: int) -> Maker:
     return make
 
 
-def strip(rows: int, columns: int) -> Maker:
-    """A picture of MiniCPM-V: its patches side by side; sixteen become a token."""
-
-    def make(generator: torch.Generator) -> Shot:
-        count = rows * columns
-        arrays = {
-            "pixel_values": pixels(generator, 1, 3, 4, 4 * 16 * count),
-            "target_sizes": torch.tensor([[4 * rows, 4 * columns]]),
-        }
-        return Shot((START, *[IMAGE] * count, END), arrays, ((1, rows, columns),), (0,) * count)
-
-    return make
-
-
-def side_by_side(rows: list[list[Tensor]]) -> Tensor:
-    """Joins the pixels of several pictures of MiniCPM-V."""
-    return torch.cat([value for row in rows for value in row], -1)
-
-
-STRIPS = {"I": strip(4, 4), "J": strip(2, 4)}
-
-
 def stepped(count: int) -> Maker:
     """A picture of Step 3.7: smaller crops of it, then the whole."""
 
@@ -201,22 +171,6 @@ def two_towers(generator: torch.Generator) -> Shot:
     """A picture of DeepSeek-VL 7B in two sizes."""
     shot = plain()(generator)
     return replace(shot, arrays={**shot.arrays, "high_res_pixel_values": pixels(generator, 1, 3, 64, 64)})
-
-
-def flat(rows: int, columns: int) -> Maker:
-    """A picture of Video-LLaMA 3: patches of one frame, and how many a side make a token."""
-
-    def make(generator: torch.Generator) -> Shot:
-        shot = packed(rows, columns, 48)(generator)
-        return replace(shot, grids=(), arrays={**shot.arrays, "image_merge_sizes": torch.tensor([2])})
-
-    return make
-
-
-def seconds(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
-    """How many seconds lie between the frames of each clip of Qwen-Omni."""
-    clips = sum(picture.shot.video for prompt in prompts for picture in prompt.pictures)
-    return {"video_second_per_grid": torch.ones(clips)} if clips else {}
 
 
 FURTHER: tuple[Family, ...] = (
@@ -247,7 +201,7 @@ FURTHER: tuple[Family, ...] = (
         {"I": tiles(side=64), "J": tiles(side=64), "M": tiles(3, side=64)},
         several=("2M3J5", "4I3", "7"),
     ),
-    Family("fast_vlm", fast_vlm, {"I": plain(side=128), "J": plain(side=128)}),
+    Family("fast_vlm", fast_vlm, {"I": plain(side=128), "J": plain(side=128)}, tower_gain=11.0),
     Family(
         "perception_lm",
         perception_lm,
@@ -263,23 +217,6 @@ FURTHER: tuple[Family, ...] = (
         join={"pixel_values": by_sample, "pixel_attention_mask": by_sample},
     ),
     Family("deepseek_vl_hybrid", deepseek_vl_hybrid, {"I": two_towers, "J": two_towers}),
-    Family("video_llama_3", video_llama_3, {"I": flat(4, 4), "J": flat(2, 4)}),
-    Family(
-        "qwen2_5_omni_thinker",
-        qwen2_5_omni_thinker,
-        QWEN | RUN_CLIPS,
-        clips=MIXED_CLIPS,
-        positions="mrope",
-        extra=seconds,
-    ),
-    Family(
-        "qwen3_omni_moe_thinker",
-        qwen3_omni_moe_thinker,
-        QWEN | RUN_CLIPS,
-        clips=MIXED_CLIPS,
-        positions="mrope",
-        extra=seconds,
-    ),
     Family("cosmos3_edge", cosmos3_edge, PLANE | PLANE_CLIPS, clips=MIXED_CLIPS, types=MM, positions="mrope"),
     Family("lfm3_vl", lfm3_vl, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
     Family("muse_glimmer", muse_glimmer, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
@@ -308,8 +245,6 @@ FURTHER: tuple[Family, ...] = (
         join={"pixel_values": by_sample},
     ),
     Family("muse_spark", muse_spark, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
-    Family("minicpmv4_6", minicpmv4_6, STRIPS, join={"pixel_values": side_by_side}, gain=4.0),
-    Family("minicpm_ocr", minicpm_ocr, STRIPS, join={"pixel_values": side_by_side}, gain=4.0),
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )
 """In the order of the rows of `adapters`."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import nn
 
 from .models_1d import FINE, PINPOINTS, WINDOWED
-from .models_mrope import EXPERTS
-from .prompts import AUDIO, END, IMAGE, MARK, PAD, START, VIDEO
+from .prompts import AUDIO, END, IMAGE, PAD, START, VIDEO
 from .shots import SIDE
 from .sizes import MROPE, PACKED, TEXT, TOWER, VISION_IDS, WIDTH
 
@@ -126,7 +124,7 @@ def granite_docling() -> nn.Module:
     """Granite Docling: features of lower tower layers go to the first decoder layers."""
     import transformers as tf
 
-    return tf.GraniteDoclingForConditionalGeneration(
+    model = tf.GraniteDoclingForConditionalGeneration(
         tf.GraniteDoclingConfig(
             vision_config=dict(**FINE, out_hidden_size=WIDTH, scale_factor=2, deepstack_visual_indexes=[0, 1]),
             text_config=dict(**TEXT, embedding_multiplier=2.0, logits_scaling=1.0, attention_multiplier=0.25),
@@ -135,6 +133,9 @@ def granite_docling() -> nn.Module:
             tie_word_embeddings=False,
         )
     )
+    # Its last norm would give all tokens of a picture the same norm.
+    torch.nn.init.uniform_(model.model.vision_model.connector.ln_out.weight, 0.2, 2.0)
+    return model
 
 
 def deepseek_vl_hybrid() -> nn.Module:
@@ -176,73 +177,6 @@ def instructblipvideo() -> nn.Module:
             text_config=tf.LlamaConfig(**TEXT).to_dict(),
             num_query_tokens=4,
             video_token_index=VIDEO,
-        )
-    )
-
-
-_AUDIO: dict[str, Any] = {
-    "num_mel_bins": 8,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "d_model": 16,
-    "output_dim": WIDTH,
-    "max_source_positions": 20,
-    "n_window": 2,
-}
-
-
-def qwen2_5_omni_thinker() -> nn.Module:
-    """Qwen2.5-Omni's thinker: Qwen2.5-VL beside an encoder of sound."""
-    import transformers as tf
-
-    return tf.Qwen2_5OmniThinkerForConditionalGeneration(
-        tf.Qwen2_5OmniThinkerConfig(
-            audio_config=dict(_AUDIO),
-            vision_config=dict(**PACKED, window_size=16, fullatt_block_indexes=[1]),
-            text_config=dict(**TEXT, rope_parameters=MROPE),
-            audio_token_index=AUDIO,
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            audio_start_token_id=MARK + 3,
-            audio_end_token_id=MARK + 4,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-            vision_token_id=MARK + 5,
-        )
-    )
-
-
-def qwen3_omni_moe_thinker() -> nn.Module:
-    """Qwen3-Omni's thinker: Qwen3-VL's mixture of experts beside an encoder of sound."""
-    import transformers as tf
-
-    return tf.Qwen3OmniMoeThinkerForConditionalGeneration(
-        tf.Qwen3OmniMoeThinkerConfig(
-            audio_config=dict(**_AUDIO, downsample_hidden_size=16),
-            vision_config=dict(**PACKED, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-            text_config=dict(**TEXT, **EXPERTS, head_dim=16, rope_parameters=MROPE),
-            audio_token_id=AUDIO,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            audio_start_token_id=MARK + 3,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-        )
-    )
-
-
-def video_llama_3() -> nn.Module:
-    """Video-LLaMA 3: pictures of any shape in one row, a Qwen2 with positions in one dimension."""
-    import transformers as tf
-
-    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
-    return tf.VideoLlama3ForConditionalGeneration(
-        tf.VideoLlama3Config(
-            vision_config={**vision, "patch_size": 4},
-            text_config=dict(TEXT),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
         )
     )
 
@@ -297,9 +231,13 @@ def gemma4_unified() -> nn.Module:
     }
     return tf.Gemma4UnifiedForConditionalGeneration(
         tf.Gemma4UnifiedConfig(
-            vision_config=dict(
-                patch_size=4, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=64, output_proj_dims=32
-            ),
+            vision_config={
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 64,
+                "output_proj_dims": 32,
+            },
             text_config=text,
             audio_config=None,
             image_token_id=IMAGE,
@@ -351,51 +289,6 @@ def muse_glimmer() -> nn.Module:
     )
 
 
-def step3p7() -> nn.Module:
-    """Step 3.7: windows, experts, crops in front of the whole picture."""
-    import transformers as tf
-
-    vision = {k: v for k, v in FINE.items() if k != "intermediate_size"}
-    return tf.Step3p7ForConditionalGeneration(
-        tf.Step3p7Config(
-            vision_config=dict(**{**vision, "image_size": 64}, intermediate_size=64, max_position_embeddings=256),
-            text_config=dict(
-                **TEXT,
-                head_dim=16,
-                sliding_window=8,
-                num_sliding_attention_heads=4,
-                layer_types=["full_attention", "sliding_attention"] * 2,
-                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-                moe_intermediate_size=32,
-                n_routed_experts=4,
-                num_experts_per_tok=2,
-                share_expert_dim=32,
-                mtp_layer_types=[],
-                mtp_mlp_layer_types=[],
-            ),
-            image_token_id=IMAGE,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def aria() -> nn.Module:
-    """Aria: queries read the tower, experts."""
-    import transformers as tf
-
-    return tf.AriaForConditionalGeneration(
-        tf.AriaConfig(
-            vision_config=dict(FINE, model_type="idefics3_vision"),
-            text_config=dict(
-                **TEXT, head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, model_type="aria_text"
-            ),
-            image_token_index=IMAGE,
-            projector_patch_to_query_dict={64: 16},
-            tie_word_embeddings=False,
-        )
-    )
-
-
 def idefics2() -> nn.Module:
     """Idefics 2: latents read the tower."""
     import transformers as tf
@@ -403,117 +296,16 @@ def idefics2() -> nn.Module:
     return tf.Idefics2ForConditionalGeneration(
         tf.Idefics2Config(
             vision_config=dict(FINE),
-            perceiver_config=dict(
-                hidden_size=WIDTH,
-                resampler_n_latents=16,
-                resampler_depth=1,
-                resampler_n_heads=4,
-                resampler_head_dim=16,
-                num_key_value_heads=2,
-            ),
+            perceiver_config={
+                "hidden_size": WIDTH,
+                "resampler_n_latents": 16,
+                "resampler_depth": 1,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 16,
+                "num_key_value_heads": 2,
+            },
             text_config=dict(**TEXT, sliding_window=None),
             image_token_id=IMAGE,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def kimi_k25() -> nn.Module:
-    """Kimi K2.5: MoonViT's tower, latent attention, experts."""
-    import transformers as tf
-
-    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
-    return tf.Kimi_K25ForConditionalGeneration(
-        tf.Kimi_K25Config(
-            vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
-            text_config=dict(
-                **{**TEXT, "num_key_value_heads": 4},
-                q_lora_rank=16,
-                kv_lora_rank=16,
-                qk_rope_head_dim=8,
-                qk_nope_head_dim=8,
-                v_head_dim=16,
-                n_routed_experts=4,
-                n_group=1,
-                topk_group=1,
-                num_experts_per_tok=2,
-                moe_intermediate_size=32,
-                first_k_dense_replace=1,
-            ),
-            projection_hidden_size=32,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            tie_word_embeddings=False,
-            **VISION_IDS,
-        )
-    )
-
-
-def _minicpm(model: Any) -> nn.Module:
-    text = {
-        **TEXT,
-        "head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
-    }
-    return model(
-        model.config_class(
-            vision_config=dict(**{**TOWER, "image_size": 64, "patch_size": 4}, insert_layer_id=1),
-            text_config=text,
-            insert_layer_id=1,
-            downsample_mode="16x",
-            image_size=64,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def minicpmv4_6() -> nn.Module:
-    """MiniCPM-V 4.6: patches are merged inside the tower and behind it, Qwen3.5's text model."""
-    import transformers as tf
-
-    return _minicpm(tf.MiniCPMV4_6ForConditionalGeneration)
-
-
-def minicpm_ocr() -> nn.Module:
-    """MiniCPM-OCR: MiniCPM-V 4.6 under another name."""
-    import transformers as tf
-
-    return _minicpm(tf.MiniCPMOcrForConditionalGeneration)
-
-
-def muse_spark() -> nn.Module:
-    """Muse Spark: Muse Glimmer with experts and gates between the branches, beside an encoder of sound."""
-    import transformers as tf
-
-    vision = {k: v for k, v in TOWER.items() if k != "image_size"}
-    text = {**TEXT, **{k: v for k, v in WINDOWED.items() if k != "query_pre_attn_scalar"}}
-    return tf.MuseSparkForConditionalGeneration(
-        tf.MuseSparkConfig(
-            vision_config=dict(**{**vision, "patch_size": 4}, pos_emb_height=8, pos_emb_width=8),
-            text_config=dict(
-                **text,
-                layer_rope_theta=[1e4, 0, 1e4, 1e4],
-                rms_norm_eps=0.3,
-                moe_intermediate_size=32,
-                moe_hidden_size=32,
-                num_local_experts=4,
-                num_experts_per_tok=2,
-            ),
-            audio_config=dict(
-                depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_hidden_layers=4, out_hidden_size=WIDTH
-            ),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            audio_token_id=AUDIO,
-            out_hidden_size=128,
-            projector_hidden_size=64,
             tie_word_embeddings=False,
         )
     )
