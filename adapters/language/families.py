@@ -9,10 +9,10 @@ from typing import Any
 from .. import hosts
 from .further_families import FURTHER, FURTHER_EXAMPLES
 from .kin import BLIP, BOTH, QWEN, QWEN3, SMOLVLM, shuffled
-from .refused_families import REFUSED
+from .refused_families import LOOKED_THROUGH, REFUSED
 from .spec import BlockRule, VLMSpec
 
-__all__ = ["EXAMPLES", "REFUSED", "ROWS"]
+__all__ = ["EXAMPLES", "LOOKED_THROUGH", "REFUSED", "ROWS"]
 
 
 def _first_storing_layer(config: Any) -> int:

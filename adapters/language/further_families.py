@@ -22,6 +22,14 @@ FLAT = replace(
 STAMPED = replace(FLAT, ids=BOTH, grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS))
 """The same where text stands between frames."""
 
+GOT_OCR2 = VLMSpec(
+    feature=None,
+    lengths_of="crop",
+    parts="chunks",
+    thumbnail="last",
+    whole="its windows share out a grid of patches",
+)
+
 FURTHER: dict[str, VLMSpec] = {
     "deepseek_vl": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
     "vipllava": VLMSpec(whole="its projector reads several layers of the tower side by side"),
@@ -47,6 +55,7 @@ FURTHER: dict[str, VLMSpec] = {
     "cosmos3_omni": QWEN3,
     "glm4v_moe": QWEN,
     "glm_ocr": QWEN,
+    "glmga": QWEN,
     "llava_next_video": VLMSpec(
         ids=BOTH,
         parts="anyres",
@@ -61,13 +70,8 @@ FURTHER: dict[str, VLMSpec] = {
         parts="runs",
         whole="its head turns patches into weights over a table of visual words",
     ),
-    "got_ocr2": VLMSpec(
-        feature=None,
-        lengths_of="crop",
-        parts="chunks",
-        thumbnail="last",
-        whole="its windows share out a grid of patches",
-    ),
+    "got_ocr2": GOT_OCR2,
+    "pp_chart2table": GOT_OCR2,
     "fast_vlm": VLMSpec(whole="it is made of convolutions"),
     "perception_lm": VLMSpec(
         ids=BOTH,
@@ -139,6 +143,8 @@ FURTHER_EXAMPLES: dict[str, str] = {
     "glm_ocr": "zai-org/GLM-OCR",
     "llava_next_video": "llava-hf/LLaVA-NeXT-Video-7B-hf",
     "ovis2": "thisisiron/Ovis2-1B-hf",
+    "glmga": "zai-org/GLM-4.6V",
+    "pp_chart2table": "PaddlePaddle/PP-Chart2Table_safetensors",
     "got_ocr2": "stepfun-ai/GOT-OCR-2.0-hf",
     "fast_vlm": "KamilaMila/FastVLM-7B",
     "perception_lm": "facebook/Perception-LM-1B",

@@ -18,6 +18,9 @@ _LOGITS = (
     "every row of a prompt goes through the head"
 )
 
+LOOKED_THROUGH = "5.24"
+"""The newest transformers of which every type that takes pictures was looked at: it has a row or stands here."""
+
 REFUSED: dict[str, str] = {
     "mllama": f"{_CROSS}, and its cache holds vision states",
     "florence2": _ENCODED,
@@ -44,11 +47,12 @@ REFUSED: dict[str, str] = {
     "hunyuan_vl": _MARKED,
     "deepseek_ocr2": _MARKED,
     "unlimited_ocr": f"{_MARKED}; and the windows of its layers keep the prompt in sight by masks of their own",
-    "phi4_multimodal": "its text model puts pictures among its embeddings itself, behind the place where a cut could act",
+    "phi4_multimodal": "its text model puts pictures among its embeddings itself, behind where a cut could act",
     "fuyu": "its encoder hands over all patches of a call as one, so that nothing tells pictures apart",
     "video_llava": "clips have a tower of their own, and every frame's class token is a placeholder among its patches",
     "nemotron_h_omni": _LOGITS,
     "diffusion_gemma": "it writes blocks of tokens by diffusion, and not one token after another",
+    "shieldgemma2": "it judges pictures by the odds of one token, and writes no answer",
     "pi0": "it gives actions of a robot by flow matching, and not tokens",
     "git": "pictures stand in front of the text in a decoder of its own, without placeholders",
     "pix2struct": _ENCODED,
@@ -56,6 +60,7 @@ REFUSED: dict[str, str] = {
     "t5gemma2": _ENCODED,
     "udop": _ENCODED,
     "vision-encoder-decoder": _ENCODED,
+    "minicpmv4_7": "positions of its crops lie on the canvas of the whole picture, by which grids cannot be told",
     "video_llama_3": _LOGITS,
     "minicpmv4_6": _LOGITS,
     "minicpm_ocr": _LOGITS,

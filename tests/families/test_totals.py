@@ -22,7 +22,7 @@ from .harness import batch
 VALUES = 3 * 2 * 4 * 4
 METHOD = "random:keep=0.5"
 UNCOUNTED = (
-    *("got_ocr2", "fast_vlm", "perception_lm", "granite_docling", "ovis2", "lfm3_vl", "muse_glimmer"),
+    *("got_ocr2", "pp_chart2table", "fast_vlm", "perception_lm", "granite_docling", "ovis2", "lfm3_vl", "muse_glimmer"),
     *("muse_spark", "kimi_k25", "step3p7", "gemma4_unified", "idefics2"),
 )
 """Families of whose tower nobody wrote down what it multiplies."""

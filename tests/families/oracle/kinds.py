@@ -314,6 +314,7 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "glm46v": MRoPEOracle,
     "glm4v_moe": MRoPEOracle,
     "glm_ocr": MRoPEOracle,
+    "glmga": MRoPEOracle,
     "cosmos3_omni": Qwen3Oracle,
     "cosmos3_edge": MRoPEOracle,
     "cohere_compass": CompassOracle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from .models_further import (
     qianfan_ocr,
     vipllava,
 )
+from .models_mrope import glmga
 from .models_rarer import (
     cohere_compass,
     cosmos3_edge,
@@ -196,6 +198,12 @@ FURTHER: tuple[Family, ...] = (
         several=("2M3J5", "4I3", "7"),
     ),
     Family(
+        "pp_chart2table",
+        functools.partial(got_ocr2, "pp_chart2table"),
+        {"I": tiles(side=64), "J": tiles(side=64), "M": tiles(3, side=64)},
+        several=("2M3J5", "4I3", "7"),
+    ),
+    Family(
         "got_ocr2",
         got_ocr2,
         {"I": tiles(side=64), "J": tiles(side=64), "M": tiles(3, side=64)},
@@ -245,6 +253,7 @@ FURTHER: tuple[Family, ...] = (
         join={"pixel_values": by_sample},
     ),
     Family("muse_spark", muse_spark, QWEN | STAMPED_CLIPS, clips=MIXED_CLIPS),
+    Family("glmga", glmga, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )
 """In the order of the rows of `adapters`."""

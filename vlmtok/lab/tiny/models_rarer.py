@@ -43,13 +43,17 @@ def ovis2() -> nn.Module:
     )
 
 
-def got_ocr2() -> nn.Module:
-    """GOT-OCR 2: SAM's tower with windows, two convolutions that halve its grid."""
+def got_ocr2(kind: str = "got_ocr2") -> nn.Module:
+    """GOT-OCR 2: SAM's tower with windows, two convolutions that halve its grid.
+
+    Args:
+        kind: model type; PP-Chart2Table is the same model.
+    """
     import transformers as tf
 
     vision = {**{k: v for k, v in TOWER.items() if k != "intermediate_size"}, "image_size": 64, "patch_size": 4}
     return tf.GotOcr2ForConditionalGeneration(
-        tf.GotOcr2Config(
+        tf.CONFIG_MAPPING[kind](
             vision_config=dict(
                 **vision, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64, initializer_range=0.02
             ),
