@@ -111,7 +111,7 @@ FURTHER: dict[str, VLMSpec] = {
     ),
     "muse_spark": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
     "gemma4_unified": VLMSpec(
-        tower="embed_vision",
+        tower="",
         projector="embed_vision",
         ids=BOTH,
         mask="dict",

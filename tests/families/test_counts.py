@@ -20,6 +20,9 @@ TWO_CUTS = "random:keep=0.5+random:keep=0.6:stage=decoder:layer=1:seed=1"
 OTHER_LAYERS = ("qwen3_5", "qwen3_5_moe", "gemma4", "llama4", "lfm2_vl")
 """Families with layers that are not attention and one MLP, or whose layers keep different things."""
 
+EXPERTS = ("muse_spark", "step3p7", "aria")
+"""Families with experts whose names do not say so."""
+
 pytestmark = pytest.mark.usefixtures("counted_paths")
 
 
@@ -35,8 +38,8 @@ def built(name, dtype=torch.float32, **settings):
     if settings:
         make = {"gemma4": gemma4, "llama4": llama4}[name]
         family = dataclasses.replace(family, make=lambda: remade(make(), settings))
-    model = family.build("eager").to(dtype)
-    if "moe" in name or "enable_moe_block" in settings:
+    model = family.build("eager").to(dtype).requires_grad_(False)
+    if "moe" in name or name in EXPERTS or "enable_moe_block" in settings:
         model.set_experts_implementation("eager")  # the fused one has no formula in the counter
     return model
 

@@ -297,7 +297,7 @@ def idefics2() -> nn.Module:
     """Idefics 2: latents read the tower."""
     import transformers as tf
 
-    return tf.Idefics2ForConditionalGeneration(
+    model = tf.Idefics2ForConditionalGeneration(
         tf.Idefics2Config(
             vision_config=dict(FINE),
             perceiver_config={
@@ -313,3 +313,6 @@ def idefics2() -> nn.Module:
             tie_word_embeddings=False,
         )
     )
+    # Its last norm would give all tokens of a picture the same norm.
+    torch.nn.init.uniform_(model.model.connector.perceiver_resampler.norm.weight, 0.2, 2.0)
+    return model
