@@ -32,7 +32,7 @@ GOT_OCR2 = VLMSpec(
 
 FURTHER: dict[str, VLMSpec] = {
     "deepseek_vl": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
-    "vipllava": VLMSpec(whole="its projector reads several layers of the tower side by side"),
+    "vipllava": VLMSpec(feature=None, whole="its projector reads several layers of the tower side by side"),
     "janus": VLMSpec(tower="vision_model", projector="aligner", feature=None, tower_cut="slots"),
     "qianfan_ocr": VLMSpec(
         lengths_of="crop",

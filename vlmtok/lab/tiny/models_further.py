@@ -30,12 +30,15 @@ def vipllava() -> nn.Module:
     """ViP-LLaVA: the projector reads several layers of a CLIP tower side by side."""
     import transformers as tf
 
+    field = next(
+        name for name in ("vision_feature_layer", "vision_feature_layers") if hasattr(tf.VipLlavaConfig(), name)
+    )
     return tf.VipLlavaForConditionalGeneration(
         tf.VipLlavaConfig(
             vision_config=tf.CLIPVisionConfig(**TOWER),
             text_config=tf.LlamaConfig(**TEXT),
             image_token_index=IMAGE,
-            vision_feature_layer=[-2, 1],
+            **{field: [-2, 1]},
         )
     )
 
