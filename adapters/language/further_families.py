@@ -111,7 +111,7 @@ FURTHER: dict[str, VLMSpec] = {
     ),
     "muse_spark": replace(STAMPED, tower="vision_tower", projector="vision_projection"),
     "gemma4_unified": VLMSpec(
-        tower="",
+        tower="embed_vision",
         projector="embed_vision",
         ids=BOTH,
         mask="dict",
@@ -120,6 +120,7 @@ FURTHER: dict[str, VLMSpec] = {
         feature=None,
         parts="runs",
         grid_arguments=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
+        tower_size_argument=hosts.IMAGE_PLACES,
         whole="there is none: patches go through one map",
     ),
     "instructblipvideo": BLIP,

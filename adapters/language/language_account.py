@@ -99,6 +99,8 @@ def _vision(adapter: Any, uncounted: list[Uncounted]) -> tuple[TowerShape | None
     try:
         tower = child(core, adapter.spec.tower)
         path = path_of(model, tower)
+        if not hasattr(tower, "config"):
+            raise UnsupportedModel(f"a {type(tower).__name__} says nothing of its sizes")
         around = [child(core, adapter.spec.projector)] if adapter.spec.projector else []
         packed = packed_tower(model, tower, core.config, around)
         if packed is not None:

@@ -96,14 +96,21 @@ def _index(towers: Mapping[str, list[str]]) -> str:
             'A family that is not listed may run with `vlmtok.compress(model, method, adapter="generic-vlm")`.',
             "### Refused {#refused}",
             refused,
-            f"Of the {len(vlm_rows.ROWS) + len(vlm_rows.REFUSED)} model types of transformers {vlm_rows.LOOKED_THROUGH} "
-            f"that take pictures, {len(vlm_rows.ROWS)} are carried and {len(vlm_rows.REFUSED)} refused; a test walks "
-            "transformers' own tables and fails where one is neither.",
+            _census(),
             "## Towers and dual encoders",
             listed,
             "### Refused {#refused-towers}",
             whole + "\n",
         )
+    )
+
+
+def _census() -> str:
+    """How many types are carried, and how many refused."""
+    carried, refused = len(vlm_rows.ROWS), len(vlm_rows.REFUSED)
+    return (
+        f"Of the {carried + refused} model types of transformers {vlm_rows.LOOKED_THROUGH} that take pictures, "
+        f"{carried} are carried and {refused} refused; a test walks transformers' own tables and fails where one is neither."
     )
 
 
