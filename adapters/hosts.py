@@ -76,7 +76,7 @@ CLIP_PLACES = Role("places of a clip's patches", ("video_position_ids",))
 PIXEL_PLACES = Role("places of patches", ("pixel_position_ids",))
 CLIP_FRAMES = Role("frames of each clip", ("num_frames_per_video",))
 SHARED_PICTURES = Role("pictures of each prompt", ("batch_num_images",))
-FEATURES = Role("features of pictures", ("image_features",))
+FEATURES = Role("features of pictures", ("image_features", "vision_encodings", "hidden_states"))
 SEPARATOR = Role("embedding behind a row of crops", ("image_newline",))
 
 # Arguments of towers.

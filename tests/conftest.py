@@ -40,6 +40,8 @@ def pytest_ignore_collect(collection_path, config):
 OF_ITS_OWN = [
     # Its assisted decoding asks the assistant so, whatever the caller wrote.
     ("Passing `generation_config` together with", "transformers.generation.candidate_generator"),
+    # Its own generate hands on a guidance scale beside the configuration that it made.
+    ("Passing `generation_config` together with", "transformers.models.janus.modeling_janus"),
 ]
 """What transformers logs of calls of its own: how the message begins, and the module that calls."""
 

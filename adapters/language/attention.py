@@ -17,8 +17,13 @@ _OUT = ("o_proj", "out_proj")
 _NORMS = {"q": ("q_norm", "q_layernorm"), "k": ("k_norm", "k_layernorm")}
 _KNOWN = frozenset({"q_proj", "k_proj", "v_proj", "v_norm", *_OUT, *_NORMS["q"], *_NORMS["k"]})
 """Modules with weights that an attention may have; one with others makes queries or keys in another way."""
-_TURNED_IN_WINDOWS = frozenset({"cohere2"})
-"""Text models whose layers without a window have no rotary embeddings."""
+_TURNED: dict[str, Callable[[Any], bool]] = {
+    "cohere2": lambda attn: attn.sliding_window is not None,
+    "exaone4": lambda attn: attn.sliding_window is None or attn.is_sliding,
+}
+"""Text models of which some layers have no rotary embeddings, and which layers have them."""
+_UNNORMED = frozenset({"exaone4"})
+"""Text models whose layers norm what attention gives, and not what it takes."""
 ROTARY = "apply_rotary_pos_emb"
 """The rotary function, as it is called beside an attention: of (q, k, cos, sin), or of (x, cos, sin)."""
 COMPLEX = {"Llama4TextAttention": "apply_rotary_emb"}
@@ -97,7 +102,10 @@ class ComplexForm(AttentionForm):
 def attention_form(block: Any) -> AttentionForm | None:
     """How a decoder layer makes queries and keys, or None where its attention is none of the known kinds."""
     attn: Any = getattr(block, "self_attn", None)
+    kind = getattr(getattr(attn, "config", None), "model_type", None)
     before, mlp, out = _first(block, _BEFORE), _first(block, _AFTER), _first(attn, _OUT)
+    if before is None and kind in _UNNORMED:
+        before = nn.Identity()
     q, k, width = getattr(attn, "q_proj", None), getattr(attn, "k_proj", None), getattr(attn, "head_dim", None)
     if before is None or mlp is None or out is None or q is None or k is None or width is None:
         return None
@@ -108,16 +116,16 @@ def attention_form(block: Any) -> AttentionForm | None:
     if made not in (heads, 2 * heads):
         return None
     has_rope = bool(getattr(attn, "use_rope", True))
-    if getattr(getattr(attn, "config", None), "model_type", None) in _TURNED_IN_WINDOWS:
-        has_rope = attn.sliding_window is not None
+    if kind in _TURNED:
+        has_rope = _TURNED[kind](attn)
     own = next((name for name in COMPLEX if forms.known(attn, (f"transformers:{name}",))), None)
     turn = forms.found_beside(attn, ROTARY if own is None else COMPLEX[own]) if has_rope else None
     if has_rope and turn is None:
         return None
     norms = {which: _first(attn, names) for which, names in _NORMS.items()}
     cap = getattr(attn, "attn_logit_softcapping", None)
-    kind = AttentionForm if own is None else ComplexForm
-    return kind(attn, before, mlp, norms, made != heads, turn, None if cap is None else float(cap))
+    made_as = AttentionForm if own is None else ComplexForm
+    return made_as(attn, before, mlp, norms, made != heads, turn, None if cap is None else float(cap))
 
 
 def branches(block: Any) -> tuple[nn.Module, nn.Module] | None:

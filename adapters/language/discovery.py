@@ -9,7 +9,7 @@ from torch import nn
 from ...errors import UnsupportedModel
 from .. import hosts
 from ..base import child
-from .families import REFUSED
+from .refused_families import REFUSED
 from .spec import VLMSpec
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from .. import hosts
+from .further_families import FURTHER, FURTHER_EXAMPLES
+from .kin import BLIP, BOTH, QWEN, QWEN3, SMOLVLM, shuffled
+from .refused_families import LOOKED_THROUGH, REFUSED
 from .spec import BlockRule, VLMSpec
+
+__all__ = ["EXAMPLES", "LOOKED_THROUGH", "REFUSED", "ROWS"]
 
 
 def _first_storing_layer(config: Any) -> int:
@@ -21,11 +25,6 @@ def _first_storing_layer(config: Any) -> int:
     return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
 
 
-def _shuffled(field: str, shrinks: bool = False) -> Callable[[Any], int]:
-    """Patches that a pixel shuffle joins, by the field with their number along a side, or with what is left of one."""
-    return lambda config: round((1 / getattr(config, field) if shrinks else getattr(config, field)) ** 2)
-
-
 def _pooled(config: Any) -> int:
     """Patches that Gemma3 averages into one token."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // int(config.mm_tokens_per_image)
@@ -36,40 +35,6 @@ def _projects_slots(core: Any) -> bool:
     return "is_token" in inspect.unwrap(core.get_image_features).__code__.co_varnames
 
 
-_BOTH = ("image_token_id", "video_token_id")
-_QWEN = VLMSpec(
-    tower="visual",
-    projector="visual.merger",
-    ids=_BOTH,
-    types=hosts.MODAL_TYPES,
-    positions="mrope",
-    feature=None,
-    parts="mrope",
-    grid_arguments=(hosts.IMAGE_GRIDS, hosts.CLIP_GRIDS),
-    tower_cut="spread",
-    patches="squares",
-)
-_QWEN3 = replace(_QWEN, deepstack=(hosts.DEEPSTACK_COLUMNS, hosts.DEEPSTACK_FEATURES))
-_SMOLVLM = VLMSpec(
-    lm="text_model",
-    tower="vision_model",
-    projector="connector",
-    feature=None,
-    lengths_of="crops",
-    parts="runs",
-    thumbnail="last",
-    tower_cut="spread",
-    patches="raster",
-    joins=_shuffled("scale_factor"),
-)
-_BLIP = VLMSpec(
-    core="",
-    tower="vision_model",
-    projector="",
-    feature=None,
-    tower_cut="free",
-    boundary="generate() hands its language model embeddings without ids, so nothing tells pictures from text",
-)
 _PALIGEMMA = VLMSpec(
     mask="4d",
     types=hosts.TOKEN_TYPES,
@@ -88,23 +53,23 @@ ROWS: dict[str, VLMSpec] = {
         varies=True,
     ),
     "llava_onevision": VLMSpec(
-        ids=_BOTH,
+        ids=BOTH,
         parts="anyres",
         thumbnail="first",
         tower_cut="spread",
         packing_methods=("pack_image_features", "apply_pooling"),
         varies=True,
     ),
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN3,
-    "qwen3_vl_moe": _QWEN3,
-    "qwen3_5": _QWEN,
-    "qwen3_5_moe": _QWEN,
-    "glm4v": _QWEN,
-    "glm46v": _QWEN,
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "glm4v": QWEN,
+    "glm46v": QWEN,
     "paddleocr_vl": replace(
-        _QWEN,
+        QWEN,
         projector="projector",
         ids=("image_token_id",),
         grid_arguments=(hosts.IMAGE_GRIDS,),
@@ -116,10 +81,10 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="last",
         tower_cut="spread",
         patches="raster",
-        joins=_shuffled("downsample_ratio", shrinks=True),
+        joins=shuffled("downsample_ratio", shrinks=True),
     ),
-    "idefics3": _SMOLVLM,
-    "smolvlm": _SMOLVLM,
+    "idefics3": SMOLVLM,
+    "smolvlm": SMOLVLM,
     "mistral3": VLMSpec(
         parts="rows",
         grid_arguments=(hosts.IMAGE_SIZES,),
@@ -139,7 +104,7 @@ ROWS: dict[str, VLMSpec] = {
     ),
     "gemma4": VLMSpec(
         projector="embed_vision",
-        ids=_BOTH,
+        ids=BOTH,
         mask="dict",
         types=hosts.MODAL_TYPES,
         block=BlockRule(types=(1, 2), full=False, when=("use_bidirectional_attention", "vision")),
@@ -166,7 +131,7 @@ ROWS: dict[str, VLMSpec] = {
         joins=lambda config: round(1 / float(config.vision_config.pixel_shuffle_ratio) ** 2),
     ),
     "aya_vision": VLMSpec(
-        parts="runs", thumbnail="last", tower_cut="spread", patches="raster", joins=_shuffled("downsample_factor")
+        parts="runs", thumbnail="last", tower_cut="spread", patches="raster", joins=shuffled("downsample_factor")
     ),
     "cohere2_vision": VLMSpec(
         feature=None,
@@ -174,10 +139,10 @@ ROWS: dict[str, VLMSpec] = {
         thumbnail="last",
         tower_cut="spread",
         patches="raster",
-        joins=_shuffled("downsample_factor"),
+        joins=shuffled("downsample_factor"),
     ),
-    "blip-2": _BLIP,
-    "instructblip": _BLIP,
+    "blip-2": BLIP,
+    "instructblip": BLIP,
     "lfm2_vl": VLMSpec(
         feature=None,
         parts="runs",
@@ -188,6 +153,7 @@ ROWS: dict[str, VLMSpec] = {
         varies=True,
         slots=_projects_slots,
     ),
+    **FURTHER,
 }
 """By ``config.model_type``."""
 
@@ -217,19 +183,6 @@ EXAMPLES: dict[str, str] = {
     "blip-2": "Salesforce/blip2-opt-2.7b",
     "instructblip": "Salesforce/instructblip-vicuna-7b",
     "lfm2_vl": "LiquidAI/LFM2-VL-1.6B",
+    **FURTHER_EXAMPLES,
 }
 """A published checkpoint of each family, by its name on the hub."""
-
-REFUSED: dict[str, str] = {
-    "mllama": "pictures enter through cross-attention, and its cache holds vision states",
-    "florence2": "it is an encoder-decoder; pictures are part of the encoder's input",
-    "idefics": "pictures enter through cross-attention",
-    "kosmos-2": "its own generate() builds the prompt",
-    "kosmos-2.5": "its own generate() builds the prompt",
-    "chameleon": "pictures are discrete tokens of the vocabulary",
-    "emu3": "pictures are discrete tokens of the vocabulary",
-    "molmo2": "its mask is built outside the language model in a form that cannot be rebuilt",
-    "gemma3n": "its layers carry four streams of hidden states",
-    "ernie4_5_vl_moe": "its experts are chosen by moe_mm_token_type_ids, which a cut would have to follow",
-}
-"""Families that cannot be carried, with the reason."""

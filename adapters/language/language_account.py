@@ -36,11 +36,16 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     path = adapter.spec.projector
     vision, packed = _vision(adapter, uncounted)
     projector: list[Part] = []
-    if path and (vision is not None or packed is not None):
+    mixing = path and _mixes(child(core, path))
+    if mixing:
+        where = path_of(model, child(core, path))
+        uncounted.append(Uncounted(f"{where} is not counted (it {mixing})", where, adapter.spec.boundary is None))
+    if path and not mixing and (vision is not None or packed is not None):
         module = child(core, path)
         projector = heads_of(model, module)
         # Some multiply by a parameter of their own, behind pooling: as many rows as they give.
-        own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        alone = [] if isinstance(module, nn.Linear) else module.named_parameters(recurse=False)
+        own = [(name, p) for name, p in alone if p.dim() == 2]
         projector += [Part(name, p.numel(), path=path_of(model, module)) for name, p in own]
         joins = 1 if adapter.spec.joins is None else adapter.spec.joins(core.config)
         projector = [replace(part, joins=joins) for part in projector]
@@ -64,6 +69,16 @@ def of_hf_vlm(adapter: Any) -> ModelShape:
     )
 
 
+def _mixes(module: nn.Module) -> str | None:
+    """What a projector does to several tokens at once, or None where each of its rows is multiplied alone."""
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention) or hasattr(part, "q_proj"):
+            return "attends to the tokens of a picture"
+        if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
+            return "convolves the grid of a picture"
+    return None
+
+
 def _tile(spec: VLMSpec, config: Any) -> int | None:
     """`ModelShape.tile` of a family."""
     if spec.varies:
@@ -84,6 +99,8 @@ def _vision(adapter: Any, uncounted: list[Uncounted]) -> tuple[TowerShape | None
     try:
         tower = child(core, adapter.spec.tower)
         path = path_of(model, tower)
+        if not hasattr(tower, "config"):
+            raise UnsupportedModel(f"a {type(tower).__name__} says nothing of its sizes")
         around = [child(core, adapter.spec.projector)] if adapter.spec.projector else []
         packed = packed_tower(model, tower, core.config, around)
         if packed is not None:

@@ -93,7 +93,7 @@ def _by_chunks(look: Look) -> Tensor | None:
     for picture in look.pictures:
         n = len(picture.columns)
         size = look.crop if look.crop and n % look.crop == 0 else n
-        names = _thumbnail(n // size, look.spec.thumbnail)
+        names = _frames(n // size) if picture.video else _thumbnail(n // size, look.spec.thumbnail)
         parts.append([names[i // size] for i in range(n)])
         picture.grid = square(size)
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None
@@ -180,7 +180,7 @@ def _by_time(look: Look) -> Tensor | None:
             numbers = [sum(i >= start for start in picture.runs) for i in range(len(picture.columns))]
         else:
             time = look.positions[-3, picture.row, picture.columns]
-            first = torch.cat([time.new_ones(1), (time[1:] != time[:-1]).to(time.dtype)])
+            first = torch.nn.functional.pad((time[1:] != time[:-1]).long(), (1, 0), value=1)
             numbers = first.cumsum(0).tolist()
         part[picture.row, picture.columns] = torch.tensor(numbers, device=part.device)
         picture.grid = _grid(look, picture, picture.columns[: numbers.count(1)])

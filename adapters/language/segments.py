@@ -182,11 +182,13 @@ class Segments:
             hidden: `[B, L, C]`, its input.
         """
         part, kind = call.segments[segment.first], self.kinds[layer]
+        if given is None:  # the host turns nothing in this layer
+            return None
         if part.rotary is not None:
             if kind not in part.rotary:
                 part.rotary[kind] = self.own_rotary(call, segment, layer, hidden)
             return last_of(part.rotary[kind], hidden.shape[1])
-        if call.input_columns is None or given is None:
+        if call.input_columns is None:
             return given
         first = given[0] if isinstance(given, (tuple, list)) else given
         if first.shape[1] != call.width:  # sliced by the host to its last queries

@@ -28,15 +28,23 @@ def _of_patches(value: Tensor, config: Any) -> Tensor:
     return value // config.downsample_factor
 
 
+def _merge(vision: Any) -> int:
+    """Patches along a side that make one token."""
+    kernel = getattr(vision, "merge_kernel_size", None)
+    return int(getattr(vision, "merge_size", None) or vision.spatial_merge_size) if kernel is None else int(kernel[0])
+
+
 def _of_grids(value: Tensor, config: Any) -> Tensor:
     """Frames, rows and columns of patches."""
-    merge = config.vision_config.spatial_merge_size
+    merge = _merge(config.vision_config)
     return value // value.new_tensor([1, merge, merge])
 
 
 def _of_places(value: Tensor, config: Any) -> Tensor:
     """Column and row of each patch, `[..., patches, 2]`, -1 where a picture is padded."""
-    return ((value.flatten(0, -3).amax(1) + 1) // config.vision_config.pooling_kernel_size).flip(-1)
+    vision = config.vision_config
+    side = 1 if hasattr(vision, "model_patch_size") else vision.pooling_kernel_size  # merged before the model sees them
+    return ((value.flatten(0, -3).amax(1) + 1) // side).flip(-1)
 
 
 _BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {
@@ -44,6 +52,7 @@ _BY_ARGUMENT: dict[Role, Callable[[Tensor, Any], Tensor]] = {
     hosts.PATCH_SHAPES: _of_patches,
     hosts.IMAGE_GRIDS: _of_grids,
     hosts.CLIP_GRIDS: _of_grids,
+    hosts.TOWER_GRIDS: _of_grids,
     hosts.IMAGE_PLACES: _of_places,
     hosts.CLIP_PLACES: _of_places,
     hosts.PIXEL_PLACES: _of_places,

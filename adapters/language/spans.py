@@ -79,7 +79,7 @@ def crop_length(lengths: dict[int, list[int]] | None, spec: VLMSpec) -> int | No
     """Tokens of one crop, where the encoder's outputs are crops of equal size."""
     if lengths is None or spec.lengths_of != "crop":
         return None
-    sizes = set(lengths.get(IMAGE, []))
+    sizes = {size for known in lengths.values() for size in known}
     return sizes.pop() if len(sizes) == 1 else None
 
 

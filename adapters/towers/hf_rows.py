@@ -39,6 +39,7 @@ CLIP_BLOCK = BlockSpec(
         "transformers.models:SiglipAttention",
         "transformers.models:Idefics3VisionAttention",
         "transformers.models:SmolVLMVisionAttention",
+        "transformers.models:JanusVisionAttention",
     ),
     norm="layer_norm1",
     attn="self_attn",
@@ -99,12 +100,16 @@ BLIP2_BLOCK = replace(
     split=_split,
     bias=None,
     by_name=True,
-    forms=("transformers.models:Blip2Attention", "transformers.models:InstructBlipAttention"),
+    forms=(
+        "transformers.models:Blip2Attention",
+        "transformers.models:InstructBlipAttention",
+        "transformers.models:InstructBlipVideoAttention",
+    ),
 )
 
 INTERNVL_BLOCK = replace(
     VIT_BLOCK,
-    forms=("transformers.models:InternVLVisionAttention",),
+    forms=("transformers.models:InternVLVisionAttention", "transformers.models:QianfanOCRVisionAttention"),
     project=_normed,
     q="q_norm",
     k="k_norm",
@@ -138,7 +143,10 @@ ROWS: dict[str, VisionRow] = {
     "dinov2": VisionRow("Dinov2Layer", DINOV2_BLOCK, 1),
     "blip_2_vision_model": VisionRow("Blip2EncoderLayer", BLIP2_BLOCK, 1),
     "instructblip_vision_model": VisionRow("InstructBlipEncoderLayer", BLIP2_BLOCK, 1),
+    "instructblipvideo_vision_model": VisionRow("InstructBlipVideoEncoderLayer", BLIP2_BLOCK, 1),
     "internvl_vision": VisionRow("InternVLVisionLayer", INTERNVL_BLOCK, 1),
+    "qianfan_ocr_vision": VisionRow("QianfanOCRVisionLayer", INTERNVL_BLOCK, 1),
+    "janus_vision_model": VisionRow("JanusVisionEncoderLayer", CLIP_BLOCK, 0),
     "idefics3_vision": VisionRow("Idefics3EncoderLayer", CLIP_BLOCK, 0, padded=True),
     "smolvlm_vision": VisionRow("SmolVLMEncoderLayer", CLIP_BLOCK, 0, padded=True),
 }

@@ -74,6 +74,7 @@ QWEN_BLOCK = BlockSpec(
             "Qwen3_5VisionAttention",
             "Qwen3_5MoeVisionAttention",
             "Glm4vVisionAttention",
+            "Glm4vMoeVisionAttention",
         )
     ),
     q="qkv",

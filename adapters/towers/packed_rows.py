@@ -83,6 +83,13 @@ PACKED_ROWS: dict[str, PackedRow] = {
     "qwen3_5_vision": PackedRow("Qwen3_5VisionBlock", block=QWEN_BLOCK),
     "qwen3_5_moe_vision": PackedRow("Qwen3_5MoeVisionBlock", block=QWEN_BLOCK),
     "glm4v_vision": PackedRow("Glm4vVisionBlock", block=QWEN_BLOCK),
+    "glm4v_moe_vision": PackedRow("Glm4vMoeVisionBlock", block=QWEN_BLOCK),
+    "glm_ocr_vision": PackedRow("GlmOcrVisionBlock"),
+    "cohere_compass_vision": PackedRow("CohereCompassVisionBlock"),
+    "cosmos3_edge_vision": PackedRow(
+        "Cosmos3EdgeVisionEncoderLayer", "embeddings.patch_embedding", inside=False, **_FIELDS
+    ),
+    "exaone4_5_vision": PackedRow("Exaone4_5_VisionBlock", span=_windowed, window=_window),
     "paddleocr_vl_vision": PackedRow(
         "PaddleOCRVisionEncoderLayer",
         "vision_model.embeddings.patch_embedding",

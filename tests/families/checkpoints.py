@@ -127,6 +127,23 @@ def _internvl(words: Any, **more: Any) -> Any:
     return tf.InternVLProcessor(pictures, words, tf.InternVLVideoProcessor(**SQUARE), image_seq_length=16, **more)
 
 
+def _qianfan(words: Any, **more: Any) -> Any:
+    pictures = tf.GotOcr2ImageProcessor(**SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
+    return tf.QianfanOCRProcessor(pictures, words, image_seq_length=16, **more)
+
+
+def _vipllava(words: Any, **more: Any) -> Any:
+    pictures = tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return tf.LlavaProcessor(
+        pictures,
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        **more,
+    )
+
+
 def _mistral(words: Any, **more: Any) -> Any:
     pictures = tf.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
     return tf.PixtralProcessor(pictures, words, patch_size=8, spatial_merge_size=2, **more)
@@ -208,6 +225,18 @@ READERS: dict[str, Reader] = {
         _glm(tf.Glm46VProcessor, tf.Glm46VImageProcessor, tf.Glm46VVideoProcessor),
         GLM_MARKS,
         shown="<|begin_of_image|> <|image|> <|end_of_image|>",
+    ),
+    "glm4v_moe": Reader(
+        _glm(tf.Glm4vProcessor, tf.Glm4vImageProcessor, tf.Glm4vVideoProcessor),
+        GLM_MARKS,
+        shown="<|begin_of_image|> <|image|> <|end_of_image|>",
+    ),
+    "vipllava": Reader(_vipllava, {"<image>": IMAGE}, {"image_token": "<image>"}),
+    "qianfan_ocr": Reader(
+        _qianfan,
+        {"<img>": START, "</img>": END, "<ctx>": IMAGE},
+        {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<ctx>"},
+        "<image>",
     ),
     "paddleocr_vl": Reader(
         _paddle, {"<|image|>": IMAGE, "<|start|>": START, "<|end|>": END}, {"image_token": "<|image|>"}, "<|image|>"
@@ -293,5 +322,15 @@ READERS: dict[str, Reader] = {
 
 WITHOUT = {
     "smolvlm": "its processor wants the package num2words",
+    **dict.fromkeys(("cosmos3_omni", "glm_ocr", "fast_vlm"), "transformers names no processor for it"),
+    **dict.fromkeys(
+        (
+            *("deepseek_vl", "deepseek_vl_hybrid", "janus", "lighton_ocr", "hyperclovax_vision_v2", "exaone4_5"),
+            *("glmga", "llava_next_video", "ovis2", "got_ocr2", "pp_chart2table", "perception_lm", "granite_docling"),
+            *("cosmos3_edge", "lfm3_vl", "muse_glimmer", "muse_spark", "cohere_compass", "kimi_k25", "step3p7"),
+            *("gemma4_unified", "instructblipvideo", "aria", "idefics2"),
+        ),
+        "its processor is not set up here for pictures of a few patches and a vocabulary of words",
+    ),
 }
 """Families without a checkpoint here, and why."""

@@ -66,7 +66,10 @@ def test_pictures_matter(name):
             assert (moved > 100 * NOISE).all(), f"{mode}: {moved.tolist()}"
     prompt = batch(name).prompts[0]
     shot = prompt.pictures[0].shot
-    other = {key: value.flip(0, 1) if value.is_floating_point() else value for key, value in shot.arrays.items()}
+    other = {
+        key: value.flip(*{0, 1, value.dim() - 1}) if value.is_floating_point() else value
+        for key, value in shot.arrays.items()
+    }
     pictures = (replace(prompt.pictures[0], shot=replace(shot, arrays=other)),)
     logits = oracle(name, shared(name, "eager")).generate(replace(prompt, pictures=pictures), steps=1)[1]
     assert (logits[0] - bare[0]).abs().max() > 100 * NOISE

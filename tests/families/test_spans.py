@@ -21,7 +21,10 @@ from .oracle import Cut, oracle
 from .prompts import FIRST_FRAME, IMAGE, write
 from .shots import AnyRes, packed_clip
 
-BY_CROP = {"smolvlm", "idefics3", "llama4", "aya_vision", "cohere2_vision", "lfm2_vl", "gemma3"}
+BY_CROP = {
+    *("smolvlm", "idefics3", "llama4", "aya_vision", "cohere2_vision", "lfm2_vl", "gemma3"),
+    *("ovis2", "granite_docling", "step3p7", "idefics2"),
+}
 """Marks, which are text, stand between the crops of a picture, and nothing tells them from other text: a crop counts as
 a picture."""
 RUN_CLIPS = {"qwen2_vl", "qwen2_5_vl"}
@@ -60,7 +63,7 @@ def units_of(name, which):
 
 def parts_of(name, picture):
     """Part of each placeholder: pushed through the host's packing where it has one."""
-    if name in ("llava_next", "llava_onevision") and isinstance(FAMILIES[name].shots["I"], AnyRes):
+    if name in ("llava_next", "llava_onevision", "llava_next_video") and isinstance(FAMILIES[name].shots["I"], AnyRes):
         pushed = pushed_through(shared(name), picture.shot)
         if pushed is not None:
             return pushed
@@ -77,7 +80,7 @@ def pushed_through(model, shot):
     side = core.config.vision_config.image_size // core.config.vision_config.patch_size
     numbers = torch.arange(crops).float()[:, None, None].expand(crops, side * side, 1)
     given = [[numbers], shot.arrays["image_sizes"]]
-    if core.config.model_type == "llava_next":
+    if core.config.model_type.startswith("llava_next"):
         given.append("default")
     packed, _ = core.pack_image_features(*given, image_newline=torch.tensor([-1.0]))
     return packed[0][:, 0].round().long()

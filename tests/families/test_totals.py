@@ -21,11 +21,17 @@ from .harness import batch
 
 VALUES = 3 * 2 * 4 * 4
 METHOD = "random:keep=0.5"
+UNCOUNTED = (
+    *("got_ocr2", "pp_chart2table", "fast_vlm", "perception_lm", "granite_docling", "ovis2", "lfm3_vl", "muse_glimmer"),
+    *("muse_spark", "kimi_k25", "step3p7", "gemma4_unified", "idefics2"),
+)
+"""Families of whose tower nobody wrote down what it multiplies."""
+COUNTED = [name for name in FAMILIES if name not in UNCOUNTED]
 
 
 def built(name):
     model = {**FAMILIES, **TOWER_ONLY}[name].build("eager").requires_grad_(False)
-    if name.endswith("moe"):
+    if name.endswith("moe") or name in ("muse_spark", "step3p7", "aria"):
         model.set_experts_implementation("eager")  # the fused one has no formula in the counter
     return model
 
@@ -61,7 +67,8 @@ def check(model, inputs, method=METHOD):
         report, last = run.report(total=True), run.report()
     assert last.lines == report.lines, "a picture's and a clip's pass of the tower belong to one prompt"
     assert tower and 2 * report.line("vision").before == tower
-    if method == METHOD:
+    path = adapter_for(model).spec.projector
+    if method == METHOD and not any(f"{path} is not counted" in reason for reason in report.missing):
         assert 2 * report.line("projector").before == projector
     if report.missing:
         assert all("tower" not in reason for reason in report.missing) and report.total is None
@@ -71,19 +78,30 @@ def check(model, inputs, method=METHOD):
     return report
 
 
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_a_tower_that_is_not_counted_leaves_no_total_and_is_named(name):
+    model = built(name)
+    with torch.no_grad(), vlmtok.compress(model, METHOD) as run:
+        model(**batch(name).inputs())
+        report = run.report()
+    assert report.total is None and line(report, "vision") is None and line(report, "projector") is None
+    assert any(reason.startswith("the vision tower is not counted (") for reason in report.missing)
+    assert name == "kimi_k25" or report.line("prefill").before > report.line("prefill").after.low > 0
+
+
 @pytest.mark.parametrize("which", ["rows", "several"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_batches_are_counted_whole(name, which):
     check(built(name), batch(name, which).inputs())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_one_picture_is_counted_whole(name):
     family = FAMILIES[name]
     check(built(name), family.batch(family.rows[0]).inputs())
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.clips is not None])
+@pytest.mark.parametrize("name", [name for name in COUNTED if FAMILIES[name].clips is not None])
 def test_clips_are_counted_whole(name):
     check(built(name), batch(name, "clips").inputs())
 
@@ -105,12 +123,14 @@ def test_windows_that_do_not_divide_a_picture(grid):
 
 
 # ---------------------------------------------------------------------- estimates
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_an_estimate_is_the_report_of_a_run_on_the_same_grid(name):
     family, model = FAMILIES[name], built(name)
     for shot in sorted({"I", "M", "V"} & set(family.shots)):
         if name in ("gemma4", "lfm2_vl") and shot != "I":
             continue  # padded to the size of I
+        if name == "llava_next_video" and shot == "V":
+            continue  # pooled in front of the projector, which only a run shows
         pattern = family.rows[0].replace("I", shot)
         prompt = family.prompt(pattern)
         with torch.no_grad(), vlmtok.compress(model, METHOD) as run:

@@ -18,12 +18,14 @@ from .methods import InTower, Top
 from .oracle import Cut, chosen
 from .prompts import Picture, Prompt
 
-SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0}
+SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0, "deepseek_vl": 0, "janus": 0}
 """What is left takes a picture's first placeholders; by family, tokens in front of the patches."""
 SPREAD = {
     "llava_next": 1,
+    "llava_next_video": 1,
     "llava_onevision": 0,
     "internvl": 1,
+    "qianfan_ocr": 1,
     "smolvlm": 0,
     "idefics3": 0,
     "gemma3": 0,
@@ -33,7 +35,7 @@ SPREAD = {
 """What is left is spread over the grid again behind the tower's last layer."""
 PACKED = sorted(set(FAMILIES) - set(SLOTS) - set(SPREAD))
 """The tower holds all pictures in one row, or pools by place: no token can leave."""
-LAST = {"llava": 1, "llava_next": 1}
+LAST = {"llava": 1, "llava_next": 1, "llava_next_video": 1}
 """The last layer whose output is used, where that is not the last one."""
 
 

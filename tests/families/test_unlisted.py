@@ -13,7 +13,7 @@ from vlmtok.lab.tiny.models_1d import llava
 from .build import FAMILIES, Family, shared
 from .harness import BY_SAMPLE, GAP, MODES, Expected, batch, expected, generate
 from .methods import Top
-from .oracle import Cut, Oracle
+from .oracle import Oracle
 from .shots import plain
 from .unlisted import TaggedForConditionalGeneration, novel
 
@@ -124,34 +124,3 @@ def test_a_config_without_a_placeholder_is_asked_for():
 def test_a_model_of_text_alone_is_refused():
     with pytest.raises(UnsupportedModel):
         vlmtok.compress(NOVEL.build().model.language_model, Top(), adapter="generic-vlm")
-
-
-REFUSED = {
-    "mllama": ("MllamaForConditionalGeneration", "cross-attention"),
-    "florence2": ("Florence2ForConditionalGeneration", "encoder"),
-    "idefics": ("IdeficsForVisionText2Text", "cross-attention"),
-    "kosmos-2": ("Kosmos2ForConditionalGeneration", "generate"),
-    "chameleon": ("ChameleonForConditionalGeneration", "tokens of the vocabulary"),
-    "molmo2": ("Molmo2ForConditionalGeneration", "mask"),
-    "gemma3n": ("Gemma3nForConditionalGeneration", "streams"),
-    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeForConditionalGeneration", "moe_mm_token_type_ids"),
-}
-
-
-@pytest.mark.parametrize("adapter", [None, "generic-vlm"])
-@pytest.mark.parametrize("kind", REFUSED)
-def test_refused_families_say_why(kind, adapter):
-    """Their class and config are enough to know."""
-    name, why = REFUSED[kind]
-    model = bare_shell(getattr(tf, name))
-    assert model.config.model_type == kind
-    with pytest.raises(UnsupportedModel, match=why):
-        vlmtok.compress(model, Top(Cut(0.5)), adapter=adapter)
-
-
-def bare_shell(model_class):
-    """An instance with its config and without parts: building one takes seconds and gigabytes."""
-    model = model_class.__new__(model_class)
-    torch.nn.Module.__init__(model)
-    model.config = model_class.config_class()
-    return model

@@ -11,8 +11,8 @@ from vlmtok.adapters.language.families import ROWS
 
 from .build import shared
 
-SQUARES = ("internvl", "smolvlm", "idefics3", "gemma3", "aya_vision", "cohere2_vision")
-PREFIX = {"internvl": 1}
+SQUARES = ("internvl", "qianfan_ocr", "smolvlm", "idefics3", "gemma3", "aya_vision", "cohere2_vision")
+PREFIX = {"internvl": 1, "qianfan_ocr": 1}
 """Class tokens in front of the patches."""
 
 
@@ -68,7 +68,7 @@ def taps(name: str, pixels: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]
     """q and k of a block, `[crops, H, L, d]`, and the weights that its host made of them, `[crops, H, L, L]`."""
     made: dict[str, Tensor] = {}
     attn = next(m for m in blocks_of(name)[layer].children() if "Attention" in type(m).__name__)
-    after = ("q_norm", "k_norm") if name == "internvl" else ("q_proj", "k_proj")
+    after = ("q_norm", "k_norm") if name in PREFIX else ("q_proj", "k_proj")
     hooks = [
         attn.get_submodule(which).register_forward_hook(lambda m, a, out, which=which: made.__setitem__(which[0], out))
         for which in after

@@ -154,6 +154,25 @@ class Gemma4Oracle(Gemma3Oracle):
         )[0]
 
 
+class UnifiedOracle(Gemma4Oracle):
+    """Gemma 4 without a tower: its layers take nothing besides, and share no keys; blocks reach beyond windows."""
+
+    def visible(self, kind: str, row: Row) -> Tensor:
+        return Oracle.visible(self, kind, row) | same_block(row.block)
+
+    def start(self, row: Row) -> Row:
+        return row
+
+    def layer(self, index: int, row: Row) -> Tensor:
+        kind = self.kinds[index]
+        return self.layers[index](
+            row.hidden[None],
+            shared_kv_states={},
+            attention_mask=self.mask(kind, row),
+            position_embeddings=self.rotary(kind, row),
+        )[0]
+
+
 class PaliGemmaOracle(Oracle):
     """PaliGemma: the prompt sees itself both ways, whatever the window; positions count from 1."""
 
@@ -186,6 +205,103 @@ class Lfm2Oracle(Oracle):
     norm_path = "embedding_norm"
 
 
+class GraniteOracle(TilesOracle, Qwen3Oracle):
+    """Granite Docling: embeddings are scaled by the text model."""
+
+    follows = "last"
+
+    def positions(self, prompt: Prompt, more: int) -> Tensor:
+        return Oracle.positions(self, prompt, more)
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return Oracle.rotary(self, kind, row)
+
+    def start(self, row: Row) -> Row:
+        return replace(row, hidden=row.hidden * self.config.embedding_multiplier)
+
+
+class OvisOracle(Oracle):
+    """Ovis2: marks around pictures have embeddings out of the visual table."""
+
+    def row(self, prompt: Prompt, written: Tensor, encoded: dict[int, Any]) -> Row:
+        row = super().row(prompt, written, encoded)
+        hidden = row.hidden.clone()
+        for made in encoded.values():
+            for mark, value in zip(self.core.config.visual_indicator_token_ids, made.visual_indicator_features):
+                hidden[row.ids == mark] = value
+        return replace(row, hidden=hidden)
+
+
+class PerceptionOracle(Oracle):
+    """Perception LM: clips are encoded as pictures are."""
+
+    def encode(self, prompt: Prompt) -> dict[int, Any]:
+        found = {}
+        for kind, name in ((1, "pixel_values"), (2, "pixel_values_videos")):
+            shown = [p.shot.arrays[name] for p in prompt.pictures if name in p.shot.arrays]
+            if shown:
+                found[kind] = self.core.get_image_features(pixel_values=torch.cat(shown), return_dict=True)
+        return found
+
+
+class TypedOracle(Oracle):
+    """Rotary tables of each type of layer."""
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return self.lm.rotary_emb(row.hidden[None], row.positions, kind)
+
+
+class StepOracle(TypedOracle):
+    """Step 3.7: pictures that are not cut bring no crops."""
+
+    def arrays(self, arrays: dict[str, Tensor], prompt: Prompt, kind: int) -> dict[str, Tensor]:
+        return {name: value for name, value in arrays.items() if value.numel()}
+
+
+class Lfm3Oracle(TypedOracle):
+    """LFM3-VL: the last norm has another name."""
+
+    norm_path = "embedding_norm"
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        return None if kind == "conv" else super().rotary(kind, row)
+
+
+class CompassOracle(Qwen3Oracle):
+    """North Micro Vision: layers without a window have no positions."""
+
+    def rotary(self, kind: str, row: Row) -> Any:
+        if self.config.rope_parameters[kind] is None:
+            return None
+        return self.lm.rotary_emb(row.hidden[None], row.positions[:, None], kind)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        scale = self.model.logit_scale
+        return logits if scale is None else logits * scale
+
+
+class HiddenOracle(Oracle):
+    """Placeholders count as the first id where theirs is looked up."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        config = self.core.config
+        return super().embed(ids.where((ids != config.image_token_id) & (ids != config.video_token_id), 0))
+
+
+class MuseOracle(HiddenOracle):
+    """Muse Glimmer: some layers have no positions; logits are scaled and capped."""
+
+    def layer(self, index: int, row: Row) -> Tensor:
+        kind = self.kinds[index]
+        table = self.rotary(kind, row) if self.config.layer_rope_theta[index] else None
+        return self.layers[index](
+            row.hidden[None], attention_mask=self.mask(kind, row), position_embeddings=table, position_ids=None
+        )[0]
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return super().finish(logits * self.config.output_multiplier)
+
+
 ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "llava_onevision": OneVisionOracle,
     "qwen2_vl": MRoPEOracle,
@@ -196,6 +312,22 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "qwen3_5_moe": MRoPEOracle,
     "glm4v": MRoPEOracle,
     "glm46v": MRoPEOracle,
+    "glm4v_moe": MRoPEOracle,
+    "glm_ocr": MRoPEOracle,
+    "glmga": MRoPEOracle,
+    "cosmos3_omni": Qwen3Oracle,
+    "cosmos3_edge": MRoPEOracle,
+    "cohere_compass": CompassOracle,
+    "gemma4_unified": UnifiedOracle,
+    "idefics2": TilesOracle,
+    "perception_lm": PerceptionOracle,
+    "muse_glimmer": MuseOracle,
+    "step3p7": StepOracle,
+    "muse_spark": MuseOracle,
+    "kimi_k25": HiddenOracle,
+    "granite_docling": GraniteOracle,
+    "ovis2": OvisOracle,
+    "lfm3_vl": Lfm3Oracle,
     "paddleocr_vl": MRoPEOracle,
     "smolvlm": TilesOracle,
     "idefics3": TilesOracle,

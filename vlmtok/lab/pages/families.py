@@ -35,7 +35,24 @@ CONFIGURED: dict[str, dict[str, Any]] = {
             "image_size": 364,
             "patch_size": 14,
         }
-    }
+    },
+    # Defaults name no sizes; these are of Perception-LM-1B's tower.
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_lang_large_patch14_448",
+            "model_args": {"embed_dim": 1024, "depth": 23, "img_size": [448, 448], "global_pool": ""},
+        }
+    },
+    # Defaults name no rotary embeddings for each type of layer.
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20]},
+                "full_attention": None,
+            }
+        }
+    },
 }
 """What is changed in a default configuration of which no model can be made."""
 
@@ -79,11 +96,21 @@ def _index(towers: Mapping[str, list[str]]) -> str:
             'A family that is not listed may run with `vlmtok.compress(model, method, adapter="generic-vlm")`.',
             "### Refused {#refused}",
             refused,
+            _census(),
             "## Towers and dual encoders",
             listed,
             "### Refused {#refused-towers}",
             whole + "\n",
         )
+    )
+
+
+def _census() -> str:
+    """How many types are carried, and how many refused."""
+    carried, refused = len(vlm_rows.ROWS), len(vlm_rows.REFUSED)
+    return (
+        f"Of the {carried + refused} model types of transformers {vlm_rows.LOOKED_THROUGH} that take pictures, "
+        f"{carried} are carried and {refused} refused; a test walks transformers' own tables and fails where one is neither."
     )
 
 

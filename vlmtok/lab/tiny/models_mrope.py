@@ -127,6 +127,13 @@ def glm46v() -> nn.Module:
     return _glm(tf.Glm46VForConditionalGeneration, tf.Glm46VConfig)
 
 
+def glmga() -> nn.Module:
+    """GLM-4.6V under another model type."""
+    import transformers as tf
+
+    return _glm(tf.Glm46VForConditionalGeneration, tf.CONFIG_MAPPING["glmga"])
+
+
 def paddleocr_vl() -> nn.Module:
     """PaddleOCR-VL."""
     import transformers as tf

@@ -165,7 +165,9 @@ class Batch:
         rows = [prompt.arrays() for prompt in self.prompts]
         found = {}
         for name in dict.fromkeys(name for row in rows for name in row):
-            found[name] = self.join.get(name, concatenate)([row.get(name, []) for row in rows])
+            joined = self.join.get(name, concatenate)([row.get(name, []) for row in rows])
+            if joined.numel():  # nobody brings crops of a picture that is not cut
+                found[name] = joined
         if found and self.extra is not None:
             found.update(self.extra(self.prompts))
         return found

@@ -130,14 +130,15 @@ def one_crop(generator: torch.Generator) -> Shot:
     return Shot((IMAGE,) * 17, arrays, parts=(0,) * 16 + (-1,))
 
 
-def pooled_clip(frames: int) -> Maker:
-    """A clip of LLaVA-OneVision: frames pooled to a quarter, one newline at the end."""
+def pooled_clip(frames: int, newline: bool = True) -> Maker:
+    """A clip of LLaVA-OneVision: frames pooled to a quarter, one newline at the end (LLaVA-NeXT-Video has none)."""
 
     def make(generator: torch.Generator) -> Shot:
         count = (SIDE // PATCH // 2) ** 2
         parts = [frame for frame in range(FIRST_FRAME, FIRST_FRAME + frames) for _ in range(count)]
         arrays = {"pixel_values_videos": pixels(generator, 1, frames, 3, SIDE, SIDE)}
-        return Shot((VIDEO,) * (frames * count + 1), arrays, (), (*parts, -1), True, VIDEO)
+        last = (-1,) * newline
+        return Shot((VIDEO,) * (frames * count + newline), arrays, (), (*parts, *last), True, VIDEO)
 
     return make
 
@@ -156,7 +157,7 @@ def packed(rows: int, columns: int, *patch: int) -> Maker:
     return make
 
 
-def packed_clip(frames: int, rows: int, columns: int, layout: str) -> Maker:
+def packed_clip(frames: int, rows: int, columns: int, layout: str, values: int = PATCH_VALUES) -> Maker:
     """A clip whose patches come in one row.
 
     Args:
@@ -165,6 +166,7 @@ def packed_clip(frames: int, rows: int, columns: int, layout: str) -> Maker:
         columns: of tokens.
         layout: ``run`` (all frames in one run), ``stamped`` (a time stamp and marks around each frame) or ``glm`` (the
             same with placeholders of pictures, and marks around all).
+        values: of a patch.
     """
     count = rows * columns
     placeholder = IMAGE if layout == "glm" else VIDEO
@@ -181,7 +183,7 @@ def packed_clip(frames: int, rows: int, columns: int, layout: str) -> Maker:
             if layout == "glm":
                 ids = [GLM_VIDEO[0], *ids, GLM_VIDEO[1]]
         arrays = {
-            "pixel_values_videos": pixels(generator, 4 * frames * count, PATCH_VALUES),
+            "pixel_values_videos": pixels(generator, 4 * frames * count, values),
             "video_grid_thw": torch.tensor([[frames, 2 * rows, 2 * columns]]),
         }
         parts = tuple(frame for frame in range(FIRST_FRAME, FIRST_FRAME + frames) for _ in range(count))
@@ -284,3 +286,8 @@ def by_sample(rows: list[list[Tensor]]) -> Tensor:
 def queries(generator: torch.Generator) -> Shot:
     """A picture of BLIP-2: as many placeholders as the Q-Former has queries."""
     return Shot((IMAGE,) * 8, {"pixel_values": pixels(generator, 1, 3, SIDE, SIDE)})
+
+
+def frames_of_queries(generator: torch.Generator) -> Shot:
+    """A clip of InstructBLIP: as many placeholders a frame as the Q-Former has queries."""
+    return Shot((VIDEO,) * 8, {"pixel_values": pixels(generator, 1, 2, 3, SIDE, SIDE)}, (), (), True, VIDEO)
