@@ -1,8 +1,8 @@
 """What a method decided in a tower, taken again on the bare tower by loops over its blocks' own modules.
 
 For towers with one row a crop. A block is ``x + attention(norm(x))``, then ``x + mlp(norm(x))``; between the two,
-before and behind them rows are mixed as the method said, log(size) is added to the keys where it wants that, and tokens that
-it inserts live for one block. Behind the last block every patch gets what its slot has, or rows stay short.
+before and behind them rows are mixed as the method said, log(size) is added to the keys where it wants that, and tokens
+that it inserts live for one block. Behind the last block every patch gets what its slot has, or rows stay short.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_a_loaded_model_gets_a_row_for_each_method_and_is_left_alone(llava):
     assert made.methods == vlmtok.list_methods() and made.models == ["LlavaForConditionalGeneration"]
     assert len(made) == len(made.attaching) == 17
     todre, prumerge = made.pair("todre"), made.pair("prumerge")
-    assert todre.stages == ("projected", "decoder") and todre.sites == "projected; decoder layer 29 end"
+    assert todre.stages == ("projected", "decoder") and todre.sites == "projected; decoder layer 27 end"
     assert prumerge.stages == ("features",) and not prumerge.notes
     assert [row[:2] for row in made.table().rows][13] == ["todre", "projected, decoder"]
 
@@ -62,14 +62,14 @@ def test_a_refusal_says_why_and_one_choice_is_a_note():
 
 
 def test_settings_are_tried_as_given(llava):
-    given = [vlmtok.ToDRE(keep=0.5), "fastv:layer=99", "fastv"]
+    given = [vlmtok.ToDRE(keep=0.5), "todre:check_layer=99", "fastv"]
     made = vlmtok.matrix(llava, given)
-    assert made.methods == ["todre:keep=0.5", "fastv:layer=99", "fastv"]
+    assert made.methods == ["todre:keep=0.5", "todre:check_layer=99", "fastv"]
     assert [one.attaches for one in made] == [True, False, True] and "layer 99 does not exist" in made.pairs[1].reason
 
 
 def test_warnings_of_settings_become_notes(llava):
-    (one,) = vlmtok.matrix(llava, ["tome:r=(2;2)"])
+    (one,) = vlmtok.matrix(llava, ["tome:r=[2;2]"])
     assert one.attaches and any("names 2 of the tower's" in note for note in one.notes)
 
 
@@ -80,8 +80,11 @@ def test_what_cannot_be_asked_is_refused(llava):
         vlmtok.matrix(adapter="generic-vlm")
     with pytest.raises(UnsupportedModel, match="no adapter carries"):
         vlmtok.matrix(__import__("torch").nn.Linear(2, 2))
-    with vlmtok.compress(llava, "fastv"), pytest.raises(ParameterError, match="carries a compression"):
+    run = vlmtok.compress(llava, "fastv")
+    with pytest.raises(ParameterError, match="carries a compression"):
         vlmtok.matrix(llava)
+    with pytest.warns(vlmtok.errors.VlmtokWarning, match="never ran"):
+        run.remove()
     with pytest.raises(ParameterError, match="0 pairs"):
         vlmtok.matrix(llava, "fastv").pair("tome")
 

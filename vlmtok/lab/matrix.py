@@ -106,7 +106,7 @@ class Matrix(Tabular):
             told = [[one.method, ", ".join(one.stages) or "refused", _told(one)] for one in self.pairs]
             return Table(("method", "acts at", "notes, or why not"), told)
         cells = {(one.model, one.method): _cell(one) for one in self.pairs}
-        rows = [[model, *(cells[model, method] for method in self.methods)] for model in self.models]
+        rows = [[model, *(cells.get((model, method), "") for method in self.methods)] for model in self.models]
         return Table(("family", *self.methods), rows)
 
     def notes(self) -> list[str]:

@@ -16,7 +16,7 @@ from ..core.method import Method
 from ..core.registry import create_method, method_class
 from ..core.site import STAGES, Layout, named, runs_of_layers
 from ..errors import VlmtokError, VlmtokWarning
-from .catalogue import entry
+from .catalogue import presets_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def everyday(name: str) -> Method:
     """
     cls = method_class(name)
     needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
-    presets = entry(name).presets if needed else ()
+    presets = presets_of(cls) if needed else ()
     if needed and not presets:
         raise VlmtokError(f"{cls.__name__} has no default for {', '.join(needed)}, and no preset; give it settings")
     return create_method(name, preset=presets[0]) if needed else create_method(name)

@@ -1,4 +1,4 @@
-"""`docs/matrix.md` and the families of `tests/matrix.json` are what is found: ``python tools/matrix.py`` writes both."""
+"""`docs/matrix.md` and the families of `tests/matrix.json` are what is found; ``tools/matrix.py`` writes both."""
 
 from __future__ import annotations
 
