@@ -24,7 +24,7 @@ from .harness import generate
 from .oracle import Oracle, oracle
 from .pairs import encoded_by_loops, recorded, said
 from .prompts import Batch, Prompt
-from .tower_replay import Replay, by_loops
+from .tower_replay import ROW_A_CROP, Replay
 
 STEPS = 3
 NOISE = 5e-4
@@ -67,7 +67,7 @@ def encoded(asked: Oracle, name: str, row: int, run: Any, heard: Any) -> tuple[P
     prompt = batch(name).prompts[row]
     if not heard.tower:
         return prompt, plainly_encoded(name, row)
-    if not by_loops(asked.model.config.model_type):
+    if asked.model.config.model_type not in ROW_A_CROP:
         with torch.no_grad():
             return prompt, oracle(name, released.shared(name)).encode(prompt)
     return encoded_by_loops(asked, prompt, replay_of(asked.model, run, heard.tower))

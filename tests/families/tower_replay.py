@@ -20,6 +20,11 @@ from vlmtok.adapters.language.families import ROWS
 from vlmtok import Reduction
 
 NORM1, ATTENTION = ("layer_norm1", "layernorm_before"), ("self_attn", "attention")
+ROW_A_CROP = {
+    *("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"),
+    *("aya_vision", "cohere2_vision", "blip-2", "instructblip"),
+}
+"""Model types whose towers can be replayed here; where pictures share a row or are padded, tests of their own hold it."""
 NORM2, SCALES = ("layer_norm2", "layernorm_after"), ("lambda_1", "lambda_2")
 
 
@@ -52,11 +57,6 @@ def row_of(reduction: Reduction, row: int) -> Reduction:
 def part(module: nn.Module, names: Sequence[str]) -> Any:
     """The part that has one of these names."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
-
-
-def by_loops(kind: str) -> bool:
-    """Whether the tower of a model type can be replayed here."""
-    return ROWS[kind].tower_cut in ("slots", "spread", "free")
 
 
 class Replay:
