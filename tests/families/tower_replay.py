@@ -24,7 +24,7 @@ ROW_A_CROP = {
     *("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "gemma3", "paligemma"),
     *("aya_vision", "cohere2_vision", "blip-2", "instructblip"),
 }
-"""Model types whose towers can be replayed here; where pictures share a row or are padded, tests of their own hold it."""
+"""Model types whose towers loops replay; where pictures share a row or are padded, tests of their own hold it."""
 NORM2, SCALES = ("layer_norm2", "layernorm_after"), ("lambda_1", "lambda_2")
 
 
