@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from .lab.compare import compare as compare
     from .lab.comparison import Comparison as Comparison
     from .lab.explore import explore as explore
+    from .lab.matrix import Matrix as Matrix
+    from .lab.matrix import matrix as matrix
     from .lab.overlay import overlay as overlay
     from .lab.sweep import Sweep as Sweep
     from .lab.sweep import sweep as sweep

@@ -17,9 +17,11 @@ HOME: dict[str, str] = {
     "estimate": "forecast.estimate",
     # try and show
     "Comparison": "lab.comparison",
+    "Matrix": "lab.matrix",
     "compare": "lab.compare",
     "explore": "lab.explore",
     "load": "loading",
+    "matrix": "lab.matrix",
     "Reports": "cost.reports",
     "Sweep": "lab.sweep",
     "overlay": "lab.overlay",

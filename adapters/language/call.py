@@ -35,6 +35,7 @@ class Incoming:
         types: int `[B, S]`, type ids, or None.
         lengths: by code, what the encoder's outputs told, or None.
         encoded: by code, how many pictures the encoder saw; beams show them again.
+        crops: crops that the encoder is about to see, where all have the same number of tokens; else 0.
         placed: whether the caller gave position ids; hosts that make their own take the cache's length for the past.
         drafts: last columns that hold drafts of speculative decoding.
         ids: int64 `[B, S]`, token ids of a call without features, or None.
@@ -50,6 +51,7 @@ class Incoming:
     drafts: int = 0
     ids: Tensor | None = None
     made: Tensor | None = None
+    crops: int = 0
 
 
 @dataclass

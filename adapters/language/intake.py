@@ -129,6 +129,8 @@ class Intake:
         drafts, running.drafts = running.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
         running.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
+        if pixels and self.spec.lengths_of == "crop":
+            running.incoming.crops = len(given(hosts.PIXELS))
         if codes is None:
             running.incoming.ids = ids
         elif not pixels and features.get(IMAGE) is not None:
@@ -204,6 +206,8 @@ class Intake:
         total = sum(code in (IMAGE, VIDEO) for row in seen for code in row)
         lengths = self.projector.lengths(usable(incoming.lengths, self.spec), total)
         pictures = find_pictures(seen, lengths)
+        if incoming.crops and total % incoming.crops == 0:
+            incoming.lengths = {IMAGE: [total // incoming.crops] * incoming.crops}
         prompt = columns - incoming.drafts
         if any(max(p.columns) >= prompt for p in pictures) or (real and not all(all(row[prompt:]) for row in real)):
             incoming.drafts, prompt = 0, columns  # not what speculative decoding puts there

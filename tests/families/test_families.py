@@ -19,6 +19,7 @@ from .methods import Look, Top, compressed
 from .oracle import Cut, oracle
 
 CACHED = (True, False)
+PARTS = (Cut(0.3, scope="part"),)
 COUNTED = [name for name, family in FAMILIES.items() if family.positions == "1d"]
 TURNED = [name for name, family in FAMILIES.items() if family.positions == "mrope"]
 WITH_CLIPS = [name for name, family in FAMILIES.items() if family.clips]
@@ -204,6 +205,16 @@ def test_a_plain_forward_cuts_what_generate_cuts(name, which, mode):
     """Nothing is encoded before; pictures and clips are told apart all the same."""
     cuts, model = MODES[mode], shared(name, FAMILIES[name].attentions[0])
     inputs = batch(name, which).inputs()
+    with compressed(model, cuts), torch.no_grad():
+        wanted = generate(model, inputs, 1)[1][:, 0]
+        logits = model(**inputs).logits[:, -1]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plain_forward_tells_crops_apart(name):
+    """As `generate` does, which sees what the encoder made of each."""
+    model, inputs, cuts = shared(name, FAMILIES[name].attentions[0]), batch(name, "several").inputs(), PARTS
     with compressed(model, cuts), torch.no_grad():
         wanted = generate(model, inputs, 1)[1][:, 0]
         logits = model(**inputs).logits[:, -1]

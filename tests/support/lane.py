@@ -50,6 +50,7 @@ SAMPLED = {
     "families/test_dialogue.py": 4,
     "families/test_families.py": 8,
     "families/test_packing.py": 2,
+    "families/test_pairs.py": 4,
     "families/test_spans.py": 4,
     "families/test_towers.py": 4,
     "families/test_unlisted.py": 4,

@@ -9,6 +9,7 @@ import typer.core
 from .application import Once, app
 from .console import at_work, print_json, print_table, standard_output
 from .inputs import check_fit, question_about, say_overlay, write_overlay
+from .matrix import check_matrix, list_matrix
 from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prompt, Random
 
 
@@ -17,9 +18,24 @@ def list_(
     pattern: Annotated[str, typer.Argument(help='Shell wildcards, for instance "*prune*".')] = "*",
     models: Annotated[bool, typer.Option("--models", help="List adapters and model families instead.")] = False,
     conventions: Annotated[bool, typer.Option("--conventions", help="List ways of counting instead.")] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="List which method runs on which family, where, and why not elsewhere.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --matrix: this model alone, as for vlmtok run; no weights are read.", show_default=False
+        ),
+    ] = None,
+    adapter: Adapter = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="With --matrix: print CSV.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods; with --models the adapters, families and presets, with --conventions how papers count."""
+    """List the methods; --models lists families, --matrix what runs on what, --conventions how papers count."""
+    check_matrix(matrix, models or conventions, {"--model": model, "--adapter": adapter, "--csv": as_csv}, as_json)
+    if matrix:
+        list_matrix(pattern, model, adapter, as_csv, as_json)
+        return
     from ..lab import catalogue, family_table
 
     if conventions:

@@ -13,6 +13,7 @@ _MODULES = (
     "doctor",
     "explore",
     "knobs",
+    "matrix",
     "overlay",
     "pages",
     "plots",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from . import doctor as doctor
     from . import explore as explore
     from . import knobs as knobs
+    from . import matrix as matrix
     from . import overlay as overlay
     from . import pages as pages
     from . import plots as plots

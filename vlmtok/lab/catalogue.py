@@ -107,7 +107,7 @@ def stages_of(name: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
         In the order of the forward.
     """
     cls = method_class(name)
-    made = [cls(), *(create_method(name, preset=preset) for preset in _presets(cls))]
+    made = [cls(), *(create_method(name, preset=preset) for preset in presets_of(cls))]
     layouts = [KINDS[kind].layout() for kind in kinds]
     found = {
         site.stage
@@ -236,7 +236,7 @@ def entry(name: str) -> Entry:
             else OtherName(one.name, f"no single parameter: {one.instead}", "")
             for one in cls.aliases
         ),
-        presets=_presets(cls),
+        presets=presets_of(cls),
         kinds=kinds_of(name),
         adapters=tuple(adapters_of(name)),
     )
@@ -371,7 +371,7 @@ def docstring_of(cls: type) -> dict[str, str]:
     return {name: text.strip("\n") for name, text in found.items()}
 
 
-def _presets(cls: type[Method]) -> tuple[str, ...]:
+def presets_of(cls: type[Method]) -> tuple[str, ...]:
     """Names that `preset` takes: the keys of the table that stands beside the class."""
     table = getattr(inspect.getmodule(cls), "_PRESETS", None)
     return tuple(table) if hasattr(cls, "preset") and isinstance(table, dict) else ()
