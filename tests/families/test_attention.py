@@ -204,6 +204,8 @@ def test_attention_behind_a_cut_and_behind_a_past(name, layer, point):
     found = [compare(model, cut, Listen(layer=layer, point=point), turn) for cut in cuts for turn in turns]
     assert all(one.sum() > 1e-3 for one in found)
     assert found[0].shape != found[-1].shape
+
+
 @pytest.mark.parametrize("name", BLIND)
 def test_families_of_another_kind_are_refused(name):
     for point, layer in (("start", 1), ("end", 1), ("start", 3)):
