@@ -188,7 +188,10 @@ class Projector:
             for name, (value, axis) in current.sequence.carried.items()
             if value is not None and axis is not None
         }
-        queue.record(output if current.order is None else in_order(output, current.order), waiting)
+        # A projector behind the tower gets its tokens in order; one inside joins them window by window.
+        inside = self.spec.projector.startswith(f"{self.spec.tower}.")
+        order = current.order if inside else None
+        queue.record(output if order is None else in_order(output, order), waiting)
 
     def carry(self, rows: PromptRows, x: Tensor, encoded: Mapping[int, int]) -> None:
         """Sets signals that were packed or wait beside the columns of the language model's input.
