@@ -92,7 +92,7 @@ def pair(model: nn.Module, layout: Layout, method: Method | str, name: str, adap
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             compress(model, made, adapter=adapter)._end(quiet=True)
-        carried = Attachment([made], layout)
+            carried = Attachment([made], layout)
     except VlmtokError as refusal:
         why = " ".join(str(refusal).split())
         clause = plain(why, words, layout.family).partition("; it offers")[0]
