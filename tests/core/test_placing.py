@@ -94,6 +94,8 @@ def test_a_cut_never_passes_a_later_one():
 def test_what_only_looks_neither_moves_nor_stops_a_cut():
     found = at(TransPrune(layers=(6, 9), ratios=(0.5, 0.25)), layout())
     assert found == [(6, 6), (7, 7), (8, 8), (9, 9), (10, 10), (7, 6), (11, 9)]
+    stays = at(TransPrune(layers=(7, 9), ratios=(0.5, 0.25)), layout())
+    assert stays == [(6, 6), (7, 7), (8, 8), (9, 9), (10, 10), (7, 7), (11, 9)]
     named = at(TransPrune(layers=(6, 9), ratios=(0.5, 0.25), accumulate=(4, 8)), layout())
     assert named == [(4, 4), (8, 8), (7, 6), (11, 9)]
     assert at(TransPrune(layers=(6, 9), ratios=(0.5, 0.25), alpha=1.0), layout())[-2:] == [(6, 6), (9, 9)]

@@ -141,9 +141,9 @@ def show(
         print_json({"methods": found, "overlay": path})
         return
     console = standard_output()
-    for entry, one, (place, rows), cannot, chosen, notes in zip(entries, made, sites, refused, remarks, said):
+    for entry, one, (place, rows), cannot, notes in zip(entries, made, sites, refused, said):
         _show_method(console, entry, one.settings(), place, rows)
-        _show_limits(console, place, cannot, [*chosen, *notes])
+        _show_limits(console, place, cannot, notes)
         _show_doubts(console, entry)
     if result is not None:
         say_overlay(console, path, words)
