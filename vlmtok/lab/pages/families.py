@@ -110,7 +110,8 @@ def _census() -> str:
     carried, refused = len(vlm_rows.ROWS), len(vlm_rows.REFUSED)
     return (
         f"Of the {carried + refused} model types of transformers {vlm_rows.LOOKED_THROUGH} that take pictures, "
-        f"{carried} are carried and {refused} refused; a test walks transformers' own tables and fails where one is neither."
+        f"{carried} are carried and {refused} refused; a test walks transformers' own tables and fails where one is "
+        "neither."
     )
 
 
