@@ -75,7 +75,6 @@ FURTHER: dict[str, VLMSpec] = {
     "pp_chart2table": GOT_OCR2,
     "fast_vlm": VLMSpec(whole="it is made of convolutions"),
     "perception_lm": VLMSpec(
-        ids=BOTH,
         feature=None,
         lengths_of="crop",
         parts="chunks",

@@ -232,18 +232,6 @@ class OvisOracle(Oracle):
         return replace(row, hidden=hidden)
 
 
-class PerceptionOracle(Oracle):
-    """Perception LM: clips are encoded as pictures are."""
-
-    def encode(self, prompt: Prompt) -> dict[int, Any]:
-        found = {}
-        for kind, name in ((1, "pixel_values"), (2, "pixel_values_videos")):
-            shown = [p.shot.arrays[name] for p in prompt.pictures if name in p.shot.arrays]
-            if shown:
-                found[kind] = self.core.get_image_features(pixel_values=torch.cat(shown), return_dict=True)
-        return found
-
-
 class TypedOracle(Oracle):
     """Rotary tables of each type of layer."""
 
@@ -320,7 +308,6 @@ ORACLES: dict[str, Callable[[nn.Module], Oracle]] = {
     "cohere_compass": CompassOracle,
     "gemma4_unified": UnifiedOracle,
     "idefics2": TilesOracle,
-    "perception_lm": PerceptionOracle,
     "muse_glimmer": MuseOracle,
     "step3p7": StepOracle,
     "muse_spark": MuseOracle,

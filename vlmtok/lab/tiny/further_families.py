@@ -38,7 +38,7 @@ from .models_rarer import (
     ovis2,
     perception_lm,
 )
-from .prompts import END, FIRST_FRAME, IMAGE, MARK, START, VIDEO, Shot
+from .prompts import END, IMAGE, MARK, START, Shot
 from .shots import (
     PATCH_VALUES,
     AnyRes,
@@ -80,23 +80,6 @@ def tiled(count: int) -> Maker:
             shot,
             arrays={"pixel_values": shot.arrays["pixel_values"][None]},
             parts=tuple(tile for tile in order for _ in range(16)),
-        )
-
-    return make
-
-
-def tiled_clip(frames: int) -> Maker:
-    """A clip of Perception LM: frames one behind the other."""
-
-    def make(generator: torch.Generator) -> Shot:
-        shot = tiles(frames)(generator)
-        return Shot(
-            (VIDEO,) * (16 * frames),
-            {"pixel_values_videos": shot.arrays["pixel_values"][None]},
-            (),
-            tuple(frame for frame in range(FIRST_FRAME, FIRST_FRAME + frames) for _ in range(16)),
-            True,
-            VIDEO,
         )
 
     return make
@@ -213,9 +196,9 @@ FURTHER: tuple[Family, ...] = (
     Family(
         "perception_lm",
         perception_lm,
-        {"I": tiled(1), "J": tiled(1), "M": tiled(3), "V": tiled_clip(2), "W": tiled_clip(2)},
+        {"I": tiled(1), "J": tiled(1), "M": tiled(3)},
         several=("2M3M5", "4M3", "7"),
-        clips=("2I3V4", "3W5"),
+        tower_gain=3.0,
     ),
     Family(
         "granite_docling",
