@@ -21,7 +21,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which wrappers that are modules of their own keep the module."""
 _IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flex_attention"})
 """Attention functions of transformers that are softmax(scale q k + bias) v; flash attention is told by its name."""
-_BIASED = frozenset({"eager", "sdpa"})
+BIASED = frozenset({"eager", "sdpa"})
 """Of these, the ones that take a bias `[B, 1, 1, L]`; flex attention reads one for every pair."""
 
 
@@ -102,13 +102,20 @@ def strange(spec: TowerSpec) -> str:
 
 def implementation(attn: Host) -> str:
     """Name of the attention function that a module of transformers calls; empty where it calls its own."""
-    return str(getattr(getattr(attn, "config", None), "_attn_implementation", None) or "")
+    return str(getattr(shared(getattr(attn, "config", None)), "_attn_implementation", None) or "")
+
+
+def shared(config: Host) -> Any:
+    """The configuration that a model shares, where `towers.sized_attention` put others in its place on a module."""
+    while hasattr(config, "vlmtok_shadowed"):
+        config = config.vlmtok_shadowed
+    return config
 
 
 def unbiased(attn: Host) -> str:
     """The attention function that takes no bias on the keys; empty where it takes one."""
     name = implementation(attn)
-    return "" if not name or name in _BIASED else name
+    return "" if not name or name in BIASED else name
 
 
 def beside(module: Host, name: str) -> Any:

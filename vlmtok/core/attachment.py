@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ParameterError, SiteError
@@ -28,6 +27,13 @@ _PATCHES = 576
 """A number of patches; whether a method's count depends on content shows with any."""
 
 UserSignal = Callable[[TokenView], Tensor]
+
+
+class Change(Protocol):
+    """Something that an attachment changed on the model."""
+
+    def remove(self) -> None:
+        """Undoes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +121,7 @@ class Attachment:
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[Change] = []
 
     # ------------------------------------------------------------------ planning
     def _resolve(self) -> list[Entry]:
@@ -211,6 +217,10 @@ class Attachment:
             self._handles.append(
                 module.register_forward_hook(hook, with_kwargs=True, prepend=True, always_call=closing)
             )
+
+    def owns(self, change: Change) -> None:
+        """Takes note of a change of the model that is no hook; it is undone when hooks are taken out."""
+        self._handles.append(change)
 
     def suspend(self) -> None:
         """Goes quiet while another attachment tries to take its place."""
