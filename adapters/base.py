@@ -50,6 +50,8 @@ class BlockSpec:
         through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
         bounds: the block's argument with the boundaries of the rows that see each other, int `[segments + 1]`, or None.
         longest: its argument with the length of the longest of them, or None.
+        by_name: whether its attention has no argument for a bias, but looks its function up by the name in its
+            configuration, where one can be brought in (see `towers.sized_attention`).
     """
 
     norm: str
@@ -71,6 +73,12 @@ class BlockSpec:
     through: bool = False
     bounds: Role | None = None
     longest: Role | None = None
+    by_name: bool = False
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether something can be added to the logits of its keys."""
+        return self.bias is not None or self.by_name
 
 
 @dataclass(frozen=True)

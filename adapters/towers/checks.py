@@ -28,7 +28,7 @@ def check_key_bias(entries: Iterable[Entry], spec: TowerSpec) -> None:
         UnsupportedModel: the block has no such argument, or its attention is of a form that is not known.
     """
     asking = [type(entry.method).__name__ for entry in entries if entry.method.proportional]
-    why = "it takes no bias on the keys" if spec.block.bias is None else forms.strange(spec)
+    why = "it takes no bias on the keys" if not spec.block.takes_bias else forms.strange(spec)
     if asking and why:
         raise UnsupportedModel(
             f"{asking[0]} wants proportional attention, but with the attention of this tower that is not possible: "

@@ -17,6 +17,7 @@ class BlockPlan:
     Attributes:
         layer: its number.
         attention: whether one stands in front of the attention.
+        biased: whether sizes of tokens may count in its attention.
         projections: which of ``"q"`` and ``"k"`` are caught.
         mid: whether rows get shorter between attention and MLP.
         end: whether something happens behind the block.
@@ -24,6 +25,7 @@ class BlockPlan:
 
     layer: int
     attention: bool
+    biased: bool
     projections: frozenset[str]
     mid: bool
     end: bool
@@ -59,13 +61,14 @@ def block_plans(attachment: Attachment, spec: TowerSpec, masks_follow: bool) -> 
         here = {point: attachment.at(stage, layer, point) for point in ("start", "mid", "end")}
         own = any(here.values()) or layer in tapped
         biased = layer > proportional_from or (layer == proportional_from and bool(here["start"]))
-        biased = (biased and block.bias is not None) or (masks_follow and layer >= first_cut)
+        biased = biased and block.takes_bias
         rotated = bool(block.rope) and layer > first_cut
-        masked = spec.masked and layer >= first_cut
+        masked = (spec.masked or masks_follow) and layer >= first_cut
         grid = spec.returns_grid and layer == spec.last % depth
         if not (layer == 0 or own or biased or rotated or masked or grid):
             continue
         needs = [n for point in ("mid", "end") for entry in here[point] for n in entry.needs if n.stage is None]
         needs += tapped.get(layer, [])
         projections = {which for n in needs if n.name in TOWER_SIGNALS for which in TOWER_SIGNALS[n.name].projections}
-        yield BlockPlan(layer, biased or own or masked, frozenset(projections), bool(here["mid"]), own or grid)
+        attention = biased or own or masked
+        yield BlockPlan(layer, attention, biased, frozenset(projections), bool(here["mid"]), own or grid)

@@ -26,6 +26,7 @@ from .hook_plan import BlockPlan, block_plans
 from .intake import PictureIntake
 from .pooling import install_pools
 from .running import RunningPasses, probe
+from .sized_attention import SizedAttention
 from .spreading import book_spread, spread
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
@@ -114,6 +115,8 @@ class Tower:
             wanted_of_attention = [role for role in (hosts.HIDDEN, block.bias, block.rope) if role]
             self.attentions[layer] = Arguments(attn, wanted_of_attention, [hosts.BIAS])
             put(attn, "pre", self.attend, layer)
+        if plan.biased and block.by_name:
+            SizedAttention(self.attachment).install(attn, lambda module, q, k: self.added(layer))
         if "q" in plan.projections and block.q is not None:
             put(child(attn, block.q), "post", self.reader.tap_q, layer)
         if "k" in plan.projections and block.k is not None:
@@ -219,6 +222,10 @@ class Tower:
             return None
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
         return arguments.put(args, kwargs, {self.block.bias: bias})
+
+    def added(self, layer: int) -> Tensor | None:
+        """What the attention that runs now adds to its logits, where it has no argument for that."""
+        return self.running.of(replaying()).record(layer).bias
 
     def mid(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
