@@ -9,14 +9,33 @@ from torch import Tensor, nn
 
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
-from .. import hosts
-from ..base import TowerSpec
+from ...errors import PassError, UnsupportedModel
+from .. import forms, hosts
+from ..base import TowerSpec, child
 from ..hosts import Arguments
 from .packed_cuts import PackedCuts
 from .packed_intake import PackedIntake
 from .spreading import spread_out
 from .tower import Tower
 from .tower_pass import LayerRecord
+
+
+def check_boundaries(attachment: Attachment, spec: TowerSpec) -> None:
+    """Refuses methods inside a tower that keeps pictures apart by what no hook can shorten.
+
+    Args:
+        attachment: whose methods.
+        spec: the tower as data.
+
+    Raises:
+        UnsupportedModel: its blocks take no boundaries, and flash attention no mask.
+    """
+    kind = forms.implementation(child(spec.blocks[0], spec.block.attn))
+    if attachment.at(spec.stage) and spec.block.bounds is None and "flash" in kind:
+        raise UnsupportedModel(
+            f"{kind} is told by the host's tower itself where pictures begin, which does not follow where tokens "
+            "leave inside the tower; load the model with attn_implementation='sdpa' (or 'eager')"
+        )
 
 
 class PackedTower(Tower):
@@ -36,6 +55,7 @@ class PackedTower(Tower):
 
     def __init__(self, attachment: Attachment, spec: TowerSpec, raster: bool) -> None:
         assert spec.packed is not None
+        check_boundaries(attachment, spec)
         self.form = spec.packed
         self.readers: dict[int, Arguments] = {}
         intake = PackedIntake(attachment, spec, raster)

@@ -24,7 +24,7 @@ class LayerRecord:
         rope: the rotary table that the block got, or None.
         bounds: the boundaries that the block was told in place of the host's, or None.
         place: patches that its tokens represent, or None where it has all.
-        chunks: `bias` at each stretch of rows that its attention is called for, in order, or None where it adds nothing.
+        chunks: `bias` at each stretch of rows that its attention is called for, in order, or None where there is none.
         asked: how many of them the attention has been given.
         inserted: how many tokens were put at the end of the row.
         start: tokens put in and steps taken before the block, in order.

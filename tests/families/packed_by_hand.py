@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -178,6 +179,11 @@ class Loop:
         blocks: the tower's.
         decide: what merges between attention and MLP of a block, segment by segment.
         sized: whether log(size) is added to the logits.
+
+    Attributes:
+        heard: signals of the last block at its patches, `[L, c]`: each has those of the token that stands for its slot.
+        tokens: of the row in attention and in MLP, by block.
+        pairs: of a query and a key that see each other, by block.
     """
 
     def __init__(self, blocks: list[Any], decide: Decide, sized: bool) -> None:
@@ -197,8 +203,8 @@ class Loop:
         windows = sorted(set.union(*told))
         self.frames = torch.tensor(sorted(set.intersection(*told)))
         self.pairs, self.tokens = [], []
-        parts = [[Slot(i, [i]) for i in range(a, b)] for a, b in zip(windows[:-1], windows[1:])]
-        values = [x[a:b] for a, b in zip(windows[:-1], windows[1:])]
+        parts = [[Slot(i, [i]) for i in range(a, b)] for a, b in pairwise(windows)]
+        values = [x[a:b] for a, b in pairwise(windows)]
         for layer, (args, kwargs) in enumerate(self.calls):
             bounds = _bounds(args, kwargs, n)
             table = kwargs["position_embeddings"]
@@ -206,6 +212,9 @@ class Loop:
         owner = torch.full((n,), -1)
         for slot, one in enumerate(one for part in parts for one in part):
             owner[one.members] = slot
+        before = {slot.own: i for i, slot in enumerate(self.seen)}
+        at = torch.tensor([before[one.own] for part in parts for one in part])[owner]
+        self.heard = {name: value[at] * (owner >= 0)[:, None] for name, value in self.heard.items()}
         return torch.cat(values)[owner] * (owner >= 0)[:, None]
 
     def _block(
@@ -238,6 +247,8 @@ class Loop:
         frame = torch.bucketize(torch.tensor([slot.own for slot in slots]), self.frames, right=True)
         share = weights.float().mean(0).sum(0) / (frame[:, None] == frame).sum(0)
         received = share.split(lengths)
+        self.seen = slots
+        self.heard = {"received_attention": share[:, None], "turned_keys": turned(k).mean(0)}
         values, parts = list(x.split(lengths)), list(parts)
         for at, keys in enumerate(k.split(lengths, 1)):
             sizes = [len(slot.members) for slot in parts[at]]

@@ -39,3 +39,38 @@ def clips(name: str, seed: int = 0) -> dict[str, Tensor]:
         "pixel_values_videos": torch.randn(int(grid.prod(1).sum()), 96, generator=generator),
         "video_grid_thw": grid,
     }
+
+
+def at_tokens(name: str, patches: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+    """Means over the patches of each visual token, from rows in the tower's order: `[L, c]` to `[tokens, c]`."""
+    if name in ("mistral3", "paddleocr_vl"):
+        grid = arrays.get("image_grid_thw")
+        sides = arrays["image_sizes"] // PATCH if grid is None else grid[:, 1:]
+        parts = patches.split(sides.prod(1).tolist())
+        return torch.cat(
+            [
+                part.unflatten(0, (rows // 2, 2, columns // 2, 2)).mean((1, 3)).flatten(0, 1)
+                for part, (rows, columns) in zip(parts, sides.tolist(), strict=True)
+            ]
+        )
+    units = patches.unflatten(0, (-1, 4)).mean(1)
+    if name == "qwen2_5_vl":
+        grid = arrays.get("image_grid_thw", arrays.get("video_grid_thw"))
+        units = units[window_order(grid).argsort()]
+    return units
+
+
+def window_order(grid: Tensor) -> Tensor:
+    """Which token stands where in the row of Qwen2.5-VL's tower, by windows of two by two; written out."""
+    order, first = [], 0
+    for frames, rows, columns in (grid // torch.tensor([1, 2, 2])).tolist():
+        for frame in range(frames):
+            for top in range(0, rows, 2):
+                for left in range(0, columns, 2):
+                    order += [
+                        first + (frame * rows + y) * columns + x
+                        for y in range(top, min(top + 2, rows))
+                        for x in range(left, min(left + 2, columns))
+                    ]
+        first += frames * rows * columns
+    return torch.tensor(order)
