@@ -84,6 +84,7 @@ QWEN_BLOCK = BlockSpec(
     rotate=_turned_rows,
     bounds=hosts.BOUNDS,
     longest=hosts.LONGEST,
+    by_name=True,
 )
 PADDLE_BLOCK = replace(
     QWEN_BLOCK,
@@ -108,4 +109,5 @@ PIXTRAL_BLOCK = replace(
     rotate=_turned_heads,
     bounds=None,
     longest=None,
+    by_name=False,
 )

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
-from .. import hosts
-from ..base import TowerSpec
+from ...errors import PassError, UnsupportedModel
+from .. import forms, hosts
+from ..base import TowerSpec, child
 from ..hosts import Arguments
 from .packed_cuts import PackedCuts
 from .packed_intake import PackedIntake
 from .spreading import spread_out
 from .tower import Tower
 from .tower_pass import LayerRecord
+
+
+def check_boundaries(attachment: Attachment, spec: TowerSpec) -> None:
+    """Refuses methods inside a tower that keeps pictures apart by what no hook can shorten.
+
+    Args:
+        attachment: whose methods.
+        spec: the tower as data.
+
+    Raises:
+        UnsupportedModel: its blocks take no boundaries, and flash attention no mask.
+    """
+    kind = forms.implementation(child(spec.blocks[0], spec.block.attn))
+    if attachment.at(spec.stage) and spec.block.bounds is None and "flash" in kind:
+        raise UnsupportedModel(
+            f"{kind} is told by the host's tower itself where pictures begin, which does not follow where tokens "
+            "leave inside the tower; load the model with attn_implementation='sdpa' (or 'eager')"
+        )
 
 
 class PackedTower(Tower):
@@ -35,6 +55,7 @@ class PackedTower(Tower):
 
     def __init__(self, attachment: Attachment, spec: TowerSpec, raster: bool) -> None:
         assert spec.packed is not None
+        check_boundaries(attachment, spec)
         self.form = spec.packed
         self.readers: dict[int, Arguments] = {}
         intake = PackedIntake(attachment, spec, raster)
@@ -92,6 +113,30 @@ class PackedTower(Tower):
             changes[longest] = int(record.bounds.diff().max())
         return changes
 
+    def attend(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Attention pre-hook; what sizes add is cut where the attention cuts its rows."""
+        found = super().attend(layer, module, args, kwargs)
+        if self.block.by_name and not self.reader.muted:
+            run: Any = self.running.of(replaying())
+            record = run.record(layer)
+            record.asked = 0
+            if not replaying():
+                lengths = [b - a for a, b in pairwise(run.segments.bounds(self.form.spans[layer]))]
+                record.chunks = None if record.bias is None else record.bias.split(lengths, -1)
+        return found
+
+    def added(self, layer: int) -> Tensor | None:
+        """What is added to the logits of the stretch that the attention is called for now."""
+        record = self.running.of(replaying()).record(layer)
+        if record.chunks is None:
+            return None
+        if record.asked == len(record.chunks):
+            raise hosts.changed(
+                self.form.told, f"block {layer} calls its attention for more than {record.asked} stretches of its row"
+            )
+        record.asked += 1
+        return record.chunks[record.asked - 1]
+
     def masked(
         self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -101,8 +146,13 @@ class PackedTower(Tower):
         if not replaying():
             record.place = self.running.now.sequence.place
         mask, place = arguments.get(self.block.bias, args, kwargs), record.place
-        if mask is None or place is None:
+        if place is None:
             return None
+        if mask is None:
+            raise PassError(
+                "the vision tower is called without the mask that keeps its pictures apart, as for flash attention, "
+                "and its row got shorter; load the model with attn_implementation='sdpa' (or 'eager')"
+            )
         shorter = mask[..., place[0], :][..., place[0]]
         if record.bias is not None:
             shorter = shorter + record.bias

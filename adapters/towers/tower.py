@@ -116,7 +116,7 @@ class Tower:
             self.attentions[layer] = Arguments(attn, wanted_of_attention, [hosts.BIAS])
             put(attn, "pre", self.attend, layer)
         if plan.biased and block.by_name:
-            SizedAttention(self.attachment).install(attn, lambda module, q, k: self._bias_of(layer))
+            SizedAttention(self.attachment).install(attn, lambda module, q, k: self.added(layer))
         if "q" in plan.projections and block.q is not None:
             put(child(attn, block.q), "post", self.reader.tap_q, layer)
         if "k" in plan.projections and block.k is not None:
@@ -223,7 +223,7 @@ class Tower:
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
         return arguments.put(args, kwargs, {self.block.bias: bias})
 
-    def _bias_of(self, layer: int) -> Tensor | None:
+    def added(self, layer: int) -> Tensor | None:
         """What the attention that runs now adds to its logits, where it has no argument for that."""
         return self.running.of(replaying()).record(layer).bias
 

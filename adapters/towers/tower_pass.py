@@ -24,6 +24,8 @@ class LayerRecord:
         rope: the rotary table that the block got, or None.
         bounds: the boundaries that the block was told in place of the host's, or None.
         place: patches that its tokens represent, or None where it has all.
+        chunks: `bias` at each stretch of rows that its attention is called for, in order, or None where there is none.
+        asked: how many of them the attention has been given.
         inserted: how many tokens were put at the end of the row.
         start: tokens put in and steps taken before the block, in order.
         mid: steps between attention and MLP.
@@ -42,6 +44,8 @@ class LayerRecord:
     rope: Any = None
     bounds: Tensor | None = None
     place: Tensor | None = None
+    chunks: tuple[Tensor, ...] | None = None
+    asked: int = 0
     inserted: int = 0
     start: list[Any] = field(default_factory=list)
     mid: list[Any] = field(default_factory=list)

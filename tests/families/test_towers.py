@@ -16,6 +16,7 @@ from .build import FAMILIES, TOWER_ONLY, shared
 from .harness import Expected, ask, batch, generate
 from .methods import InTower, Top
 from .oracle import Cut, chosen
+from .packed_by_hand import PACKED
 from .prompts import Picture, Prompt
 
 SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0, "deepseek_vl": 0, "janus": 0}
@@ -33,8 +34,8 @@ SPREAD = {
     "cohere2_vision": 0,
 }
 """What is left is spread over the grid again behind the tower's last layer."""
-PACKED = sorted(set(FAMILIES) - set(SLOTS) - set(SPREAD))
-"""The tower holds all pictures in one row, or pools by place: no token can leave."""
+WHOLE = sorted(set(FAMILIES) - set(SLOTS) - set(SPREAD) - set(PACKED))
+"""The tower pads rows of pictures, or pools by place: no token can leave."""
 LAST = {"llava": 1, "llava_next": 1, "llava_next_video": 1}
 """The last layer whose output is used, where that is not the last one."""
 
@@ -138,7 +139,7 @@ def test_no_cut_where_embeddings_come_without_ids(name, layer):
         vlmtok.compress(shared(name), Top(Cut(0.5, layer)))
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", WHOLE)
 def test_towers_whose_tokens_cannot_leave(name):
     with pytest.raises(VlmtokError, match="vision"):
         vlmtok.compress(shared(name), InTower())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..core.attachment import Attachment
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
+from .packed_rehearsal import PackedRehearsal
 from .rehearsal import Rehearsal, rehearsal
 
 
@@ -45,7 +46,8 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
     if all(event.method < 0 for event in run.events) and not attachment.tapped(run.stage):
         return Overhead()
     with rehearsal() as counted:
-        again = Rehearsal(attachment, shape, run, counted)
+        kind = Rehearsal if shape.packed is None else PackedRehearsal
+        again = kind(attachment, shape, run, counted)
         if run.stage == "decoder":
             again.decoder()
         else:

@@ -1,4 +1,4 @@
-"""MACs of vision towers in which tokens stay, by the grids of the pictures that a pass saw, and passes as planned."""
+"""MACs of vision towers that take pictures of any size, by the grids that a pass saw, and passes as planned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from ..core.ledger import StageRun
 from ..core.model_shape import PackedTowerShape, Part, Tokens
+from ..errors import NotCounted
 from .flops import Account, Profile
+from .packed_stretches import Block, Stretches, blocks_of, tokens_of
 from .planned_rows import Prompt
 
 Grids = Sequence[Sequence[int]]
@@ -14,7 +16,7 @@ Grids = Sequence[Sequence[int]]
 
 
 def pairs(shape: PackedTowerShape, span: str, run: StageRun) -> int:
-    """Pairs of a query and a key in one block, all rows of a pass.
+    """Pairs of a query and a key in one block, all rows of a pass in which no token leaves.
 
     Args:
         shape: the tower.
@@ -23,20 +25,7 @@ def pairs(shape: PackedTowerShape, span: str, run: StageRun) -> int:
     """
     if span == "row":
         return run.rows * run.entered * run.entered
-    if span == "frame":
-        return sum(frames * (rows * columns) ** 2 for frames, rows, columns in run.grids)
-    cell = shape.merge**2
-    total = 0
-    for frames, rows, columns in run.grids:
-        down, across = (_squares(side // shape.merge, shape.window) for side in (rows, columns))
-        total += frames * cell * cell * down * across
-    return total
-
-
-def _squares(side: int, window: int) -> int:
-    """The sum of the squares of the pieces into which windows cut a side; the last one may be shorter."""
-    whole, rest = divmod(side, window)
-    return whole * window * window + rest * rest
+    return Stretches(shape, run.grids).pairs(span)
 
 
 def problem_of(shape: PackedTowerShape, run: StageRun) -> str | None:
@@ -67,20 +56,31 @@ def count_packed(
         account.missing.append(problem)
         return
     tokens = run.rows * run.entered
-    macs = 0
     by_span = {span: pairs(shape, span, run) for span in dict.fromkeys(shape.spans)}
-    for block, span in zip(shape.blocks, shape.spans):
-        macs += tokens * (block.attn + block.mlp) + block.products(1, by_span[span])
-    for part in (shape.stem, *shape.parts):
-        macs += part.macs(run.parts.get(part.name, 0), run.entered)
-    account.add("vision", macs, macs, times)
+    bare = [Block(tokens, by_span[span], tokens) for span in shape.spans]
+    try:
+        blocks = blocks_of(shape, run) or bare
+    except NotCounted as unknown:
+        account.missing.append(f"the vision tower is not counted ({unknown})")
+        return
+    beside = sum(part.macs(run.parts.get(part.name, 0), run.entered) for part in (shape.stem, *shape.parts))
+    account.add("vision", beside + _macs(shape, bare), beside + _macs(shape, blocks), times)
     for part in projector:
         spent = part.macs(run.parts.get(part.name, 0))
         if spent:
             account.add("projector", spent, spent, times)
     n = run.entered
-    profile = Profile(run.rows, (Tokens(n, n, n, n - shape.extra),) * len(shape.blocks), n, n)
-    account.profiles["vision"] = (profile, profile)
+    whole = Profile(run.rows, (Tokens(n, n, n, n - shape.extra),) * len(shape.blocks), n, n)
+    left = whole if blocks is bare else Profile(run.rows, tuple(tokens_of(block) for block in blocks), n, n)
+    account.profiles["vision"] = (whole, left)
+
+
+def _macs(shape: PackedTowerShape, blocks: Iterable[Block]) -> int:
+    """MACs of the blocks."""
+    return sum(
+        seen.queries * block.attn + seen.mlp * block.mlp + block.products(1, seen.pairs)
+        for block, seen in zip(shape.blocks, blocks)
+    )
 
 
 def planned(shape: PackedTowerShape, projector: Iterable[Part], prompt: Prompt) -> StageRun:

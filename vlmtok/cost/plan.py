@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
-from ..core.model_shape import ModelShape, TowerShape
+from ..core.model_shape import ModelShape, PackedTowerShape, TowerShape
 from ..core.sequence import TowerRow
 from ..core.site import Counts
-from ..errors import ParameterError
+from ..errors import NotCounted, ParameterError
 from .flops import feature_tokens, tower_profiles
 from .packed import planned
+from .packed_stretches import Stretches, booked
 from .planned_rows import PlannedRows, Prompt
 from .rehearsal import Rehearsal
 
@@ -68,7 +69,7 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
         seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
         runs.append(planner.vision(seen))
     elif shape.packed is not None:
-        runs.append(planned(shape.packed, shape.projector, prompt))
+        runs.append(planner.packed(planned(shape.packed, shape.projector, prompt), shape.packed))
     if shape.text is not None and prompt.words:
         runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
     if shape.language is not None:
@@ -135,6 +136,39 @@ class Planner:
                 event = Event(run.stage, layer, "end", -1, "spread", row.length, run.entered)
                 run.events.append(event)
                 row, cut = TowerRow(row.prefix, entered), False
+
+    def packed(self, run: StageRun, tower: PackedTowerShape) -> StageRun:
+        """A pass through a tower that takes pictures of any size: each method is asked for every length of a stretch.
+
+        Raises:
+            NotCounted: methods act inside, and how its rows get shorter is not known.
+        """
+        inside = self.attachment.at("vision")
+        if not inside:
+            return run
+        if not run.grids or not tower.shared:
+            why = (
+                "without rows and columns of its pictures; give image_size" if tower.shared else "where they are padded"
+            )
+            raise NotCounted(
+                f"{inside[0].method.spec_name()} acts inside the vision tower, and how short its rows get is not known "
+                f"{why}"
+            )
+        row, cut = Stretches(tower, run.grids), False
+        for layer in range(len(tower.blocks)):
+            for entry in (e for point in ("mid", "end") for e in self.attachment.at("vision", layer, point)):
+                views, before = row.views(), row.total
+                left = [self._slots(run, entry, n, entered)[0] for _, n, entered in views]
+                groups = booked(views, left, before)
+                row.cut(groups)
+                cut = cut or row.total < before
+                kind = "cut" if any(group.slots != group.n for group in groups) else "observe"
+                run.events.append(
+                    Event("vision", layer, entry.site.point, entry.index, kind, before, row.total, groups)
+                )
+            if cut and layer == self.attachment.layout.stages["vision"].last:
+                run.events.append(Event("vision", layer, "end", -1, "spread", row.total, run.entered))
+        return run
 
     def _insert(self, run: StageRun, tower: TowerShape, again: Rehearsal, entry: Entry, row: TowerRow) -> TowerRow:
         count = again.inserted(tower, entry, row)
@@ -223,8 +257,9 @@ class Planner:
         count = fixed if fixed is not None else self._counts(entry, n, entered)
         if count is None:
             recorded = self.past.events.get(run.stage, {}).get((site.stage, site.layer, site.point, entry.index))
-            if recorded is not None:
-                return max(n - (recorded.before - recorded.after), 0), recorded.kind
+            known = _left(recorded, n, entered, site.stage == "vision" and self.shape.packed is not None)
+            if known is not None and recorded is not None:
+                return known, recorded.kind
             self.past.met.append(f"{type(entry.method).__name__} at {site}")
             least = 0 if site.stage == "decoder" else min(n, 1)  # a language model can go on without pictures
             count = n if self.past.nothing else least
@@ -243,6 +278,22 @@ def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
             raise ParameterError(f"counts: no site {site!r}; sites: {', '.join(sorted(known))}")
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ParameterError(f"counts: {site}={count!r} must be a number of tokens")
+
+
+def _left(recorded: Event | None, n: int, entered: int, stretches: bool) -> int | None:
+    """Slots that a recorded visit left of a view row; None where it does not tell.
+
+    Args:
+        recorded: the visit, or None.
+        n: tokens of the view row.
+        entered: of them.
+        stretches: whether views were stretches of one row, which leave by their lengths.
+    """
+    if recorded is None:
+        return None
+    if not stretches:
+        return max(n - (recorded.before - recorded.after), 0)
+    return next((group.slots for group in recorded.groups if (group.n, group.entered) == (n, entered)), None)
 
 
 def _arrived(event: Event) -> int:

@@ -128,7 +128,14 @@ class Rehearsal:
                 row = TowerRow(row.prefix, event.after - row.prefix)
         for event in (e for e in run.events if e.stage == "features"):
             for group in event.groups:
-                self._ask(event, group, tower.blocks[-1].width, partial(self._brought, group=group))
+                self.ask(event, group, tower.blocks[-1].width, partial(self.brought, group=group))
+
+    def apart(self, name: str, taps: TowerTaps) -> Tensor | None:
+        """A signal for its shape alone."""
+        before = self.counted()
+        made = TOWER_SIGNALS[name].make(taps)
+        self.elsewhere += self.counted() - before
+        return made
 
     def decoder(self) -> None:
         """A call of a language model."""
@@ -141,14 +148,14 @@ class Rehearsal:
                 continue
             for group in event.groups:
                 if event.stage == "projected":
-                    self._ask(event, group, width, self._projected(group, width))
+                    self.ask(event, group, width, self._projected(group, width))
                     continue
                 layer = event.layer or 0
                 keys = profile.layers[layer].keys
                 if event.point == "start":  # the layer has not run: it will see what arrives here
                     keys += event.before - profile.layers[layer].queries
                 taps = self._decoder_taps(language.blocks[layer], event, group, keys)
-                self._ask(event, group, width, self._decoder_signals(taps, group))
+                self.ask(event, group, width, self._decoder_signals(taps, group))
 
     # ------------------------------------------------------------------ towers
     def _tower_visit(self, tower: TowerShape, layer: int, row: TowerRow, event: Event, met: int | None) -> TowerRow:
@@ -157,12 +164,12 @@ class Rehearsal:
             added = event.after - event.before
             group = Group(self.run.rows, row.n, row.n, self.run.entered - row.prefix, 0, row.length)
             give = self._tower_signals(tower, layer, row, event, group, length)
-            self._ask(event, group, width, give, insert=True)
+            self.ask(event, group, width, give, insert=True)
             self.pending[event.method] = self.pending.get(event.method, 0) + added
             return TowerRow(row.prefix, row.n, row.inserted + added)
         for group in event.groups:
             own = TowerRow(row.prefix, group.n, row.inserted)
-            self._ask(event, group, width, self._tower_signals(tower, layer, own, event, group, length))
+            self.ask(event, group, width, self._tower_signals(tower, layer, own, event, group, length))
         return TowerRow(row.prefix, event.after - row.prefix - row.inserted, row.inserted)
 
     def _taps(
@@ -203,10 +210,10 @@ class Rehearsal:
 
         def give(need: Need) -> Signal:
             if need.stage is not None:
-                return self._brought(need, group)
+                return self.brought(need, group)
             if need.name not in TOWER_SIGNALS:
                 return None
-            return lambda: self._spent(lambda: TOWER_SIGNALS[need.name].make(taps))
+            return lambda: self.spent(lambda: TOWER_SIGNALS[need.name].make(taps))
 
         return give
 
@@ -215,22 +222,15 @@ class Rehearsal:
         taps = self._taps(tower, layer, row, self.run.rows, row.length, not tower.recomputed)
         for need in needs:
             if need.name not in ("protected", "inserted"):
-                self._spent(lambda need=need: TOWER_SIGNALS[need.name].make(taps))  # type: ignore[misc]
+                self.spent(lambda need=need: TOWER_SIGNALS[need.name].make(taps))  # type: ignore[misc]
 
-    def _brought(self, need: Need, group: Group) -> Signal:
+    def brought(self, need: Need, group: Group) -> Signal:
         """A tower's signal as it arrives at a later site: its shape, what it cost is booked where it is made."""
         tower = self.shape.vision
         if tower is None or need.name not in TOWER_SIGNALS:
             return None
         taps = self._taps(tower, need.layer or 0, TowerRow(tower.protected, group.n), group.rows, 0, True)
-
-        def signal() -> Tensor | None:
-            before = self.counted()
-            made = TOWER_SIGNALS[need.name].make(taps)
-            self.elsewhere += self.counted() - before
-            return made
-
-        return signal
+        return lambda: self.apart(need.name, taps)
 
     def inserted(self, tower: TowerShape, entry: Entry, row: TowerRow) -> int:
         """How many tokens a method would put in at the start of a block."""
@@ -252,7 +252,7 @@ class Rehearsal:
     def _projected(self, group: Group, width: int) -> Give:
         def give(need: Need) -> Signal:
             if need.stage is not None:
-                return self._brought(need, group)
+                return self.brought(need, group)
             return empty(group.rows, group.text, width) if need.name == "text" and group.text else None
 
         return give
@@ -260,10 +260,10 @@ class Rehearsal:
     def _decoder_signals(self, taps: DecoderTaps, group: Group) -> Give:
         def give(need: Need) -> Signal:
             if need.stage is not None:
-                return self._brought(need, group)
+                return self.brought(need, group)
             if need.name not in DECODER_SIGNALS:
                 return None
-            return lambda: self._spent(lambda: DECODER_SIGNALS[need.name](taps))
+            return lambda: self.spent(lambda: DECODER_SIGNALS[need.name](taps))
 
         return give
 
@@ -297,7 +297,7 @@ class Rehearsal:
         )
 
     # ------------------------------------------------------------------ asking
-    def _spent(self, make: Callable[[], Tensor | None]) -> Tensor | None:
+    def spent(self, make: Callable[[], Tensor | None]) -> Tensor | None:
         """Makes a signal and books what it took."""
         before = self.counted()
         try:
@@ -309,7 +309,7 @@ class Rehearsal:
         found = self.attachment.at(event.stage, event.layer, event.point)
         return next(entry for entry in found if entry.index == event.method)
 
-    def _ask(self, event: Event, group: Group, width: int, give: Give, insert: bool = False) -> None:
+    def ask(self, event: Event, group: Group, width: int, give: Give, insert: bool = False) -> None:
         """Shows a method a view without data."""
         entry = self._entry(event)
         view = self.view(entry, group, width, give)
