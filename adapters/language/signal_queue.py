@@ -107,8 +107,8 @@ class SignalQueue:
 
 _STRANGE = (
     "the features in this prompt are not those that the tower made last, in their order: features of an earlier call, "
-    "or parts of a picture, cannot be combined with methods that read the tower's attention here; encode and ask in "
-    "one call"
+    "or parts of a picture (a prefill in chunks), cannot be combined with methods that read the tower's attention "
+    "here; encode and ask in one call"
 )
 _BEAMS = (
     "; this call repeats rows, and with beams some hosts (GLM-4.1V and GLM-4.6V in transformers) give rows of several "

@@ -142,7 +142,7 @@ def test_signals_of_pictures_that_no_window_divides(name: str) -> None:
 @pytest.mark.parametrize("options", [{"num_beams": 3, "output_logits": False}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize(("name", "which"), BATCHES)
 def test_every_row_has_its_own(name: str, which: str, options: dict) -> None:
-    """Beams and steps without a cache show pictures again: tokens are the encoder's, signals those of pictures alone."""
+    """Beams and steps without a cache show pictures again: tokens are the encoder's, signals their pictures' own."""
     family, model = FAMILIES[name], shared(name)
     patterns = getattr(family, which)
     if name.startswith("glm") and which != "rows" and "num_beams" in options:
