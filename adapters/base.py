@@ -50,6 +50,7 @@ class BlockSpec:
         through: whether the block changes the MLP branch behind `branch_end`, so that a merge must go through it.
         bounds: the block's argument with the boundaries of the rows that see each other, int `[segments + 1]`, or None.
         longest: its argument with the length of the longest of them, or None.
+        functions: names that the host must define beside the attention's class, since `rotate` calls them.
     """
 
     norm: str
@@ -71,6 +72,7 @@ class BlockSpec:
     through: bool = False
     bounds: Role | None = None
     longest: Role | None = None
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class PackedForm:
         windows: from the sizes, the order in which units of ``merge ** 2`` patches lie in the row, int64 `[units]`, and
             the boundaries of windows in it; None where units lie picture by picture.
         readers: modules that read the whole row of patches between blocks.
+        lacks: why its rows cannot be told apart, or its features not be those of one block; empty where they can.
     """
 
     told: nn.Module
@@ -140,6 +143,12 @@ class PackedForm:
     shared: bool = True
     windows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     readers: tuple[nn.Module, ...] = ()
+    lacks: str = ""
+
+    @property
+    def windowed(self) -> frozenset[int]:
+        """Blocks in which a patch sees its window alone."""
+        return frozenset(layer for layer, span in enumerate(self.spans) if span == "window")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,8 @@ class VisionZip(Method):
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took where that is not the papers'."""
-        return layout.said_of_stage("VisionZip", self._place(layout)[1])
+        said = layout.said_of_stage("VisionZip", self._place(layout)[1])
+        return [*said, "VisionZip chooses from all pictures of a prompt together"] if self.scope == "sample" else said
 
     @staticmethod
     def _place(layout: Layout) -> tuple[str, str]:
