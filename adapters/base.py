@@ -52,6 +52,7 @@ class BlockSpec:
         longest: its argument with the length of the longest of them, or None.
         by_name: whether its attention has no argument for a bias, but looks its function up by the name in its
             configuration, where one can be brought in (see `towers.sized_attention`).
+        functions: names that the host must define beside the attention's class, since `rotate` calls them.
     """
 
     norm: str
@@ -79,6 +80,7 @@ class BlockSpec:
     def takes_bias(self) -> bool:
         """Whether something can be added to the logits of its keys."""
         return self.bias is not None or self.by_name
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class PackedForm:
         windows: from the sizes, the order in which units of ``merge ** 2`` patches lie in the row, int64 `[units]`, and
             the boundaries of windows in it; None where units lie picture by picture.
         readers: modules that read the whole row of patches between blocks.
+        lacks: why its rows cannot be told apart, or its features not be those of one block; empty where they can.
     """
 
     told: nn.Module
@@ -148,6 +151,12 @@ class PackedForm:
     shared: bool = True
     windows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     readers: tuple[nn.Module, ...] = ()
+    lacks: str = ""
+
+    @property
+    def windowed(self) -> frozenset[int]:
+        """Blocks in which a patch sees its window alone."""
+        return frozenset(layer for layer, span in enumerate(self.spans) if span == "window")
 
 
 @dataclass(frozen=True)

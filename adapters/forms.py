@@ -87,6 +87,8 @@ def strange(spec: TowerSpec) -> str:
     Args:
         spec: the tower as data.
     """
+    if spec.packed is not None and spec.packed.lacks:
+        return spec.packed.lacks
     for block in spec.blocks:
         attn = child(block, spec.block.attn)
         if not known(attn, spec.block.forms):
@@ -94,6 +96,9 @@ def strange(spec: TowerSpec) -> str:
                 f"its attention is {described(attn)}, which is not known to be softmax(q k) v; known: "
                 f"{', '.join(other.rpartition(':')[2] for other in spec.block.forms)}"
             )
+        lacks = missing(attn, spec.block.functions)
+        if lacks:
+            return lacks
         name = implementation(attn)
         if name and name not in _IMPLEMENTATIONS and "flash" not in name:
             return f"its attention implementation {name!r} is not known to be softmax(q k) v"
@@ -131,7 +136,13 @@ def beside(module: Host, name: str) -> Any:
     found = found_beside(module, name)
     if found is not None:
         return found
-    raise UnsupportedModel(f"{library_of(module)} has no {name} beside {type(inner(module)).__name__}")
+    raise UnsupportedModel(missing(module, [name]))
+
+
+def missing(module: Host, names: Iterable[str]) -> str:
+    """What a host does not define beside the class of a module, in words; empty where it defines all."""
+    name = next((name for name in names if found_beside(module, name) is None), None)
+    return "" if name is None else f"{library_of(module)} has no {name} beside {type(inner(module)).__name__}"
 
 
 def found_beside(module: Host, name: str) -> Any:

@@ -55,20 +55,19 @@ class HFVLM(Adapter):
             return None
         tower = child(self.core, self.spec.tower)
         config = self.core.config
+        index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
         packed = packed_spec(tower, config) if self.spec.patches is not None else None
         if packed is not None:
-            return replace(packed, carries=PER_TOKEN, whole=self.spec.whole or "")
+            return self._packed(packed, index)
         if self.spec.tower_cut is None:
             return None
-        index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
         if not isinstance(index, int):
             return None  # features of several layers are concatenated: they must have equal lengths
         try:
             depth = len(vision_spec(tower).blocks)
         except UnsupportedModel:
             return None
-        # Hidden state 0 is the embedding, so hidden state i is the output of block i - 1.
-        last = (index if index >= 0 else depth + 1 + index) - 1
+        last = _block_of(index, depth)
         spec = vision_spec(tower, max(last, 0))
         if getattr(config, "vision_feature_select_strategy", "default") == "full" and spec.num_prefix:
             return None  # CLS would take a placeholder of its own
@@ -77,6 +76,18 @@ class HFVLM(Adapter):
         grid = self.spec.tower_cut == "spread"
         later = self.spec.packing_methods or self.spec.patches
         return replace(spec, returns_grid=grid, carries=PER_TOKEN if later else not grid)
+
+    def _packed(self, spec: TowerSpec, index: Any) -> TowerSpec | None:
+        """A packed tower whose hidden state `index` the projector reads."""
+        assert spec.packed is not None
+        form, last = spec.packed, -1
+        if isinstance(index, int):
+            last = _block_of(index, len(spec.blocks))
+            if last < 0:
+                return None
+        elif not form.lacks:
+            form = replace(form, lacks=f"its projector reads features of several layers: {list(index)}")
+        return replace(spec, packed=form, last=last, carries=PER_TOKEN, whole=self.spec.whole or form.lacks)
 
     def layout(self) -> Layout:
         """Tower, features, projected tokens and decoder."""
@@ -98,7 +109,9 @@ class HFVLM(Adapter):
         if self.spec.whole:
             why["vision"] = why["features"] = self.spec.whole
         if self.spec.tower_cut == "spread" and not self.spec.whole:
-            why["features"] = "its projector reads the whole grid"
+            why["features"] = "its projector " + (
+                "reads the whole grid" if self.spec.patches is None else "joins squares of patches, and needs them all"
+            )
         return {name: reason for name, reason in why.items() if name not in stages}
 
     def install(self, attachment: Attachment) -> None:
@@ -129,3 +142,8 @@ class HFVLM(Adapter):
     def account(self) -> ModelShape:
         """The model's shape as counts and widths."""
         return language_account.of_hf_vlm(self)
+
+
+def _block_of(index: int, depth: int) -> int:
+    """The block whose output is a hidden state: number 0 is the embedding, so number i is the output of block i - 1."""
+    return (index if index >= 0 else depth + 1 + index) - 1

@@ -96,7 +96,7 @@ class SignalQueue:
         row, column, source = torch.tensor(where, device=x.device).unbind(1)
         probe = call.probe.to(x.device)[source].to(x.dtype)
         if not bool((x[row, column, : probe.shape[1]] == probe).all()):
-            raise CacheError(_STRANGE)
+            raise CacheError(_STRANGE if repeat == 1 else _STRANGE + _BEAMS)
         for name, (value, axis) in call.signals.items():
             if name not in rows.carried:
                 rows.carried[name] = (value.new_zeros(rows.batch, rows.length, *value.shape[1:]), axis)
@@ -107,6 +107,10 @@ class SignalQueue:
 
 _STRANGE = (
     "the features in this prompt are not those that the tower made last, in their order: features of an earlier call, "
-    "or parts of a picture, cannot be combined with methods that read the tower's attention here; encode and ask in "
-    "one call"
+    "or parts of a picture (a prefill in chunks), cannot be combined with methods that read the tower's attention "
+    "here; encode and ask in one call"
+)
+_BEAMS = (
+    "; this call repeats rows, and with beams some hosts (GLM-4.1V and GLM-4.6V in transformers) give rows of several "
+    "pictures the features of others, with vlmtok or without: use one beam there, or one picture a prompt"
 )

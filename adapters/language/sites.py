@@ -210,6 +210,7 @@ class Sites:
             depth=self.depth if entry.site.stage == "decoder" else 1,
             grid=group.grid,
             part=None if rows.part is None else rows.gather(rows.part, group),
+            picture=rows.gather(rows.label, group) if entry.scope == "sample" else None,
             entered=group.entered,
             columns=rows.relative(group, group.columns),
             signals=signals,

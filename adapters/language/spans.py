@@ -51,7 +51,8 @@ def find_pictures(
         if open_need and whole:
             raise CacheError(
                 f"row {row} ends within a picture of which {open_need} tokens are missing; a prefill in chunks that "
-                "splits a picture cannot be combined with a compression"
+                "splits a picture cannot be combined with a compression, nor can beams that the host gives the sizes "
+                "of other pictures (GLM, with several in a prompt)"
             )
         for index, (code, runs) in enumerate(found):
             columns = [column for run in runs for column in run]

@@ -11,6 +11,9 @@ from .. import forms, hosts
 from ..base import BlockSpec
 from ..hosts import Host
 
+_ROWS, _HEADS = "apply_rotary_pos_emb_vision", "apply_rotary_pos_emb"
+"""The hosts' own functions that turn q and k: of rows `[L, H, d]`, and of `[B, H, L, d]`."""
+
 
 def _thirds(attn: Host, made: Tensor, which: str) -> Tensor:
     """q or k, `[B, H, L, d]`, out of one projection for q, k and v, `[B, L, 3 C]`."""
@@ -33,7 +36,7 @@ def _apart(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tens
 
 def _turned_rows(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     """The rotation of rows `[L, H, d]` by the host's own function, for `[1, H, L, d]`."""
-    turn = forms.beside(attn, "apply_rotary_pos_emb_vision")
+    turn = forms.beside(attn, _ROWS)
 
     def rotate(x: Tensor) -> Tensor:
         rows = x[0].transpose(0, 1)
@@ -45,7 +48,7 @@ def _turned_rows(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor],
 
 def _turned_heads(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     """The same where the host's function takes `[B, H, L, d]` as it is."""
-    turn = forms.beside(attn, "apply_rotary_pos_emb")
+    turn = forms.beside(attn, _HEADS)
 
     def rotate(x: Tensor) -> Tensor:
         turned: Tensor = turn(x, x, *table, unsqueeze_dim=0)[0]
@@ -85,6 +88,7 @@ QWEN_BLOCK = BlockSpec(
     bounds=hosts.BOUNDS,
     longest=hosts.LONGEST,
     by_name=True,
+    functions=(_ROWS,),
 )
 PADDLE_BLOCK = replace(
     QWEN_BLOCK,
@@ -110,4 +114,5 @@ PIXTRAL_BLOCK = replace(
     bounds=None,
     longest=None,
     by_name=False,
+    functions=(_HEADS,),
 )

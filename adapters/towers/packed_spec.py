@@ -12,6 +12,9 @@ from ..base import PackedForm, TowerSpec, child
 from .packed_grids import PatchGrid, patch_grids
 from .packed_rows import PACKED_ROWS, PackedRow
 
+_WINDOWS = "get_vision_window_index"
+"""The hosts' function that says where the units of a window stand."""
+
 
 def packed_spec(tower: Any, whole: Any) -> TowerSpec | None:
     """A packed tower as data.
@@ -61,11 +64,12 @@ def _form(tower: nn.Module, config: Any, whole: Any, row: PackedRow, depth: int)
         return patch_grids(role, value, patch)
 
     def windows(value: Tensor) -> tuple[Tensor, Tensor]:
-        find = forms.beside(tower, "get_vision_window_index")
+        find = forms.beside(tower, _WINDOWS)
         merge, size = config.spatial_merge_size, config.window_size
         order, bounds = find(value, spatial_merge_size=merge, window_size=size, patch_size=patch)
         return order, bounds
 
+    windowed = row.window is not None
     return PackedForm(
         told=child(tower, row.told),
         sizes=role,
@@ -73,6 +77,7 @@ def _form(tower: nn.Module, config: Any, whole: Any, row: PackedRow, depth: int)
         spans=tuple(row.span if isinstance(row.span, str) else row.span(config, i) for i in range(depth)),
         merge=row.merge(config, whole),
         shared=row.shared,
-        windows=None if row.window is None else windows,
+        windows=windows if windowed else None,
         readers=tuple(child(tower, row.readers)) if row.readers is not None else (),
+        lacks=forms.missing(tower, [_WINDOWS]) if windowed else "",
     )

@@ -96,6 +96,7 @@ class Tower:
             carries=spec.carries,
             why=why,
             whole=spec.whole,
+            windowed=frozenset() if spec.packed is None else spec.packed.windowed,
         )
 
     def _install(self, spec: TowerSpec) -> None:

@@ -19,7 +19,7 @@ from vlmtok.errors import UnsupportedModel
 
 from .build import FAMILIES, shared
 from .harness import generate
-from .packed_by_hand import PACKED, Decide, Made, Moment, blocks_of, by_hand, by_method, crossget, pitome, tome
+from .packed_merging_by_hand import PACKED, Decide, Made, Moment, blocks_of, by_hand, by_method, crossget, pitome, tome
 from .pictures import at_tokens, clips, pictures
 from .test_token_signals import Listen
 

@@ -14,7 +14,7 @@ from vlmtok.errors import NotCounted
 from vlmtok.lab.tiny.shots import Maker, packed, rows_with_breaks
 
 from .build import FAMILIES
-from .packed_by_hand import PACKED, by_hand, tome
+from .packed_merging_by_hand import PACKED, by_hand, tome
 from .pictures import pictures
 from .shots import PATCH
 from .test_totals import VALUES, built, check, line

@@ -16,7 +16,7 @@ from .build import FAMILIES, TOWER_ONLY, shared
 from .harness import Expected, ask, batch, generate
 from .methods import InTower, Top
 from .oracle import Cut, chosen
-from .packed_by_hand import PACKED
+from .packed_merging_by_hand import PACKED
 from .prompts import Picture, Prompt
 
 SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0, "deepseek_vl": 0, "janus": 0}

@@ -150,6 +150,7 @@ class StageLayout:
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
         why: why signals are missing that others of its kind give; empty where none are.
         whole: why no token can leave here, though signals can be read; empty where some can.
+        windowed: layers in which a token sees those of its window alone.
     """
 
     depth: int
@@ -165,6 +166,7 @@ class StageLayout:
     renumbers: bool = True
     why: str = ""
     whole: str = ""
+    windowed: frozenset[int] = frozenset()
 
     def room(self) -> int:
         """Layers from the first on at whose start tokens may leave, the first included."""
@@ -230,11 +232,14 @@ class Layout:
             ``features`` where the model offers it, else ``projected`` where the signals reach it.
 
         Raises:
-            SiteError: neither; the message is that of `stage`.
+            SiteError: neither, or the tower's attention cannot be read.
         """
+        tower = self.stages.get("vision")
         later = self.has("projected") and all(self.gives("vision", name, later=True) for name in signals)
         if later and not self.has("features"):
             return "projected"
+        if tower is not None and tower.why and not self.has("features"):
+            raise SiteError(f"{by} decides on the tower's attention, which {self.family} does not give: {tower.why}")
         self.stage("features", by)
         return "features"
 
@@ -243,10 +248,17 @@ class Layout:
         if stage != "projected":
             return []
         why = self.without.get("features") or "nothing can leave before its projector"
-        return [
-            f"{by} acts at 'projected', on what the projector made of each crop or frame: {self.family} offers no "
-            f"'features' ({why})"
+        said = [
+            f"{by} acts at 'projected', on what the projector made of crops, pictures or frames: {self.family} offers "
+            f"no 'features' ({why})"
         ]
+        tower = self.stages["vision"]
+        if tower.last in tower.windowed:
+            said.append(
+                f"{by} scores patches by attention within windows: block {tower.last} of the tower, the last one of "
+                f"{self.family}, sees no further"
+            )
+        return said
 
     def positions(self, stage: str, asked: str | None, released: str = "renumber") -> str:
         """What becomes of position ids at a stage, for a method that leaves it to the model unless asked.

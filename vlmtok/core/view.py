@@ -31,6 +31,7 @@ class TokenView:
         depth: layers of the stage.
         grid: (rows, columns) of the patches as they entered, or None where there is no single grid.
         part: int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators.
+        picture: int64 `[B, N]`: which picture of a sample each token belongs to; 0 where a view row is of one.
         entered: tokens of a row when they entered the stage.
         columns: int64 `[B, N]`, place of each token in its whole row (prefix or text included).
         signals: name to tensor, or to a function that makes it when first asked.
@@ -48,6 +49,7 @@ class TokenView:
         depth: int = 1,
         grid: tuple[int, int] | None = None,
         part: Tensor | None = None,
+        picture: Tensor | None = None,
         entered: int | None = None,
         columns: Tensor | None = None,
         signals: Mapping[str, Signal] | None = None,
@@ -79,6 +81,7 @@ class TokenView:
         self.row: MutableMapping[str, Any] = {} if row is None else row
         self.memory = memory
         self._part = part
+        self._picture = picture
         self._columns = columns
         self._made: dict[str, Tensor | None] = {}
 
@@ -87,8 +90,18 @@ class TokenView:
     def part(self) -> Tensor:
         """int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators."""
         if self._part is None:
-            self._part = torch.zeros(self.tokens.shape[:2], dtype=torch.int64, device=self.tokens.device)
+            self._part = self._zeros()
         return self._part
+
+    @property
+    def picture(self) -> Tensor:
+        """int64 `[B, N]`: which picture of a sample each token belongs to; 0 where a view row is of one."""
+        if self._picture is None:
+            self._picture = self._zeros()
+        return self._picture
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.tokens.shape[:2], dtype=torch.int64, device=self.tokens.device)
 
     @property
     def columns(self) -> Tensor:

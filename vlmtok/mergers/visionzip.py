@@ -18,7 +18,7 @@ from ..core.selection import keep_top
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
-from ..errors import ParameterError
+from ..errors import ParameterError, SiteError
 
 KEYS, TURNED = "keys@vision:feature", "turned_keys@vision:feature"
 """Keys before rope, as the release has them, and after it, as ports to towers with rope compare them."""
@@ -55,6 +55,12 @@ def dominant_and_contextual(score: Tensor, keys: Tensor, dominant: int, contextu
     joining = torch.cat([spans[:, :, 1:].flatten(1), rest[:, stride * contextual :]], 1)
     _, target = kernels.match_max(kernels.take_rows(keys, joining), kernels.take_rows(keys, targets))
     return kept, targets, joining, target
+
+
+def _shown_with(view: TokenView) -> Tensor:
+    """Tokens of the crop, picture or frame of each token, `[B, N]`: what makes sums of means over their rows."""
+    alike = (view.part[:, :, None] == view.part[:, None]) & (view.picture[:, :, None] == view.picture[:, None])
+    return alike.sum(-1)
 
 
 def _together(value: Any, settings: Mapping[str, Any]) -> int:
@@ -97,6 +103,9 @@ class VisionZip(Method):
             64, 20 of 128 and 30 of 192. The paper's `dominant` is the rest.
         separators: what becomes of a host's newlines between rows of patches (LLaVA-NeXT, OneVision): ``"drop"``, so
             that `keep` counts all tokens, as released, or ``"keep"``.
+        scope: ``"part"`` chooses from each crop, picture or frame by itself; ``"sample"`` from all tokens of a prompt
+            together, by the sums of attention that they receive, as ports released for Qwen2.5-VL do (with
+            ``contextual = .05 / keep``). Behind the projector only.
     """
 
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025)"
@@ -110,19 +119,20 @@ class VisionZip(Method):
         "Where it acts behind the projector, tokens keep the picture's order and no class token goes on; the release "
         "merges LLaVA-NeXT's crops before it and moves their class and contextual tokens behind the picture.",
         "Each picture, crop or frame has tokens of its own; released ports to Qwen2.5-VL rank all pictures of a call "
-        "together.",
+        "together, as scope='sample' does.",
     )
-    scope = "part"
     aliases = (Alias("dominant", "keep", formula="dominant + contextual", convert=_together),)
     budget_parameter = "keep"
 
     keep: float | int = 0.111
     contextual: float | int = 0.15625
     separators: str = "drop"
+    scope: str = "part"  # type: ignore[misc]  # what the core reads of every method, here a setting
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "VisionZip")
         check_choice(self.separators, "VisionZip", "separators", SEPARATORS)
+        check_choice(self.scope, "VisionZip", "scope", ("part", "sample"))
         if isinstance(self.contextual, int):
             check_range(self.contextual, "VisionZip", "contextual", 0, kind=int)
         else:
@@ -138,12 +148,18 @@ class VisionZip(Method):
         score, stage = self._place(layout)
         if stage == "projected":
             return [Site(stage, needs=(f"{score}@vision:feature", TURNED), separators=self.separators)]
+        if self.scope == "sample":
+            raise SiteError(
+                f"VisionZip acts at {stage!r} of {layout.family}, where each crop is chosen from by itself; "
+                "scope='sample' is for models whose tokens it chooses behind the projector; here: scope='part'"
+            )
         protected = ("protected",) if score == "cls_attention" else ()
         return [Site(stage, needs=(f"{score}@vision:feature", KEYS, *protected))]
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took where that is not the papers'."""
-        return layout.said_of_stage("VisionZip", self._place(layout)[1])
+        said = layout.said_of_stage("VisionZip", self._place(layout)[1])
+        return [*said, "VisionZip chooses from all pictures of a prompt together"] if self.scope == "sample" else said
 
     @staticmethod
     def _place(layout: Layout) -> tuple[str, str]:
@@ -163,6 +179,8 @@ class VisionZip(Method):
             score = view.signal("cls_attention@vision:feature").float().sum(1)
         else:
             score = view.signal("received_attention@vision:feature")
+            if self.scope == "sample":
+                score = score * _shown_with(view)
         classed = classed and not late  # only before the projector there is a class token that can go on
         kept, targets, joining, target = dominant_and_contextual(
             score, view.signal(TURNED if late else KEYS), k - contextual - classed, contextual
