@@ -29,18 +29,22 @@ from ..base import child
 from ..hosts import Arguments
 from ..towers.packed_pass import PackedPass
 from ..towers.tower import Tower
+from .gathering import gathered
 from .handover import Handover, number_pictures
 from .packing import PROBE, Packing
 from .parts import square
-from .gathering import gathered
 from .patches import fits, in_order, packed_means, token_means
-from .signal_queue import STRANGE, SignalQueue
+from .signal_queue import SignalQueue
 from .spans import IMAGE
 from .spec import VLMSpec
 
 UNSEEN = (
     "the projector was called without a pass of the tower before it: what the tower left of the last pictures has been "
     "handed over already; encode pictures with the model's get_image_features"
+)
+_LATE = (
+    "the features that are projected are not those that the tower made last: features of an earlier call cannot be "
+    "combined with methods that read the tower's attention here; encode and ask in one call"
 )
 ALIKE = 2e-3
 """How far features may lie from those that are known, as a share of their norm: what half precision rounds away."""
@@ -162,7 +166,7 @@ class Projector:
         current = self.tower.running.mine
         if self.spec.projects_late and isinstance(current, PackedPass):
             if current.gave is None or not _alike(current.gave, _first(given)):
-                raise CacheError(STRANGE)
+                raise CacheError(_LATE)
             if current.handed:
                 return  # a step without a cache shows the same again
         if current is None or current.handed:
@@ -196,7 +200,10 @@ class Projector:
             return
         current.handed, output = True, whole
         waiting = {
-            name: (packed_means(self.spec.patches, value, axis, current.grids, merge, current.order, current.real), axis)
+            name: (
+                packed_means(self.spec.patches, value, axis, current.grids, merge, current.order, current.real),
+                axis,
+            )
             for name, (value, axis) in current.sequence.carried.items()
             if value is not None and axis is not None
         }

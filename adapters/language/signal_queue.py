@@ -70,7 +70,7 @@ class SignalQueue:
         kinds = [[p for p in rows.pictures if p.video == (code == VIDEO)] for code in (IMAGE, VIDEO)]
         kinds = [pictures for pictures in kinds if pictures]
         if len(self.calls) < len(kinds):
-            raise CacheError(STRANGE)
+            raise CacheError(_STRANGE)
         for pictures, call in zip(reversed(kinds), reversed(self.calls), strict=False):
             if call.signals:
                 self._place(rows, x, pictures, call)
@@ -80,7 +80,7 @@ class SignalQueue:
         held, have = sum(len(picture.columns) for picture in pictures), len(call.probe)
         repeat = held // have if have else 0
         if not repeat or held % have:
-            raise CacheError(STRANGE)
+            raise CacheError(_STRANGE)
         starts: dict[tuple[int, int], int] = {}
         total = 0
         for picture in pictures:
@@ -92,11 +92,11 @@ class SignalQueue:
             start = starts.get((picture.row - picture.row % repeat, picture.index), have)
             where += [(picture.row, column, start + i) for i, column in enumerate(picture.columns)]
         if total != have or any(source >= have for _, _, source in where):
-            raise CacheError(STRANGE)
+            raise CacheError(_STRANGE)
         row, column, source = torch.tensor(where, device=x.device).unbind(1)
         probe = call.probe.to(x.device)[source].to(x.dtype)
         if not bool((x[row, column, : probe.shape[1]] == probe).all()):
-            raise CacheError(STRANGE)
+            raise CacheError(_STRANGE)
         for name, (value, axis) in call.signals.items():
             if name not in rows.carried:
                 rows.carried[name] = (value.new_zeros(rows.batch, rows.length, *value.shape[1:]), axis)
@@ -105,7 +105,7 @@ class SignalQueue:
             rows.carried[name] = (table.index_put(at, value[source.to(value.device)].to(table.dtype)), axis)
 
 
-STRANGE = (
+_STRANGE = (
     "the features in this prompt are not those that the tower made last, in their order: features of an earlier call, "
     "or parts of a picture, cannot be combined with methods that read the tower's attention here; encode and ask in "
     "one call"

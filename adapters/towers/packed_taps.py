@@ -17,9 +17,7 @@ MEANS_OF_ROWS = frozenset({"received_attention", "flat_attention"})
 """Signals that are means over the rows which see a token."""
 
 
-def packed_signal(
-    name: str, taps: TowerTaps, segments: Segments, span: str, guarded: bool = False
-) -> Tensor | None:
+def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str, guarded: bool = False) -> Tensor | None:
     """A signal of a packed row.
 
     Means over rows are taken over the rows of a frame, whatever a block sees of it: a sum over a window's rows divided

@@ -43,7 +43,9 @@ def joined(pieces: Sequence[Stretches], slots: int, size: Tensor | None) -> Redu
     device = pieces[0].columns.device
     plans = [_plan(piece) for piece in pieces]
     if any(plan.keep_weight is not None for plan in plans):
-        plans = [with_weights(plan, None if size is None else size[0, piece.columns]) for plan, piece in zip(plans, pieces)]
+        plans = [
+            with_weights(plan, None if size is None else size[0, piece.columns]) for plan, piece in zip(plans, pieces)
+        ]
     keep = torch.empty(1, slots, dtype=torch.int64, device=device)
     keep_weight = torch.ones(1, slots, device=device) if any(p.keep_weight is not None for p in plans) else None
     joining: list[tuple[Tensor, Tensor, Tensor | None]] = []
