@@ -227,6 +227,20 @@ def test_pictures_of_another_call_are_refused(name: str) -> None:
             model(**given, mm_encoder_outputs={"image": old})
 
 
+def test_a_late_projector_wants_what_the_tower_gave_last() -> None:
+    """Llama 4 projects in a later call, and again at each step without a cache."""
+    family, model = FAMILIES["llama4"], shared("llama4")
+    first, second = (joined(family.collect(family.prompt("2J3", seed)), False) for seed in (1, 2))
+    with vlmtok.compress(model, "visionzip:keep=0.5"), torch.no_grad():
+        old, new = (
+            model.get_image_features(**arrays, return_dict=True).last_hidden_state.flatten(0, -2)
+            for arrays in (first, second)
+        )
+        with pytest.raises(CacheError, match="the tower made last"):
+            model.multi_modal_projector(old)
+        assert torch.equal(model.multi_modal_projector(new), model.multi_modal_projector(new))
+
+
 @pytest.mark.parametrize("name", PADDED)
 def test_no_token_leaves_inside(name: str) -> None:
     """These towers are read and not cut; the reason is said."""
