@@ -43,7 +43,7 @@ class BlockSpec:
         project: q or k from the attention's input, as the block would compute it.
         bias: the attention's argument that takes a float bias on the keys, or None where there is none.
         bias_rank: 2 for `[B, L]`, 4 for `[B, 1, 1, L]`.
-        heads: attribute of the attention with the number of heads.
+        heads: attribute of the attention with the number of heads; dots lead into what it holds.
         scale: factor of the logits, from the attention.
         rope: the block's argument with a rotary table, or None.
         rotate: from the attention and a table, what rotates `[B, H, L, d]`.
@@ -141,6 +141,9 @@ class PackedForm:
             the boundaries of windows in it; None where units lie picture by picture.
         readers: modules that read the whole row of patches between blocks.
         lacks: why its rows cannot be told apart, or its features not be those of one block; empty where they can.
+        masked: whether the host gives its blocks a mask that hides padding.
+        by_token: from the sizes and the grids, the patches of each picture in the order of their tokens, int64
+            `[patches]` each; None where the rule of the family tells it.
     """
 
     told: nn.Module
@@ -151,6 +154,8 @@ class PackedForm:
     shared: bool = True
     windows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     readers: tuple[nn.Module, ...] = ()
+    masked: bool = False
+    by_token: Callable[[Tensor, list[tuple[int, int, int]]], list[Tensor]] | None = None
     lacks: str = ""
 
     @property
@@ -166,7 +171,7 @@ class TowerSpec:
     Attributes:
         block: hook points of each block.
         blocks: the blocks, in order.
-        num_prefix: protected tokens in front.
+        num_prefix: protected tokens in front; in a padded row they stand behind its patches.
         width: channels.
         heads: attention heads.
         grid: rows and columns of patches for an input of the configured size, or None.

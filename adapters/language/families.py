@@ -116,6 +116,7 @@ ROWS: dict[str, VLMSpec] = {
         grid_arguments=(hosts.IMAGE_PLACES, hosts.CLIP_PLACES),
         tower_size_argument=hosts.PIXEL_PLACES,
         whole="patches are pooled by their places",
+        patches="places",
     ),
     "paligemma": _PALIGEMMA,
     "llama4": VLMSpec(
@@ -128,6 +129,7 @@ ROWS: dict[str, VLMSpec] = {
         parts="runs",
         thumbnail="last",
         whole="its blocks take their input by name, with rotary tables of complex numbers",
+        patches="raster",
         joins=lambda config: round(1 / float(config.vision_config.pixel_shuffle_ratio) ** 2),
     ),
     "aya_vision": VLMSpec(
@@ -150,6 +152,7 @@ ROWS: dict[str, VLMSpec] = {
         grid_arguments=(hosts.PATCH_SHAPES,),
         tower_size_argument=hosts.PATCH_SHAPES,
         whole="patches are padded, and its projector joins whole squares of them",
+        patches="raster",
         varies=True,
         slots=_projects_slots,
     ),

@@ -24,7 +24,11 @@ def _squares(value: Tensor, grid: Grid, tokens: int) -> Tensor:
     return value.unflatten(1, (tokens, -1)).mean(2)
 
 
-RULES: dict[str, Callable[[Tensor, Grid, int], Tensor]] = {"raster": _raster, "squares": _squares}
+RULES: dict[str, Callable[[Tensor, Grid, int], Tensor]] = {
+    "raster": _raster,
+    "squares": _squares,
+    "places": _squares,  # put in order by their places before
+}
 """By `VLMSpec.patches`: from signals of patches, their rows and columns, and how many tokens a row becomes."""
 
 
@@ -36,7 +40,13 @@ def fits(grid: Grid, tokens: int) -> bool:
 
 
 def packed_means(
-    rule: str, value: Tensor, axis: int, grids: Sequence[tuple[int, int, int]], merge: int, order: Tensor | None
+    rule: str,
+    value: Tensor,
+    axis: int,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+    order: Tensor | None,
+    real: Tensor | None = None,
 ) -> Tensor:
     """A signal of a row of several pictures at the tokens that they become, picture by picture.
 
@@ -47,11 +57,13 @@ def packed_means(
         grids: frames, rows and columns of patches of each picture.
         merge: patches along the side of a token.
         order: int64 `[T]`, which token each unit of patches in the row becomes; None where they lie in order.
+        real: int64 `[patches]`, places of the patches among padding and class tokens; None where there are none.
 
     Returns:
         `[T, ...]`, means over the patches of each token, in the order of the placeholders.
     """
     rows = value.movedim(axis, 1)[0]
+    rows = rows if real is None else rows[real]
     cell, at, found = merge * merge, 0, []
     for frames, down, across in grids:
         n = down * across

@@ -67,7 +67,7 @@ def _tower(
     side = patch if isinstance(patch, int) else patch[0]
     grids = [one for role, value in told if value is not None for one in patch_grids(role, value, side)]
     if grids:
-        shared = spec.whole is not None and hosts.PATCH_SHAPES not in roles and hosts.IMAGE_PLACES not in roles
+        shared = hosts.PATCH_SHAPES not in roles and hosts.IMAGE_PLACES not in roles
         if shared:
             return 1, sum(frames * rows * columns for frames, rows, columns in grids), tuple(grids)
         padded = (clips if pixels is None else pixels).shape[-2]

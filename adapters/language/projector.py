@@ -24,11 +24,12 @@ from ...core.signals import Need
 from ...core.threads import PerThread
 from ...core.view import Signal, TokenView
 from ...errors import CacheError, PassError
-from .. import hosts
+from .. import host_objects, hosts
 from ..base import child
 from ..hosts import Arguments
 from ..towers.packed_pass import PackedPass
 from ..towers.tower import Tower
+from .gathering import gathered
 from .handover import Handover, number_pictures
 from .packing import PROBE, Packing
 from .parts import square
@@ -40,6 +41,10 @@ from .spec import VLMSpec
 UNSEEN = (
     "the projector was called without a pass of the tower before it: what the tower left of the last pictures has been "
     "handed over already; encode pictures with the model's get_image_features"
+)
+_LATE = (
+    "the features that are projected are not those that the tower made last: features of an earlier call cannot be "
+    "combined with methods that read the tower's attention here; encode and ask in one call"
 )
 ALIKE = 2e-3
 """How far features may lie from those that are known, as a share of their norm: what half precision rounds away."""
@@ -88,6 +93,8 @@ class Projector:
             self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
         self.attachment.hook(module, "post", self.fill)
+        if self.spec.projects_late and self.queue is not None:
+            self.attachment.hook(child(core, self.spec.tower), "post", self.note)
 
     # ------------------------------------------------------------------ hooks
     def shorten(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,7 +130,7 @@ class Projector:
         if replaying() or not isinstance(output, Tensor):
             return None
         if self.queue is not None:
-            self._wait(module, output, self.queue)
+            self._wait(module, hosts.first_tensor(module, args, kwargs), output, self.queue)
         if output.dim() != 3:
             return None
         running = self.running.mine()
@@ -147,16 +154,27 @@ class Projector:
         running.handover = Handover(output.shape[0], entered, slots, valid, sequence.view_size(), carried, probe)
         return None if whole is output else whole
 
-    def _wait(self, module: nn.Module, output: Tensor, queue: SignalQueue) -> None:
+    def note(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Hook on the tower: what it gave, where another call projects it."""
+        current = None if self.tower is None or replaying() else self.tower.running.mine
+        if isinstance(current, PackedPass):
+            current.gave = _first(host_objects.hidden_of(module, output))
+
+    def _wait(self, module: nn.Module, given: Tensor, output: Tensor, queue: SignalQueue) -> None:
         """Signals of the tower's patches wait as those of the tokens `[B, ..., C]` that the projector made of them."""
         assert self.tower is not None and self.spec.patches is not None
         current = self.tower.running.mine
+        if self.spec.projects_late and isinstance(current, PackedPass):
+            if current.gave is None or not _alike(current.gave, _first(given)):
+                raise CacheError(_LATE)
+            if current.handed:
+                return  # a step without a cache shows the same again
         if current is None or current.handed:
             raise PassError(UNSEEN)
-        current.handed = True
         if isinstance(current, PackedPass):
             self._wait_packed(module, output, queue, current)
             return
+        current.handed = True
         output = output.flatten(1, -2)
         row, n = current.sequence.row, output.shape[1]
         grid = current.grid or square(row.n)
@@ -177,14 +195,15 @@ class Projector:
         """The same of a row of all pictures, whose tokens come in one run `[T, C]`, perhaps window by window."""
         assert self.tower is not None and self.tower.packed is not None and self.spec.patches is not None
         merge = self.tower.packed.merge
-        output = output.flatten(0, -2)
-        expected = sum(frames * rows * columns for frames, rows, columns in current.grids) // merge**2
-        if len(output) != expected:
-            raise hosts.changed(
-                module, f"it made {len(output)} tokens of pictures of {list(current.grids)} patches, not {expected}"
-            )
+        whole = gathered(module, output, current, merge)
+        if whole is None:
+            return
+        current.handed, output = True, whole
         waiting = {
-            name: (packed_means(self.spec.patches, value, axis, current.grids, merge, current.order), axis)
+            name: (
+                packed_means(self.spec.patches, value, axis, current.grids, merge, current.order, current.real),
+                axis,
+            )
             for name, (value, axis) in current.sequence.carried.items()
             if value is not None and axis is not None
         }
@@ -323,6 +342,16 @@ class Projector:
                 "splits a picture cannot be combined with a compression"
             )
         return None
+
+
+def _first(x: Tensor) -> Tensor:
+    """The first channels of tokens `[..., C]`, in one run."""
+    return x[..., :PROBE].detach().flatten(0, -2).clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether tokens are the same."""
+    return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -127,6 +127,35 @@ def _by_key(mask: Tensor) -> Tensor | None:
     return shown if bool(shown.any(1).all()) else None
 
 
+def check_padding(module: nn.Module, mask: Any, shown: Tensor) -> None:
+    """Rows that are padded must hide just their padding, or signals would be those of other keys.
+
+    Args:
+        module: block 0.
+        mask: that it gets; one that is no tensor is not looked at.
+        shown: bool `[B, L]`, patches of pictures.
+
+    Raises:
+        HostChanged: the mask hides others, or none.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        return
+    if mask is None:
+        same = shown.all()
+    elif mask.dim() == 2:
+        same = (mask.bool() == shown).all()
+    else:
+        same = ((mask if mask.dtype == torch.bool else mask == 0) == shown[:, None, None]).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(same, "an attention mask hides other tokens than padding")
+    elif not bool(same):
+        raise hosts.changed(
+            module,
+            f"its mask does not hide the padding of its rows, and only that: pictures have {shown.sum(1).tolist()} "
+            f"patches in rows of {shown.shape[1]}",
+        )
+
+
 def hides_nothing(mask: Tensor) -> bool:
     """Whether a mask lets every token see every other; compiled code looks when it runs, and stops there."""
     if mask.dtype == torch.bool or mask.dim() == 2:  # flash attention takes one number a token, not what is added

@@ -34,6 +34,18 @@ def _apart(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tens
     return made.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
+def _normed(attn: Host, made: Tensor, which: str) -> Tensor:
+    """q or k, `[B, H, L, d]`, of Gemma 4, which norms them head by head; k has a head for each of q."""
+    rows = made.unflatten(-1, (-1, attn.head_dim))
+    heads: Tensor = (attn.q_norm if which == "q" else attn.k_norm)(rows).transpose(1, 2)
+    return heads if which == "q" else heads.repeat_interleave(attn.num_key_value_groups, 1)
+
+
+def _normed_apart(attn: Host, x: Tensor, which: str, shared: dict[str, Tensor]) -> Tensor:
+    """The same from the attention's input."""
+    return _normed(attn, (attn.q_proj if which == "q" else attn.k_proj)(x), which)
+
+
 def _turned_rows(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     """The rotation of rows `[L, H, d]` by the host's own function, for `[1, H, L, d]`."""
     turn = forms.beside(attn, _ROWS)
@@ -53,6 +65,31 @@ def _turned_heads(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor]
     def rotate(x: Tensor) -> Tensor:
         turned: Tensor = turn(x, x, *table, unsqueeze_dim=0)[0]
         return turned
+
+    return rotate
+
+
+def _turned_places(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The rotation of Gemma 4, in two dimensions, for the rows of all pictures side by side."""
+    turn = forms.beside(attn, "apply_multidimensional_rope")
+    cos, sin = (part.flatten(0, 1)[None] for part in table)
+    axes = cos.new_empty(0, 2)  # of the places, only the number of coordinates is read
+
+    def rotate(x: Tensor) -> Tensor:
+        turned: Tensor = turn(x.transpose(1, 2), cos, sin, axes)
+        return turned.transpose(1, 2)
+
+    return rotate
+
+
+def _turned_tiles(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
+    """The rotation of Llama 4: one table of complex numbers for every tile."""
+    turn = forms.beside(attn, "vision_apply_rotary_emb")
+
+    def rotate(x: Tensor) -> Tensor:
+        tiles = x[0].transpose(0, 1).unflatten(0, (-1, len(table)))
+        turned: Tensor = turn(tiles, tiles, freqs_ci=table)[0]
+        return turned.flatten(0, 1).transpose(0, 1)[None]
 
     return rotate
 
@@ -115,4 +152,37 @@ PIXTRAL_BLOCK = replace(
     longest=None,
     by_name=False,
     functions=(_HEADS,),
+)
+SIGLIP2_BLOCK = replace(
+    PADDLE_BLOCK,
+    scale=lambda attn: float(attn.scale),
+    bias=hosts.BIAS,
+    forms=("transformers.models:Siglip2Attention",),
+    rope=None,
+    rotate=None,
+    bounds=None,
+    longest=None,
+)
+GEMMA_BLOCK = replace(
+    SIGLIP2_BLOCK,
+    norm="input_layernorm",
+    mid="pre_feedforward_layernorm",
+    branch_end="post_feedforward_layernorm",
+    project=_normed_apart,
+    scale=lambda attn: float(attn.scaling),
+    heads="config.num_attention_heads",
+    forms=("transformers.models:Gemma4VisionAttention",),
+    split=_normed,
+    rope=hosts.ROTARY,
+    rotate=_turned_places,
+)
+LLAMA_BLOCK = replace(
+    SIGLIP2_BLOCK,
+    norm="input_layernorm",
+    mid="post_attention_layernorm",
+    scale=lambda attn: float(attn.scaling),
+    bias=None,
+    forms=("transformers.models:Llama4VisionAttention",),
+    rope=hosts.TURNS,
+    rotate=_turned_tiles,
 )

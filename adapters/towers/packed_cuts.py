@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.attachment import Entry
@@ -114,7 +115,7 @@ class PackedCuts(PictureCuts):
     def signal(self, name: str, taps: TowerTaps, run: PackedPass) -> Tensor | None:
         """A signal of the row as the block saw it, `[1, ...]`."""
         layer, segments = self.seen(run)
-        return packed_signal(name, taps, segments, self.spans[layer])
+        return packed_signal(name, taps, segments, self.spans[layer], bool(self.num_prefix))
 
     @staticmethod
     def seen(run: PackedPass) -> tuple[int, Segments]:
@@ -125,7 +126,8 @@ class PackedCuts(PictureCuts):
     def carry(self, run: PackedPass, layer: int, taps: TowerTaps) -> None:  # type: ignore[override]
         """As that of a picture's row."""
         for need in self.tapped.get(layer, ()):
-            value = self.signal(need.name, taps, run)
+            with torch.no_grad():
+                value = self.signal(need.name, taps, run)
             if value is not None:
                 run.sequence.carried[f"{need.name}@{layer}"] = (value, TOWER_SIGNALS[need.name].axis)
 

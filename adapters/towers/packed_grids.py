@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import hosts
 from ..hosts import Role
@@ -29,3 +30,30 @@ def patch_grids(role: Role, value: Any, patch: int) -> list[PatchGrid]:
     elif role != hosts.PATCH_SHAPES:  # column and row of each patch, -1 where a picture is padded
         value = (value.flatten(0, -3).amax(1) + 1).flip(-1)
     return [(1, int(rows), int(columns)) for rows, columns in value.tolist()]
+
+
+def by_token(places: Tensor, grids: list[PatchGrid], merge: int) -> list[Tensor]:
+    """Patches of pictures in the order of the tokens that they are pooled into, by their places.
+
+    Args:
+        places: int64 `[..., N, 2]`, column and row of each patch, -1 behind those of a picture.
+        grids: of the pictures.
+        merge: patches along the side of a token.
+
+    Returns:
+        int64 `[patches]` of each picture.
+
+    Raises:
+        ValueError: its patches do not fill its grid, in whole squares, in front of the padding.
+    """
+    found = []
+    for one, (_, rows, columns) in zip(places.flatten(0, -3), grids):
+        column, row = one[: rows * columns].unbind(-1)
+        token = row // merge * (columns // merge) + column // merge
+        apart = (row * columns + column).unique().numel() == rows * columns  # no two on one place, none of padding
+        if rows % merge or columns % merge or not apart or bool((one[: rows * columns] < 0).any()):
+            raise ValueError(f"{rows} x {columns} patches, some of them missing or behind padding")
+        if bool((one[rows * columns :] >= 0).any()):
+            raise ValueError(f"more patches than {rows} x {columns}")
+        found.append(token.argsort(stable=True))
+    return found

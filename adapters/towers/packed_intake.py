@@ -16,7 +16,7 @@ from ...core.threads import BlockOrder, PerThread
 from .. import hosts
 from ..base import TowerSpec
 from ..hosts import Arguments
-from .checks import check_input
+from .checks import check_input, check_padding
 from .packed_grids import PatchGrid
 from .packed_pass import PackedPass
 from .packed_segments import Segments
@@ -31,11 +31,13 @@ class Told:
         grids: of the pictures.
         order: of units, see `PackedPass`.
         windows: boundaries of windows, or None.
+        by_token: patches of each picture in the order of their tokens, or None.
     """
 
     grids: list[PatchGrid] | None = None
     order: Tensor | None = None
     windows: list[int] | None = None
+    by_token: list[Tensor] | None = None
 
 
 class PackedIntake:
@@ -65,7 +67,7 @@ class PackedIntake:
         """Pre-hook on the tower: sizes of its pictures, and where windows put their patches.
 
         Raises:
-            HostChanged: it was called without sizes.
+            HostChanged: it was called without sizes, or with some that are no grids of patches.
         """
         if replaying():
             return
@@ -78,6 +80,11 @@ class PackedIntake:
         if self.form.windows is not None:
             told.order, bounds = self.form.windows(torch.as_tensor(value))
             told.windows = torch.as_tensor(bounds).unique_consecutive().tolist()
+        if self.form.by_token is not None:
+            try:
+                told.by_token = self.form.by_token(value, told.grids)
+            except ValueError as problem:
+                raise hosts.changed(module, f"a picture has {problem}, by the {role}") from None
         if not torch.compiler.is_compiling():
             run = StageRun(self.stage, 0, 0, grids=tuple(told.grids))
             self.attachment.ledger.begin(run)
@@ -95,7 +102,7 @@ class PackedIntake:
             watch: how far this thread is.
 
         Raises:
-            HostChanged: the rows are not those of the pictures that the tower was told of.
+            HostChanged: the rows, or what is padding in them, are not those of the pictures that the tower was told of.
         """
         x = arguments.get(hosts.HIDDEN, args, kwargs)
         check_input(module, x, self.width, packed=True)
@@ -109,6 +116,11 @@ class PackedIntake:
         segments = Segments.of_grids(grids, self.raster and told.windows is None, padded)
         if told.windows is not None:
             segments = segments.windowed(told.windows)
+        real = None if padded is None else self._real(segments, told, x.device)
+        if real is not None and self.form.masked:
+            shown = torch.zeros(places, dtype=torch.bool, device=x.device).index_fill(0, real, True)
+            mask = arguments.get(hosts.BIAS, args, kwargs)
+            check_padding(module, mask, shown.unflatten(0, x.shape[:-1]))
         run = StageRun(self.stage, 0, 0)
         if torch.compiler.is_compiling():
             self.attachment.compiled = True
@@ -128,4 +140,13 @@ class PackedIntake:
             segments=segments,
             grids=tuple(grids),
             order=order,
+            real=real,
         )
+
+    @staticmethod
+    def _real(segments: Segments, told: Told, device: torch.device) -> Tensor:
+        """Places of the patches in rows that are padded, in the order that the rule of the family takes them in."""
+        places = segments.places(device)
+        if told.by_token is not None:
+            places = [here[within.to(device)] for here, within in zip(places, told.by_token)]
+        return torch.cat(places)

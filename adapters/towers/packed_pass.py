@@ -24,6 +24,10 @@ class PackedPass(Pass):
         order: int64 `[units]`, which unit of ``merge ** 2`` patches lies where; None where they lie in order.
         states: what methods noted of tokens, `[1, S, ...]` by (method, name), and
         known: for which segments.
+        real: int64 `[patches]`, places of the patches in rows that are padded, as the rule of the family wants them in
+            order; None where all pictures lie in one row.
+        gave: first channels of what the tower gave, `[T, c]`, where a projector reads it in a later call, or None.
+        tokens: what the projector made of the first pictures, where it sees one at a time.
         inside: the block that runs, and the row as it came into it.
         notes: what they noted of segments, per (method, scope), by name and segment.
     """
@@ -31,6 +35,9 @@ class PackedPass(Pass):
     segments: Segments = field(default_factory=lambda: Segments((), 0))
     grids: tuple[PatchGrid, ...] = ()
     order: Tensor | None = None
+    real: Tensor | None = None
+    gave: Tensor | None = None
+    tokens: list[Tensor] = field(default_factory=list)
     inside: tuple[int, Segments] | None = None
     states: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     known: dict[tuple[int, str], set[tuple[int, int, int]]] = field(default_factory=dict)

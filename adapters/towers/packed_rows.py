@@ -9,7 +9,7 @@ from typing import Any
 from .. import hosts
 from ..base import BlockSpec
 from ..hosts import Role
-from .packed_blocks import PADDLE_BLOCK, PIXTRAL_BLOCK, QWEN_BLOCK
+from .packed_blocks import GEMMA_BLOCK, LLAMA_BLOCK, PADDLE_BLOCK, PIXTRAL_BLOCK, QWEN_BLOCK, SIGLIP2_BLOCK
 
 
 def _window(config: Any) -> int:
@@ -38,7 +38,7 @@ class PackedRow:
         inside: whether patches are merged before modules of the tower other than the patch embedding see them.
         window: from the configuration, visual tokens along the side of a window, or None.
         shared: whether all pictures of a call lie in one row.
-        extra: tokens of a row beside the patches.
+        extra: tokens of a row behind the patches; the first is a class token.
         pads: whether processors fill rows up to a length of theirs.
         canvas: whether the patch embedding sees pictures on a canvas as large as the largest one.
         pool: path of a module that averages patches by a matrix product, or None.
@@ -119,6 +119,8 @@ PACKED_ROWS: dict[str, PackedRow] = {
         shared=False,
         pads=True,
         pool="pooler",
+        block=GEMMA_BLOCK,
+        sizes=hosts.PIXEL_PLACES,
         **_FIELDS,
     ),
     "llama4_vision_model": PackedRow(
@@ -128,6 +130,8 @@ PACKED_ROWS: dict[str, PackedRow] = {
         merge=lambda own, whole: round(1 / float(own.pixel_shuffle_ratio)),
         shared=False,
         extra=1,
+        block=LLAMA_BLOCK,
+        sizes=None,
         **_FIELDS,
     ),
     "siglip2_vision_model": PackedRow(
@@ -139,6 +143,8 @@ PACKED_ROWS: dict[str, PackedRow] = {
         pads=True,
         table="embeddings.position_embedding",
         resize="resize_positional_embeddings",
+        block=SIGLIP2_BLOCK,
+        sizes=hosts.PATCH_SHAPES,
         **_FIELDS,
     ),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from ...core.row_data import Group
 from .packed_grids import PatchGrid
@@ -90,6 +91,16 @@ class Segments:
         if any(segment.start is not None for segment in self.items):
             return [segment.start or 0 for segment in self.items]
         return [0, *accumulate(segment.n for segment in self.items)][:-1]
+
+    def places(self, device: torch.device) -> list[Tensor]:
+        """Places of the tokens of each segment, int64 `[n]` each.
+
+        Args:
+            device: of them.
+        """
+        return [
+            torch.arange(start, start + segment.n, device=device) for start, segment in zip(self.starts, self.items)
+        ]
 
     def runs(self, span: str) -> list[list[int]]:
         """Which segments see each other.

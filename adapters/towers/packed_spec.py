@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
-from .. import forms
+from .. import forms, hosts
 from ..base import PackedForm, TowerSpec, child
-from .packed_grids import PatchGrid, patch_grids
+from .packed_grids import PatchGrid, by_token, patch_grids
 from .packed_rows import PACKED_ROWS, PackedRow
 
 _WINDOWS = "get_vision_window_index"
@@ -44,11 +44,11 @@ def packed_spec(tower: Any, whole: Any) -> TowerSpec | None:
     return TowerSpec(
         block=row.block,
         blocks=blocks,
-        num_prefix=0,
+        num_prefix=row.extra,
         width=int(getattr(config, row.width)),
         heads=int(getattr(config, row.heads)),
         returns_grid=True,
-        has_class_token=False,
+        has_class_token=bool(row.extra),
         packed=_form(tower, config, whole, row, len(blocks)),
     )
 
@@ -69,15 +69,17 @@ def _form(tower: nn.Module, config: Any, whole: Any, row: PackedRow, depth: int)
         order, bounds = find(value, spatial_merge_size=merge, window_size=size, patch_size=patch)
         return order, bounds
 
-    windowed = row.window is not None
+    merge, windowed = row.merge(config, whole), row.window is not None
     return PackedForm(
         told=child(tower, row.told),
         sizes=role,
         grids=grids,
         spans=tuple(row.span if isinstance(row.span, str) else row.span(config, i) for i in range(depth)),
-        merge=row.merge(config, whole),
+        merge=merge,
         shared=row.shared,
         windows=windows if windowed else None,
         readers=tuple(child(tower, row.readers)) if row.readers is not None else (),
         lacks=forms.missing(tower, [_WINDOWS]) if windowed else "",
+        masked=row.pads,
+        by_token=(lambda value, grids: by_token(value, grids, merge)) if role == hosts.PIXEL_PLACES else None,
     )

@@ -17,7 +17,7 @@ MEANS_OF_ROWS = frozenset({"received_attention", "flat_attention"})
 """Signals that are means over the rows which see a token."""
 
 
-def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> Tensor | None:
+def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str, guarded: bool = False) -> Tensor | None:
     """A signal of a packed row.
 
     Means over rows are taken over the rows of a frame, whatever a block sees of it: a sum over a window's rows divided
@@ -28,6 +28,7 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> 
         taps: of the whole row `[1, S, C]`.
         segments: of that row.
         span: what a token of the block sees.
+        guarded: whether a class token stands behind each stretch, which its patches see too.
 
     Returns:
         What the signal is of one row, `[1, ...]` with S tokens along its axis.
@@ -37,7 +38,7 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> 
         return None
     axis, found = signal.axis, None
     for group in segments.groups(span, taps.tokens.device):
-        value = signal.make(_of_group(taps, group))
+        value = signal.make(_of_group(taps, group, guarded))
         assert value is not None
         value = value.movedim(axis, 1)
         if found is None:
@@ -51,9 +52,10 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str) -> 
     return found[None].movedim(1, axis)
 
 
-def _of_group(taps: TowerTaps, group: Group) -> TowerTaps:
+def _of_group(taps: TowerTaps, group: Group, guarded: bool) -> TowerTaps:
     """Taps of some stretches as rows of their own, `[b, H, n, d]`."""
-    at = group.columns
+    # Tokens do not know their order, so that a class token may as well stand in front.
+    at = torch.cat([group.columns[:, -1:] + 1, group.columns], 1) if guarded else group.columns
 
     def heads(x: Tensor) -> Tensor:
         return x[0][:, at].transpose(0, 1)
@@ -61,7 +63,7 @@ def _of_group(taps: TowerTaps, group: Group) -> TowerTaps:
     # The rotary table is one of the whole row, so that q and k are turned before they are taken apart.
     turn = (lambda x: x) if taps.rotate is None else taps.rotate
     return _Turned(
-        TowerRow(0, group.n),
+        TowerRow(int(guarded), group.n),
         taps.tokens[0, at],
         lambda: heads(taps.q()),
         lambda: heads(taps.k()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class BlockTaps:
         """
         caught = record.taps
         attn = caught["attn"]
-        heads = getattr(attn, self.block.heads)
+        heads = attrgetter(self.block.heads)(attn)
 
         def made(which: str) -> Tensor:
             if which not in caught:
