@@ -80,6 +80,7 @@ class BlockSpec:
     def takes_bias(self) -> bool:
         """Whether something can be added to the logits of its keys."""
         return self.bias is not None or self.by_name
+
     functions: tuple[str, ...] = ()
 
 
