@@ -45,6 +45,7 @@ FURTHER: dict[str, VLMSpec] = {
     "lighton_ocr": VLMSpec(
         tower="vision_encoder",
         projector="vision_projection",
+        feature=None,
         parts="rows",
         grid_arguments=(hosts.IMAGE_SIZES,),
         tower_size_argument=hosts.IMAGE_SIZES,

@@ -25,6 +25,7 @@ SINCE = {
     # A forward of older ones loses the number of frames of each clip on its way to the inner model.
     "test_clips_are_counted_whole[gemma4": ("transformers", "5.23"),
     "test_signals_equal_the_hosts_own_attention[gemma4-clips": ("transformers", "5.23"),
+    "test_a_plain_forward_cuts_what_generate_cuts[gemma4_unified-clips": ("transformers", "5.23"),
 }
 """From a part of a test's id to the package and the release since which it holds."""
 

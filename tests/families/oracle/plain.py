@@ -57,7 +57,9 @@ class Oracle:
     def features(self, encoded: Any) -> Tensor:
         """`[N, C]`, one after the other."""
         made = encoded.pooler_output
-        return made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made))
+        return (
+            torch.cat([part.flatten(0, -2) for part in made]) if not isinstance(made, Tensor) else made.flatten(0, -2)
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """`[L, C]`, placeholders included."""
