@@ -153,15 +153,19 @@ PIXTRAL_BLOCK = replace(
     by_name=False,
     functions=(_HEADS,),
 )
-SIGLIP2_BLOCK = replace(
-    PADDLE_BLOCK,
+SIGLIP2_BLOCK = BlockSpec(
+    norm="layer_norm1",
+    attn="self_attn",
+    mid="layer_norm2",
+    branch_end="mlp",
+    mlp="mlp",
+    project=_apart,
     scale=lambda attn: float(attn.scale),
+    heads="num_heads",
     bias=hosts.BIAS,
     forms=("transformers.models:Siglip2Attention",),
-    rope=None,
-    rotate=None,
-    bounds=None,
-    longest=None,
+    q="q_proj",
+    k="k_proj",
 )
 GEMMA_BLOCK = replace(
     SIGLIP2_BLOCK,

@@ -44,14 +44,14 @@ def by_token(places: Tensor, grids: list[PatchGrid], merge: int) -> list[Tensor]
         int64 `[patches]` of each picture.
 
     Raises:
-        ValueError: its patches do not fill its grid, in whole squares, in front of the padding.
+        ValueError: its patches do not fill its grid in front of the padding.
     """
     found = []
     for one, (_, rows, columns) in zip(places.flatten(0, -3), grids):
         column, row = one[: rows * columns].unbind(-1)
         token = row // merge * (columns // merge) + column // merge
         apart = (row * columns + column).unique().numel() == rows * columns  # no two on one place, none of padding
-        if rows % merge or columns % merge or not apart or bool((one[: rows * columns] < 0).any()):
+        if not apart or bool((one[: rows * columns] < 0).any()):
             raise ValueError(f"{rows} x {columns} patches, some of them missing or behind padding")
         if bool((one[rows * columns :] >= 0).any()):
             raise ValueError(f"more patches than {rows} x {columns}")

@@ -13,6 +13,7 @@ from ...core.hooks import replaying
 from ...core.ledger import StageRun
 from ...core.sequence import Sequence, TowerRow
 from ...core.threads import BlockOrder, PerThread
+from ...errors import PassError
 from .. import hosts
 from ..base import TowerSpec
 from ..hosts import Arguments
@@ -68,6 +69,7 @@ class PackedIntake:
 
         Raises:
             HostChanged: it was called without sizes, or with some that are no grids of patches.
+            PassError: squares of patches that make a token do not fill a picture.
         """
         if replaying():
             return
@@ -77,6 +79,13 @@ class PackedIntake:
             raise hosts.changed(module, f"it was called without the {role}, so where its pictures lie is not known")
         told = self.told.mine()
         told.grids, told.order, told.windows = self.form.grids(value), None, None
+        merge = self.form.merge
+        odd = [] if self.form.shared else [grid[1:] for grid in told.grids if grid[1] % merge or grid[2] % merge]
+        if odd:
+            raise PassError(
+                f"a picture of {odd[0][0]} x {odd[0][1]} patches does not fall into squares of {merge} x {merge}, of "
+                "which the language model gets one token each; methods that read this tower need pictures that do"
+            )
         if self.form.windows is not None:
             told.order, bounds = self.form.windows(torch.as_tensor(value))
             told.windows = torch.as_tensor(bounds).unique_consecutive().tolist()

@@ -16,7 +16,7 @@ from vlmtok.adapters.towers.packed_spec import packed_spec
 
 import vlmtok
 from vlmtok import TokenView
-from vlmtok.errors import CacheError, HostChanged, SiteError
+from vlmtok.errors import CacheError, HostChanged, PassError, SiteError
 from vlmtok.lab.tiny.shots import naflex, pooled_patches
 
 from .build import FAMILIES, Family, shared
@@ -197,6 +197,23 @@ def test_patches_behind_padding_are_refused() -> None:
         with pytest.raises(HostChanged, match="missing or behind padding"):
             model(**{**inputs, **turned})
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "gemma4"])
+def test_squares_that_do_not_fill_a_picture_are_refused(name: str) -> None:
+    """Three rows of five patches are no squares of two by two."""
+    model = shared(name)
+    places = torch.full((1, 64, 2), -1)
+    places[0, :15] = torch.stack([torch.arange(15) % 5, torch.arange(15) // 5], -1)
+    given = {
+        "lfm2_vl": {
+            "spatial_shapes": torch.tensor([[3, 5]]),
+            "pixel_attention_mask": (torch.arange(64) < 15).long()[None],
+        },
+        "gemma4": {"image_position_ids": places},
+    }
+    with vlmtok.compress(model, "visionzip:keep=0.5"), pytest.raises(PassError, match="3 x 5 patches"):
+        model.model.get_image_features(pixel_values=torch.rand(1, 64, 48), **given[name])
 
 
 def test_a_mask_that_hides_a_patch_is_refused() -> None:
