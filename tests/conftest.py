@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import lane, since
+from support import further, lane, since
 from vlmtok.adapters.host_faults import fault_of
 
 from vlmtok.errors import InternalError, UnsupportedModel
@@ -30,6 +30,7 @@ settings.load_profile("vlmtok")
 
 def pytest_addoption(parser):
     parser.addoption("--lane", action="store_true", help="run the contract subset alone (tests/support/lane.py)")
+    parser.addoption("--every-family", action="store_true", help="run all cases (tests/support/further.py)")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -147,6 +148,8 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if not (since.too_old(item.nodeid) or since.lacking(item.nodeid))]
     if config.getoption("lane"):
         kept = lane.chosen(kept)
+    elif not config.getoption("every_family"):
+        kept = further.thinned(kept)
     left_out = {*items} - {*kept}
     if left_out:
         config.hook.pytest_deselected(items=[*left_out])

@@ -117,7 +117,7 @@ def test_a_pair_of_which_only_the_tower_is_cut_equals_loops(name: str, method: s
     assert (wanted[:, 0] - bare(name)).abs().max() > MOVED
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *TOWER_ONLY])
+@pytest.mark.parametrize("name", released.NAMES)
 def test_a_model_at_released_depth_is_left_as_it_was(name: str) -> None:
     """Every method attached and taken off again; the pairs that attach are those that this file runs."""
     model = released.shared(name)

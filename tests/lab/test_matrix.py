@@ -17,7 +17,6 @@ from vlmtok.errors import ParameterError, UnknownMethod, UnsupportedModel
 from vlmtok.lab import pairs
 from vlmtok.lab.matrix import LETTERS, Matrix
 from vlmtok.lab.tiny import released
-from vlmtok.lab.tiny.families import FAMILIES, TOWER_ONLY
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_a_model_that_is_not_listed_by_its_adapter(llava):
 
 # ---------------------------------------------------------------------- families
 def test_every_family_is_there_once(found):
-    assert found.models == [*FAMILIES, *TOWER_ONLY] and len(found) == 4 * len(found.models)
+    assert found.models == [*released.NAMES] and len(found) == 4 * len(found.models)
     kinds = {released.shared(name).config.model_type for name in found.models}
     assert kinds == set(ROWS), "a row without a tiny family would not be in the matrix"
 

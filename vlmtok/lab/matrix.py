@@ -20,7 +20,6 @@ from ..loading import Loaded, quiet, skeleton
 from ..tabular import Table, Tabular
 from .pairs import Pair, by_sentence, named_pairs, pair
 from .tiny import released
-from .tiny.families import FAMILIES, TOWER_ONLY
 
 if TYPE_CHECKING:
     from ..timing import Progress
@@ -193,7 +192,7 @@ def matrix(
     if model is None:
         if adapter is not None:
             raise ParameterError(f"matrix: adapter={adapter!r} is of a model, and none is given")
-        families = [*FAMILIES, *TOWER_ONLY]
+        families = released.NAMES
         found: list[Pair] = []
         with quiet():
             for number, name in enumerate(families):

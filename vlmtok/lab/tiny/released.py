@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .families import FAMILIES, TOWER_ONLY, Family
+from .further_families import FURTHER
 
 FULL, SLIDING, CHUNKED, LINEAR, CONV = (
     "full_attention",
@@ -75,6 +76,10 @@ DEPTHS: dict[str, Depths] = {
 }
 """Families whose depths or kinds of layers are not the usual ones of `Depths`."""
 
+_FURTHER = {family.name for family in FURTHER} | {"instructblipvideo"}
+NAMES = tuple(name for name in (*FAMILIES, *TOWER_ONLY) if name not in _FURTHER)
+"""Families that are made at released depth; what differs little from one of them is not."""
+
 TOWER_GAIN = 2.0
 """At most, of `Family.tower_gain`: with 4, towers of 27 layers make 1e-3 of what fp32 rounds."""
 
@@ -83,7 +88,7 @@ def released(name: str) -> Family:
     """A tiny family at released depth.
 
     Args:
-        name: as in `FAMILIES` or `TOWER_ONLY`.
+        name: one of `NAMES`.
     """
     family = {**FAMILIES, **TOWER_ONLY}[name]
     make = functools.partial(_deep, family, DEPTHS.get(name, Depths()))
