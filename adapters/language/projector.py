@@ -87,7 +87,8 @@ class Projector:
         if self.tower is not None and self.queue is None:
             self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
-        self.attachment.hook(module, "post", self.fill)
+        packed = self.tower is not None and self.tower.packed is not None
+        self.attachment.hook(module, "post", torch.compiler.disable(self.fill) if packed else self.fill)
 
     # ------------------------------------------------------------------ hooks
     def shorten(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
