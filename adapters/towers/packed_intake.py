@@ -62,7 +62,7 @@ class PackedIntake:
         """Places the hook on what is told sizes."""
         role = self.form.sizes
         self.arguments = Arguments(self.form.told, [hosts.PIXELS if role is None else role])
-        self.attachment.hook(self.form.told, "pre", self.measure)
+        self.attachment.hook(self.form.told, "pre", torch.compiler.disable(self.measure))
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook on the tower: sizes of its pictures, and where windows put their patches.

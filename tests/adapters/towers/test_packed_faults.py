@@ -149,3 +149,17 @@ def test_half_precision(name: str, half: str) -> None:
     value = found["received_attention@vision:-1"].float()
     assert value.sum() == pytest.approx(float(wanted.sum()), rel=0.02)
     assert torch.corrcoef(torch.stack([value, wanted]))[0, 1] > 0.95
+
+
+def test_a_compiled_tower() -> None:
+    """Graphs break at hooks, as the host breaks them where it reads sizes; what comes out is the same."""
+    family = FAMILIES["qwen2_5_vl"]
+    inputs = family.batch(*family.rows).inputs()
+    with torch.no_grad():
+        with vlmtok.compress(shared("qwen2_5_vl"), "visionzip:keep=0.5"):
+            wanted = shared("qwen2_5_vl")(**inputs).logits
+        model = family.build()
+        with vlmtok.compress(model, "visionzip:keep=0.5"):
+            model.model.visual.compile(backend="eager")
+            assert_equal(model(**inputs).logits, wanted)
+    torch._dynamo.reset()
