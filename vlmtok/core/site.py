@@ -150,6 +150,7 @@ class StageLayout:
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
         why: why signals are missing that others of its kind give; empty where none are.
         whole: why no token can leave here, though signals can be read; empty where some can.
+        untried: what no release does to tokens that leave here, as a clause about them; empty where some does.
     """
 
     depth: int
@@ -165,6 +166,7 @@ class StageLayout:
     renumbers: bool = True
     why: str = ""
     whole: str = ""
+    untried: str = ""
 
 
 @dataclass(frozen=True)
