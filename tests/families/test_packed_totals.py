@@ -18,7 +18,7 @@ from .pictures import pictures
 from .shots import PATCH
 from .test_totals import VALUES, built, check, counted, line
 
-METHODS = ["tome:r=3", "pitome:ratio=0.7", "crossget:rv=2", "tca:ratio=0.6", "tome:r=2+visionzip:keep=4"]
+METHODS = ["tome:r=3", "pitome:ratio=0.7", "crossget:rv=2", "tca:ratio=0.3", "tome:r=2+visionzip:keep=4"]
 
 
 FEW = ("qwen2_5_vl", "qwen3_vl", "paddleocr_vl", "mistral3")
