@@ -64,7 +64,7 @@ def _of_group(taps: TowerTaps, group: Group, guarded: bool) -> TowerTaps:
     turn = (lambda x: x) if taps.rotate is None else taps.rotate
     return _Turned(
         TowerRow(int(guarded), group.n),
-        taps.tokens[0, at],
+        taps.tokens[:, :0],  # no signal with an entry for each token reads them
         lambda: heads(taps.q()),
         lambda: heads(taps.k()),
         taps.scale,

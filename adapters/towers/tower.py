@@ -97,6 +97,7 @@ class Tower:
             why=why,
             whole=spec.whole,
             windowed=frozenset() if spec.packed is None else spec.packed.windowed,
+            untried=_joined(spec.packed.merge) if spec.packed is not None else "",
         )
 
     def _install(self, spec: TowerSpec) -> None:
@@ -366,3 +367,10 @@ class Tower:
         """Taps of a block that has not run yet; `rope` is the rotary table that the host gives it."""
         run = self.running.now
         return self.reader.ahead(run, module, x, self.cuts.bias(run, x, layer), rope)
+
+
+def _joined(merge: int) -> str:
+    """What becomes of patches behind a packed tower; empty where each goes on by itself."""
+    return (
+        f"are spread over patches again, of which the projector joins squares of {merge} x {merge}" if merge > 1 else ""
+    )

@@ -4,7 +4,7 @@ attention, rotation, sizes and slots, whose rows take the place of the host's be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -177,7 +177,7 @@ class Loop:
 
     Args:
         blocks: the tower's.
-        decide: what merges between attention and MLP of a block, segment by segment.
+        decides: what merges between attention and MLP of a block, in order, segment by segment.
         sized: whether log(size) is added to the logits.
 
     Attributes:
@@ -186,8 +186,8 @@ class Loop:
         pairs: of a query and a key that see each other, by block.
     """
 
-    def __init__(self, blocks: list[Any], decide: Decide, sized: bool) -> None:
-        self.blocks, self.decide, self.sized = blocks, decide, sized
+    def __init__(self, blocks: list[Any], decides: Sequence[Decide], sized: bool) -> None:
+        self.blocks, self.decides, self.sized = blocks, decides, sized
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.pairs: list[int] = []
         self.tokens: list[tuple[int, int]] = []
@@ -251,10 +251,14 @@ class Loop:
         self.heard = {"received_attention": share[:, None], "turned_keys": turned(k).mean(0)}
         values, parts = list(x.split(lengths)), list(parts)
         for at, keys in enumerate(k.split(lengths, 1)):
-            sizes = [len(slot.members) for slot in parts[at]]
-            made = self.decide(Moment(layer, values[at], keys, received[at], sizes))
-            if made is not None:
-                values[at], parts[at] = _merged(values[at], parts[at], made)
+            heard = received[at]
+            for decide in self.decides:
+                sizes = [len(slot.members) for slot in parts[at]]
+                made = decide(Moment(layer, values[at], keys, heard, sizes))
+                if made is not None:
+                    own = [one for one, _, _ in made]
+                    keys, heard = keys[:, own], heard[own]
+                    values[at], parts[at] = _merged(values[at], parts[at], made)
         self.tokens.append((len(slots), sum(len(part) for part in parts)))
         norm = _child(block, "norm2", "layer_norm2", "ffn_norm")
         return [y + mlp(norm(y)) for y in values], parts
@@ -277,10 +281,10 @@ def _merged(x: Tensor, slots: list[Slot], made: Made) -> tuple[Tensor, list[Slot
 
 
 @contextlib.contextmanager
-def by_hand(model: nn.Module, decide: Decide, sized: bool) -> Iterator[Loop]:
+def by_hand(model: nn.Module, decide: Decide | Sequence[Decide], sized: bool) -> Iterator[Loop]:
     """The model with the loop's rows in place of those of its tower."""
     blocks = blocks_of(model)
-    loop = Loop(blocks, decide, sized)
+    loop = Loop(blocks, [decide] if callable(decide) else decide, sized)
 
     def begin(layer: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

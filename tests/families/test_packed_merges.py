@@ -95,6 +95,17 @@ def test_eager_attention_too(name: str, way: str) -> None:
         close(features(model, name, arrays), wanted)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "mistral3"])
+@torch.no_grad()
+def test_two_methods_in_one_block(name: str) -> None:
+    """The second one is shown what the first one left, with the keys of the tokens that stay."""
+    model, arrays = shared(name), pictures(name)
+    with by_hand(model, [tome(2), pitome(0.8, DEPTH)], True):
+        wanted = features(model, name, arrays)
+    with vlmtok.compress(model, "tome:r=2+pitome:ratio=0.8"):
+        close(features(model, name, arrays), wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [*((n, "pictures") for n in PACKED), *((n, "clips") for n in PACKED if FAMILIES[n].clips)]
 )

@@ -18,7 +18,7 @@ from .pictures import pictures
 from .shots import PATCH
 from .test_totals import VALUES, built, check, counted, line
 
-METHODS = ["tome:r=3", "pitome:ratio=0.7", "crossget:rv=2", "tca:ratio=0.6", "tome:r=2+visionzip:keep=4"]
+METHODS = ["tome:r=3", "pitome:ratio=0.7", "crossget:rv=2", "tca:ratio=0.3", "tome:r=2+visionzip:keep=4"]
 
 
 FEW = ("qwen2_5_vl", "qwen3_vl", "paddleocr_vl", "mistral3")
@@ -114,3 +114,38 @@ def test_an_estimate_is_the_report(name: str, method: str) -> None:
         for part in ("vision", "projector", "signals", "method"):
             if frames == 1 or "visionzip" not in method:  # which parts a clip has is not told here
                 assert line(made, part) == line(report, part), (shot, part)
+
+
+@torch.no_grad()
+def test_a_reader_is_told_what_nobody_knows_yet() -> None:
+    """Once for each method, in reports and forecasts; Random looks on in no tower, and says nothing."""
+    model = built("qwen2_5_vl")
+    for method, names in (("tome:r=1+pitome:ratio=0.9", ["tome", "pitome"]), ("random:keep=0.5", [])):
+        with vlmtok.compress(model, method) as run:
+            model(**odd("qwen2_5_vl", "2O3"))
+            told = [run.report().notes, vlmtok.estimate(model, method, visual_tokens=16).notes]
+        for notes in told:
+            said = [note for note in notes if "quality on real weights is unknown" in note]
+            assert [note.split()[0] for note in said] == names and all("squares of 2 x 2" in note for note in said)
+
+
+@torch.no_grad()
+def test_a_trace_says_what_it_leaves_out() -> None:
+    """Visual tokens are as many as before; what left inside the tower is told by the report."""
+    model, inputs = built("qwen2_vl"), odd("qwen2_vl", "2O3", "P4")
+    with vlmtok.compress(model, "tome:r=3+divprune:keep=4", trace=True) as run:
+        model(**inputs)
+        trace = run.trace()
+    assert [picture.kept for picture in trace] == [4, 4]
+    (note,) = trace.sheet().notes
+    assert "what tome joined inside the vision tower is not shown" in note
+    with vlmtok.compress(model, "divprune:keep=4", trace=True) as run:
+        model(**inputs)
+        assert not run.trace().sheet().notes
+
+
+def test_a_budget_reaches_a_tower_of_windows() -> None:
+    model = built("qwen2_5_vl")
+    method = vlmtok.budget("tome", model, macs=0.95, visual_tokens=16)
+    found = vlmtok.estimate(model, method, visual_tokens=16).macs.share.low
+    assert found == pytest.approx(0.95, abs=0.02)

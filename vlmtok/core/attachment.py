@@ -117,8 +117,10 @@ class Attachment:
         for index, method in enumerate(self.methods):
             places, moved = place(method, self.layout, known)
             entries += [Entry(index, method, one.site, one.needs, one.asked) for one in places]
-            self._say_positions(method, method.sites(self.layout))
+            sites = method.sites(self.layout)
+            self._say_positions(method, sites)
             self.said += [*moved, *method.remarks(self.layout)]
+            self._say_untried(method, sites)
         entries.sort(key=Entry.order)
         features = [entry for entry in entries if entry.site.stage == "features"]
         for first, second in pairwise(features):
@@ -144,6 +146,16 @@ class Attachment:
                 f"{method.spec_name()} keeps position ids, which it renumbers elsewhere: those of {self.layout.family} "
                 "are places in a picture (M-RoPE)"
             )
+
+    def _say_untried(self, method: Method, sites: list[Site]) -> None:
+        """Notes, once for each method, that nobody knows what its cuts do to answers of real weights."""
+        for name in dict.fromkeys(site.stage for site in sites if not looks_on(method, site, self.layout)):
+            untried = self.layout.stages[name].untried
+            if untried:
+                self.said.append(
+                    f"{method.spec_name()} acts on tokens that {untried}: no release does so, and what it costs in "
+                    "quality on real weights is unknown"
+                )
 
     def at(self, stage: str, layer: int | None = None, point: str | None = None) -> list[Entry]:
         """Entries of a stage, a layer of it, or a point of that layer."""

@@ -151,6 +151,7 @@ class StageLayout:
         why: why signals are missing that others of its kind give; empty where none are.
         whole: why no token can leave here, though signals can be read; empty where some can.
         windowed: layers in which a token sees those of its window alone.
+        untried: what no release does to tokens that leave here, as a clause about them; empty where some does.
     """
 
     depth: int
@@ -167,6 +168,7 @@ class StageLayout:
     why: str = ""
     whole: str = ""
     windowed: frozenset[int] = frozenset()
+    untried: str = ""
 
     def room(self) -> int:
         """Layers from the first on at whose start tokens may leave, the first included."""

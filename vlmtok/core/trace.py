@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,10 +209,12 @@ class Trace(Shown):
 
     Attributes:
         pictures: in the order of the batch, and within a prompt in its order.
+        notes: what their tokens do not tell.
     """
 
-    def __init__(self, pictures: list[PictureTrace]) -> None:
+    def __init__(self, pictures: list[PictureTrace], notes: tuple[str, ...] = ()) -> None:
         self.pictures = pictures
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -223,7 +225,7 @@ class Trace(Shown):
     def sheet(self) -> Sheet:
         """What was left behind each cut, picture by picture; of many pictures the least and the most."""
         if len(self) == 1:
-            return self[0].sheet()
+            return replace(self[0].sheet(), notes=self.notes)
         by_site: dict[str, dict[int, int]] = {"all": {i: picture.patches for i, picture in enumerate(self.pictures)}}
         for i, picture in enumerate(self.pictures):
             for site, tokens, _ in picture.left():
@@ -232,9 +234,10 @@ class Trace(Shown):
         title += f"{sum(p.patches for p in self.pictures)} patches"
         if len(self) > MOST:
             rows = [[s, str(min(left.values())), str(max(left.values()))] for s, left in by_site.items()]
-            return Sheet(title, tables=[Table(["behind", "tokens, least", "tokens, most"], rows)])
+            return Sheet(title, tables=[Table(["behind", "tokens, least", "tokens, most"], rows)], notes=self.notes)
         rows = [[s, *(str(left.get(i, "")) for i in range(len(self)))] for s, left in by_site.items()]
-        return Sheet(title, tables=[Table(["behind", *(f"tokens of picture {i}" for i in range(len(self)))], rows)])
+        head = ["behind", *(f"tokens of picture {i}" for i in range(len(self)))]
+        return Sheet(title, tables=[Table(head, rows)], notes=self.notes)
 
     def __repr__(self) -> str:
         many = f"{len(self)} picture{'s' if len(self) != 1 else ''}"
@@ -254,10 +257,21 @@ class Trace(Shown):
             raise ParameterError("traces are kept only with vlmtok.compress(model, method, trace=True)")
         tower, decoder = attachment.drivers.get("vision"), attachment.drivers.get("decoder")
         if decoder is not None and decoder.running.seen().last_rows is not None:
-            return cls(_language(tower, decoder))
+            return cls(_language(tower, decoder), _unseen(tower))
         if decoder is None and tower is not None and tower.current is not None:
             return cls(_tower(tower))
         raise PassError("no pass has run yet: call the model first")
+
+
+def _unseen(tower: Any) -> tuple[str, ...]:
+    """That a tower merged patches and spread them again, which visual tokens do not show."""
+    if tower is None or tower.current is None or not tower.returns_grid or not tower.current.steps:
+        return ()
+    names = ", ".join(dict.fromkeys(method.spec_name() for *_, method in tower.current.steps))
+    return (
+        f"what {names} joined inside the vision tower is not shown: every patch has its slot's features again behind "
+        "it, and these are the visual tokens that are made of patches; report() tells the tower's tokens by block",
+    )
 
 
 def _first_patch(owner: Tensor) -> Tensor:
