@@ -51,7 +51,7 @@ class HFVLM(Adapter):
 
     def tower(self) -> TowerSpec | None:
         """The tower as data, or None where nothing of it can be reached."""
-        if not hasattr(self.core, self.spec.tower.split(".")[0]):
+        if getattr(self.core, self.spec.tower.split(".")[0], None) is None:
             return None
         tower = child(self.core, self.spec.tower)
         config = self.core.config

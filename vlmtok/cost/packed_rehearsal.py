@@ -31,7 +31,7 @@ class PackedRehearsal(Rehearsal):
             # Where one row has a mask of blocks, signals are made picture by picture all the same.
             block, lengths = tower.blocks[layer], row.lengths("picture" if span == "row" else span)
             for need in tapped.get(layer, []):
-                self.spent(partial(_make, block, lengths, need.name))
+                self.spent(partial(_make, block, lengths, need.name, tower.extra))
             for event in visits(self.run, layer):
                 made: set[str] = set()
                 for group in event.groups:
@@ -60,21 +60,21 @@ class PackedRehearsal(Rehearsal):
         tower = self.shape.packed
         if tower is None or need.name not in TOWER_SIGNALS:
             return None
-        taps = _taps(tower.blocks[need.layer or 0], group.rows, group.n)
+        taps = _taps(tower.blocks[need.layer or 0], group.rows, group.n, tower.extra)
         return lambda: self.apart(need.name, taps)
 
 
-def _make(block: BlockShape, lengths: Mapping[int, int], name: str) -> None:
+def _make(block: BlockShape, lengths: Mapping[int, int], name: str, extra: int = 0) -> None:
     """Makes a signal of all stretches whose tokens see each other; of equal ones together."""
     for n, count in lengths.items():
-        TOWER_SIGNALS[name].make(_taps(block, count, n))
+        TOWER_SIGNALS[name].make(_taps(block, count, n, extra))
 
 
-def _taps(block: BlockShape, rows: int, n: int) -> TowerTaps:
+def _taps(block: BlockShape, rows: int, n: int, extra: int = 0) -> TowerTaps:
     """Taps of stretches of equal length, which show their q and k."""
 
     def heads(count: int) -> Tensor:
-        return empty(rows, count, n, block.head_width)
+        return empty(rows, count, n + extra, block.head_width)
 
-    tokens = empty(rows, n, block.width)
-    return TowerTaps(TowerRow(0, n), tokens, lambda: heads(block.heads), lambda: heads(block.kv_heads), 1.0)
+    tokens = empty(rows, n + extra, block.width)
+    return TowerTaps(TowerRow(extra, n), tokens, lambda: heads(block.heads), lambda: heads(block.kv_heads), 1.0)

@@ -7,6 +7,7 @@ from typing import Any
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "timm-vit": ("tower", "tower, no CLS"),
     "timm-eva": ("tower",),
+    "timm-naflex": ("tower", "tower, no CLS"),
     "open_clip": ("dual",),
     "open_clip-vit": ("tower",),
     "open_clip-timm": ("tower", "tower, no CLS"),

@@ -148,13 +148,15 @@ def family_page(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def family_layout(name: str) -> Layout:
+def family_layout(name: str, changes: dict[str, Any] | None = None) -> Layout:
     """What a family offers, at the depth of its default configuration.
 
     Args:
         name: its model type.
+        changes: of its default configuration; None takes what `CONFIGURED` says.
     """
-    return adapter_for(configured({"model_type": name, **CONFIGURED.get(name, {})})).layout()
+    changed = CONFIGURED.get(name, {}) if changes is None else changes
+    return adapter_for(configured({"model_type": name, **changed})).layout()
 
 
 def _offer(stage: str, layout: Layout, spec: Any) -> str:
@@ -164,6 +166,8 @@ def _offer(stage: str, layout: Layout, spec: Any) -> str:
         reasons = [layout.without[one] for one in (stage, "vision", "projected") if one in layout.without]
         return f"no: {reasons[0]}"
     offered = layout.stages[stage]
+    if offered.whole:
+        return f"no: {offered.whole}; later stages can read its signals"
     if stage == "vision":
         return f"yes, {TOWER_CUTS[spec.tower_cut]}; {_depth(offered)}"
     if stage == "decoder":
