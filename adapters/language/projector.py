@@ -92,8 +92,7 @@ class Projector:
         if self.tower is not None and self.queue is None:
             self.arguments = Arguments(module, [hosts.FEATURES])
             self.attachment.hook(module, "pre", self.shorten)
-        packed = self.tower is not None and self.tower.packed is not None
-        self.attachment.hook(module, "post", torch.compiler.disable(self.fill) if packed else self.fill)
+        self.attachment.hook(module, "post", self.fill)
         if self.spec.projects_late and self.queue is not None:
             self.attachment.hook(child(core, self.spec.tower), "post", self.note)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...core.attachment import Attachment
@@ -58,6 +56,7 @@ class PackedTower(Tower):
     def __init__(self, attachment: Attachment, spec: TowerSpec, raster: bool) -> None:
         assert spec.packed is not None
         check_boundaries(attachment, spec)
+        attachment.between_graphs = True  # sizes of pictures are numbers on the host, which a graph cannot hold
         self.form = spec.packed
         self.readers: dict[int, Arguments] = {}
         intake = PackedIntake(attachment, spec, raster)
@@ -66,13 +65,7 @@ class PackedTower(Tower):
         if self.entries:
             for place, reader in enumerate(self.form.readers):
                 self.readers[place] = Arguments(reader, [hosts.HIDDEN])
-                attachment.hook(reader, "pre", self.traced(self.read), place)
-
-    @staticmethod
-    def traced(call: Callable[..., Any]) -> Callable[..., Any]:
-        """Sizes of pictures are numbers on the host, which a graph cannot hold: hooks run between graphs."""
-        disabled: Callable[..., Any] = torch.compiler.disable(call)
-        return disabled
+                attachment.hook(reader, "pre", self.read, place)
 
     def rows(self, x: Tensor) -> Tensor:
         """One row `[1, S, C]` of all that a module works on."""

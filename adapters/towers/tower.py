@@ -6,7 +6,7 @@ tells `cutting`; which pass a hook belongs to tells `running`, and what begins o
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -108,11 +108,7 @@ class Tower:
             self._install_block(plan, spec.blocks[plan.layer])
 
     def _install_block(self, plan: BlockPlan, module: nn.Module) -> None:
-        block, layer = self.block, plan.layer
-
-        def put(module: nn.Module, kind: str, call: Callable[..., Any], layer: int) -> None:
-            self.attachment.hook(module, kind, self.traced(call), layer)
-
+        put, block, layer = self.attachment.hook, self.block, plan.layer
         attn = child(module, block.attn)
         wanted_of_block = [role for role in (hosts.HIDDEN, block.rope, block.bounds) if role]
         self.inputs[layer] = Arguments(module, wanted_of_block, [hosts.BIAS, hosts.CAUSAL])
@@ -310,11 +306,6 @@ class Tower:
         if not self.attachment.at(self.stage, layer, "end"):
             for name in ("q", "k", "x", "rope"):
                 record.taps.pop(name, None)
-
-    @staticmethod
-    def traced(call: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook as ``torch.compile`` is to take it."""
-        return call
 
     # ------------------------------------------------------------------ rows of the host
     def rows(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ParameterError, SiteError
@@ -82,6 +83,8 @@ class Attachment:
         ledger: what ran.
         active: until removal.
         compiled: whether a pass ran inside torch.compile, which keeps no books.
+        between_graphs: whether hooks that are placed from now on run between the graphs of ``torch.compile``, all of
+            them, since a pass of which some hooks are traced and some are not has its state in two places.
         drivers: what the adapter put behind the hooks, by stage.
         said: what a reader of its reports must know about how methods act on this model.
     """
@@ -103,6 +106,7 @@ class Attachment:
         self.active = True
         self.pauses = 0
         self.compiled = False
+        self.between_graphs = False
         self.said: list[str] = []
         self.entries = self._resolve()
         self.memory: dict[int, nn.Module] = {}
@@ -200,6 +204,8 @@ class Attachment:
             call: method of a driver.
             layer: passed on.
         """
+        if self.between_graphs:
+            call = torch.compiler.disable(call)
         hook = Hook(self, call, layer, module)
         if kind == "pre":
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
