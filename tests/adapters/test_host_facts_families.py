@@ -29,6 +29,7 @@ from vlmtok.adapters.language.families import ROWS
 from vlmtok.adapters.language.masks import RECURRENT
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers.hf_rows import vision_spec
+from vlmtok.adapters.towers.packed_spec import packed_spec
 
 FACTS: list[Fact] = []
 
@@ -103,7 +104,9 @@ def _(at: Host) -> bool:
 
 @fact("its tower is of a class whose blocks can be cut", lambda spec: spec.tower_cut is not None)
 def _(at: Host) -> bool:
-    return len(vision_spec(child(at.core, at.spec.tower)).blocks) > 0
+    tower = child(at.core, at.spec.tower)
+    packed = packed_spec(tower, at.config) if at.spec.patches is not None else None
+    return len((packed or vision_spec(tower)).blocks) > 0
 
 
 # the inner model
@@ -256,10 +259,12 @@ def _(at: Host) -> bool:
     return all(given(call.bound, role).shape[:2] == call.args[0].shape[:2] for role in at.spec.layer_args)
 
 
-@fact("position embeddings are a pair, or one tensor, of one row for each column")
+@fact("position embeddings, where layers get any, are a pair, or one tensor, of one row for each column")
 def _(at: Host) -> bool:
     call = first(at.generated, "layer 0")
     got = call.kwargs["position_embeddings"]
+    if got is None:
+        return True
     parts = [got] if isinstance(got, Tensor) else list(got)
     return len(parts) in (1, 2) and all(part.shape[1] == call.args[0].shape[1] for part in parts)
 

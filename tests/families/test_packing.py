@@ -272,7 +272,7 @@ def test_layouts():
     assert not layout.gives("vision", "protected_queries", later=True)
     assert [site.stage for site in vlmtok.SCOPE().sites(layout)] == ["projected"]
     with pytest.raises(SiteError, match="features"):
-        vlmtok.compress(shared("qwen2_vl"), vlmtok.SCOPE())
+        vlmtok.compress(shared("kimi_k25"), vlmtok.SCOPE())
     with pytest.raises(MissingSignal, match="cls_attention"):
         vlmtok.compress(shared("llava_next"), Listen("protected_queries"))
 

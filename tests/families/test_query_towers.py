@@ -61,7 +61,7 @@ class Idle(vlmtok.Method):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("spec", METHODS)
-@pytest.mark.parametrize("name", TOWER_ONLY)
+@pytest.mark.parametrize("name", ["blip-2", "instructblip"])
 @torch.no_grad()
 def test_the_tower_and_what_reads_it_equal_a_loop(name: str, spec: str, attention: str) -> None:
     model, inputs = built(name, attention)

@@ -8,6 +8,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from vlmtok.adapters.language.families import ROWS
 
 import vlmtok
 from vlmtok.errors import SiteError, VlmtokError
@@ -16,7 +17,6 @@ from .build import FAMILIES, TOWER_ONLY, shared
 from .harness import Expected, ask, batch, generate
 from .methods import InTower, Top
 from .oracle import Cut, chosen
-from .packed_merging_by_hand import PACKED
 from .prompts import Picture, Prompt
 
 SLOTS = {"llava": 1, "paligemma": 0, "paligemma2": 0, "deepseek_vl": 0, "janus": 0}
@@ -34,7 +34,7 @@ SPREAD = {
     "cohere2_vision": 0,
 }
 """What is left is spread over the grid again behind the tower's last layer."""
-WHOLE = sorted(set(FAMILIES) - set(SLOTS) - set(SPREAD) - set(PACKED))
+WHOLE = sorted(name for name in FAMILIES if ROWS[name].tower_cut is None)
 """The tower pads rows of pictures, or pools by place: no token can leave."""
 LAST = {"llava": 1, "llava_next": 1, "llava_next_video": 1}
 """The last layer whose output is used, where that is not the last one."""

@@ -70,7 +70,7 @@ def timm_facts(findings: Findings, chooser: Chooser) -> None:
             ask, cls = findings.about(name), chooser.find(module, name)
             if ask.check(cls is not None, f"{module} has no {name}"):
                 assert cls is not None
-                wanted = (*reads(TimmViT.tower, "model"), *reads(tower_account.of_timm, "trunk"))
+                wanted = (*reads(TimmViT._spec, "model"), *reads(tower_account.of_timm, "trunk"))
                 has_attributes(ask, cls, "the model", [*wanted, Read("cls_token"), Read("attn_pool")])
             for form in adapter.blocks:
                 place, _, block_name = form.partition(":")

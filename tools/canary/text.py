@@ -108,7 +108,7 @@ def _attention(ask: Questions, attention: HostClass) -> None:
     for cap in _caps(attention):
         said = cap == "self.attn_logit_softcapping"
         ask.check(said, f"attention caps its logits by `{cap}`, which is not looked at", attention)
-    if attention.module.name.split(".")[-2] in decoder_attention._TURNED_IN_WINDOWS:
+    if attention.module.name.split(".")[-2] in decoder_attention._TURNED:
         ask.check(attention.has("sliding_window"), "attention has no `sliding_window`", attention)
 
 

@@ -104,7 +104,8 @@ def quietly(processor: Any, **given: Any) -> Any:
 
 def mark_of(processor: Any, prompt: str = "") -> str:
     """The text that stands for a picture: the processor's, or ``<image>`` where the prompt says so."""
-    found = _name_of(getattr(processor, "image_token", None)) or "<image>"
+    names = ("image_placeholder_token", "image_token")  # one that is written, and one that it becomes
+    found = next((mark for name in names if (mark := _name_of(getattr(processor, name, None)))), "<image>")
     return "<image>" if found not in prompt and "<image>" in prompt else found
 
 
