@@ -188,7 +188,7 @@ def test_show_names_paper_parameters_sites_and_deviations(vlmtok_):
 
 def test_show_says_what_a_method_chose_by_itself(vlmtok_):
     text = " ".join(vlmtok_("show", "crossget", "--model", "timm:vit_base_patch16_siglip_224").stdout.split())
-    assert "chosen for this model" in text and "no class token" in text
+    assert text.count("merges without guidance (guidance=None): the tower of timm-vit has no class token") == 1
     found = data_of(vlmtok_("show", "crossget+tca+tome", "--model", "timm:vit_base_patch16_siglip_224", "--json"))
     said = [method["remarks"] for method in found["methods"]]
     assert "guidance=None" in said[0][0] and "reservoir_size=0" in said[1][0] and said[2] == []

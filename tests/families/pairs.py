@@ -12,7 +12,7 @@ import torch
 from support.player import written_out
 from torch import Tensor, nn
 
-from vlmtok import Layout, Method, Reduction, Site
+from vlmtok import Compression, Layout, Method, Reduction, Site
 
 from .oracle import Oracle
 from .oracle.rows import Row
@@ -53,9 +53,10 @@ class Recorded:
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, methods: Sequence[Method]) -> Iterator[Recorded]:
-    """Notes what methods answer inside the block."""
-    found = Recorded()
+def recorded(model: nn.Module, run: Compression) -> Iterator[Recorded]:
+    """Notes what methods answer inside the block, and where: at a site that moved, the view shows the one asked for."""
+    found, methods = Recorded(), run.methods
+    acts = {(id(entry.method), entry.asked): entry.site for entry in run._attachment.entries}
 
     def listen(method: Method) -> None:
         inner, given = method.reduce, method.insert
@@ -72,7 +73,8 @@ def recorded(model: nn.Module, methods: Sequence[Method]) -> Iterator[Recorded]:
                 found.reduced += made.slots < view.tokens.shape[1] or made.valid is not None
                 size = torch.ones(view.tokens.shape[:2]) if view.size is None else view.size.clone()
                 if view.site.stage in ("projected", "decoder"):
-                    found.passes[-1].append(Call(view.site, view.columns.clone(), size, made))
+                    site = acts[id(method), view.site]
+                    found.passes[-1].append(Call(site, view.columns.clone(), size, made))
                 else:
                     found.tower.append(Event(view.site.layer, view.site.point, made, None, size))
             return made

@@ -86,7 +86,7 @@ def test_a_pair_that_attaches_equals_the_oracle(name: str, method: str) -> None:
     alone = rows.alone(0).inputs()
     with torch.no_grad(), vlmtok.compress(model, methods) as run:
         for cached, steps in ((False, 2), (True, STEPS)):
-            with recorded(model, methods) as heard:
+            with recorded(model, run) as heard:
                 tokens, logits = generate(model, alone, steps, use_cache=cached)
             assert heard.reduced and not (cached and any(heard.passes[1:]))
             prompt, made = encoded(asked, name, 0, run, heard)
@@ -106,7 +106,7 @@ def test_a_pair_of_which_only_the_tower_is_cut_equals_loops(name: str, method: s
     model, eager = released.shared(name), released.shared(name, "eager")
     methods, inputs = vlmtok.parse_methods(spec_of(method)), batch(name).inputs()
     with torch.no_grad(), vlmtok.compress(model, methods) as run:
-        with recorded(model, methods) as heard:
+        with recorded(model, run) as heard:
             tokens, logits = generate(model, inputs, STEPS)
         made = model(**inputs).logits[:, -1]
         assert heard.reduced

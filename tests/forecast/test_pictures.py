@@ -262,7 +262,7 @@ def test_presets_of_next_ask_too():
     assert 5 * tower(three) == 3 * tower(estimate("llava-next-7b", "fastv"))
 
 
-TILED = ["internvl", "idefics3", "gemma3", "aya_vision", "cohere2_vision"]
+TILED = ["internvl", "qianfan_ocr", "idefics3", "gemma3", "aya_vision", "cohere2_vision"]
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -296,8 +296,8 @@ def test_every_family_whose_pictures_are_several_rows_is_known(folder):
         if sight.crops > 1:
             several.add(name)
     known = {name for name, row in ROWS.items() if (row.joins is not None or row.varies) and name not in WITHOUT}
-    assert several == known - {"gemma3", "smolvlm"}  # pan and scan is off; the other is idefics3 again
-    assert known == {*TILED, "smolvlm", "llama4", "llava_next", "llava_onevision", "lfm2_vl"}
+    assert several == known - {"gemma3"}  # pan and scan is off
+    assert known == {*TILED, "llama4", "llava_next", "llava_onevision", "lfm2_vl"}
     assert subject_of(folder("llama4")).shape.tile == 16
     with pytest.raises(ParameterError, match="does not say how many: pass crops="):
         estimate(folder("lfm2_vl"), "random", visual_tokens=75)
