@@ -59,6 +59,18 @@ def part(module: nn.Module, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
+def attended(attn: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What an attention makes of rows `[B, N, C]`, with a bias `[B, 1, 1, N]` on the keys."""
+    if bias is None:
+        return attn(x)[0]
+    if not hasattr(attn, "qkv"):
+        return attn(x, attention_mask=bias)[0]
+    # BLIP's takes no bias: softmax(q k + bias) v, written out.
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+    return attn.projection((weights @ v).transpose(1, 2).flatten(2))
+
+
 class Replay:
     """A bare model whose tower takes the events of another run.
 
@@ -116,11 +128,11 @@ class Replay:
             x, extra = self._inserted(index, hidden_states)
             x = self._cut(index, "start", x)
             scales = [getattr(block, name, 1.0) for name in SCALES]
-            bias = {}
+            bias = None
             if self.proportional and bool((self.size != 1).any()):
                 ones = torch.ones(len(x), self.prefix), torch.ones(len(x), extra)
-                bias["attention_mask"] = torch.cat([ones[0], self.size, ones[1]], 1).log()[:, None, None]
-            x = x + scales[0] * part(block, ATTENTION)(part(block, NORM1)(x), **bias)[0]
+                bias = torch.cat([ones[0], self.size, ones[1]], 1).log()[:, None, None]
+            x = x + scales[0] * attended(part(block, ATTENTION), part(block, NORM1)(x), bias)
             x = self._cut(index, "mid", x)
             x = x + scales[1] * block.mlp(part(block, NORM2)(x))
             x = self._cut(index, "end", x)
