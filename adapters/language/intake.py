@@ -129,8 +129,9 @@ class Intake:
         drafts, running.drafts = running.drafts, 0
         seen = {code: len(set(map(id, parts))) for code, parts in features.items() if isinstance(parts, (list, tuple))}
         running.incoming = Incoming(codes, mask, types, lengths or None, placed, seen, drafts)
-        if pixels and self.spec.lengths_of == "crop":
-            running.incoming.crops = len(given(hosts.PIXELS))
+        if given(hosts.PIXELS) is not None and self.spec.lengths_of == "crop":
+            # `[crops, channels, H, W]`, or `[pictures, crops, channels, H, W]`.
+            running.incoming.crops = given(hosts.PIXELS).shape[:-3].numel()
         if codes is None:
             running.incoming.ids = ids
         elif not pixels and features.get(IMAGE) is not None:
