@@ -143,7 +143,10 @@ def test_a_class_made_by_wrapping_counts_as_its_parent(name: str, spec: str, ord
     assert_differs(wanted, tower.run(model, x).detach())
 
 
-BY_NAME = {"llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "aya_vision", "aria"}
+BY_NAME = {
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "aya_vision", "aria", "vipllava"),
+    "deepseek_vl_hybrid",
+}
 """Families that read hidden states, which transformers records by the names of the tower's and its layers' classes."""
 
 
