@@ -24,6 +24,7 @@ from canary import needs, report, wheels
 from canary.auto import Chooser
 from canary.facts import Findings
 from canary.others import shared_facts
+from canary.packed import PACKED
 from canary.releases import FACTS, examine
 from canary.sources import Library
 from canary.towers import class_facts
@@ -118,10 +119,10 @@ def test_installed_libraries_have_what_the_rows_lean_on(package: str) -> None:
 
 def test_every_row_is_asked_about() -> None:
     families = found("transformers").families
-    assert {*vlm_rows.ROWS, *hf_rows.ROWS} <= set(families)
+    assert {*vlm_rows.ROWS, *hf_rows.ROWS, *PACKED} <= set(families)
     few = {name: family.asked for name, family in families.items() if name in vlm_rows.ROWS and family.asked < 60}
     assert set(few) == {name for name, row in vlm_rows.ROWS.items() if row.boundary}, f"few facts are asked of {few}"
-    assert min(families[name].asked for name in hf_rows.ROWS) > 20
+    assert min(families[name].asked for name in (*hf_rows.ROWS, *PACKED)) > 20
 
 
 def test_a_host_whose_own_code_does_not_fit_itself_is_named_and_is_no_fault_of_ours(tmp_path: Path) -> None:

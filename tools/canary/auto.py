@@ -53,7 +53,12 @@ class Chooser:
     def model(self, kind: str, chooser: str = "AutoModel") -> HostClass | None:
         """The model class of a type, or None."""
         name = self._table(TABLES[chooser]).get(kind)
-        return None if name is None else self.beside(kind, name)
+        if name is None:
+            return None
+        # Some types have a configuration of their own and share the model of another.
+        kinds = (kind, *(other for other, shared in self._table(TABLES[chooser]).items() if shared == name))
+        found = (self.beside(other, name) for other in kinds)
+        return next((cls for cls in found if cls is not None), None)
 
     def beside(self, kind: str, name: str) -> HostClass | None:
         """A class of the models that lie in the folder of a model type's configuration, or None."""
