@@ -6,7 +6,7 @@ import ast
 import re
 from functools import cached_property
 
-from .classes import Auto, External, HostClass, host_class
+from .classes import Auto, External, HostClass, dotted, host_class
 from .sources import Library
 
 TABLES = {
@@ -97,6 +97,7 @@ class Chooser:
                 ]
         for cls in config.lineage:
             said += [value for value, _ in cls.own.get(field, ()) if value is not None]
+            said += _filled(cls, field)
         found = [kind for value in said for kind in self._types(config, value)]
         return list(dict.fromkeys(found))
 
@@ -133,6 +134,18 @@ class Chooser:
                 models = [self.model(name, kind.chooser) for name in types if kind.chooser in TABLES]
                 found += [model for model in models if model is not None]
         return list(dict.fromkeys(found))
+
+
+def _filled(config: HostClass, field: str) -> list[ast.expr]:
+    """What a configuration writes into a dict that it was given as a field, as its model type."""
+    return [
+        node.value
+        for node in ast.walk(config.node)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Subscript) and dotted(target.value) == f"self.{field}"
+        if isinstance(target.slice, ast.Constant) and target.slice.value == "model_type"
+    ]
 
 
 def config_field(config: HostClass, name: str) -> bool:

@@ -203,9 +203,14 @@ def _set_on_self(method: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None
             yield name, node.value
         elif isinstance(node, ast.Call) and dotted(node.func) in REGISTERS and isinstance(node.args[0], ast.Constant):
             yield str(node.args[0].value), node.args[1] if len(node.args) > 1 else None
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
-            if (name := _on_self(node.func.value)) and node.args:  # an element of a list
-                yield name, node.args[0]
+        elif isinstance(node, ast.Call) and node.args and (name := _appended_to(node.func)):
+            yield name, node.args[0]
+
+
+def _appended_to(function: ast.expr) -> str:
+    """The list of `self` whose ``append`` this is, or an empty text for anything else."""
+    appends = isinstance(function, ast.Attribute) and function.attr == "append"
+    return _on_self(function.value) if appends and isinstance(function, ast.Attribute) else ""
 
 
 def _on_self(node: ast.AST) -> str:

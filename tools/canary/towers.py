@@ -44,7 +44,7 @@ def block_facts(ask: Questions, block: HostClass, spec: BlockSpec, attentions: I
             ask.check(attention.has(name.split(".")[0]), f"the attention of its blocks has no `{name}`", attention)
         given = [role for role in (ROLES["HIDDEN"], spec.bias, spec.rope, spec.bounds) if role is not None]
         ask.takes(attention, "the attention of its blocks", *given)
-        turning = () if spec.functions else (spec.rotate,)  # functions of the host by name read nothing of its attention
+        turning = () if spec.functions else (spec.rotate,)  # functions by name are the host's, and read nothing here
         for function in filter(None, (spec.project, spec.scale, spec.split, *turning)):
             has_attributes(ask, attention, "the attention of its blocks", reads(function, "attn"))
             for name in module_reads(function):
