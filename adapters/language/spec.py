@@ -70,6 +70,7 @@ class VLMSpec:
             of what the projector multiplies, where pictures may be several rows of the tower; None where each does.
         slots: of the inner model, whether its projector multiplies padding of the tower's rows; None where none does.
         varies: whether rows of the tower make different numbers of tokens: crops are cut off, pooled or padded.
+        attends: whether its decoder's attention is of a form of which rows can be derived (see `attention`).
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
     """
@@ -101,4 +102,5 @@ class VLMSpec:
     joins: Callable[[Any], int] | None = None
     packing_methods: tuple[str, str] | None = None
     varies: bool = False
+    attends: bool = True
     slots: Callable[[Any], bool] | None = None

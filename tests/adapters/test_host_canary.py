@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.canary_played import LLAVA, OTHERS, PLAYED
+from support.canary_played import LLAVA, OTHERS, PACKED_TOWERS, PLAYED
 from vlmtok.adapters.language import families as vlm_rows
 from vlmtok.adapters.language import masks
 from vlmtok.adapters.towers import hf_rows
@@ -24,6 +24,7 @@ from canary import needs, report, wheels
 from canary.auto import Chooser
 from canary.facts import Findings
 from canary.others import shared_facts
+from canary.packed import PACKED, packed_facts
 from canary.releases import FACTS, examine
 from canary.sources import Library
 from canary.towers import class_facts
@@ -35,12 +36,13 @@ PARTS = {
     "transformers": [
         *("__init__.py", "cache_utils.py", "masking_utils.py", "modeling_layers.py", "modeling_outputs.py"),
         *("modeling_utils.py", "configuration_utils.py", "generation/utils.py", "models/auto", "models/llava"),
-        *("models/clip", "models/llama", "models/gemma4"),
+        *("models/clip", "models/llama", "models/gemma4", "models/qwen2_5_vl", "models/pixtral", "vision_utils.py"),
     ],
     "timm": ["models/vision_transformer.py", "models/eva.py", "layers"],
     "open_clip_torch": ["model.py", "coca_model.py", "timm_model.py", "transformer.py"],
 }
-"""What a small part of each library holds: enough for LLaVA, Gemma 4 and their towers, for timm and for open_clip."""
+"""What a small part of each library holds: enough for LLaVA, Gemma 4 and their towers, the towers of Qwen2.5-VL and
+Pixtral, for timm and for open_clip."""
 
 
 @functools.cache
@@ -118,10 +120,10 @@ def test_installed_libraries_have_what_the_rows_lean_on(package: str) -> None:
 
 def test_every_row_is_asked_about() -> None:
     families = found("transformers").families
-    assert {*vlm_rows.ROWS, *hf_rows.ROWS} <= set(families)
+    assert {*vlm_rows.ROWS, *hf_rows.ROWS, *PACKED} <= set(families)
     few = {name: family.asked for name, family in families.items() if name in vlm_rows.ROWS and family.asked < 60}
     assert set(few) == {name for name, row in vlm_rows.ROWS.items() if row.boundary}, f"few facts are asked of {few}"
-    assert min(families[name].asked for name in hf_rows.ROWS) > 20
+    assert min(families[name].asked for name in (*hf_rows.ROWS, *PACKED)) > 20
 
 
 def test_a_host_whose_own_code_does_not_fit_itself_is_named_and_is_no_fault_of_ours(tmp_path: Path) -> None:
@@ -167,6 +169,33 @@ def test_arguments_of_single_families_are_asked_for(tmp_path: Path) -> None:
     assert "`forward` of layers has no argument `per_layer_input`" in said
     assert "`forward` of the tower has no argument `pixel_position_ids`" in said
     assert "the text model's configuration has no `num_kv_shared_layers`" in said
+
+
+def packed(library: Library, kind: str) -> list[str]:
+    """Sentences about a tower that packs or pads pictures."""
+    findings, chooser = Findings(library.package, library.version), Chooser(library)
+    tower = chooser.beside(kind, PACKED_TOWERS[kind][0])
+    assert tower is not None
+    packed_facts(findings.about(kind), chooser, kind, PACKED[kind], [tower])
+    return list(report.sentences(findings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(kind, change) for kind, (_, changes) in PACKED_TOWERS.items() for change in changes],
+    ids=lambda value: value if isinstance(value, str) else value[-1][:70],
+)
+def test_a_change_of_a_packed_tower_is_said(kind: str, change: tuple[str, str, str, str], tmp_path: Path) -> None:
+    assert packed(altered("transformers", tmp_path), kind) == []
+    *played, said = change
+    sentences = packed(altered("transformers", tmp_path, tuple(played)), kind)
+    assert any(said in line for line in sentences), "\n".join(sentences)
+
+
+def test_types_that_share_a_model_are_found_by_its_name() -> None:
+    chooser = Chooser(Library.of_folder("transformers", *here("transformers")))
+    shared = chooser.model("glmga", "AutoModelForImageTextToText")
+    assert shared is not None and shared is chooser.model("glm46v", "AutoModelForImageTextToText")
 
 
 def test_a_fact_of_many_families_is_one_sentence_with_its_versions() -> None:

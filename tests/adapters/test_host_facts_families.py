@@ -44,6 +44,11 @@ def fact(sentence: str, concerns: Callable[[VLMSpec], bool] = lambda spec: spec.
     return register
 
 
+def derived(spec: VLMSpec) -> bool:
+    """Families of whose attention rows are derived."""
+    return spec.boundary is None and spec.attends
+
+
 def everywhere(spec: VLMSpec) -> bool:
     return True
 
@@ -205,6 +210,8 @@ def _(at: Host) -> bool:
 @fact("generate() counts positions as the row says: {spec.positions}")
 def _(at: Host) -> bool:
     positions = first(at.generated, "text").kwargs["position_ids"]
+    if positions is None:  # the text model counts them itself, in one dimension
+        return at.spec.positions == "1d"
     return positions.dim() == 2 if at.spec.positions == "1d" else positions.dim() == 3 and len(positions) in (3, 4)
 
 
@@ -283,18 +290,19 @@ def _(at: Host) -> bool:
 
 
 @fact(
-    "attention has q_proj, k_proj, head_dim and scaling, behind input_layernorm",
-    lambda s: not s.boundary,
+    "attention has q_proj, k_proj, head_dim and scaling, behind input_layernorm, or no norm at all",
+    derived,
 )
 def _(at: Host) -> bool:
     named = ("q_proj", "k_proj", "head_dim", "scaling")
     norms = "operator_norm" if at.model.config.model_type == "lfm2_vl" else "input_layernorm"
+    normed = at.text.model_type not in attention._UNNORMED
     shares = getattr(at.text, "num_kv_shared_layers", 0)
     own = at.attentions()[: len(at.lm.layers) - shares]
-    return all(hasattr(attn, name) for attn in own for name in named) and hasattr(at.lm.layers[0], norms)
+    return all(hasattr(attn, name) for attn in own for name in named) and hasattr(at.lm.layers[0], norms) == normed
 
 
-@fact("its rotary function stands beside its attention under the name that is looked up", lambda s: not s.boundary)
+@fact("its rotary function stands beside its attention under the name that is looked up", derived)
 def _(at: Host) -> bool:
     names = ((attn, attention.COMPLEX.get(type(attn).__name__, attention.ROTARY)) for attn in at.attentions())
     return all(hasattr(sys.modules[type(attn).__module__], name) for attn, name in names)

@@ -204,3 +204,59 @@ OTHERS = [
     ("open_clip_torch", "timm_model.py", r"\bself\.trunk\b", "self.inner", "the model has no `trunk` (TimmModel)"),
 ]
 """Of the others: the library in front."""
+
+QWEN, GEMMA, PIXTRAL = (f"models/{name}/modeling_{name}.py" for name in ("qwen2_5_vl", "gemma4", "pixtral"))
+
+PACKED_TOWERS = {
+    "qwen2_5_vl_vision": (
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        [
+            (QWEN, r"\bself\.qkv\b", "self.fused", "the attention of its blocks has no `qkv`"),
+            (QWEN, r"\bself\.num_heads\b", "self.heads", "the attention of its blocks has no `num_heads`"),
+            (QWEN, r"\bself\.scaling\b", "self.factor", "the attention of its blocks has no `scaling`"),
+            (QWEN, r"\bself\.norm2\b", "self.norm_mid", "its blocks have no `norm2`"),
+            (QWEN, r"\bcu_seqlens\b", "bounds", "`forward` of its blocks has no argument `cu_seqlens`"),
+            (
+                QWEN,
+                r"\bposition_embeddings\b",
+                "turns",
+                "`forward` of its blocks has no argument `position_embeddings`",
+            ),
+            (QWEN, r"\bgrid_thw\b", "sizes", "`forward` of the tower has no argument `grid_thw`"),
+            (QWEN, r"\bapply_rotary_pos_emb_vision\b", "turn", "has no `apply_rotary_pos_emb_vision`"),
+            (QWEN, r"\bALL_ATTENTION_FUNCTIONS\b", "TABLE", "has no `ALL_ATTENTION_FUNCTIONS`"),
+            (
+                QWEN,
+                r"\bQwen2_5_VLVisionAttention\b",
+                "QwenAttention",
+                "the attention of its blocks is of no known form",
+            ),
+            (QWEN, r"\bQwen2_5_VLVisionBlock\b", "QwenBlock", "its tower holds no Qwen2_5_VLVisionBlock"),
+            (QWEN, r"\bself\.patch_embed\b", "self.stem", "its tower has no `patch_embed.proj`"),
+            (QWEN, r"\bget_vision_window_index\b", "windows", "of its tower has no `get_vision_window_index`"),
+            ("vision_utils.py", r"\bwindow_size\b", "side", "`get_vision_window_index` has no argument `window_size`"),
+            (
+                "models/qwen2_5_vl/configuration_qwen2_5_vl.py",
+                r"\bfullatt_block_indexes\b",
+                "full_blocks",
+                "the configuration of its tower has no `fullatt_block_indexes`",
+            ),
+        ],
+    ),
+    "gemma4_vision": (
+        "Gemma4VisionModel",
+        [
+            (GEMMA, r"\bself\.k_norm\b", "self.norm_k", "the attention of its blocks has no `k_norm`"),
+            (GEMMA, r"\bself\.pooler\b", "self.pool", "its tower has no `pooler`"),
+            (GEMMA, r"\bpixel_position_ids\b", "places", "`forward` of the tower has no argument `pixel_position_ids`"),
+        ],
+    ),
+    "pixtral": (
+        "PixtralVisionModel",
+        [
+            (PIXTRAL, r"\bPixtralAttentionLayer\b", "PixtralLayer", "its tower holds no PixtralAttentionLayer"),
+            (PIXTRAL, r"\bimage_sizes\b", "sizes", "`forward` of the tower has no argument `image_sizes`"),
+        ],
+    ),
+}
+"""By type of a tower that packs or pads pictures: its class, and changes as above."""

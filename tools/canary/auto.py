@@ -6,7 +6,7 @@ import ast
 import re
 from functools import cached_property
 
-from .classes import Auto, External, HostClass, host_class
+from .classes import Auto, External, HostClass, dotted, host_class
 from .sources import Library
 
 TABLES = {
@@ -53,7 +53,12 @@ class Chooser:
     def model(self, kind: str, chooser: str = "AutoModel") -> HostClass | None:
         """The model class of a type, or None."""
         name = self._table(TABLES[chooser]).get(kind)
-        return None if name is None else self.beside(kind, name)
+        if name is None:
+            return None
+        # Some types have a configuration of their own and share the model of another.
+        kinds = (kind, *(other for other, shared in self._table(TABLES[chooser]).items() if shared == name))
+        found = (self.beside(other, name) for other in kinds)
+        return next((cls for cls in found if cls is not None), None)
 
     def beside(self, kind: str, name: str) -> HostClass | None:
         """A class of the models that lie in the folder of a model type's configuration, or None."""
@@ -92,6 +97,7 @@ class Chooser:
                 ]
         for cls in config.lineage:
             said += [value for value, _ in cls.own.get(field, ()) if value is not None]
+            said += _filled(cls, field)
         found = [kind for value in said for kind in self._types(config, value)]
         return list(dict.fromkeys(found))
 
@@ -128,6 +134,18 @@ class Chooser:
                 models = [self.model(name, kind.chooser) for name in types if kind.chooser in TABLES]
                 found += [model for model in models if model is not None]
         return list(dict.fromkeys(found))
+
+
+def _filled(config: HostClass, field: str) -> list[ast.expr]:
+    """What a configuration writes into a dict that it was given as a field, as its model type."""
+    return [
+        node.value
+        for node in ast.walk(config.node)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Subscript) and dotted(target.value) == f"self.{field}"
+        if isinstance(target.slice, ast.Constant) and target.slice.value == "model_type"
+    ]
 
 
 def config_field(config: HostClass, name: str) -> bool:

@@ -203,6 +203,14 @@ def _set_on_self(method: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None
             yield name, node.value
         elif isinstance(node, ast.Call) and dotted(node.func) in REGISTERS and isinstance(node.args[0], ast.Constant):
             yield str(node.args[0].value), node.args[1] if len(node.args) > 1 else None
+        elif isinstance(node, ast.Call) and node.args and (name := _appended_to(node.func)):
+            yield name, node.args[0]
+
+
+def _appended_to(function: ast.expr) -> str:
+    """The list of `self` whose ``append`` this is, or an empty text for anything else."""
+    appends = isinstance(function, ast.Attribute) and function.attr == "append"
+    return _on_self(function.value) if appends and isinstance(function, ast.Attribute) else ""
 
 
 def _on_self(node: ast.AST) -> str:

@@ -161,6 +161,19 @@ def module_reads(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def keywords(function: Callable[..., Any], called: str) -> tuple[str, ...]:
+    """Names under which a function hands arguments to what it calls by a name of its own.
+
+    Raises:
+        NothingRead: it calls nothing of this name, or hands it nothing by name.
+    """
+    calls = (node for node in ast.walk(_node(function)) if isinstance(node, ast.Call))
+    found = [keyword.arg for call in calls if dotted(call.func) == called for keyword in call.keywords if keyword.arg]
+    if not found:
+        raise NothingRead(f"{function.__qualname__} hands {called} nothing by name")
+    return tuple(dict.fromkeys(found))
+
+
 @lru_cache(maxsize=64)
 def _tree(path: str) -> ast.Module:
     with open(path, encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from vlmtok.adapters.towers import hf_rows
 from .auto import Chooser
 from .facts import Findings
 from .others import open_clip_facts, shared_facts, timm_facts
+from .packed import PACKED, packed_facts
 from .sources import Library
 from .towers import class_facts, tower_facts
 from .vlm import family_facts
@@ -24,6 +25,9 @@ def transformers_facts(findings: Findings, chooser: Chooser) -> None:
     for kind, row in hf_rows.ROWS.items():
         tower = chooser.model(kind)  # towers of some families have no model of their own
         tower_facts(findings.about(kind), chooser, kind, row, [] if tower is None else [tower])
+    for kind, packed in PACKED.items():
+        tower = chooser.model(kind)
+        packed_facts(findings.about(kind), chooser, kind, packed, [] if tower is None else [tower])
     for (module, name), where in CLASSES.items():
         if module.startswith("transformers."):
             class_facts(findings, chooser, module, name, where.rpartition(":")[2])

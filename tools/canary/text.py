@@ -62,7 +62,7 @@ def text_facts(ask: Questions, text: HostClass, spec: VLMSpec, settle: Settle) -
         ask.takes(layer, "layers", ROLES["POSITIONS"], swallows=True)  # which hooks set
         for call in calls:
             _handed(ask, call, layer, "layers do", roles, text)
-        _form(ask, layer, settle)
+        _form(ask, layer, settle, spec.attends)
 
 
 def _handed(ask: Questions, call: ast.Call, cls: HostClass, who: str, roles: Iterable[Role], where: HostClass) -> None:
@@ -74,13 +74,16 @@ def _handed(ask: Questions, call: ast.Call, cls: HostClass, who: str, roles: Ite
         ask.check(set(role.names) & given, f"{who} not get {either(role)}", where)
 
 
-def _form(ask: Questions, layer: HostClass, settle: Settle) -> None:
+def _form(ask: Questions, layer: HostClass, settle: Settle, attends: bool) -> None:
     """How a layer makes queries and keys; the same that `attention_form` asks of an instance."""
-    for names, what in ((decoder_attention._BEFORE, "norm"), (decoder_attention._AFTER, "MLP")):
+    wanted = [(decoder_attention._AFTER, "MLP")]
+    if attends and _folder(layer) not in decoder_attention._UNNORMED:
+        wanted.append((decoder_attention._BEFORE, "norm"))
+    for names, what in wanted:
         ask.check(any(map(layer.has, names)), f"layers have no {what} called {either(names)}", layer)
     attentions = settle(layer.made_of("self_attn"))
     ask.check(attentions, "layers have no `self_attn` of a class that is known", layer)
-    for attention in attentions:
+    for attention in attentions if attends else ():
         ask.takes(attention, "attention", ROLES["HIDDEN"], ROLES["ROTARY"], ROLES["MASK"])
         _attention(ask, attention)
 
@@ -108,8 +111,13 @@ def _attention(ask: Questions, attention: HostClass) -> None:
     for cap in _caps(attention):
         said = cap == "self.attn_logit_softcapping"
         ask.check(said, f"attention caps its logits by `{cap}`, which is not looked at", attention)
-    if attention.module.name.split(".")[-2] in decoder_attention._TURNED:
+    if _folder(attention) in decoder_attention._TURNED:
         ask.check(attention.has("sliding_window"), "attention has no `sliding_window`", attention)
+
+
+def _folder(cls: HostClass) -> str:
+    """The folder of models that a class lies in, which is the type of their configuration."""
+    return cls.module.name.split(".")[-2]
 
 
 def _caps(attention: HostClass) -> Iterable[str]:

@@ -38,13 +38,14 @@ def block_facts(ask: Questions, block: HostClass, spec: BlockSpec, attentions: I
     order = [called.index(path) if path in called else -1 for path in paths]
     told = ", ".join(paths)
     ask.check(-1 not in order and order == sorted(order), f"its blocks do not call {told} in this order", block)
-    ask.takes(block, "its blocks", ROLES["HIDDEN"], *([] if spec.rope is None else [spec.rope]))
+    ask.takes(block, "its blocks", ROLES["HIDDEN"], *(role for role in (spec.rope, spec.bounds) if role is not None))
     for attention in attentions:
         for name in filter(None, (spec.q, spec.k, spec.heads)):
-            ask.check(attention.has(name), f"the attention of its blocks has no `{name}`", attention)
-        given = [role for role in (ROLES["HIDDEN"], spec.bias, spec.rope) if role is not None]
+            ask.check(attention.has(name.split(".")[0]), f"the attention of its blocks has no `{name}`", attention)
+        given = [role for role in (ROLES["HIDDEN"], spec.bias, spec.rope, spec.bounds) if role is not None]
         ask.takes(attention, "the attention of its blocks", *given)
-        for function in filter(None, (spec.project, spec.scale, spec.rotate)):
+        turning = () if spec.functions else (spec.rotate,)  # functions by name are the host's, and read nothing here
+        for function in filter(None, (spec.project, spec.scale, spec.split, *turning)):
             has_attributes(ask, attention, "the attention of its blocks", reads(function, "attn"))
             for name in module_reads(function):
                 found = attention.module.find(name)

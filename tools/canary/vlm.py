@@ -11,12 +11,14 @@ from vlmtok.adapters.language.layout import language_layout
 from vlmtok.adapters.language.packing import Packing
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers import hf_rows
+from vlmtok.adapters.towers.packed_rows import PackedRow
 
 from .auto import Chooser, config_field
 from .classes import Auto, External, HostClass
 from .facts import Questions
 from .mask_facts import mask_facts
 from .needs import ROLES, module_reads, reads, wanted
+from .packed import PACKED, packed_facts, whole_fields
 from .shown import results_of, returned, strings
 from .text import call_facts, text_facts
 from .towers import tower_facts
@@ -72,7 +74,7 @@ class Host:
         self.configuration()
         for core in cores if spec.packing_methods is not None else ():
             self.packing(core)
-        if spec.tower_cut is not None:
+        if spec.tower_cut is not None or self.packed() is not None:
             self.tower(towers)
         if spec.boundary is not None:
             return
@@ -122,13 +124,17 @@ class Host:
     def configuration(self) -> None:
         """The family's configuration has what the row and our code read of it."""
         spec = self.spec
-        wanted = [*spec.ids, *([spec.feature] if spec.feature else [])]
+        ids = () if spec.boundary is not None else spec.ids
+        wanted = [*ids, *([spec.feature] if spec.feature else [])]
         for argument in (*spec.grid_arguments, *([spec.tower_size_argument] if spec.tower_size_argument else [])):
             wanted += [read.path for read in reads(shapes._BY_ARGUMENT[argument], "config")]
         if spec.packing_methods is not None:
             wanted += [read.path for read in reads(Packing._crops, "config") + reads(Packing._canvases, "config")]
             wanted += [f"vision_config.{read.path}" for read in reads(Packing._side, "vision")]
-        if spec.tower_cut is not None and spec.feature is not None:
+        packed = self.packed()
+        if packed is not None:
+            wanted += whole_fields(packed)
+        elif spec.tower_cut is not None and spec.feature is not None:
             wanted += [read.path for read in reads(HFVLM.tower, "config") if read.default]
         for path in dict.fromkeys(wanted):
             self._field(self.config, path, "its configuration")
@@ -197,11 +203,19 @@ class Host:
             place = core.module.find(name)
             self.ask.check(place is not None and isinstance(place[1], ast.FunctionDef), f"there is no `{name}()`", core)
 
+    def packed(self) -> PackedRow | None:
+        """The row of a tower that packs or pads pictures, or None where it is another."""
+        kinds = self.chooser.types(self.config, "vision_config")[:1] if self.spec.patches is not None else ()
+        return next((PACKED[kind] for kind in kinds if kind in PACKED), None)
+
     def tower(self, towers: list[HostClass]) -> None:
-        """The tower is one whose blocks can be cut."""
-        kinds = self.chooser.types(self.config, "vision_config")[:1]
+        """The tower is one whose blocks can be cut, or whose signals are read."""
+        kinds, packed = self.chooser.types(self.config, "vision_config")[:1], self.packed()
         self.ask.check(kinds, "the type of its tower cannot be read off the source", self.config)
         for kind in kinds:
+            if packed is not None:
+                packed_facts(self.ask, self.chooser, kind, packed, towers)
+                continue
             row = hf_rows.ROWS.get(kind)
             if self.ask.check(row is not None, f"its tower is of type {kind!r}, whose blocks no row describes"):
                 assert row is not None
