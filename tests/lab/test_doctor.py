@@ -17,12 +17,13 @@ from vlmtok.errors import ParameterError
 from vlmtok.lab import catalogue, doctor
 from vlmtok.lab.doctor import language
 from vlmtok.lab.doctor.facts import BROKEN, NAMES, OK, REFUSED
+from vlmtok.lab.doctor.language import SHARED_ROWS
 from vlmtok.lab.doctor.rows import QUICK, cases
 from vlmtok.lab.tiny.families import FAMILIES, TOWER_ONLY
 from vlmtok.lab.tiny.towers import TOWERS
 
 CARRIED = [name for name, case in cases().items() if case.build is not None]
-REASONS = {*families.REFUSED.values(), "its adapter offers no cut there"}
+REASONS = {*families.REFUSED.values(), "its adapter offers no cut there", SHARED_ROWS}
 for row in families.ROWS.values():
     REASONS |= {row.whole, row.boundary}
 

@@ -127,6 +127,11 @@ class _Asks:
         counts = value if isinstance(value, tuple) else (value,)
         return any(type(one) is not int for one in counts) or self._runs(made)
 
+    def _allows(self, choice: Any) -> bool:
+        """Whether the model can do what a choice asks for."""
+        made = (dataclasses.replace(base, **{self.name: choice}) for base in self.bases)  # type: ignore[type-var]
+        return any(map(self._runs, made))
+
     def _runs(self, made: Method) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,7 +156,7 @@ class _Asks:
             values = tuple(v for v in self._numbers(kind, value) if self.takes(v))
             if len(values) > 1:
                 return Knob(self.name, "share" if kind is float else "count", value, values, optional)
-        choices = self.choices()
+        choices = tuple(one for one in self.choices() if one == value or self._allows(one))
         if len(choices) > 1 and value in choices:
             return Knob(self.name, "choice", value, choices)
         return Knob(self.name, "typed", format_value(value))

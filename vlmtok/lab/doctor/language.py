@@ -21,6 +21,9 @@ STEPS = 4
 STAGES = {"tower": "vision", "input": "projected", "layer": "decoder"}
 """Stage of each cut."""
 
+SHARED_ROWS = "methods act there, but the self-test has no oracle for rows that pictures share"
+"""Why a packed tower is not cut by the self-test."""
+
 
 @dataclass(frozen=True)
 class Said:
@@ -189,8 +192,10 @@ class Language:
         """
         if name not in self.cuts:
             if self.layout.has(STAGES[name]):
-                raise Refused("methods act there, but the self-test has no oracle for rows that pictures share")
-            raise Refused(self.layout.without.get(STAGES[name], "its adapter offers no cut there"))
+                raise Refused(SHARED_ROWS)
+            offered = self.layout.stages.get(STAGES[name])
+            known = self.layout.without.get(STAGES[name], "its adapter offers no cut there")
+            raise Refused(known if offered is None else offered.whole)
         return self.cuts[name]
 
     def _oracle(self, name: str, row: int) -> tuple[Tensor, Tensor]:

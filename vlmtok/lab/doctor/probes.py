@@ -78,6 +78,8 @@ class Nothing(Method):
         """Every point of a middle layer of every stage."""
         found: list[Site] = []
         for stage, offered in layout.stages.items():
+            if not layout.has(stage):
+                continue
             if stage in ("features", "projected"):
                 found.append(Site(stage))
             else:
