@@ -34,7 +34,7 @@ SPREAD = {
     "cohere2_vision": 0,
 }
 """What is left is spread over the grid again behind the tower's last layer."""
-WHOLE = sorted(name for name in FAMILIES if ROWS[name].tower_cut is None)
+WHOLE = sorted(name for name in FAMILIES if name in ROWS and ROWS[name].tower_cut is None)
 """The tower pads rows of pictures, or pools by place: no token can leave."""
 LAST = {"llava": 1, "llava_next": 1, "llava_next_video": 1}
 """The last layer whose output is used, where that is not the last one."""
