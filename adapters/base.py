@@ -75,13 +75,12 @@ class BlockSpec:
     bounds: Role | None = None
     longest: Role | None = None
     by_name: bool = False
+    functions: tuple[str, ...] = ()
 
     @property
     def takes_bias(self) -> bool:
         """Whether something can be added to the logits of its keys."""
         return self.bias is not None or self.by_name
-
-    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

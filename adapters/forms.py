@@ -151,6 +151,25 @@ def found_beside(module: Host, name: str) -> Any:
     return next((thing for thing in found if thing is not None), None)
 
 
+def known_blocks(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The blocks of a tower of transformers, of which a row was written for one class.
+
+    Args:
+        tower: that holds them.
+        name: of the class.
+
+    Raises:
+        UnsupportedModel: there are none, or they run another forward than the class of that name.
+    """
+    blocks = blocks_of(tower, name)
+    if not blocks:
+        raise UnsupportedModel(f"{type(tower).__name__} has no {name}: this version of transformers is not known")
+    for block in blocks:
+        if not known(block, (f"transformers.models:{name}",)):
+            raise UnsupportedModel(f"{type(tower).__name__} has blocks that are {described(block)} and not {name}")
+    return blocks
+
+
 def blocks_of(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
     """Blocks of a tower by the name of their class, in order."""
     return tuple(module for module in tower.modules() if called(module, name))

@@ -34,7 +34,7 @@ from .handover import Handover, number_pictures
 from .packing import PROBE, Packing
 from .parts import square
 from .patches import fits, in_order, packed_means, token_means
-from .signal_queue import SignalQueue
+from .signal_queue import SignalQueue, probe_of
 from .spans import IMAGE
 from .spec import VLMSpec
 
@@ -158,14 +158,14 @@ class Projector:
         """Hook on the tower: what it gave, where another call projects it."""
         current = None if self.tower is None or replaying() else self.tower.running.mine
         if isinstance(current, PackedPass):
-            current.gave = _first(host_objects.hidden_of(module, output))
+            current.gave = probe_of(host_objects.hidden_of(module, output))
 
     def _wait(self, module: nn.Module, given: Tensor, output: Tensor, queue: SignalQueue) -> None:
         """Signals of the tower's patches wait as those of the tokens `[B, ..., C]` that the projector made of them."""
         assert self.tower is not None and self.spec.patches is not None
         current = self.tower.running.mine
         if self.spec.projects_late and isinstance(current, PackedPass):
-            if current.gave is None or not _alike(current.gave, _first(given)):
+            if current.gave is None or not _alike(current.gave, probe_of(given)):
                 raise CacheError(_LATE)
             if current.handed:
                 return  # a step without a cache shows the same again
@@ -342,11 +342,6 @@ class Projector:
                 "splits a picture cannot be combined with a compression"
             )
         return None
-
-
-def _first(x: Tensor) -> Tensor:
-    """The first channels of tokens `[..., C]`, in one run."""
-    return x[..., :PROBE].detach().flatten(0, -2).clone()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -35,6 +35,11 @@ class Waiting:
     signals: dict[str, tuple[Tensor, int]]
 
 
+def probe_of(x: Tensor) -> Tensor:
+    """The first channels of tokens `[..., C]`, in one run `[T, c]`, by which they are known again."""
+    return x[..., :PROBE].detach().flatten(0, -2).clone()
+
+
 class SignalQueue:
     """What waits for the placeholders of a prompt, by thread."""
 
@@ -55,7 +60,7 @@ class SignalQueue:
         """
         leading = output.dim() - 1
         tokens = {name: (value.flatten(0, leading - 1), axis) for name, (value, axis) in signals.items()}
-        self.calls.append(Waiting(output[..., :PROBE].detach().flatten(0, leading - 1).clone(), tokens))
+        self.calls.append(Waiting(probe_of(output), tokens))
 
     def carry(self, rows: PromptRows, x: Tensor) -> None:
         """Sets signals of the tower beside the columns of the language model's input.

@@ -174,7 +174,7 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
     row = ROWS.get(config.model_type)
     if row is None:
         raise UnsupportedModel(f"no vision tower {config.model_type!r} is carried; carried: {', '.join(ROWS)}")
-    blocks = _layers(tower, row.layer)
+    blocks = forms.known_blocks(tower, row.layer)
     side = None
     size, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
     if size and patch:
@@ -191,23 +191,6 @@ def vision_spec(tower: Host, last: int = -1) -> TowerSpec:
         masked=True,
         padded=row.padded,
     )
-
-
-def _layers(tower: nn.Module, name: str) -> tuple[nn.Module, ...]:
-    """The blocks of a tower.
-
-    Raises:
-        UnsupportedModel: there are none, or they run another forward than the class of that name.
-    """
-    blocks = forms.blocks_of(tower, name)
-    if not blocks:
-        raise UnsupportedModel(f"{type(tower).__name__} has no {name}: this version of transformers is not known")
-    for block in blocks:
-        if not forms.known(block, (f"transformers.models:{name}",)):
-            raise UnsupportedModel(
-                f"{type(tower).__name__} has blocks that are {forms.described(block)} and not {name}"
-            )
-    return blocks
 
 
 def _of_patches(skip: int) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -266,7 +249,7 @@ def text_spec(model: nn.Module) -> TextSpec | None:
     text = getattr(model, "text_model", None)
     if text is None or text.config.model_type != "clip_text_model":
         return None
-    blocks = _layers(text, "CLIPEncoderLayer")
+    blocks = forms.known_blocks(text, "CLIPEncoderLayer")
     eos = text.config.eos_token_id
 
     def end(ids: Tensor) -> Tensor:

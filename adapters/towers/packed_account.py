@@ -35,12 +35,7 @@ def packed_tower(model: Any, tower: Any, whole: Any, around: Iterable[nn.Module]
     row = PACKED_ROWS.get(config.model_type)
     if row is None:
         return None
-    blocks = forms.blocks_of(tower, row.layer)
-    for block in blocks:
-        if not forms.known(block, (f"transformers.models:{row.layer}",)):
-            raise UnsupportedModel(f"{type(tower).__name__} has blocks that are {forms.described(block)}")
-    if not blocks:
-        raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
+    blocks = forms.known_blocks(tower, row.layer)
     merge = row.merge(config, whole)
     width, heads = int(getattr(config, row.width)), int(getattr(config, row.heads))
     shapes = []

@@ -18,7 +18,6 @@ from ...core.view import Signal, TokenView
 from ..base import TowerSpec
 from .cutting import PictureCuts
 from .packed_pass import PackedPass
-from .packed_segments import Segments
 from .packed_taps import packed_signal
 
 
@@ -114,14 +113,9 @@ class PackedCuts(PictureCuts):
 
     def signal(self, name: str, taps: TowerTaps, run: PackedPass) -> Tensor | None:
         """A signal of the row as the block saw it, `[1, ...]`."""
-        layer, segments = self.seen(run)
-        return packed_signal(name, taps, segments, self.spans[layer], bool(self.num_prefix))
-
-    @staticmethod
-    def seen(run: PackedPass) -> tuple[int, Segments]:
-        """The block that runs, and the segments of the row that came into it."""
         assert run.inside is not None
-        return run.inside
+        layer, segments = run.inside
+        return packed_signal(name, taps, segments, self.spans[layer], bool(self.num_prefix))
 
     def carry(self, run: PackedPass, layer: int, taps: TowerTaps) -> None:  # type: ignore[override]
         """As that of a picture's row."""

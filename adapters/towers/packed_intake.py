@@ -53,7 +53,7 @@ class PackedIntake:
     def __init__(self, attachment: Attachment, spec: TowerSpec, raster: bool) -> None:
         assert spec.packed is not None
         self.attachment = attachment
-        self.stage, self.width, self.returns_grid = spec.stage, spec.width, spec.returns_grid
+        self.stage, self.width = spec.stage, spec.width
         self.form = spec.packed
         self.raster = raster
         self.told = PerThread(Told)
@@ -62,7 +62,7 @@ class PackedIntake:
         """Places the hook on what is told sizes."""
         role = self.form.sizes
         self.arguments = Arguments(self.form.told, [hosts.PIXELS if role is None else role])
-        self.attachment.hook(self.form.told, "pre", torch.compiler.disable(self.measure))
+        self.attachment.hook(self.form.told, "pre", self.measure)
 
     def measure(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook on the tower: sizes of its pictures, and where windows put their patches.

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
 from .. import forms, hosts
 from ..base import PackedForm, TowerSpec, child
 from .packed_grids import PatchGrid, by_token, patch_grids
@@ -33,14 +32,7 @@ def packed_spec(tower: Any, whole: Any) -> TowerSpec | None:
     row = PACKED_ROWS.get(config.model_type)
     if row is None or row.block is None:
         return None
-    blocks = forms.blocks_of(tower, row.layer)
-    if not blocks:
-        raise UnsupportedModel(f"{type(tower).__name__} has no {row.layer}: this version of transformers is not known")
-    for block in blocks:
-        if not forms.known(block, (f"transformers.models:{row.layer}",)):
-            raise UnsupportedModel(
-                f"{type(tower).__name__} has blocks that are {forms.described(block)} and not {row.layer}"
-            )
+    blocks = forms.known_blocks(tower, row.layer)
     return TowerSpec(
         block=row.block,
         blocks=blocks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,8 +38,11 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str, gua
     if signal.axis is None:
         return None
     axis, found = signal.axis, None
+    # The rotary table is one of the whole row, so that q and k are turned once, before they are taken apart.
+    turn = (lambda x: x) if taps.rotate is None else taps.rotate
+    turned = cache(lambda which: turn(taps.q() if which == "q" else taps.k()))
     for group in segments.groups(span, taps.tokens.device):
-        value = signal.make(_of_group(taps, group, guarded))
+        value = signal.make(_of_group(taps, turned, group, guarded))
         assert value is not None
         value = value.movedim(axis, 1)
         if found is None:
@@ -52,16 +56,14 @@ def packed_signal(name: str, taps: TowerTaps, segments: Segments, span: str, gua
     return found[None].movedim(1, axis)
 
 
-def _of_group(taps: TowerTaps, group: Group, guarded: bool) -> TowerTaps:
-    """Taps of some stretches as rows of their own, `[b, H, n, d]`."""
+def _of_group(taps: TowerTaps, turned: Callable[[str], Tensor], group: Group, guarded: bool) -> TowerTaps:
+    """Taps of some stretches as rows of their own, `[b, H, n, d]`; `turned` gives q and k of the whole row."""
     # Tokens do not know their order, so that a class token may as well stand in front.
     at = torch.cat([group.columns[:, -1:] + 1, group.columns], 1) if guarded else group.columns
 
     def heads(x: Tensor) -> Tensor:
         return x[0][:, at].transpose(0, 1)
 
-    # The rotary table is one of the whole row, so that q and k are turned before they are taken apart.
-    turn = (lambda x: x) if taps.rotate is None else taps.rotate
     return _Turned(
         TowerRow(int(guarded), group.n),
         taps.tokens[:, :0],  # no signal with an entry for each token reads them
@@ -70,8 +72,7 @@ def _of_group(taps: TowerTaps, group: Group, guarded: bool) -> TowerTaps:
         taps.scale,
         None if taps.bias is None else taps.bias[0, 0, 0, at][:, None, None],
         classed=taps.classed,
-        both=lambda: (heads(turn(taps.q())), heads(turn(taps.k()))),
-        key=lambda: heads(turn(taps.k())),
+        of=lambda which: heads(turned(which)),
     )
 
 
@@ -80,18 +81,16 @@ class _Turned(TowerTaps):
     """Taps that are told what q and k are behind rope.
 
     Attributes:
-        both: gives q and k as the attention uses them, and
-        key: k alone.
+        of: gives ``"q"`` or ``"k"`` as the attention uses it.
     """
 
-    both: Callable[[], tuple[Tensor, Tensor]] = field(kw_only=True)
-    key: Callable[[], Tensor] = field(kw_only=True)
+    of: Callable[[str], Tensor] = field(kw_only=True)
 
     def rotated(self) -> tuple[Tensor, Tensor]:
-        return self.both()
+        return self.of("q"), self.of("k")
 
     def turned(self) -> Tensor:
-        return self.key()
+        return self.of("k")
 
 
 def _shares(segments: Segments, span: str, device: torch.device) -> Tensor:
