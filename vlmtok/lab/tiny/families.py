@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .family import Family
-from .further_families import FURTHER
+from .further_families import FURTHER, FURTHER_TOWERS
 from .models_1d import (
     aya_vision,
     blip_2,
@@ -32,19 +32,14 @@ from .models_1d import (
     smolvlm,
 )
 from .models_mrope import glm4v, glm46v, paddleocr_vl, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
-from .models_rarer import instructblipvideo
 from .prompts import END, MARK, START, Prompt
 from .shots import (
     PATCH,
-    PATCH_VALUES,
-    AnyRes,
     by_sample,
-    frames_of_queries,
     marked,
     naflex,
     one_crop,
     packed,
-    packed_clip,
     plain,
     pooled_clip,
     pooled_frames,
@@ -53,6 +48,7 @@ from .shots import (
     rows_with_breaks,
     tiles,
 )
+from .usual import GLM_CLIPS, LARGE, MIXED_CLIPS, MM, QWEN, RUN_CLIPS, SPLIT, STAMPED_CLIPS, WHOLE, WIDE, question
 
 
 # ---------------------------------------------------------------------- families
@@ -61,16 +57,6 @@ def _images_per_prompt(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
     counts = [sum(not picture.shot.video for picture in prompt.pictures) for prompt in prompts]
     return {"batch_num_images": torch.tensor(counts)} if any(counts) else {}
 
-
-MM = "mm_token_type_ids"
-QWEN = {"I": packed(4, 4, PATCH_VALUES), "J": packed(2, 4, PATCH_VALUES)}
-RUN_CLIPS = {"V": packed_clip(3, 2, 2, "run"), "W": packed_clip(2, 2, 5, "run")}
-STAMPED_CLIPS = {"V": packed_clip(3, 2, 2, "stamped"), "W": packed_clip(2, 2, 5, "stamped")}
-GLM_CLIPS = {"V": packed_clip(3, 2, 2, "glm"), "W": packed_clip(2, 2, 5, "glm")}
-LARGE, WIDE = AnyRes(40, 60, (64, 64)), AnyRes(30, 62, (32, 64))
-SPLIT = marked([(START, MARK), (START, MARK + 1), (MARK + 8, MARK + 8, START, MARK + 9)], (START,))
-WHOLE = marked([(START, MARK + 9)], (START,))
-MIXED_CLIPS = ("2I3V4", "3W2J3")
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -229,17 +215,12 @@ FAMILIES: dict[str, Family] = {
 """Families whose language model can be cut, by name."""
 
 
-def _question(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:
-    """What InstructBLIP's Q-Former reads besides the picture."""
-    return {"qformer_input_ids": torch.stack([prompt.ids[-3:] for prompt in prompts])}
-
-
 TOWER_ONLY: dict[str, Family] = {
     family.name: family
     for family in (
         Family("blip-2", blip_2, {"I": queries}, rows=("I3", "I5")),
-        Family("instructblipvideo", instructblipvideo, {"I": frames_of_queries}, rows=("I3", "I5"), extra=_question),
-        Family("instructblip", instructblip, {"I": queries}, rows=("I3", "I5"), extra=_question),
+        Family("instructblip", instructblip, {"I": queries}, rows=("I3", "I5"), extra=question),
+        *FURTHER_TOWERS,
     )
 }
 """Families of which only the tower can be cut."""

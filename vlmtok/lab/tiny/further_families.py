@@ -32,6 +32,7 @@ from .models_rarer import (
     got_ocr2,
     granite_docling,
     idefics2,
+    instructblipvideo,
     lfm3_vl,
     llava_next_video,
     muse_glimmer,
@@ -40,10 +41,9 @@ from .models_rarer import (
 )
 from .prompts import END, IMAGE, MARK, START, Shot
 from .shots import (
-    PATCH_VALUES,
-    AnyRes,
     Maker,
     by_sample,
+    frames_of_queries,
     marked,
     packed,
     packed_clip,
@@ -54,17 +54,8 @@ from .shots import (
     rows_with_breaks,
     tiles,
 )
+from .usual import GLM_CLIPS, LARGE, MIXED_CLIPS, MM, QWEN, SPLIT, STAMPED_CLIPS, WHOLE, WIDE, question
 
-MM = "mm_token_type_ids"
-QWEN = {"I": packed(4, 4, PATCH_VALUES), "J": packed(2, 4, PATCH_VALUES)}
-RUN_CLIPS = {"V": packed_clip(3, 2, 2, "run"), "W": packed_clip(2, 2, 5, "run")}
-STAMPED_CLIPS = {"V": packed_clip(3, 2, 2, "stamped"), "W": packed_clip(2, 2, 5, "stamped")}
-GLM_CLIPS = {"V": packed_clip(3, 2, 2, "glm"), "W": packed_clip(2, 2, 5, "glm")}
-MIXED_CLIPS = ("2I3V4", "3W2J3")
-
-LARGE, WIDE = AnyRes(40, 60, (64, 64)), AnyRes(30, 62, (32, 64))
-SPLIT = marked([(START, MARK), (START, MARK + 1), (MARK + 8, MARK + 8, START, MARK + 9)], (START,))
-WHOLE = marked([(START, MARK + 9)], (START,))
 MARKED = marked([(START,)], (END,))
 PLANE = {"I": packed(4, 4, 48), "J": packed(2, 4, 48)}
 PLANE_CLIPS = {"V": packed_clip(3, 2, 2, "stamped", 48), "W": packed_clip(2, 2, 5, "stamped", 48)}
@@ -240,3 +231,8 @@ FURTHER: tuple[Family, ...] = (
     Family("glm_ocr", glm_ocr, QWEN | GLM_CLIPS, clips=("2V4", "3W3"), types=MM, positions="mrope"),
 )
 """In the order of the rows of `adapters`."""
+
+FURTHER_TOWERS: tuple[Family, ...] = (
+    Family("instructblipvideo", instructblipvideo, {"I": frames_of_queries}, rows=("I3", "I5"), extra=question),
+)
+"""The same of families of which only the tower can be cut."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .families import FAMILIES, TOWER_ONLY, Family
-from .further_families import FURTHER
+from .further_families import FURTHER, FURTHER_TOWERS
 
 FULL, SLIDING, CHUNKED, LINEAR, CONV = (
     "full_attention",
@@ -76,7 +76,7 @@ DEPTHS: dict[str, Depths] = {
 }
 """Families whose depths or kinds of layers are not the usual ones of `Depths`."""
 
-_FURTHER = {family.name for family in FURTHER} | {"instructblipvideo"}
+_FURTHER = {family.name for family in (*FURTHER, *FURTHER_TOWERS)}
 NAMES = tuple(name for name in (*FAMILIES, *TOWER_ONLY) if name not in _FURTHER)
 """Families that are made at released depth; what differs little from one of them is not."""
 
