@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlmtok
+from vlmtok import Method
 from vlmtok.core.settings import keep_count
 
 from .build import FAMILIES, shared
 from .canvas import placed, projections_of, real_crops
 from .harness import NOISE, STEPS, generate
 from .methods import Look
-from .oracle import oracle
+from .oracle import Oracle, oracle
 from .packed_by_hand import PACKED, of_shot
+from .prompts import Prompt
 from .towers_by_hand import PREFIX, SQUARES, crops_of_prompt, signals
 
 CANVASES = [("llava_next", "2I3J5"), ("llava_onevision", "2I3"), ("llava_onevision", "3W5")]
@@ -134,6 +136,59 @@ METHODS = {
 }
 
 
+@torch.no_grad()
+def assert_answers(
+    name: str, prompt: Prompt, method: Method, asked: Oracle, encoded: object, hidden: Tensor, stays: Tensor
+) -> None:
+    """Answers of a method are the oracle's on the columns that stay, with a cache and without.
+
+    Args:
+        name: of the family.
+        prompt: with pictures.
+        method: that acts at ``projected``.
+        asked: the oracle of the family.
+        encoded: what it made of the prompt's pictures.
+        hidden: `[S, C]`, the prompt's columns when all is merged.
+        stays: bool `[S]`, those that stay.
+    """
+    family, model = FAMILIES[name], shared(name)
+    written, rows = prompt.ids[:0], []
+    for _ in range(STEPS):
+        row = asked.row(prompt, written, encoded)
+        whole = torch.cat([hidden, row.hidden[len(hidden) :]])
+        kept = torch.cat([stays, torch.ones(len(written), dtype=torch.bool)]).nonzero()[:, 0]
+        row = replace(row, hidden=whole).take(kept)
+        if family.positions == "1d":
+            row = replace(row, positions=torch.arange(len(row))[None])
+        rows.append(asked.logits(row, ()))
+        written = torch.cat([written, rows[-1].argmax()[None]])
+    with vlmtok.compress(model, method, trace=True) as run:
+        for options in ({}, {"use_cache": False}):
+            tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
+            assert (logits[0] - torch.stack(rows)).abs().max() <= NOISE
+            assert torch.equal(tokens[0], written)
+        left = int(stays.sum()) - sum(prompt.kinds == 0)
+        assert run.report().visual("decoder")[1] == left
+        assert sum(found.kept for found in run.trace().pictures) == left
+        assert any("acts at 'projected'" in note for note in run.report().notes)
+
+
+def assert_batch(name: str, which: str, method: str) -> None:
+    """A batch's answers are those of its rows, left padding and different pictures in the rows included."""
+    family, model = FAMILIES[name], shared(name)
+    batch = family.batch(*getattr(family, which))
+    with vlmtok.compress(model, method):
+        tokens, logits = generate(model, batch.inputs())
+        for i, prompt in enumerate(batch.prompts):
+            alone, one = generate(model, family.collect(prompt).inputs())
+            assert torch.equal(alone[0], tokens[i])
+            assert (one[0] - logits[i]).abs().max() <= NOISE
+        if name.startswith("glm"):  # which gives beams of several pictures the features of others
+            batch = family.batch(*family.rows)
+        if family.beams:
+            model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, num_beams=2)
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "separators"),
     [
@@ -171,27 +226,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
                     merged += not torch.equal(token, before[place])
                     stays[columns[place]] = True
                     hidden[columns[place]] = token
-        written, rows = prompt.ids[:0], []
-        for _ in range(STEPS):
-            row = asked.row(prompt, written, encoded)
-            whole = torch.cat([hidden, row.hidden[len(hidden) :]])
-            kept = torch.cat([stays, torch.ones(len(written), dtype=torch.bool)]).nonzero()[:, 0]
-            row = replace(row, hidden=whole).take(kept)
-            if family.positions == "1d":
-                row = replace(row, positions=torch.arange(len(row))[None])
-            rows.append(asked.logits(row, ()))
-            written = torch.cat([written, rows[-1].argmax()[None]])
     assert bool(merged) == (method != "scope") and not stays.all()
     made = vlmtok.create_method(method, separators=separators, **settings)
-    with vlmtok.compress(model, made, trace=True) as run:
-        for options in ({}, {"use_cache": False}):
-            tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
-            assert (logits[0] - torch.stack(rows)).abs().max() <= NOISE
-            assert torch.equal(tokens[0], written)
-        left = int(stays.sum()) - sum(prompt.kinds == 0)
-        assert run.report().visual("decoder")[1] == left
-        assert sum(found.kept for found in run.trace().pictures) == left
-        assert any("acts at 'projected'" in note for note in run.report().notes)
+    assert_answers(name, prompt, made, asked, encoded, hidden, stays)
 
 
 @pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
@@ -201,14 +238,4 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
 )
 def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
     """Left padding, different pictures in the rows, beams."""
-    family, model = FAMILIES[name], shared(name)
-    batch = family.batch(*getattr(family, which))
-    with vlmtok.compress(model, method):
-        tokens, logits = generate(model, batch.inputs())
-        for i, prompt in enumerate(batch.prompts):
-            alone, one = generate(model, family.collect(prompt).inputs())
-            assert torch.equal(alone[0], tokens[i])
-            assert (one[0] - logits[i]).abs().max() <= NOISE
-        if name.startswith("glm"):  # which gives beams of several pictures the features of others
-            batch = family.batch(*family.rows)
-        model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, num_beams=2)
+    assert_batch(name, which, method)

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from support.checks import assert_equal
 from torch import Tensor, nn
 from vlmtok.adapters.language.families import ROWS
 from vlmtok.adapters.language.patches import packed_means
 from vlmtok.adapters.towers.packed_spec import packed_spec
 
 import vlmtok
-from vlmtok import TokenView
 from vlmtok.errors import CacheError
 from vlmtok.lab.tiny.shots import PATCH_VALUES, packed, packed_clip, rows_with_breaks
 
 from .build import FAMILIES, Family, shared
+from .heard import NAMES, ListenToTokens, assert_heard, columns_of
 from .packed_by_hand import PACKED, depth_of, encode, members_of, of_shot
-from .prompts import Batch, Prompt
+from .prompts import Batch
 from .shots import PATCH
-from .test_token_signals import Listen, token_first
+from .test_token_signals import Listen
 
-NAMES = ("received_attention", "flat_attention", "turned_keys", "turned_keys_full", "keys", "keys_full")
 BATCHES = [
     (name, which) for name in PACKED for which in ("rows", "several", *(["clips"] if FAMILIES[name].clips else []))
 ]
-
-
-@dataclass(eq=False)
-class ListenToTokens(Listen):
-    """Notes the tokens as well."""
-
-    def reduce(self, view: TokenView) -> None:
-        super().reduce(view)
-        for row, (_, found) in zip(range(len(view.tokens)), self.heard[-len(view.tokens) :], strict=True):
-            found["tokens"] = view.tokens[row]
 
 
 def large(name: str) -> Family:
@@ -49,33 +37,6 @@ def large(name: str) -> Family:
     shots = {"I": packed(9, 11, *patch), "J": packed(5, 3, *patch)}
     clips = {"V": packed_clip(2, 3, 5, layout.get(name, "stamped"))} if family.clips else {}
     return replace(family, shots=shots | clips)
-
-
-def columns_of(prompt: Prompt) -> Tensor:
-    """Where the tokens of all pictures stand among those of the prompt's pictures in order of their columns."""
-    return torch.cat([picture.columns for picture in prompt.pictures]).argsort()
-
-
-def assert_heard(name: str, prompts: Sequence[Prompt], heard: list, layers: Sequence[int] = (-1,), times: int = 1):
-    """Each prompt's signals, in each of its rows, are those of its pictures alone."""
-    rows = [prompt for prompt in prompts if prompt.pictures] * times
-    assert len(heard) == len(rows)
-    left = list(heard)
-    first = f"received_attention@vision:{layers[-1]}"
-    for prompt in rows:
-        order = columns_of(prompt)
-        wanted = {
-            f"{key}@vision:{layer}": torch.cat([of_shot(name, p.shot, layer)[key] for p in prompt.pictures])[order]
-            for layer in layers
-            for key in NAMES
-        }
-        mine = min(
-            (i for i, (_, found) in enumerate(left) if len(found[first]) == len(order)),
-            key=lambda i: float((token_first(first, left[i][1][first]) - wanted[first]).abs().max()),
-        )
-        _, found = left.pop(mine)
-        for need in {*found} - {"tokens"}:
-            assert_equal(token_first(need, found[need]), wanted[need], 1e-5 if "keys" in need else 1e-6)
 
 
 def pictures_of(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -122,7 +83,7 @@ def test_signals_equal_the_hosts_own_attention(name: str, which: str, kind: str)
     listen = Listen(NAMES, layers)
     with torch.no_grad(), vlmtok.compress(shared(name, kind), listen):
         shared(name, kind)(**batch.inputs())
-    assert_heard(name, batch.prompts, listen.heard, layers)
+    assert_heard(partial(of_shot, name), batch.prompts, listen.heard, layers)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -136,7 +97,7 @@ def test_signals_of_pictures_that_no_window_divides(name: str) -> None:
         listen = Listen(NAMES, layers)
         with torch.no_grad(), vlmtok.compress(shared(name), listen):
             shared(name)(**batch.inputs())
-        assert_heard(name, batch.prompts, listen.heard, layers)
+        assert_heard(partial(of_shot, name), batch.prompts, listen.heard, layers)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3, "output_logits": False}, {"use_cache": False}], ids=str)
@@ -152,7 +113,7 @@ def test_every_row_has_its_own(name: str, which: str, options: dict) -> None:
     with vlmtok.compress(model, listen):
         model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, **options)
     times = options.get("num_beams", 2)
-    assert_heard(name, batch.prompts, listen.heard, times=times)
+    assert_heard(partial(of_shot, name), batch.prompts, listen.heard, times=times)
     with torch.no_grad():
         known = pictures_of(model, batch)
     for _, found in listen.heard:

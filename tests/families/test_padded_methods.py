@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import vlmtok
-from vlmtok.core.settings import keep_count
 
 from .build import FAMILIES, shared
-from .harness import NOISE, STEPS, generate
+from .harness import generate
 from .methods import Look
 from .oracle import oracle
 from .padded_by_hand import CLASSED, of_shot
-from .test_feature_methods import Slots, prumerge, visionzip
+from .test_feature_methods import assert_answers, assert_batch, prumerge, scope, visionzip
 
 CASES = [("lfm2_vl", "2M3J5"), ("gemma4", "2I3J5"), ("gemma4", "2V3J4"), ("llama4", "2M3J5")]
 """A picture in tiles and a single one, two of different sizes, a clip beside a picture."""
-
-
-def scope(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
-    """SCOPE on one part by loops: what adds most to the coverage of all, times its score."""
-    unit = F.normalize(x.double(), dim=-1)
-    alike, n = (unit @ unit.T).tolist(), len(x)
-    cover, chosen = [0.0] * n, []
-    for _ in range(keep_count(0.5, n)):
-        gains = [sum(max(0.0, alike[i][j] - cover[i]) for i in range(n)) * float(score[j]) for j in range(n)]
-        pick = max((j for j in range(n) if j not in chosen), key=lambda j: gains[j])
-        chosen.append(pick)
-        cover = [max(cover[i], alike[i][pick]) for i in range(n)]
-    return {i: x[i] for i in chosen}
 
 
 METHODS = {
@@ -74,37 +56,12 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str) -
                     merged |= not torch.equal(token, before[place])
                     stays[columns[place]] = True
                     hidden[columns[place]] = token
-        written, rows = prompt.ids[:0], []
-        for _ in range(STEPS):
-            row = asked.row(prompt, written, encoded)
-            whole = torch.cat([hidden, row.hidden[len(hidden) :]])
-            kept = torch.cat([stays, torch.ones(len(written), dtype=torch.bool)]).nonzero()[:, 0]
-            row = replace(row, hidden=whole).take(kept)
-            rows.append(asked.logits(replace(row, positions=torch.arange(len(row))[None]), ()))
-            written = torch.cat([written, rows[-1].argmax()[None]])
     assert merged == merges and not stays.all()
-    with vlmtok.compress(model, vlmtok.create_method(method, **settings), trace=True) as run:
-        for options in ({}, {"use_cache": False}):
-            tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
-            assert (logits[0] - torch.stack(rows)).abs().max() <= NOISE
-            assert torch.equal(tokens[0], written)
-        left = int(stays.sum()) - sum(prompt.kinds == 0)
-        assert run.report().visual("decoder")[1] == left
-        assert sum(found.kept for found in run.trace().pictures) == left
-        assert any("acts at 'projected'" in note for note in run.report().notes)
+    assert_answers(name, prompt, vlmtok.create_method(method, **settings), asked, encoded, hidden, stays)
 
 
 @pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
 @pytest.mark.parametrize(("name", "which"), [("lfm2_vl", "several"), ("gemma4", "clips"), ("llama4", "several")])
 def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
     """Left padding, different pictures in the rows, beams."""
-    family, model = FAMILIES[name], shared(name)
-    batch = family.batch(*getattr(family, which))
-    with vlmtok.compress(model, method):
-        tokens, logits = generate(model, batch.inputs())
-        for i, prompt in enumerate(batch.prompts):
-            alone, one = generate(model, family.collect(prompt).inputs())
-            assert torch.equal(alone[0], tokens[i])
-            assert (one[0] - logits[i]).abs().max() <= NOISE
-        if family.beams:
-            model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, num_beams=2)
+    assert_batch(name, which, method)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,17 +15,16 @@ from vlmtok.adapters.language.patches import packed_means
 from vlmtok.adapters.towers.packed_spec import packed_spec
 
 import vlmtok
-from vlmtok import TokenView
 from vlmtok.errors import CacheError, HostChanged, PassError, SiteError
 from vlmtok.lab.tiny.shots import naflex, pooled_patches
 
 from .build import FAMILIES, Family, shared
 from .harness import generate
+from .heard import NAMES, ListenToTokens, assert_heard, columns_of
 from .padded_by_hand import CLASSED, PADDED, core_of, depth_of, encode, members_of, of_shot, patches_of
 from .prompts import Batch, Prompt
-from .test_token_signals import Listen, token_first
+from .test_token_signals import Listen
 
-NAMES = ("received_attention", "flat_attention", "turned_keys", "turned_keys_full", "keys", "keys_full")
 BATCHES = [
     (name, which) for name in PADDED for which in ("rows", "several", *(["clips"] if FAMILIES[name].clips else []))
 ]
@@ -34,16 +33,6 @@ BATCHES = [
 def names_of(name: str) -> tuple[str, ...]:
     """Signals that a family's tower gives at tokens."""
     return (*NAMES, "cls_attention") if name in CLASSED else NAMES
-
-
-@dataclass(eq=False)
-class ListenToTokens(Listen):
-    """Notes the tokens as well."""
-
-    def reduce(self, view: TokenView) -> None:
-        super().reduce(view)
-        for row, (_, found) in zip(range(len(view.tokens)), self.heard[-len(view.tokens) :], strict=True):
-            found["tokens"] = view.tokens[row]
 
 
 def wide(name: str) -> Family:
@@ -56,38 +45,11 @@ def wide(name: str) -> Family:
     return family
 
 
-def columns_of(prompt: Prompt) -> Tensor:
-    """The order of the pictures' tokens by their columns."""
-    return torch.cat([picture.columns for picture in prompt.pictures]).argsort()
-
-
 def joined(batch: Batch | Prompt, video: bool) -> dict[str, Tensor]:
     """Arguments of all pictures, or of all clips, in order."""
     prompts = batch.prompts if isinstance(batch, Batch) else (batch,)
     shots = [p.shot for prompt in prompts for p in prompt.pictures if p.shot.video == video]
     return {key: torch.cat([shot.arrays[key] for shot in shots]) for key in (shots[0].arrays if shots else ())}
-
-
-def assert_heard(name: str, prompts: Sequence[Prompt], heard: list, layers: Sequence[int] = (-1,), times: int = 1):
-    """Each prompt's signals, in each of its rows, are those of its pictures alone."""
-    rows = [prompt for prompt in prompts if prompt.pictures] * times
-    assert len(heard) == len(rows)
-    left = list(heard)
-    first = f"received_attention@vision:{layers[-1]}"
-    for prompt in rows:
-        order = columns_of(prompt)
-        wanted = {
-            f"{key}@vision:{layer}": torch.cat([of_shot(name, p.shot, layer)[key] for p in prompt.pictures])[order]
-            for layer in layers
-            for key in names_of(name)
-        }
-        mine = min(
-            (i for i, (_, found) in enumerate(left) if len(found[first]) == len(order)),
-            key=lambda i: float((token_first(first, left[i][1][first]) - wanted[first]).abs().max()),
-        )
-        _, found = left.pop(mine)
-        for need in {*found} - {"tokens"}:
-            assert_equal(token_first(need, found[need]), wanted[need], 1e-5 if "keys" in need else 1e-6)
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -126,7 +88,7 @@ def test_signals_equal_the_hosts_own_attention(name: str, which: str, kind: str)
     falls = (AttributeError,) if name == "llama4" else ()  # over its own output in 5.24.0, when all is done
     with torch.no_grad(), vlmtok.compress(shared(name, kind), listen), contextlib.suppress(*falls):
         shared(name, kind)(**batch.inputs())
-    assert_heard(name, batch.prompts, listen.heard, layers)
+    assert_heard(partial(of_shot, name), batch.prompts, listen.heard, layers)
 
 
 @pytest.mark.parametrize("name", [name for name in PADDED if name != "llama4"])
@@ -137,7 +99,7 @@ def test_signals_of_pictures_of_any_form(name: str) -> None:
     listen = Listen(NAMES, layers)
     with torch.no_grad(), vlmtok.compress(shared(name), listen):
         shared(name)(**family.collect(*prompts).inputs())
-    assert_heard(name, prompts, listen.heard, layers)
+    assert_heard(partial(of_shot, name), prompts, listen.heard, layers)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +115,7 @@ def test_every_row_has_its_own(name: str, which: str, options: dict) -> None:
     listen = ListenToTokens(("received_attention", "turned_keys"))
     with vlmtok.compress(model, listen):
         model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False, **options)
-    assert_heard(name, batch.prompts, listen.heard, times=options.get("num_beams", 2))
+    assert_heard(partial(of_shot, name), batch.prompts, listen.heard, times=options.get("num_beams", 2))
     with torch.no_grad():
         known = tokens_of(name, model, batch)
     for _, found in listen.heard:
