@@ -1,4 +1,4 @@
-"""Families that a release of their own library cannot run: nothing of ours is in the way, and nothing of ours can help.
+"""Families that a release of their own library lacks or cannot run: nothing of ours is in the way or can help.
 
 The self-test, the adapters and the tests read the same table, so that such a family is refused with the reason instead
 of failing somewhere. A row goes when the library mends it: `vlmtok doctor` says so when it runs after all.
@@ -45,6 +45,22 @@ FAULTS: tuple[Fault, ...] = (
     ),
 )
 
+SINCE = {
+    "molmo2": "5.20",
+    "muse_spark": "5.20",
+    "unlimited_ocr": "5.20",
+    "minicpm_ocr": "5.22",
+    "mistral_large4": "5.22",
+    "dots3_note": "5.23",
+    "granite_docling": "5.23",
+    "inkling2": "5.23",
+    "lfm3_vl": "5.23",
+    "apertus1p5": "5.24",
+    "hy_v4_vl": "5.24",
+    "inkling2_loop": "5.24",
+}
+"""From ``config.model_type`` to the release of transformers that it came with, where that is above the lower bound."""
+
 
 def _number(version: str) -> tuple[int, ...]:
     """The release of a version, so that releases compare; what stands behind it (``.dev0``, ``rc1``) is left out."""
@@ -54,7 +70,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def fault_of(family: str) -> str | None:
-    """Why the installed library cannot run a family by itself, or None where it can as far as is known.
+    """Why the installed library lacks a family or cannot run it by itself, or None where it can as far as is known.
 
     Args:
         family: ``config.model_type``.
@@ -63,12 +79,17 @@ def fault_of(family: str) -> str | None:
         A sentence that names library and version.
     """
     for fault in FAULTS:
-        if fault.family != family:
-            continue
-        try:
-            version = importlib.metadata.version(fault.library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if fault.holds(version):
+        version = _installed(fault.library) if fault.family == family else None
+        if version is not None and fault.holds(version):
             return f"{fault.library} {version} itself cannot run it: {fault.why}"
+    version = _installed("transformers")
+    if version is not None and family in SINCE and _number(version) < _number(SINCE[family]):
+        return f"transformers {version} does not have it: it came with {SINCE[family]}"
     return None
+
+
+def _installed(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -192,6 +192,18 @@ def test_a_known_fault_that_is_gone_is_said(fault):
     assert row.fact("bare").status == BROKEN and "host_faults.py is outdated" in row.why
 
 
+def test_a_family_that_came_later_is_refused_with_its_release(monkeypatch):
+    def lacking(device):
+        raise AttributeError("module transformers has no attribute LlavaForConditionalGeneration")
+
+    monkeypatch.setattr(host_faults, "SINCE", {"llava": "99.0"})
+    row = Case("llava", "transformers", lacking).run(CPU)
+    assert row.status == REFUSED and row.why.endswith("does not have it: it came with 99.0")
+    assert "host_faults.py is outdated" in row_of("llava").why
+    monkeypatch.setattr(host_faults, "SINCE", {"llava": "5.0"})
+    assert Case("llava", "transformers", lacking).run(CPU).status == BROKEN
+
+
 def test_a_fault_of_another_version_excuses_nothing(fault):
     fault("llava", "0.1", "4.99.9")
     assert row_of("llava", mask_dropped).status == BROKEN

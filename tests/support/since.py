@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from packaging.version import Version
+from vlmtok.adapters.host_faults import SINCE as FAMILIES
 
 SINCE = {
     # Older ones call checkpointed layers whole, hooks included, once more inside backward.
@@ -29,22 +30,6 @@ SINCE = {
 }
 """From a part of a test's id to the package and the release since which it holds."""
 
-FAMILIES_SINCE = {
-    "molmo2": "5.20",
-    "muse_spark": "5.20",
-    "unlimited_ocr": "5.20",
-    "minicpm_ocr": "5.22",
-    "mistral_large4": "5.22",
-    "dots3_note": "5.23",
-    "granite_docling": "5.23",
-    "inkling2": "5.23",
-    "lfm3_vl": "5.23",
-    "apertus1p5": "5.24",
-    "hy_v4_vl": "5.24",
-    "inkling2_loop": "5.24",
-}
-"""Families that transformers has only since one of its releases: what is tested of them waits for it."""
-
 WANTS = {
     "lab/test_explore.py": "ipywidgets",
     "docs/tutorials/notebook.md": "ipywidgets",
@@ -56,7 +41,7 @@ installed those tests are left out, and pytest says how many."""
 
 def there(family: str) -> bool:
     """Whether the installed transformers has a family."""
-    return family not in FAMILIES_SINCE or reached(FAMILIES_SINCE[family])
+    return family not in FAMILIES or reached(FAMILIES[family])
 
 
 def lacking(nodeid: str) -> bool:
@@ -73,7 +58,7 @@ def too_old(nodeid: str, installed: dict[str, str] | None = None) -> bool:
     """
     rows: Iterable[tuple[str, str]] = [row for part, row in SINCE.items() if part in nodeid]
     case = nodeid.partition("[")[2].rstrip("]").split("-")
-    rows = [*rows, *(("transformers", FAMILIES_SINCE[name]) for name in case if name in FAMILIES_SINCE)]
+    rows = [*rows, *(("transformers", FAMILIES[name]) for name in case if name in FAMILIES)]
     return any(Version((installed or _Installed())[package]) < Version(release) for package, release in rows)
 
 
