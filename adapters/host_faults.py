@@ -82,10 +82,19 @@ def fault_of(family: str) -> str | None:
         version = _installed(fault.library) if fault.family == family else None
         if version is not None and fault.holds(version):
             return f"{fault.library} {version} itself cannot run it: {fault.why}"
+    if there(family):
+        return None
+    return f"transformers {_installed('transformers')} does not have it: it came with {SINCE[family]}"
+
+
+def there(family: str) -> bool:
+    """Whether the installed transformers is new enough to have a family.
+
+    Args:
+        family: ``config.model_type``.
+    """
     version = _installed("transformers")
-    if version is not None and family in SINCE and _number(version) < _number(SINCE[family]):
-        return f"transformers {version} does not have it: it came with {SINCE[family]}"
-    return None
+    return version is None or family not in SINCE or _number(version) >= _number(SINCE[family])
 
 
 def _installed(library: str) -> str | None:

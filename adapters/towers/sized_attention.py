@@ -109,7 +109,8 @@ class SizedAttention:
         attn = forms.inner(attn)
         check(attn)
         shadowed = attn.config
-        twin: Any = object.__new__(_twin_class(_class_below(shadowed)))
+        kind: type = type(forms.shared(shadowed))  # the host's own, also where another twin stands there
+        twin: Any = object.__new__(_twin_class(kind))
         twin.__dict__.update(vars(shadowed))
         twin.vlmtok_shadowed = shadowed
         twin.bias = Hook(self.attachment, lambda layer, module, q, k: bias_of(module, q, k), where=attn)
@@ -147,11 +148,6 @@ def _no_bias(attn: Host) -> str:
         "attention needs; load the model with attn_implementation='sdpa' (or 'eager'), or switch proportional "
         "attention off in the method (prop_attn=False)"
     )
-
-
-def _class_below(config: Host) -> type:
-    """The host's class of a configuration, also of one that has a twin in its place."""
-    return type(forms.shared(config))
 
 
 class _Placed:

@@ -17,13 +17,13 @@ import pytest
 import torch
 import transformers
 from families.build import shared
-from support import since
 from support.family_facts import TINY, Fact, Host, first, given, host, order
 from support.hosts_of import cache_name, caches_in
 from torch import Tensor, nn
 from transformers import masking_utils
 from vlmtok.adapters import hosts
 from vlmtok.adapters.base import child
+from vlmtok.adapters.host_faults import there
 from vlmtok.adapters.language import attention, shapes
 from vlmtok.adapters.language.checks import KNOWN
 from vlmtok.adapters.language.families import ROWS
@@ -347,10 +347,8 @@ def test_the_host_is_as_its_row_says(name: str, each: Fact) -> None:
 
 
 def test_every_row_is_looked_at() -> None:
-    looked = {shared(name, TINY[name].attentions[0]).config.model_type for name in filter(since.there, TINY)}
-    assert looked == set(filter(since.there, ROWS)), (
-        "a row of the family table has no tiny model, or the other way round"
-    )
+    looked = {shared(name, TINY[name].attentions[0]).config.model_type for name in filter(there, TINY)}
+    assert looked == set(filter(there, ROWS)), "a row of the family table has no tiny model, or the other way round"
 
 
 WRONG: list[dict[str, Any]] = [

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import transformers
 from families.build import FAMILIES
-from support import since
 from support.family_facts import host
 from support.hosts_of import CACHE_NAMES
 from transformers import masking_utils
-from vlmtok.adapters.host_faults import fault_of
+from vlmtok.adapters.host_faults import fault_of, there
 from vlmtok.adapters.language.families import REFUSED, ROWS
 from vlmtok.adapters.language.masks import RECURRENT
 
@@ -39,7 +38,7 @@ def test_masks_take_what_we_hand_them() -> None:
 
 
 def _mask_functions() -> dict[str, Callable[..., Any]]:
-    kinds = {
-        kind for name in filter(since.there, FAMILIES) if fault_of(name) is None for kind in host(name).kinds
-    } - set(RECURRENT)
+    kinds = {kind for name in filter(there, FAMILIES) if fault_of(name) is None for kind in host(name).kinds} - set(
+        RECURRENT
+    )
     return {kind: masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind] for kind in kinds}

@@ -39,11 +39,6 @@ WANTS = {
 installed those tests are left out, and pytest says how many."""
 
 
-def there(family: str) -> bool:
-    """Whether the installed transformers has a family."""
-    return family not in FAMILIES or reached(FAMILIES[family])
-
-
 def lacking(nodeid: str) -> bool:
     """Whether a test is of a form that needs a package which is not installed."""
     return any(find_spec(package) is None for part, package in WANTS.items() if part in nodeid)

@@ -96,8 +96,7 @@ class Matrix(Tabular):
 
     def to_records(self) -> list[dict[str, Any]]:
         """A record for each pair; several stages or notes are joined by ``; ``."""
-        joined = ({**one.to_dict(), "stages": "; ".join(one.stages), "notes": "; ".join(one.notes)} for one in self)
-        return list(joined)
+        return [{**one.to_dict(), "stages": "; ".join(one.stages), "notes": "; ".join(one.notes)} for one in self]
 
     def table(self) -> Table:
         """A row for each family and a column for each method; of one model, a row for each method."""
