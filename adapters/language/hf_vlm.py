@@ -55,12 +55,12 @@ class HFVLM(Adapter):
             return None
         tower = child(self.core, self.spec.tower)
         config = self.core.config
-        index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
         packed = None if self.spec.patches is None else packed_spec(tower, config)
+        if packed is None and self.spec.tower_cut is None:
+            return None  # before the index is read: a family without a row has none
+        index = -1 if self.spec.feature is None else getattr(config, self.spec.feature)
         if packed is not None:
             return self._packed(packed, index)
-        if self.spec.tower_cut is None:
-            return None
         if not isinstance(index, int):
             return None  # features of several layers are concatenated: they must have equal lengths
         try:
