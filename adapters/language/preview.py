@@ -144,6 +144,7 @@ def _by_picture(
         gap = row[last + 1 : first].count(NONE) if found[-1] else 0
         inside = row[first:after].count(NONE)
         sizes = tuple(numbers.count(name) for name in names)
-        found[-1].append(Seen(len(picture.columns), sizes, numbers.count(-1), inside, gap))
+        columns = tuple(picture.columns)
+        found[-1].append(Seen(len(columns), sizes, numbers.count(-1), inside, gap, columns))
         last = after
     return tuple(map(tuple, found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Seen:
         inside: text tokens between its first and its last.
         gap: text tokens between the one before and this one, where a processor makes several of one picture; 0 for the
             first.
+        columns: where its placeholders stand in the prompt.
     """
 
     tokens: int
@@ -23,6 +24,7 @@ class Seen:
     apart: int = 0
     inside: int = 0
     gap: int = 0
+    columns: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

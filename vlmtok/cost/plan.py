@@ -18,7 +18,7 @@ from ..errors import NotCounted, ParameterError
 from .flops import feature_tokens, tower_profiles
 from .packed import planned
 from .packed_stretches import Stretches, booked
-from .planned_rows import PlannedRows, Prompt
+from .planned_rows import PlannedGroup, PlannedRows, Prompt
 from .rehearsal import Rehearsal
 
 Key = tuple[str, int | None, str, int]
@@ -63,28 +63,51 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
     Returns:
         One run for each stage, in the order of the forward.
     """
-    planner = Planner(attachment, shape, prompt, past or Past())
-    runs = []
-    if shape.vision is not None:
-        seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
-        runs.append(planner.vision(seen))
-    elif shape.packed is not None:
-        runs.append(planner.packed(planned(shape.packed, shape.projector, prompt), shape.packed))
-    if shape.text is not None and prompt.words:
-        runs.append(planner.text(StageRun("text", prompt.batch, prompt.words)))
-    if shape.language is not None:
-        runs.append(planner.language(runs[0] if shape.vision is not None else None))
-    return runs
+    return Planner(attachment, shape, prompt, past or Past()).runs()
+
+
+def left_in_front(attachment: Attachment, shape: ModelShape, prompt: Prompt) -> tuple[list[StageRun], list[int]]:
+    """What a language model is given of each picture, where nothing leaves between its layers.
+
+    Args:
+        attachment: methods at their sites, none of them in the decoder.
+        shape: the model.
+        prompt: what goes in.
+
+    Returns:
+        The passes as `plan` says, and the tokens left of each picture of the prompt.
+    """
+    planner = Planner(attachment, shape, prompt, Past())
+    return planner.runs(), planner.left
 
 
 class Planner:
-    """Walks the sites of one call; see `plan`."""
+    """Walks the sites of one call; see `plan`.
+
+    Attributes:
+        left: tokens of each picture behind the last site.
+    """
 
     def __init__(self, attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past) -> None:
         self.attachment = attachment
         self.shape = shape
         self.prompt = prompt
         self.past = past
+        self.left: list[int] = []
+
+    def runs(self) -> list[StageRun]:
+        """One run for each stage, in the order of the forward."""
+        prompt, shape, runs = self.prompt, self.shape, []
+        if shape.vision is not None:
+            seen = StageRun("vision", prompt.batch * prompt.rows, shape.vision.protected + prompt.patches)
+            runs.append(self.vision(seen))
+        elif shape.packed is not None:
+            runs.append(self.packed(planned(shape.packed, shape.projector, prompt), shape.packed))
+        if shape.text is not None and prompt.words:
+            runs.append(self.text(StageRun("text", prompt.batch, prompt.words)))
+        if shape.language is not None:
+            runs.append(self.language(runs[0] if shape.vision is not None else None))
+        return runs
 
     # ------------------------------------------------------------------ towers
     def vision(self, run: StageRun) -> StageRun:
@@ -216,6 +239,9 @@ class Planner:
             kind = "cut" if cut else "observe"
             event = Event(site.stage, site.layer, site.point, entry.index, kind, before, rows.length, booked, ragged)
             run.events.append(self._known(event))
+            if cut and site.separators == "drop":
+                self._drop_separators(run, rows, [group for group, slots in groups if slots != group.n])
+        self.left = [picture.n for picture in rows.pictures]
         return run
 
     def _hand_over(self, run: StageRun, rows: PlannedRows, seen: StageRun, tower: TowerShape) -> None:
@@ -236,6 +262,13 @@ class Planner:
         booked = tuple(replace(group.counted(run.rows), slots=left) for group, left in groups)
         event = Event("features", None, "end", -1, "cut", before, rows.length, booked, ragged)
         run.events.append(self._known(event))
+
+    def _drop_separators(self, run: StageRun, rows: PlannedRows, groups: list[PlannedGroup]) -> None:
+        """What stands between rows of patches leaves with a picture that was cut."""
+        before = rows.length
+        booked = rows.drop_separators(groups, run.rows)
+        if booked:
+            run.events.append(Event("projected", None, "end", -1, "cut", before, rows.length, booked))
 
     def _known(self, event: Event) -> Event:
         """With the tokens that left, where a run of equally many tokens has told."""

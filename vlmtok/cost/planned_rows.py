@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -176,3 +177,15 @@ class PlannedRows:
                     self.pictures[picture].leave(slots)
                 else:
                     self.pictures[picture].parts[part] = slots
+
+    def drop_separators(self, groups: Iterable[PlannedGroup], batch: int) -> tuple[Group, ...]:
+        """What stands between rows of patches leaves with the pictures of some view rows; as the ledger books it."""
+        units = [picture for group in groups for picture, _ in group.units]
+        which = range(len(self.pictures)) if -1 in units else sorted(set(units))
+        gone = [self.pictures[index] for index in which if self.pictures[index].apart]
+        for picture in gone:
+            self.length -= picture.apart
+        alike = Counter(picture.apart for picture in gone)
+        for picture in gone:
+            picture.apart = 0
+        return tuple(Group(batch * times, n, 0, n) for n, times in alike.items())

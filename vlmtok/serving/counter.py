@@ -1,0 +1,124 @@
+"""How many tokens of each picture stay, from what a processor made of it: host ints, no weights, nothing runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..adapters import adapter_for
+from ..core.method import Method
+from ..core.sight import Seen, Sight
+from ..cost.plan import left_in_front
+from ..cost.planned_rows import Prompt
+from ..errors import ParameterError
+from ..guard import guarded
+from .item import Item, Left
+from .layout import ENGINE
+from .plan import ServingPlan, plan
+
+KEPT = 64
+"""Plans that are kept; a server sees few specs."""
+
+
+class Counter:
+    """Plans specs on one model and counts what they leave of pictures.
+
+    Args:
+        model: a model of transformers, with weights or without data (see `vlmtok.loading.models.configured`).
+        engine: what runs it, for messages.
+
+    Raises:
+        UnsupportedModel: no adapter carries the model.
+    """
+
+    def __init__(self, model: Any, engine: str = ENGINE) -> None:
+        self.adapter: Any = adapter_for(model)
+        self.engine = engine
+        self.layout = self.adapter.layout()
+        self.shape = self.adapter.account()
+        self._plans: OrderedDict[str, ServingPlan] = OrderedDict()
+
+    @guarded
+    def plan(self, spec: str | Method | Sequence[Method | str]) -> ServingPlan:
+        """The plan of a spec on this model; see `vlmtok.serving.plan`."""
+        if not isinstance(spec, str):
+            return plan(spec, self.layout, engine=self.engine)
+        if spec not in self._plans:
+            self._plans[spec] = plan(spec, self.layout, engine=self.engine)
+            while len(self._plans) > KEPT:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(spec)
+        return self._plans[spec]
+
+    @guarded
+    def left(self, chosen: ServingPlan | None, item: Item) -> Left:
+        """What of an item stays in its prompt.
+
+        Args:
+            chosen: the plan, or None for all.
+            item: by itself.
+
+        Raises:
+            ParameterError: the methods cannot act on a picture of that size, or marks stand among tokens of which
+                some leave.
+        """
+        sight = self._sight(item)
+        seen = [one for picture in sight.pictures for one in picture]
+        placeholders = torch.zeros(len(item.ids), dtype=torch.bool)
+        for one in seen:
+            placeholders[list(one.columns)] = True
+        stays = torch.ones_like(placeholders)
+        if chosen is None:
+            return Left(stays, placeholders)
+        for one, count in zip(seen, self._counts(chosen, sight)):
+            if count < one.tokens and one.inside:
+                raise ParameterError(
+                    f"{chosen.spec}: {self.layout.family} puts {one.inside} marks among the {one.tokens} tokens of a "
+                    f"picture, and which of those stay between them depends on the picture; {self.engine} lays out a "
+                    "prompt before it sees one"
+                )
+            stays[list(one.columns[count:])] = False
+        return Left(stays, placeholders)
+
+    def _sight(self, item: Item) -> Sight:
+        names = dict(item.inputs)
+        names["input_ids"] = item.ids[None]
+        names["mm_token_type_ids"] = item.types[None]
+        return self.adapter.preview(names)
+
+    def _counts(self, chosen: ServingPlan, sight: Sight) -> list[int]:
+        """Tokens left of each run that belongs together."""
+        seen = [one for picture in sight.pictures for one in picture]
+        gaps = [one.gap for one in seen]
+        prompt = Prompt(
+            1,
+            len(seen),
+            (0, *gaps[1:], 1),
+            patches=sight.patches,
+            grids=sight.grids,
+            seen=tuple(seen),
+            seen_rows=sight.crops,
+        )
+        self._check_parts(chosen, seen)
+        _, left = left_in_front(chosen.attachment, self.shape, prompt)
+        return left
+
+    def _check_parts(self, chosen: ServingPlan, seen: list[Seen]) -> None:
+        """Refuses cuts of parts behind a cut that leaves more of one part than of another.
+
+        Raises:
+            ParameterError: how many tokens parts have by then depends on the picture.
+        """
+        if not any(len(one.parts) > 1 for one in seen):
+            return
+        scopes = [(entry.method, entry.scope) for entry in chosen.attachment.at("projected")]
+        for (first, wide), (second, narrow) in pairwise(scopes):
+            if wide == "picture" and narrow == "part":
+                raise ParameterError(
+                    f"{second} chooses in each crop, and how many tokens of a crop {first} leaves depends on the "
+                    f"picture; {self.engine} lays out a prompt before it sees one: turn the two round"
+                )

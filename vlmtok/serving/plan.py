@@ -1,0 +1,259 @@
+"""`plan()`: a spec on a model that an engine serves, checked as a whole before any picture is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..core.attachment import Attachment, Entry
+from ..core.method import Method
+from ..core.placing import PATCHES
+from ..core.reduction import Reduction
+from ..core.signals import TOWER_SIGNALS, Need
+from ..core.site import Counts, Layout, Site
+from ..core.spec import as_methods, parse_methods
+from ..core.view import Signal, TokenView
+from ..errors import ParameterError, SiteError, VlmtokError
+from ..guard import guarded
+from .dry_run import Dry
+from .layout import BEFORE, ENGINE, served_layout
+
+if TYPE_CHECKING:
+    from ..core.model_shape import ModelShape
+
+
+@guarded
+def plan(
+    spec: str | Method | Sequence[Method | str], layout: Layout, *, engine: str = ENGINE, shape: ModelShape | None = None
+) -> ServingPlan:
+    """Says what a spec does to the pictures of a model that an engine serves.
+
+    An engine lays out a prompt, keys its caches and sizes its batches before any pixel is encoded. So the number of
+    tokens that a picture leaves must follow from host ints, pictures must not depend on each other, and tokens must
+    leave before the language model. What does not fit is refused here, not in the engine.
+
+    Args:
+        spec: as for `vlmtok.compress`.
+        layout: what the model offers, as its adapter says or by hand (see `vlmtok.Layout`).
+        engine: what runs it, for messages.
+        shape: the model as counts and widths, for `ServingPlan.left`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SiteError: a method acts where an engine cannot, on several pictures together, or nowhere.
+        ParameterError: a number of tokens depends on content, or kept positions cannot be kept.
+        MissingSignal: a method needs what the model cannot give.
+        UnknownMethod, SpecError: of spec strings.
+    """
+    methods = as_methods(spec)
+    served = served_layout(layout, engine)
+    try:
+        return ServingPlan(methods, served, shape)
+    except VlmtokError as problem:
+        cure = _cure(methods, served, shape)
+        if cure is None:
+            raise
+        raise type(problem)(f"{problem}; {cure} is served") from None
+
+
+class ServingPlan:
+    """A spec on a served model; see `plan`.
+
+    Attributes:
+        methods: in list order.
+        layout: what the model offers in front of its language model.
+        shape: the model as counts and widths, or None.
+        attachment: the methods at their sites; no hook is placed by it.
+    """
+
+    def __init__(self, methods: list[Method], layout: Layout, shape: ModelShape | None = None) -> None:
+        self.methods = methods
+        self.layout = layout
+        self.shape = shape
+        self.attachment = Attachment(methods, layout)
+        if not self.attachment.entries:
+            raise SiteError(f"{self.spec} has nothing to do on {layout.family}: no site is left")
+        for entry in self.attachment.entries:
+            self._check(entry)
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def spec(self) -> str:
+        """The spec in its canonical form: ``keep=016`` and ``keep=16`` are one."""
+        return "+".join(map(str, self.methods))
+
+    @property
+    def key(self) -> str:
+        """What an engine's caches must hold apart: the canonical spec and the version of each method's selection."""
+        return json.dumps([[str(method), method.version] for method in self.methods], separators=(",", ":"))
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where methods act, in the order of the forward."""
+        return [entry.site for entry in self.attachment.entries]
+
+    @property
+    def needs(self) -> list[Need]:
+        """Signals that methods ask for, each once."""
+        return list(dict.fromkeys(need for entry in self.attachment.entries for need in entry.needs))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what stays depends on the text behind a picture; such pictures cannot be shared by prompts."""
+        return any(need.name == "text" for need in self.needs)
+
+    # ------------------------------------------------------------------ how much stays
+    @guarded
+    def count(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
+        """How many tokens of a picture in one part stay.
+
+        Args:
+            tokens: of the picture in the language model's input, before any method.
+            patches: of it in the tower; None where each is a token.
+            grid: rows and columns of the tokens, or None where there is no single grid.
+
+        Raises:
+            ParameterError: a method cannot act on so many tokens.
+        """
+        left = tokens
+        for stage in BEFORE:
+            left, _ = self._walk(stage, left, patches, tokens, grid)
+        return left
+
+    def _walk(
+        self, stage: str, left: int, patches: int | None, tokens: int, grid: tuple[int, int] | None
+    ) -> tuple[int, list[tuple[Entry, int, int, int]]]:
+        """Tokens behind a stage, and (entry, arrived, entered, left) of each visit."""
+        slots = "features" in self.layout.stages  # what leaves the tower leaves its placeholder
+        start = n = left if slots or stage == "projected" or patches is None else patches
+        visits = []
+        for entry in self.attachment.at(stage):
+            there = self.layout.stages[stage]
+            counts = Counts(entry.asked, n, start, there.num_prefix, there.depth, grid)
+            made = entry.method.count(counts)
+            assert made is not None
+            visits.append((entry, n, start, made))
+            n = made
+        return (n if slots or stage == "projected" else left), visits
+
+    @guarded
+    def dry_run(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
+        """Asks every method on tensors without data, and checks that it leaves as many tokens as it counted.
+
+        Args:
+            tokens: as in `count`.
+            patches: as in `count`.
+            grid: as in `count`.
+
+        Returns:
+            What `count` does.
+
+        Raises:
+            ParameterError: a method cannot act on so many tokens, or leaves another number than it says.
+        """
+        left, dry = tokens, Dry(self.layout, grid)
+        for stage in BEFORE:
+            left, visits = self._walk(stage, left, patches, tokens, grid)
+            for entry, n, entered, made in visits:
+                found = dry.ask(entry, n, entered)
+                if found != made:
+                    raise ParameterError(f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}")
+        return left
+
+    # ------------------------------------------------------------------ what stays
+    @guarded
+    def at(
+        self,
+        stage: str,
+        tokens: Tensor,
+        *,
+        size: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        signals: Mapping[str, Signal] | None = None,
+        protected: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Shortens the tokens of pictures at ``features`` or ``projected``, for engines with modules of their own.
+
+        Args:
+            stage: ``features`` or ``projected``; inside a tower, `Encoder` or an adapter of the tower does it.
+            tokens: `[B, N, C]`, a picture a row.
+            size: fp32 `[B, N]`, patches that each token stands for; None means ones.
+            grid: rows and columns of the tokens, or None.
+            signals: by the key of each `Need`: a tensor over the tokens that are given here, or a function that makes
+                it; what a method drops leaves them too.
+            protected: `[B, P, C]`, at ``features``: the tower's protected tokens there.
+
+        Returns:
+            `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged or cut.
+
+        Raises:
+            SiteError: another stage.
+            MissingSignal: a method needs one that is not given.
+        """
+        if stage not in ("features", "projected"):
+            raise SiteError(f"at() takes 'features' or 'projected', got {stage!r}")
+        entered, there = tokens.shape[1], self.layout.stages[stage]
+        cuts: list[Reduction] = []
+        for entry in self.attachment.at(stage):
+            given = {
+                need.key: partial(_behind, need.name, (signals or {}).get(need.key), tuple(cuts)) for need in entry.needs
+            }
+            view = TokenView(
+                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=entered, signals=given
+            )
+            reduction = self.attachment.decide(entry, view)
+            if reduction is not None:
+                tokens, size = reduction.apply(tokens, size, protected if stage == "features" else None)
+                cuts.append(reduction)
+        return tokens, size
+
+    # ------------------------------------------------------------------ refusals
+    def _check(self, entry: Entry) -> None:
+        """Refuses what an engine cannot do.
+
+        Raises:
+            SiteError: view rows of several pictures.
+            ParameterError: positions, or a number of tokens that depends on content.
+        """
+        method, site, family = entry.method, entry.site, self.layout.family
+        if entry.scope == "sample":
+            raise SiteError(
+                f"{method} chooses among all pictures of a prompt together (scope=sample), but {family} keeps what a "
+                "picture became for other prompts; scope=picture"
+            )
+        stage = self.layout.stages[site.stage]
+        if site.stage == "projected" and self.layout.positions_at(site) == "keep" and stage.renumbers:
+            raise ParameterError(
+                f"{method} keeps position ids with gaps, but {family} numbers the tokens of a prompt one by one; "
+                "positions=renumber"
+            )
+        if method.count(Counts(entry.asked, PATCHES, PATCHES, stage.num_prefix, stage.depth)) is None:
+            raise ParameterError(
+                f"{method}: how many tokens it leaves depends on the picture, but {family} lays out a prompt before it "
+                "sees one"
+            )
+
+
+def _behind(name: str, given: Signal, cuts: tuple[Reduction, ...]) -> Tensor | None:
+    """A signal of the tokens that are left behind some cuts."""
+    value = given() if callable(given) else given
+    axis = TOWER_SIGNALS[name].axis if name in TOWER_SIGNALS else None
+    if value is not None and axis is not None:
+        for reduction in cuts:
+            value = reduction.gather(value, axis)
+    return value
+
+
+def _cure(methods: list[Method], layout: Layout, shape: ModelShape | None) -> str | None:
+    """The same methods in settings of their own that an engine can serve, or None."""
+    cured = "+".join(f"{type(m).spec_name()}:{m.counted}" if m.counted else str(m) for m in methods)
+    try:
+        return ServingPlan(parse_methods(cured), layout, shape).spec
+    except VlmtokError:
+        return None
