@@ -100,7 +100,8 @@ pictures of coloured shapes and digits. It ships with vlmtok so that token reduc
 without a download. It is no general model: it knows the world described below and nothing else.
 
 A `LlavaForConditionalGeneration`: a CLIP tower of 6 layers (96 px, patches of 8 px, read one layer before the last), a
-projector, and a Llama of 16 layers, all of width 128. A picture is 144 visual tokens. It loads by `from_pretrained`:
+projector, and a Llama of 16 layers, all of width 128. A picture is 144 visual tokens. The tower's tensors have the
+names that vLLM's own LLaVA reads, and transformers too. It loads by `from_pretrained`:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -11,6 +11,9 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from tiny_llava.processor import build_processor
 
+WRITTEN, STORED = "vision_tower.", "vision_tower.vision_model."
+"""How transformers 5 spells the tower's names, and how it and vLLM's own LLaVA both read them."""
+
 
 def export(llava: LlavaForConditionalGeneration, folder: Path) -> None:
     """Saves model, generation settings and processor.
@@ -25,11 +28,22 @@ def export(llava: LlavaForConditionalGeneration, folder: Path) -> None:
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, max_new_tokens=8
     )
     llava.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    save_file({name: value.half() for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
+    store(folder / "model.safetensors")
     build_processor().save_pretrained(folder)
     _say_float32(folder / "config.json")
+
+
+def store(weights: Path) -> None:
+    """Rewrites a file of weights in half precision and with the names of `STORED`; done twice, it is done once."""
+    halves = {stored(name): value.half() for name, value in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+
+
+def stored(name: str) -> str:
+    """The name of a tensor in the stored file."""
+    inside = name.startswith(WRITTEN) and not name.startswith(STORED)
+    return STORED + name.removeprefix(WRITTEN) if inside else name
 
 
 def _say_float32(path: Path) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.places import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 from tiny_llava.alignment import initialise_words, words_of
 from tiny_llava.evaluate import Checkpoint, score
+from tiny_llava.export import STORED, WRITTEN, store
 from tiny_llava.language import answer_logits, build_llava, deepen, look_away, loudness
 from tiny_llava.packing import Album, pack, shorten
 from tiny_llava.processor import vocabulary
@@ -23,6 +26,7 @@ from tiny_llava.samples import choose_samples, draw_sample
 from tiny_llava.scenes import QUESTION_TYPES, ask, ask_all, exam, render, sample_scene
 from tiny_llava.tower import TOKENS, build_tower, find_cells, find_centres
 from tiny_llava.training import watch_attention
+from transformers import LlavaForConditionalGeneration
 
 FOLDER = ROOT / "vlmtok" / "data" / "tiny-llava"
 PICTURES = ROOT / "vlmtok" / "data" / "pictures"
@@ -40,6 +44,45 @@ def test_the_checkpoint_is_small_and_deep_enough(checkpoint):
     assert config.image_seq_length >= 144 and config.text_config.num_hidden_layers >= 16
     assert checkpoint.model.dtype == torch.float32
     assert (FOLDER / "README.md").read_text("utf-8").count("| all |") == 1
+
+
+def test_its_names_are_read_by_vllms_own_llava_too(checkpoint):
+    """vLLM 0.32 knows the tower under these names alone; transformers would write others."""
+    names = list(load_file(FOLDER / "model.safetensors"))
+    assert len(names) == len(checkpoint.model.state_dict())
+    tower = [name for name in names if "vision" in name]
+    assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
+    assert {name.partition(".")[0] for name in names} == {"language_model", "multi_modal_projector", "vision_tower"}
+
+
+def test_both_spellings_are_the_same_model_bit_for_bit(checkpoint, tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "written")
+    weights = tmp_path / "written" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name.replace(STORED, WRITTEN): tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    found, states, logits = [], [], []
+    question = ask_all(sample_scene("held-out", "spelling", 0), random.Random(0))[0]
+    for folder in (FOLDER, tmp_path / "written"):
+        model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        found.append({key: value for key, value in info.items() if value})
+        states.append(model.state_dict())
+        inputs = checkpoint.inputs([render(sample_scene("held-out", "spelling", 0))], [question.text])
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    assert found == [{}, {}]  # nothing missing, nothing left over
+    stored, written = states
+    assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in stored)
+    assert torch.equal(*logits)
+
+
+def test_what_is_exported_is_what_ships(checkpoint, tmp_path):
+    checkpoint.model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    for _ in range(2):  # the second time changes nothing
+        store(weights)
+        ships, exported = load_file(FOLDER / "model.safetensors"), load_file(weights)
+        assert ships.keys() == exported.keys() and {tensor.dtype for tensor in exported.values()} == {torch.float16}
+        assert all(torch.equal(ships[name], exported[name]) for name in ships)
 
 
 def test_every_layer_speaks(checkpoint):
