@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.pictures import Picture
-from ...core.sight import Seen, Sight
+from ...core.sight import Grid, Seen, Sight
 from .. import hosts
 from ..hosts import Role
 from ..towers.packed_grids import patch_grids
@@ -101,7 +101,7 @@ def _parts(
     given: Any,
     crops: int,
 ) -> Tensor | None:
-    """Parts of the columns, `[1, S]`, as the adapter tells them from embeddings and positions."""
+    """Parts of the columns, `[1, S]`, as the adapter tells them from embeddings and positions; fills in grids."""
     x = torch.zeros(1, len(row), 1)
     positions = torch.arange(len(row)).expand(3, 1, -1).clone()
     if packing is not None:  # a separator's embedding is 1, any other 0
@@ -125,7 +125,12 @@ def _parts(
     total = sum(len(picture.columns) for picture in pictures)
     crop = total // crops if spec.lengths_of == "crop" and crops and total % crops == 0 else None
     seen = SimpleNamespace(image_newline=torch.ones(1) if packing is not None else None, config=core.config)
-    return PARTS[spec.parts](Look(pictures, x, positions, seen, spec, crop))
+    part = PARTS[spec.parts](Look(pictures, x, positions, seen, spec, crop))
+    if spec.tower_size_argument is not None:
+        told = [(role, given(role)) for role in spec.grid_arguments]
+        calls = [shapes.read(role, value, core.config).tolist() for role, value in told if value is not None]
+        shapes.measure(pictures, calls)
+    return part
 
 
 def _by_picture(
@@ -144,7 +149,15 @@ def _by_picture(
         gap = row[last + 1 : first].count(NONE) if found[-1] else 0
         inside = row[first:after].count(NONE)
         sizes = tuple(numbers.count(name) for name in names)
+        counts = dict(zip(names, sizes)) or {-1: len(picture.columns)}
+        grids = tuple(_grid(picture, name, n) for name, n in counts.items())
         columns = tuple(picture.columns)
-        found[-1].append(Seen(len(columns), sizes, numbers.count(-1), inside, gap, columns))
+        found[-1].append(Seen(len(columns), sizes, numbers.count(-1), inside, gap, grids, columns))
         last = after
     return tuple(map(tuple, found))
+
+
+def _grid(picture: Picture, part: int, n: int) -> Grid | None:
+    """Rows and columns of the n tokens of a part; -1 is all of a picture without parts."""
+    grid = picture.fields.get(part, picture.grid)
+    return grid if grid is not None and grid[0] * grid[1] == n else None

@@ -184,6 +184,8 @@ def test_a_target_out_of_reach_names_the_nearest():
         budget(FastV(), LLAVA, layer_average_tokens=20)
     with pytest.raises(TargetError, match=r"by output_size: .*output_size=8 \(possible: 1 to 576 tokens\)"):
         budget(AveragePool(), LLAVA, tokens=100)
+    with pytest.raises(TargetError, match=r"by output_size: the nearest is 2 tokens"):
+        budget("averagepool", "llava-next-7b", tokens=144)  # its weakest, 53 x 53, is more than a crop has
     with pytest.raises(TargetError, match=r"by rv: the nearest is .* with crossget:rv=13"):
         budget(CrossGET(), VIT, macs=0.6)
     with pytest.raises(TargetError, match=r"tokens = 1000"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -260,3 +261,23 @@ def test_a_model_that_does_not_say_how_many_tokens_a_picture_has():
     with pytest.raises(ParameterError, match="pass visual_tokens="):
         estimate(unknown, FastV())
     assert estimate(unknown, FastV(), visual_tokens=576).macs == estimate(LLAVA, FastV()).macs
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("averagepool:output_size=5", "a grid of 24 x 24 tokens cannot be divided into 5 x 5 equal windows"),
+        ("divprune:keep=16+averagepool", "these 16 tokens are no longer its 24 x 24 grid"),
+        ("pitome:ratio=0.5+averagepool", "are no longer its 24 x 24 grid"),
+        ("todre:pivot=576:tau=none", "pivot=576 does not exist among 576 tokens"),
+        ("tca:first=500", "first=500 does not exist among"),
+    ],
+)
+def test_what_a_run_would_refuse_the_estimate_refuses(spec, words):
+    with pytest.raises(ParameterError, match=re.escape(words)):
+        estimate("llava-1.5-7b", spec)
+
+
+def test_halves_are_rounded_by_the_grid_that_a_processor_made():
+    (line,) = estimate("qwen2.5-vl-7b", "averagepool:overlap=true", image_size=(336, 308)).sites
+    assert line.before - line.after.low == line.before - line.after.high == 11 * 12 - 6 * 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from vlmtok.adapters.language.families import ROWS
 from vlmtok.adapters.language.placeholders import placeholders
 
 import vlmtok
-from vlmtok import estimate, loading
+from vlmtok import Method, Site, estimate, loading
+from vlmtok.core.placing import PATCHES
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.forecast.subject import subject_of
 from vlmtok.lab import prompts
@@ -97,6 +98,40 @@ def test_an_estimate_by_size_equals_the_report_of_such_a_picture(name, size, fol
         same(report, estimate(folder(name), spec, image_size=size, text_tokens=text, counts=compression))
         given = estimate(model, spec, image_size=size, text_tokens=text, counts=compression)  # with its own processor
         same(report, given)
+
+
+@dataclass(eq=False)
+class Noting(Method):
+    """Notes rows and columns of what it is shown in a run, and of what it is asked about in an estimate."""
+
+    unit: str = "picture"
+    shown: set = field(default_factory=set)
+    asked: set = field(default_factory=set)
+
+    def sites(self, layout):
+        return [Site("projected", scope=self.unit)]
+
+    def reduce(self, view):
+        if not view.tokens.is_meta:  # as its cost is counted
+            self.shown.add((view.counts.n, view.counts.grid))
+
+    def count(self, counts):
+        if counts.n != PATCHES:  # what attaching asks about
+            self.asked.add((counts.n, counts.grid))
+        return counts.n
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("name", [name for name in SAVED if name not in BROKEN and name not in TOWER_ONLY])
+def test_grids_of_an_estimate_are_those_of_the_run(name, size, loaded):
+    """So that a method whose count refuses a grid is refused by the estimate."""
+    model = loaded(name)
+    inputs = prompts.encode_prompt(model, checkpoints.picture(*size), QUESTION)
+    for unit in ("picture", "part"):
+        in_run, planned = Noting(unit), Noting(unit)
+        run(model, inputs, in_run)
+        estimate(model, planned, image_size=size, text_tokens=around(model, inputs))
+        assert in_run.shown and planned.asked == in_run.shown
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_5_vl", "mistral3"])

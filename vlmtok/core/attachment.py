@@ -19,10 +19,10 @@ from ..kernels.exact import exact
 from .hooks import Hook
 from .ledger import Ledger
 from .method import Method
-from .placing import PATCHES, looks_on, place
+from .placing import looks_on, place, sample_count
 from .reduction import Reduction
 from .signals import Need
-from .site import POINTS, STAGES, Counts, Layout, Site
+from .site import POINTS, STAGES, Layout, Site
 from .view import Signal, TokenView
 
 UserSignal = Callable[[TokenView], Tensor]
@@ -128,7 +128,7 @@ class Attachment:
         entries.sort(key=Entry.order)
         features = [entry for entry in entries if entry.site.stage == "features"]
         for first, second in pairwise(features):
-            if first.method.count(Counts(first.asked, PATCHES, PATCHES)) is None:
+            if sample_count(first.method, first.asked, self.layout) is None:
                 raise SiteError(
                     f"{type(second.method).__name__} cannot act at features behind {first.method}, which leaves "
                     "pictures of different lengths there; turn the two round, or set how many tokens it keeps"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..errors import MissingSignal, SiteError, VlmtokError
+from ..errors import MissingSignal, ParameterError, SiteError, VlmtokError
 from .method import Method
 from .signals import END_ONLY, Need, check_stage, resolve_need
 from .site import LAYERED, POINTS, Counts, Layout, Site
@@ -46,9 +46,25 @@ def looks_on(method: Method, site: Site, layout: Layout) -> bool:
         site: one that it names.
         layout: what the model offers.
     """
+    return type(method).count is not Method.count and sample_count(method, site, layout) == PATCHES
+
+
+def sample_count(method: Method, site: Site, layout: Layout) -> int | None:
+    """What a method's count says of `PATCHES` tokens, which tells whether it decides at a site, and by content.
+
+    Args:
+        method: the method.
+        site: one that it names.
+        layout: what the model offers.
+
+    Returns:
+        The count; 0 where it refuses so many: it decides there, and the tokens of a real picture may be fine.
+    """
     stage = layout.stages[site.stage]
-    counts = Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth)
-    return type(method).count is not Method.count and method.count(counts) == PATCHES
+    try:
+        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth))
+    except ParameterError:
+        return 0
 
 
 def place(method: Method, layout: Layout, user: frozenset[str] = frozenset()) -> tuple[list[Placed], list[str]]:

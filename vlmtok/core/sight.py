@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+Grid = tuple[int, int]
+"""Rows and columns."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -16,6 +19,8 @@ class Seen:
         inside: text tokens between its first and its last.
         gap: text tokens between the one before and this one, where a processor makes several of one picture; 0 for the
             first.
+        grids: rows and columns of the tokens of each part, or of all where it is one; None where they form no single
+            grid. Empty where nobody told.
         columns: where its placeholders stand in the prompt.
     """
 
@@ -24,6 +29,7 @@ class Seen:
     apart: int = 0
     inside: int = 0
     gap: int = 0
+    grids: tuple[Grid | None, ...] = ()
     columns: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 

@@ -13,6 +13,7 @@ from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import ModelShape, PackedTowerShape, TowerShape
 from ..core.sequence import TowerRow
+from ..core.sight import Grid
 from ..core.site import Counts
 from ..errors import NotCounted, ParameterError
 from .flops import feature_tokens, tower_profiles
@@ -119,10 +120,11 @@ class Planner:
             return run
         n = tower_profiles(run, tower.depth, tower.protected)[1].left - tower.protected
         entered = run.entered - tower.protected
+        grid = _grid(tower, entered)
         for entry in self.attachment.at("features"):
-            slots, kind = self._slots(run, entry, n, entered)
+            slots, kind = self._slots(run, entry, n, entered, grid)
             group = Group(run.rows, n, slots, entered)
-            ragged = self._counts(entry, n, entered) is None
+            ragged = self._counts(entry, n, entered, grid) is None
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
@@ -141,13 +143,13 @@ class Planner:
         run.parts.update({part.name: run.rows for part in tower.parts})
         again = Rehearsal(self.attachment, self.shape, run, lambda: 0)
         row = TowerRow(tower.protected, run.entered - tower.protected)
-        entered, cut = row.n, False
+        entered, cut, grid = row.n, False, _grid(tower, row.n)
         for layer in range(tower.depth):
             for point in ("start", "mid", "end"):
                 for entry in self.attachment.at(run.stage, layer, point):
                     if entry.inserts:
                         row = self._insert(run, tower, again, entry, row)
-                    slots, kind = self._slots(run, entry, row.n, entered)
+                    slots, kind = self._slots(run, entry, row.n, entered, grid)
                     group = Group(run.rows, row.n, slots, entered, 0, row.length)
                     left = TowerRow(row.prefix, slots, row.inserted)
                     event = Event(run.stage, layer, point, entry.index, kind, row.length, left.length, (group,))
@@ -212,7 +214,7 @@ class Planner:
 
         prompt, shape = self.prompt, self.shape
         assert shape.language is not None
-        rows = PlannedRows(prompt)
+        rows = PlannedRows(prompt, None if shape.vision is None else shape.vision.grid)
         visual = prompt.batch * sum(picture.tokens for picture in prompt.shown)
         run = StageRun("decoder", prompt.batch, rows.length, 0, prompt.batch * prompt.pictures, True, visual)
         if shape.language.head is not None:
@@ -229,8 +231,8 @@ class Planner:
             names = {need.name for need in entry.needs}
             before, groups, cut, ragged = rows.length, [], False, False
             for group in rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH)):
-                slots, kind = self._slots(run, entry, group.n, group.entered)
-                ragged = ragged or self._counts(entry, group.n, group.entered) is None
+                slots, kind = self._slots(run, entry, group.n, group.entered, group.grid)
+                ragged = ragged or self._counts(entry, group.n, group.entered, group.grid) is None
                 groups.append((group, slots))
                 cut = cut or kind == "cut"
             rows.cut(groups)
@@ -279,15 +281,15 @@ class Planner:
         return replace(event, gone=recorded.gone)
 
     # ------------------------------------------------------------------ counts
-    def _counts(self, entry: Entry, n: int, entered: int) -> int | None:
+    def _counts(self, entry: Entry, n: int, entered: int, grid: Grid | None) -> int | None:
         stage = self.attachment.layout.stages[entry.site.stage]
-        return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth))
+        return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid))
 
-    def _slots(self, run: StageRun, entry: Entry, n: int, entered: int) -> tuple[int, str]:
+    def _slots(self, run: StageRun, entry: Entry, n: int, entered: int, grid: Grid | None = None) -> tuple[int, str]:
         """Slots of a view row, and the kind of the visit."""
         site = entry.site
         fixed = self.past.fixed.get(str(site))
-        count = fixed if fixed is not None else self._counts(entry, n, entered)
+        count = fixed if fixed is not None else self._counts(entry, n, entered, grid)
         if count is None:
             recorded = self.past.events.get(run.stage, {}).get((site.stage, site.layer, site.point, entry.index))
             known = _left(recorded, n, entered, site.stage == "vision" and self.shape.packed is not None)
@@ -327,6 +329,11 @@ def _left(recorded: Event | None, n: int, entered: int, stretches: bool) -> int 
     if not stretches:
         return max(n - (recorded.before - recorded.after), 0)
     return next((group.slots for group in recorded.groups if (group.n, group.entered) == (n, entered)), None)
+
+
+def _grid(tower: TowerShape, n: int) -> Grid | None:
+    """Rows and columns of the n patches that enter a tower, where they are as many as its configuration says."""
+    return tower.grid if tower.grid is not None and tower.grid[0] * tower.grid[1] == n else None
 
 
 def _arrived(event: Event) -> int:

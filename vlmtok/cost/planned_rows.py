@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..core.ledger import Group
-from ..core.sight import Seen
+from ..core.sight import Grid, Seen
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,25 @@ class Prompt:
 
 @dataclass
 class Shown:
-    """A picture of the row; of its tokens, `apart` belong to no part."""
+    """A picture of the row; of its tokens, `apart` belong to no part. `grids` are those with which its parts came."""
 
     parts: list[int]
     after: int
     after_last: int
     entered: int = 0
     apart: int = 0
+    grids: tuple[Grid | None, ...] = ()
 
     @property
     def n(self) -> int:
         """Tokens it has now."""
         return sum(self.parts) + self.apart
+
+    def grid(self, part: int) -> Grid | None:
+        """Rows and columns of a part, or of all tokens for -1, as they entered; None where they are not known."""
+        if part < 0:
+            return self.grids[0] if len(self.grids) == 1 and not self.apart else None
+        return self.grids[part]
 
     def leave(self, count: int) -> None:
         """So many tokens are left; how they fall into parts is not known, evenly is assumed."""
@@ -97,6 +104,7 @@ class PlannedGroup:
         text: text tokens behind their first token.
         length: tokens of the row.
         mixed: whether some of that text stands before some of their tokens.
+        grid: rows and columns of their tokens as they came, or None.
     """
 
     units: list[tuple[int, int]]
@@ -105,6 +113,7 @@ class PlannedGroup:
     text: int
     length: int
     mixed: bool
+    grid: Grid | None = None
 
     def counted(self, batch: int) -> Group:
         """As the ledger books it, nothing dropped."""
@@ -112,15 +121,21 @@ class PlannedGroup:
 
 
 class PlannedRows:
-    """One row of a language model's batch, as counts; all rows are alike (see `core.rows` for the real ones)."""
+    """One row of a language model's batch, as counts; all rows are alike (see `core.rows` for the real ones).
 
-    def __init__(self, prompt: Prompt) -> None:
+    Args:
+        prompt: what goes in.
+        grid: rows and columns of the tower's patches: those of as many tokens, where nobody told others.
+    """
+
+    def __init__(self, prompt: Prompt, grid: Grid | None = None) -> None:
         shown = prompt.shown
         self.pictures = []
         for index, picture in enumerate(shown):
             last = sum(prompt.text[index + 1 :]) + sum(later.inside for later in shown[index + 1 :])
             parts = picture.parts or (picture.tokens - picture.apart,)
-            self.pictures.append(Shown(list(parts), picture.inside + last, last, apart=picture.apart))
+            grids = picture.grids or tuple(grid if grid and grid[0] * grid[1] == n else None for n in parts)
+            self.pictures.append(Shown(list(parts), picture.inside + last, last, apart=picture.apart, grids=grids))
         self.single = not any(picture.parts for picture in shown)
         self.length = sum(prompt.text) + sum(picture.inside + picture.tokens for picture in shown)
 
@@ -142,13 +157,14 @@ class PlannedRows:
             if not n:
                 continue
             first, last = members[0], members[-1]
-            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0)
+            grid = first.grid(unit[1]) if len(members) == 1 else None
+            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0, grid)
             mixed = first.after != last.after_last
             if key in found:
                 found[key].units.append(unit)
                 found[key].mixed = found[key].mixed or mixed
             else:
-                found[key] = PlannedGroup([unit], n, entered, first.after, self.length, mixed)
+                found[key] = PlannedGroup([unit], n, entered, first.after, self.length, mixed, grid)
         return list(found.values())
 
     def _units(self, scope: str) -> Iterable[tuple[tuple[int, int], list[Shown], int, int]]:

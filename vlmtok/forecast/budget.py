@@ -246,7 +246,7 @@ class _Search:
             return _Try(self.method, reached=0.0 if level < 0.5 else float("inf"))
         try:
             return self._seen(made)
-        except (SiteError, MissingSignal):
+        except (SiteError, MissingSignal, ParameterError):  # the last: it does not fit the picture's grid
             if level == 0.0:  # the strongest setting always has something to do, so this is the model
                 raise
             return _Try(made, reached=float("inf"))

@@ -94,14 +94,8 @@ class AveragePool(Method):
         Raises:
             ParameterError: the tokens are no whole grid, or it cannot be divided.
         """
-        batch, n, _ = view.tokens.shape
-        grid = view.grid
-        if grid is None or grid[0] * grid[1] != n:
-            raise ParameterError(
-                f"AveragePool needs the whole grid of a picture; these {n} tokens are "
-                + ("no single grid" if grid is None else f"no longer its {grid[0]} x {grid[1]} grid")
-            )
-        out = self._output(grid)
+        batch = view.tokens.shape[0]
+        grid, out = self._grids(view.counts)
         if out == grid:
             return None
         rows, columns = pool_windows(grid[0], out[0]), pool_windows(grid[1], out[1])
@@ -120,10 +114,17 @@ class AveragePool(Method):
         )
 
     def count(self, counts: Counts) -> int | None:
-        """The pooled grid; None where halves are rounded, which depends on the sides."""
-        if self.output_size is None:
+        """The pooled grid; None where halves are rounded and the sides are not known.
+
+        Raises:
+            ParameterError: as `reduce`, where the grid is known.
+        """
+        if counts.grid is not None:
+            rows, columns = self._grids(counts)[1]
+        elif self.output_size is not None:
+            rows, columns = self._pair()
+        else:
             return None if self.overlap else counts.n // 4
-        rows, columns = self._pair()
         return rows * columns
 
     def _pair(self) -> tuple[int, int]:
@@ -131,12 +132,18 @@ class AveragePool(Method):
         assert size is not None
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    def _output(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The pooled grid.
+    def _grids(self, counts: Counts) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The grid, and the pooled one.
 
         Raises:
-            ParameterError: it is larger than the grid, or does not divide it.
+            ParameterError: the tokens are no whole grid, or the pooled one is larger, or does not divide it.
         """
+        n, grid = counts.n, counts.grid
+        if grid is None or grid[0] * grid[1] != n:
+            raise ParameterError(
+                f"AveragePool needs the whole grid of a picture; these {n} tokens are "
+                + ("no single grid" if grid is None else f"no longer its {grid[0]} x {grid[1]} grid")
+            )
         if self.output_size is not None:
             out, even = self._pair(), None
         else:
@@ -151,4 +158,4 @@ class AveragePool(Method):
                 f"AveragePool: a grid of {grid[0]} x {grid[1]} tokens cannot be divided into {out[0]} x {out[1]} equal "
                 f"windows; output_size with rows of {fits[0]} and columns of {fits[1]} fits, or overlap=True"
             )
-        return out
+        return grid, out

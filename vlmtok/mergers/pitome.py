@@ -116,6 +116,8 @@ class PiToMe(Method):
         check_range(self.skip_last, "PiToMe", "skip_last", 0, kind=int)
         check_choice(self.energy, "PiToMe", "energy", ("elu", "paper", "gaussian"))
         check_choice(self.split, "PiToMe", "split", ("alternate", "halves"))
+        if self.protect is None:  # as spec strings read the word none
+            self.protect = "none"
         check_choice(self.protect, "PiToMe", "protect", ("all", "none", "first_half", "second_half"))
         check_choice(self.metric, "PiToMe", "metric", ("keys", "hidden"))
         check_choice(self.point, "PiToMe", "point", ("mid", "end"))

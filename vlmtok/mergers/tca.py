@@ -210,6 +210,7 @@ class TCA(Method):
         """Class tokens behind every layer, anchors before and condensation inside the condensing ones."""
         depth = layout.stage("vision", "TCA").depth
         condensing = layout.layers("vision", self._layers(depth), "TCA")
+        self._condensing(depth)
         classed = layout.gives("vision", "cls_attention")
         if not classed and self._items(layout) and not layout.stages["vision"].why:
             raise MissingSignal(
@@ -254,13 +255,24 @@ class TCA(Method):
             attention = view.signal("received_attention").float().unsqueeze(1)
         weight = attention.mean(1)
         score = cross_head_rank(attention) if self.score == "rank" else weight
-        first = self._first(plan.middle, counts, view.tokens)
+        index, batch, device = self._first(plan.middle, counts), len(view.tokens), view.tokens.device
+        if index is None:
+            first = random_subset(plan.middle, 1, self.seed, str(counts.site)).to(device).expand(batch)
+        else:
+            first = torch.full((batch,), index, dtype=torch.int64, device=device)
         return condense(view.tokens, score, weight, plan, first)
 
     def count(self, counts: Counts) -> int:
-        """What condensation leaves; everything at other sites."""
+        """What condensation leaves; everything at other sites.
+
+        Raises:
+            ParameterError: the coreset's first centre does not exist.
+        """
         plan = self._plan(counts.n) if counts.site.point == "mid" else None
-        return counts.n if plan is None else plan.slots
+        if plan is None:
+            return counts.n
+        self._first(plan.middle, counts)
+        return plan.slots
 
     def insert(self, view: TokenView) -> Tensor | None:
         """The anchor nearest to the class token `[B, 1, C]`, while there are anchors."""
@@ -344,6 +356,17 @@ class TCA(Method):
             return sorted({depth // 4, depth // 2, 3 * depth // 4})
         return [self.layers] if isinstance(self.layers, int) else list(self.layers)
 
+    def _condensing(self, depth: int) -> list[int]:
+        """Condensing layers, ascending.
+
+        Raises:
+            ParameterError: `first` has not one index for each.
+        """
+        found = sorted(layer % depth for layer in self._layers(depth))
+        if isinstance(self.first, (tuple, list)) and len(found) != len(self.first):
+            raise ParameterError(f"TCA: first={self.first!r} must have one index for each of layers {found}")
+        return found
+
     def _plan(self, n: int) -> Condensation | None:
         """Where n patches go; None where the layer would not get shorter (`drop_rate` may keep the count)."""
         released = self.drop_rate is not None
@@ -351,18 +374,18 @@ class TCA(Method):
         plan = condensation(n, m, self.centers, self.fuse)
         return plan if plan.slots < n or (released and plan.slots == n and plan.fused) else None
 
-    def _first(self, middle: int, counts: Counts, like: Tensor) -> Tensor:
-        """The first centre of each row, int64 `[B]`."""
-        batch = like.shape[0]
+    def _first(self, middle: int, counts: Counts) -> int | None:
+        """The first centre among the condensed patches; None where it is drawn at random.
+
+        Raises:
+            ParameterError: there is no such patch, or no index for this layer.
+        """
         if self.first == "random":
-            return random_subset(middle, 1, self.seed, str(counts.site)).to(like.device).expand(batch)
+            return None
         if isinstance(self.first, (tuple, list)):
-            condensing = sorted(layer % counts.depth for layer in self._layers(counts.depth))
-            if len(condensing) != len(self.first):
-                raise ParameterError(f"TCA: first={self.first!r} must have one index for each of layers {condensing}")
-            index = self.first[condensing.index(counts.layer)]
+            index = self.first[self._condensing(counts.depth).index(counts.layer)]
         else:
             index = 0 if self.first == "top" else int(self.first)
         if index >= middle:
             raise ParameterError(f"TCA: first={index} does not exist among {middle} condensed patches")
-        return torch.full((batch,), index, dtype=torch.int64, device=like.device)
+        return index

@@ -61,6 +61,16 @@ def relevance(text_attention: Tensor, attention_to_text: Tensor) -> tuple[Tensor
     return text_attention.float().sum(-1).mean((1, 2)), attention_to_text.float().mean(1)
 
 
+def _check_pivot(how: str | int, n: int) -> None:
+    """Checks that a pivot named by its index exists among n tokens.
+
+    Raises:
+        ParameterError: it does not.
+    """
+    if isinstance(how, int) and how >= n:
+        raise ParameterError(f"ToDRE: pivot={how} does not exist among {n} tokens")
+
+
 def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None = None, seed: int = 0) -> Tensor:
     """The first token of the greedy choice.
 
@@ -80,8 +90,7 @@ def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None 
         ParameterError: there is no token of that index, or the attention is on another number of tokens.
     """
     batch, n, _ = x.shape
-    if isinstance(how, int) and how >= n:
-        raise ParameterError(f"ToDRE: pivot={how} does not exist among {n} tokens")
+    _check_pivot(how, n)
     finite = torch.linalg.vector_norm(x.float(), dim=-1).isfinite()
     if isinstance(how, int):
         score = torch.zeros(batch, n, dtype=torch.float32, device=x.device)
@@ -205,10 +214,17 @@ class ToDRE(Method):
         return self._select(view) if view.site.stage == "projected" else self._drop(view)
 
     def count(self, counts: Counts) -> int | None:
-        """Stage 1 as `keep` says; stage 2 depends on content."""
-        if counts.site.stage == "projected":
-            return counts.n if self.keep is None else keep_count(self.keep, counts.n)
-        return None
+        """Stage 1 as `keep` says; stage 2 depends on content.
+
+        Raises:
+            ParameterError: the pivot is the index of a token that does not exist.
+        """
+        if counts.site.stage != "projected":
+            return None
+        k = counts.n if self.keep is None else keep_count(self.keep, counts.n)
+        if k < counts.n:
+            _check_pivot(self.pivot, counts.n)
+        return k
 
     def _select(self, view: TokenView) -> Reduction | None:
         n = view.tokens.shape[1]
