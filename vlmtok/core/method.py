@@ -56,6 +56,13 @@ class Method:
     """What a merged token counts in a head that pools a tower's tokens, of `POOLINGS`; None leaves it: ``"size"``."""
     budget_parameter: ClassVar[str] = ""
     """The parameter that `vlmtok.budget` moves; empty where there is none."""
+    version: ClassVar[int] = 1
+    """Number of the selection: raised when the same settings on the same tokens choose, order or join differently.
+    It is part of a serving engine's cache key."""
+    counted: ClassVar[str] = ""
+    """Settings, as in a spec string, under which the count is known from host ints and every site lies in front of the
+    language model: what a serving engine tells who asks for others. Empty where the defaults are such, and where no
+    setting is."""
     budget: Any = None
     """What `vlmtok.budget` was asked and reached, on the methods that it returns."""
 
@@ -87,13 +94,17 @@ class Method:
         raise NotImplementedError
 
     def count(self, counts: Counts) -> int | None:
-        """How many slots `reduce` returns.
+        """How many slots `reduce` returns. Serving engines ask it alone, before any tensor exists.
 
         Args:
             counts: the view as host ints.
 
         Returns:
             The number (`counts.n` where nothing is cut), or None where it depends on content.
+
+        Raises:
+            ParameterError: these ints do not suit the settings. Wherever `reduce` refuses for such a reason, this does
+                too; a grid that is None may be one that is not known yet.
         """
         return counts.n
 

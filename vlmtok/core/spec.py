@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +55,19 @@ def parse_methods(spec: str) -> list[Method]:
             values[key] = parse_value(text, spec)
         methods.append(create_method(name.lower(), **values))
     return methods
+
+
+def counted_form(method: Method) -> Method:
+    """A method with the settings of its `Method.counted`, the others as they are; itself where it has none.
+
+    Args:
+        method: the method.
+    """
+    if not method.counted:
+        return method
+    (asked,) = parse_methods(f"{method.spec_name()}:{method.counted}")
+    names = [item.partition("=")[0].strip() for item in _split(method.counted, ":")]
+    return dataclasses.replace(method, **{name: getattr(asked, name) for name in names})  # type: ignore[type-var]
 
 
 def _split(text: str, mark: str) -> list[str]:

@@ -145,6 +145,7 @@ class AIM(Method):
     joins_cuts = True
     aliases = (Alias("l1", "first"), Alias("l2", "last"))
     budget_parameter = "first"
+    counted = "prune=false"
 
     passes: int = 2
     prune: bool = True

@@ -158,6 +158,7 @@ class ToDRE(Method):
 
     aliases = (Alias("k", "keep"), Alias("threshold", "tau"))
     budget_parameter = "keep"
+    counted = "tau=none"
 
     keep: float | int | None = 0.1
     rule: str = "sum"
