@@ -33,6 +33,7 @@ WINGS: dict[str, tuple[str, ...]] = {
     "compression": ("ground", "core", "adapters", "adapters.finder", "cost"),
     "loading": ("ground", "adapters.finder"),
     "forecast": ("ground", "core", "adapters.finder", "cost", "compression", "loading"),
+    "serving": ("ground", "kernels", "core", "adapters", "adapters.finder", "cost"),
     "lab.tiny": (),
     "lab": (
         *("ground", "kernels", "core", "adapters", "adapters.language", "adapters.finder"),
@@ -70,7 +71,10 @@ CORE_FOR_METHODS = {f"vlmtok.core.{room}" for room in (
 """What methods see of the core: the contract, and nothing of what carries it."""
 
 HOSTS = ("timm", "open_clip", "transformers")
-HOSTS_IN = ("vlmtok.adapters", "vlmtok.loading", "vlmtok.lab.tiny", "vlmtok.lab.suite_models")
+HOSTS_IN = (
+    *("vlmtok.adapters", "vlmtok.loading", "vlmtok.lab.tiny", "vlmtok.lab.suite_models"),
+    "vlmtok.serving.stand_in",
+)
 """What knows model libraries: that which hooks into them, loads from them, and builds models of them."""
 
 PACKAGE = files()

@@ -45,8 +45,6 @@ class Method:
     """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
-    version: ClassVar[int] = 1
-    counted: ClassVar[str] = ""
     joins_cuts: ClassVar[bool] = False
     """Whether cuts of a schedule that fall on one layer, since layers before it have no attention rows, are one: the
     last of them. They are refused otherwise."""

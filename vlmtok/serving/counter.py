@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ..adapters import adapter_for
-from ..core.method import Method
+from ..core.model_shape import ModelShape
 from ..core.sight import Seen, Sight
+from ..core.site import Layout
 from ..cost.plan import left_in_front
 from ..cost.planned_rows import Prompt
 from ..errors import ParameterError
@@ -38,21 +38,19 @@ class Counter:
     def __init__(self, model: Any, engine: str = ENGINE) -> None:
         self.adapter: Any = adapter_for(model)
         self.engine = engine
-        self.layout = self.adapter.layout()
-        self.shape = self.adapter.account()
-        self._plans: OrderedDict[str, ServingPlan] = OrderedDict()
+        self.layout: Layout = self.adapter.layout()
+        self._planned = lru_cache(KEPT)(partial(plan, layout=self.layout, engine=engine))
+        self._counted = lru_cache(16 * KEPT)(self._count)
 
-    @guarded
-    def plan(self, spec: str | Method | Sequence[Method | str]) -> ServingPlan:
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model as counts and widths."""
+        made: ModelShape = self.adapter.account()
+        return made
+
+    def plan(self, spec: str) -> ServingPlan:
         """The plan of a spec on this model; see `vlmtok.serving.plan`."""
-        if not isinstance(spec, str):
-            return plan(spec, self.layout, engine=self.engine)
-        if spec not in self._plans:
-            self._plans[spec] = plan(spec, self.layout, engine=self.engine)
-            while len(self._plans) > KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(spec)
-        return self._plans[spec]
+        return self._planned(spec)
 
     @guarded
     def left(self, chosen: ServingPlan | None, item: Item) -> Left:
@@ -74,7 +72,7 @@ class Counter:
         stays = torch.ones_like(placeholders)
         if chosen is None:
             return Left(stays, placeholders)
-        for one, count in zip(seen, self._counts(chosen, sight)):
+        for one, count in zip(seen, self._counted(chosen, sight)):
             if count < one.tokens and one.inside:
                 raise ParameterError(
                     f"{chosen.spec}: {self.layout.family} puts {one.inside} marks among the {one.tokens} tokens of a "
@@ -90,7 +88,7 @@ class Counter:
         names["mm_token_type_ids"] = item.types[None]
         return self.adapter.preview(names)
 
-    def _counts(self, chosen: ServingPlan, sight: Sight) -> list[int]:
+    def _count(self, chosen: ServingPlan, sight: Sight) -> list[int]:
         """Tokens left of each run that belongs together."""
         seen = [one for picture in sight.pictures for one in picture]
         gaps = [one.gap for one in seen]

@@ -19,6 +19,7 @@ from .item import Item, Left
 from .plan import ServingPlan
 from .stand_in import StandIn
 
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """What is left of an item.
@@ -49,7 +50,7 @@ class Encoder:
     def __init__(self, model: Any) -> None:
         self.stand_in = StandIn(model)
         self._takes = set(inspect.signature(self.stand_in.core.forward).parameters)
-        self._moves = adapter_for(model).spec.positions == "mrope"
+        self._moves = self.stand_in.moves
         self._attached: tuple[str, Attachment] | None = None
 
     @guarded

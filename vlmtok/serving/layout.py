@@ -25,4 +25,6 @@ def served_layout(layout: Layout, engine: str = ENGINE) -> Layout:
         The layout without the decoder, and why it is missing.
     """
     stages = {name: stage for name, stage in layout.stages.items() if name in BEFORE}
-    return replace(layout, family=f"{layout.family} in {engine}", stages=stages, without={**layout.without, "decoder": PAGED})
+    return replace(
+        layout, family=f"{layout.family} in {engine}", stages=stages, without={**layout.without, "decoder": PAGED}
+    )

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..core.attachment import Attachment, Entry
 from ..core.method import Method
-from ..core.placing import PATCHES
+from ..core.placing import sample_count
 from ..core.reduction import Reduction
 from ..core.signals import TOWER_SIGNALS, Need
 from ..core.site import Counts, Layout, Site
-from ..core.spec import as_methods, parse_methods
+from ..core.spec import as_methods, counted_form
 from ..core.view import Signal, TokenView
 from ..errors import ParameterError, SiteError, VlmtokError
 from ..guard import guarded
 from .dry_run import Dry
 from .layout import BEFORE, ENGINE, served_layout
 
-if TYPE_CHECKING:
-    from ..core.model_shape import ModelShape
-
 
 @guarded
-def plan(
-    spec: str | Method | Sequence[Method | str], layout: Layout, *, engine: str = ENGINE, shape: ModelShape | None = None
-) -> ServingPlan:
+def plan(spec: str | Method | Sequence[Method | str], layout: Layout, *, engine: str = ENGINE) -> ServingPlan:
     """Says what a spec does to the pictures of a model that an engine serves.
 
     An engine lays out a prompt, keys its caches and sizes its batches before any pixel is encoded. So the number of
@@ -40,7 +34,6 @@ def plan(
         spec: as for `vlmtok.compress`.
         layout: what the model offers, as its adapter says or by hand (see `vlmtok.Layout`).
         engine: what runs it, for messages.
-        shape: the model as counts and widths, for `ServingPlan.left`.
 
     Returns:
         The plan.
@@ -54,9 +47,9 @@ def plan(
     methods = as_methods(spec)
     served = served_layout(layout, engine)
     try:
-        return ServingPlan(methods, served, shape)
+        return ServingPlan(methods, served)
     except VlmtokError as problem:
-        cure = _cure(methods, served, shape)
+        cure = _cure(methods, served)
         if cure is None:
             raise
         raise type(problem)(f"{problem}; {cure} is served") from None
@@ -68,14 +61,12 @@ class ServingPlan:
     Attributes:
         methods: in list order.
         layout: what the model offers in front of its language model.
-        shape: the model as counts and widths, or None.
         attachment: the methods at their sites; no hook is placed by it.
     """
 
-    def __init__(self, methods: list[Method], layout: Layout, shape: ModelShape | None = None) -> None:
+    def __init__(self, methods: list[Method], layout: Layout) -> None:
         self.methods = methods
         self.layout = layout
-        self.shape = shape
         self.attachment = Attachment(methods, layout)
         if not self.attachment.entries:
             raise SiteError(f"{self.spec} has nothing to do on {layout.family}: no site is left")
@@ -163,7 +154,9 @@ class ServingPlan:
             for entry, n, entered, made in visits:
                 found = dry.ask(entry, n, entered)
                 if found != made:
-                    raise ParameterError(f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}")
+                    raise ParameterError(
+                        f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}"
+                    )
         return left
 
     # ------------------------------------------------------------------ what stays
@@ -202,7 +195,8 @@ class ServingPlan:
         cuts: list[Reduction] = []
         for entry in self.attachment.at(stage):
             given = {
-                need.key: partial(_behind, need.name, (signals or {}).get(need.key), tuple(cuts)) for need in entry.needs
+                need.key: partial(_behind, need.name, (signals or {}).get(need.key), tuple(cuts))
+                for need in entry.needs
             }
             view = TokenView(
                 tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=entered, signals=given
@@ -233,7 +227,7 @@ class ServingPlan:
                 f"{method} keeps position ids with gaps, but {family} numbers the tokens of a prompt one by one; "
                 "positions=renumber"
             )
-        if method.count(Counts(entry.asked, PATCHES, PATCHES, stage.num_prefix, stage.depth)) is None:
+        if sample_count(method, entry.asked, self.layout) is None:
             raise ParameterError(
                 f"{method}: how many tokens it leaves depends on the picture, but {family} lays out a prompt before it "
                 "sees one"
@@ -250,10 +244,9 @@ def _behind(name: str, given: Signal, cuts: tuple[Reduction, ...]) -> Tensor | N
     return value
 
 
-def _cure(methods: list[Method], layout: Layout, shape: ModelShape | None) -> str | None:
+def _cure(methods: list[Method], layout: Layout) -> str | None:
     """The same methods in settings of their own that an engine can serve, or None."""
-    cured = "+".join(f"{type(m).spec_name()}:{m.counted}" if m.counted else str(m) for m in methods)
     try:
-        return ServingPlan(parse_methods(cured), layout, shape).spec
+        return ServingPlan([counted_form(method) for method in methods], layout).spec
     except VlmtokError:
         return None

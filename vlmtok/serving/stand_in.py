@@ -1,7 +1,7 @@
 """A language model's place in front of which everything is as always, and in which nothing runs.
 
-The inner model of transformers makes embeddings, calls its tower, scatters features and makes positions. With a stand-in
-for its language model all of that can be had, hooks included, while an engine runs the real one in its own way.
+The inner model of transformers makes embeddings, calls its tower, scatters features and makes positions. With a
+stand-in for its language model all of that can be had, hooks included, while an engine runs the real one as it does.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class StandIn:
 
     Attributes:
         core: the inner model to call and to hook.
+        moves: whether tokens of a picture have positions in it (M-RoPE).
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,6 +50,7 @@ class StandIn:
         if adapter.lm is None:
             raise adapter.refuse("its language model gets no tokens of a picture, but what other modules made of them")
         core, path = adapter.core, adapter.spec.lm
+        self.moves = adapter.spec.positions == "mrope"
         self._deep = adapter.spec.deepstack is not None
         self._caught: Caught | None = None
         config = copy.deepcopy(core.config)
@@ -71,7 +73,9 @@ class StandIn:
         # An engine may have put compiled code in the place of the class's call, hooks and all.
         text.__class__ = type(kind.__name__, (kind,), {"__call__": nn.Module.__call__, "__module__": kind.__module__})
 
-    def _catch(self, text: Any, *args: Any, inputs_embeds: Tensor, position_ids: Tensor | None = None, **rest: Any) -> Any:
+    def _catch(
+        self, text: Any, *args: Any, inputs_embeds: Tensor, position_ids: Tensor | None = None, **rest: Any
+    ) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         self._caught = Caught(inputs_embeds, position_ids, self._stacked(text, inputs_embeds) if self._deep else None)

@@ -284,9 +284,7 @@ def _qwen_reader(processor: str, clips: str) -> Callable[..., Any]:
     }
 
     def reader(words: Any, **more: Any) -> Any:
-        return getattr(tf, processor)(
-            tf.Qwen2VLImageProcessor(**sizes), words, getattr(tf, clips)(**sizes), **more
-        )
+        return getattr(tf, processor)(tf.Qwen2VLImageProcessor(**sizes), words, getattr(tf, clips)(**sizes), **more)
 
     return reader
 

@@ -115,7 +115,9 @@ def run(
             timeout=timeout,
         )
         if not done.exists():
-            raise RuntimeError(f"vLLM failed on {Path(folder).name}:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}")
+            raise RuntimeError(
+                f"vLLM failed on {Path(folder).name}:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}"
+            )
         replies: list[list[Reply]] = pickle.loads(done.read_bytes())
         return replies
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlmtok.serving import Item, Left
 
 from .settings import IDS, PLACEHOLDERS, SPEC, STAYS, TEXT, TYPES, as_text

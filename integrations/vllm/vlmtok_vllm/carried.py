@@ -30,7 +30,9 @@ class Carried(nn.Module):
     stacked: Tensor
     moved: Tensor
 
-    def __init__(self, width: int, levels: int, moves: bool, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, width: int, levels: int, moves: bool, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.width, self.levels, self.moves = width, levels, moves
         stacked = torch.zeros(levels, tokens, width, dtype=dtype, device=device)
@@ -60,7 +62,9 @@ class Carried(nn.Module):
             made = rows.new_zeros(self.levels, *rows.shape) if stacked is None else stacked
             parts += list(made.to(rows.dtype))
         if self.moves:
-            if positions is None or (positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < BASE**2):
+            if positions is None or (
+                positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < BASE**2
+            ):
                 raise ValueError(f"positions of a picture must lie in 0 .. {BASE**2 - 1}")
             parts += [(positions // BASE).T.to(rows.dtype), (positions % BASE).T.to(rows.dtype)]
         return torch.cat(parts, dim=-1)

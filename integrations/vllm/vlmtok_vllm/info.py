@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+from PIL import Image
 from vllm.model_executor.models.transformers.multimodal import MultiModalProcessingInfo
+
 from vlmtok.errors import VlmtokError
 from vlmtok.loading.models import configured
 from vlmtok.serving import Counter, ServingPlan
 
 from .process import building
 from .settings import foreign, spec_of
+
+LARGEST = 2048
+"""Pixels of a side of blank pictures; a processor that asks for more makes no more tokens of them."""
 
 
 @contextmanager
@@ -34,8 +39,21 @@ class VlmtokInfo(MultiModalProcessingInfo):
         return super().get_hf_processor(**foreign(options))
 
     def _get_num_mm_tokens(self, **sizes: Sequence[Sequence[int]]) -> Any:
+        """Tokens of pictures of some sizes, as (height, width)."""
         options = self.ctx.model_config.get_multimodal_config().mm_processor_kwargs or {}
-        return self.get_hf_processor()._get_num_multimodal_tokens(**sizes, **foreign(options))
+        processor = self.get_hf_processor()
+        try:
+            return processor._get_num_multimodal_tokens(**sizes, **foreign(options))
+        except (AttributeError, KeyError, TypeError):  # LLaVA's counts by a crop size, which SigLIP's pictures lack
+            if set(sizes) != {"image_sizes"}:
+                raise
+            return {"num_image_tokens": [self._shown(processor, *size) for size in sizes["image_sizes"]]}
+
+    def _shown(self, processor: Any, height: int, width: int) -> int:
+        """Tokens of a picture, by showing the processor a blank one."""
+        blank = Image.new("RGB", (min(width, LARGEST), min(height, LARGEST)))
+        made = processor(images=[blank], text=[processor.image_token], return_tensors="pt")
+        return int((made["input_ids"] == processor.image_token_id).sum())
 
     @cached_property
     def _is_audio_model(self) -> bool:

@@ -7,7 +7,7 @@ whole. Behind it everything is vLLM's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
 from vllm.model_executor.models.transformers.multimodal import (
-    _MODALITY_TO_TOKEN_TYPE_ID,
     MultiModalDummyInputsBuilder,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vlmtok.adapters import adapter_for
+
 from vlmtok.errors import VlmtokError
-from vlmtok.serving import Counter, Encoder, Item, Left, ServingPlan
+from vlmtok.serving import Counter, Encoder, ServingPlan
 
 from .batches import Piece, batches, pieces
 from .carried import Carried
@@ -160,7 +160,11 @@ class VlmtokForConditionalGeneration(TransformersMultiModalForCausalLM):
         positions, delta = self.model.get_rope_index(
             input_ids=torch.tensor(full.ids)[None],
             **{name: value for name, value in inputs.items() if taken is None or name in taken},
-            **{name: None for name in ("image_grid_thw", "video_grid_thw") if taken and name in taken and name not in inputs},
+            **{
+                name: None
+                for name in ("image_grid_thw", "video_grid_thw")
+                if taken and name in taken and name not in inputs
+            },
         )
         positions = positions[:, 0]
         end = int(delta.flatten()[0]) + len(full.ids)
@@ -185,10 +189,14 @@ def _check_settings(config: VllmConfig) -> None:
     if config.compilation_config.compile_mm_encoder:
         raise ValueError("vlmtok: compile_mm_encoder compiles the tower, and hooks would not run; leave it off")
     if config.lora_config is not None and getattr(config.lora_config, "enable_tower_connector_lora", False):
-        raise ValueError("vlmtok: enable_tower_connector_lora is for towers of vLLM's own, and here they are transformers'")
+        raise ValueError(
+            "vlmtok: enable_tower_connector_lora is for towers of vLLM's own, and here they are transformers'"
+        )
     multimodal = config.model_config.multimodal_config
     if multimodal is not None and multimodal.mm_encoder_tp_mode == "data":
-        raise ValueError("vlmtok: mm_encoder_tp_mode='data' shards towers of vLLM's own; here every rank runs its own whole")
+        raise ValueError(
+            "vlmtok: mm_encoder_tp_mode='data' shards towers of vLLM's own; here every rank runs its own whole"
+        )
 
 
 check_base(

@@ -1,4 +1,4 @@
-"""vLLM's frontend: pictures one by one through the processor of transformers, and prompts as long as plans leave them."""
+"""vLLM's frontend: pictures one by one through transformers' processor, and prompts as long as plans leave them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import EmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+
 from vlmtok.serving import Item, ServingPlan
 
 from .info import VlmtokInfo, refusing
@@ -46,7 +47,7 @@ class VlmtokProcessor(MultiModalProcessor):
         return super().apply(inputs, timing_ctx)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Identities of pictures: what one plan makes of a picture, or in front of one text, is not what others make."""
+        """Identities of pictures: one plan, or one text behind it, makes of a picture what no other makes."""
         chosen = self.info.plan(inputs.hf_processor_mm_kwargs)
         options = foreign(inputs.hf_processor_mm_kwargs)
         if chosen is not None:
@@ -93,7 +94,9 @@ class VlmtokProcessor(MultiModalProcessor):
                 if isinstance(getattr(items, "metadata", None), list):
                     one.metadata = [items.metadata[index]]
                 made = super()._apply_hf_processor_main(MultiModalDataItems({modality: one}), foreign(hf_kwargs))
-                for name, value in self._entry(modality, made, chosen, torch.tensor(texts[index], dtype=torch.long)).items():
+                for name, value in self._entry(
+                    modality, made, chosen, torch.tensor(texts[index], dtype=torch.long)
+                ).items():
                     found[field(modality, name)].append(value)
         return BatchFeature(dict(found))
 
@@ -187,7 +190,14 @@ check_base(
     VlmtokProcessor,
     MultiModalProcessor,
     (
-        *("apply", "_get_mm_hashes", "_get_cache_missing_processor_kwargs", "_get_hf_mm_inputs", "_get_num_image_patches", "_apply_hf_processor_main"),
+        *(
+            "apply",
+            "_get_mm_hashes",
+            "_get_cache_missing_processor_kwargs",
+            "_get_hf_mm_inputs",
+            "_get_num_image_patches",
+            "_apply_hf_processor_main",
+        ),
         *("_get_mm_fields_config", "_get_prompt_updates"),
     ),
 )
