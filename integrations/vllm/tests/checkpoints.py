@@ -305,19 +305,21 @@ def _idefics_reader(words: Any, **more: Any) -> Any:
     return tf.Idefics3Processor(pictures, words, image_seq_len=16, **more)
 
 
-CLIP_PICTURES = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+SQUARE = {"height": 48, "width": 48}
+"""Size of LLaVA's pictures; a SigLIP processor does not crop, but LlavaProcessor counts tokens by `crop_size`."""
+
 QWEN_SHOWN = "<|vision_start|><|image_pad|><|vision_end|>"
 
 FAMILIES: dict[str, Family] = {
     "llava_clip": Family(
         "LlavaProcessor",
         _llava(tf.CLIPVisionConfig(**CLIP, image_size=48, patch_size=6), "default"),
-        _llava_reader(lambda: tf.CLIPImageProcessor(**CLIP_PICTURES), "default", 1),
+        _llava_reader(lambda: tf.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=SQUARE), "default", 1),
     ),
     "llava_siglip": Family(
         "LlavaProcessor",
         _llava(tf.SiglipVisionConfig(**TOWER, image_size=48, patch_size=6, vision_use_head=False), "full"),
-        _llava_reader(lambda: tf.SiglipImageProcessor(size={"height": 48, "width": 48}), "full", 0),
+        _llava_reader(lambda: tf.SiglipImageProcessor(size=SQUARE, crop_size=SQUARE), "full", 0),
     ),
     "llava_next": Family("LlavaNextProcessor", _llava_next, _llava_next_reader),
     "llava_onevision": Family("LlavaOnevisionProcessor", _llava_onevision, _llava_onevision_reader),

@@ -53,7 +53,12 @@ class Answer:
 
 
 def reference(
-    folder: Path, specs: Sequence[str | None], prompts: Sequence[Asked], cache: Path, steps: int = 6
+    folder: Path,
+    specs: Sequence[str | None],
+    prompts: Sequence[Asked],
+    cache: Path,
+    steps: int = 6,
+    zeroed: Sequence[str] = (),
 ) -> dict[str | None, list[Answer]]:
     """Answers by setting, computed in another process where the cache lacks them.
 
@@ -63,17 +68,21 @@ def reference(
         prompts: each is run alone.
         cache: folder of the files.
         steps: tokens of an answer.
+        zeroed: inputs of the model that are set to 0; ``token_type_ids`` makes Gemma 3 causal within pictures too, as
+            vLLM's attention on a CPU is.
 
     Raises:
         RuntimeError: the process failed; its standard error is in the text.
     """
-    files = {spec: cache / f"{_key(folder, spec, prompts, steps)}.pt" for spec in specs}
+    files = {spec: cache / f"{_key(folder, spec, prompts, (steps, *zeroed))}.pt" for spec in specs}
     missing = {spec: str(file) for spec, file in files.items() if not file.exists()}
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
         job = cache / f"job-{_digest(repr(sorted(missing.values())))}.pt"
         asked = [(p.text, [(picture.size, picture.tobytes()) for picture in p.pictures]) for p in prompts]
-        torch.save({"folder": str(folder), "missing": missing, "prompts": asked, "steps": steps}, job)
+        torch.save(
+            {"folder": str(folder), "missing": missing, "prompts": asked, "steps": steps, "zeroed": list(zeroed)}, job
+        )
         done = subprocess.run([sys.executable, __file__, str(job)], capture_output=True, text=True)
         job.unlink()
         if done.returncode:
@@ -81,13 +90,17 @@ def reference(
     return {spec: [Answer(**row) for row in torch.load(file)] for spec, file in files.items()}
 
 
-def answer(model: Any, processor: Any, spec: str | None, prompt: Asked, steps: int) -> Answer:
+def answer(
+    model: Any, processor: Any, spec: str | None, prompt: Asked, steps: int, zeroed: Sequence[str] = ()
+) -> Answer:
     """One prompt under one setting."""
     import vlmtok
 
     pictures = {"images": list(prompt.pictures)} if prompt.pictures else {}
     inputs = processor(text=prompt.text, return_tensors="pt", **pictures)
     length = inputs["input_ids"].shape[1]
+    for name in zeroed:
+        inputs[name] = torch.zeros_like(inputs[name])
     with vlmtok.compress(model, spec) if spec else contextlib.nullcontext(), _rows(model) as rows, torch.no_grad():
         made = model.generate(
             **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -115,10 +128,10 @@ def _rows(model: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _key(folder: Path, spec: str | None, prompts: Sequence[Asked], steps: int) -> str:
+def _key(folder: Path, spec: str | None, prompts: Sequence[Asked], how: tuple[Any, ...]) -> str:
     pictures = [[(picture.size, _digest(picture.tobytes())) for picture in p.pictures] for p in prompts]
     files = [(path.name, _digest(path.read_bytes())) for path in sorted(folder.iterdir()) if path.is_file()]
-    return _digest(repr((spec, [p.text for p in prompts], pictures, files, steps, _versions())))
+    return _digest(repr((spec, [p.text for p in prompts], pictures, files, how, _versions())))
 
 
 @once
@@ -148,7 +161,7 @@ def main() -> None:
     model.generation_config.eos_token_id = None  # all steps are wanted
     processor = transformers.AutoProcessor.from_pretrained(job["folder"])
     for spec, file in job["missing"].items():
-        answers = [vars(answer(model, processor, spec, prompt, job["steps"])) for prompt in prompts]
+        answers = [vars(answer(model, processor, spec, prompt, job["steps"], job["zeroed"])) for prompt in prompts]
         half = Path(file).with_suffix(".half")
         torch.save(answers, half)
         half.rename(file)
