@@ -15,11 +15,11 @@ from vlmtok.tabular import Table
 from vlmtok.timing import environment
 
 from . import engine_args
-from .client import Client, Refused, label
+from .client import Client, label
+from .command import BARE, at_least, folder, guarded, parse, parser
 from .load import Measured, asked, take_turns
-from .options import BARE, at_least, folder, parse, parser
 from .pictures import fresh
-from .server import Server, ServerError, on_cpu, terminable
+from .server import Server, on_cpu
 
 CACHE = "vllm:cache_config_info"
 
@@ -31,23 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 where the server or a request failed; standard error says why.
     """
     options = parse(_parser(), arguments)
-    model = folder(options.model)
     if options.json:
         try:
             check_writable(options.json)
         except LoadError as problem:
             print(f"vlmtok_vllm.bench: {problem}", file=sys.stderr)
             return 2
-    server = Server(model, engine_args(), options.more, limit=options.limit)
+    return guarded("bench", lambda: _bench(options))
+
+
+def _bench(options: argparse.Namespace) -> int:
     tell("starting the server")
-    try:
-        with terminable(), server:
-            client = Client(server.port, server.model)
-            found = measure(client, options)
-            cache = label(client.metrics(), CACHE, "kv_cache_size_tokens")
-    except (ServerError, Refused, OSError) as problem:
-        print(f"vlmtok_vllm.bench: {problem}", file=sys.stderr)
-        return 1
+    with Server(folder(options.model), engine_args(), options.more, limit=options.limit) as server:
+        client = Client(server.port, server.model)
+        found = measure(client, options)
+        cache = label(client.metrics(), CACHE, "kv_cache_size_tokens")
     rows = [row for concurrency, one in found.items() for row in rows_of(concurrency, one, absolute=not on_cpu())]
     result = {
         "model": options.model or "the checkpoint that ships with vlmtok",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from vlmtok.tabular import Table, plain
 
 from . import engine_args
 from .client import Answer, Client, Question, Refused
+from .command import BARE, at_least, folder, guarded, parse, parser
 from .load import asked, take_turns
-from .options import BARE, at_least, folder, parse, parser
 from .pictures import file_url, fresh
-from .server import Server, ServerError, on_cpu, terminable
+from .server import Server, on_cpu
 
 REFUSED = "fastv"
 """A method that no paged cache can serve: it cuts between the layers of the language model."""
@@ -30,20 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--rounds", type=at_least(1), default=5, help="of the measurement (%(default)s)")
     made.add_argument("--requests", type=at_least(1), default=32, help="in a round of each method (%(default)s)")
     options = parse(made, arguments)
+    return guarded("demo", lambda: _show(options))
+
+
+def _show(options: argparse.Namespace) -> int:
     model = folder(options.model)
-    server = Server(model, engine_args(), options.more, limit=options.limit)
     say(f"starting vLLM's OpenAI server with {model}")
     began = time.monotonic()
-    try:
-        with terminable(), server:
-            say(f"it answers at {server.url} after {time.monotonic() - began:.0f} s")
-            client = Client(server.port, server.model)
-            problems = show_answers(client, options.method, known=options.model is None)
-            show_ratio(client, options.method, options.rounds, options.requests)
-            problems += show_refusal(client)
-    except (ServerError, Refused, OSError) as problem:
-        print(f"vlmtok_vllm.demo: {problem}", file=sys.stderr)
-        return 1
+    with Server(model, engine_args(), options.more, limit=options.limit) as server:
+        say(f"it answers at {server.url} after {time.monotonic() - began:.0f} s")
+        client = Client(server.port, server.model)
+        problems = show_answers(client, options.method, known=options.model is None)
+        show_ratio(client, options.method, options.rounds, options.requests)
+        problems += show_refusal(client)
     say("the server is stopped")
     for line in problems:
         print(f"vlmtok_vllm.demo: not as expected: {line}", file=sys.stderr)

@@ -107,13 +107,12 @@ def run(client: Client, questions: Sequence[Question], method: str, concurrency:
     """
     before = client.metrics()
     began = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as pool:
+    pool = ThreadPoolExecutor(concurrency)
+    try:
         sent = [pool.submit(client.ask, question, method, tokens, True) for question in questions]
-        try:
-            answers = tuple(future.result() for future in sent)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        answers = tuple(future.result() for future in sent)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after a failure, the others end with their server
     seconds = time.perf_counter() - began
     after = client.metrics()
     queries, hits = (counted(after, name) - counted(before, name) for name in (QUERIES, HITS))

@@ -1,14 +1,19 @@
-"""Options that the commands of the package share."""
+"""What the commands of the package share: options, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vlmtok import parse_methods
 from vlmtok.errors import VlmtokError
 from vlmtok.loading import DATA, EMBEDDED
+
+from .client import Refused
+from .server import ServerError
 
 METHOD = "divprune:keep=0.11"
 """What is shown unless another method is named: about a ninth of the visual tokens."""
@@ -71,3 +76,41 @@ def at_least(least: int) -> type:
 
     Number.__name__ = "whole number"
     return Number
+
+
+def guarded(name: str, work: Callable[[], int]) -> int:
+    """Runs a command's work; what goes wrong on the way is told in words, on standard error.
+
+    Args:
+        name: of the module.
+        work: gives the exit status. SIGTERM unwinds it as Ctrl-C does, so that its server is stopped.
+
+    Returns:
+        The exit status: that of `work`, 1 where the server or a request failed, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    try:
+        with _terminable():
+            return work()
+    except (ServerError, Refused, OSError) as problem:
+        print(f"vlmtok_vllm.{name}: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except _Terminated:
+        return 128 + signal.SIGTERM
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def leave(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
