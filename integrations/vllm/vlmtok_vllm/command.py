@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 from vlmtok import parse_methods
 from vlmtok.errors import VlmtokError
-from vlmtok.loading import DATA, EMBEDDED
+from vlmtok.loading import DATA, EMBEDDED, LoadError, check_writable
 
 from .client import Refused
-from .server import ServerError
+from .server import LIMIT, ServerError, check_flags
 
 METHOD = "divprune:keep=0.11"
 """What is shown unless another method is named: about a ninth of the visual tokens."""
@@ -23,7 +23,7 @@ BARE = "none"
 
 
 def parser(name: str, words: str) -> argparse.ArgumentParser:
-    """A parser with ``--model``, ``--method`` and ``--limit``.
+    """A parser with the options that all commands have.
 
     Args:
         name: of the module.
@@ -34,7 +34,10 @@ def parser(name: str, words: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--model", metavar="FOLDER", help="or hub id; by default the checkpoint that ships with vlmtok")
     made.add_argument("--method", metavar="SPEC", nargs="+", action="extend", help=f"by default {METHOD}")
-    made.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for the server's start")
+    made.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="for the server's start (%(default)g)"
+    )
+    made.add_argument("--log", metavar="FILE", help="for what the server says")
     return made
 
 
@@ -48,6 +51,12 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> arg
     cut = words.index("--") if "--" in words else len(words)
     options = made.parse_args(words[:cut])
     options.more = words[cut + 1 :]
+    try:
+        check_flags(options.more)
+        for file in filter(None, (options.log, getattr(options, "json", None))):
+            check_writable(file)
+    except (ValueError, LoadError) as problem:
+        made.error(str(problem))
     options.method = list(dict.fromkeys(options.method or [METHOD]))
     for spec in options.method:
         if spec == BARE:
@@ -61,7 +70,17 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> arg
 
 def folder(model: str | None) -> str:
     """What the server loads: the user's model, or the checkpoint that ships with vlmtok."""
-    return str(DATA / EMBEDDED) if model in (None, EMBEDDED) else str(model)
+    return str(DATA / EMBEDDED) if ships(model) else str(model)
+
+
+def ships(model: str | None) -> bool:
+    """Whether the model is the checkpoint that ships with vlmtok."""
+    return model in (None, EMBEDDED)
+
+
+def picture_size(model: str | None) -> tuple[int, int]:
+    """Width and height of pictures drawn for a model, in pixels: as the checkpoint that ships knows them, or more."""
+    return (96, 96) if ships(model) else (336, 336)
 
 
 def at_least(least: int) -> type:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vlmtok.loading import Sample, samples
 from vlmtok.tabular import Table, plain
 
 from . import engine_args
 from .client import Answer, Client, Question, Refused
-from .command import BARE, at_least, folder, guarded, parse, parser
+from .command import BARE, at_least, folder, guarded, parse, parser, picture_size, ships
 from .load import asked, take_turns
 from .pictures import file_url, fresh
 from .server import Server, on_cpu
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 where all was as expected, 1 where it was not; standard error says what.
     """
     made = parser("demo", "Asks vLLM's OpenAI server the sample questions of vlmtok, bare and pruned, on loopback.")
-    made.add_argument("--rounds", type=at_least(1), default=5, help="of the measurement (%(default)s)")
-    made.add_argument("--requests", type=at_least(1), default=32, help="in a round of each method (%(default)s)")
+    made.add_argument("--rounds", type=at_least(1), default=7, help="of the measurement (%(default)s)")
+    made.add_argument("--requests", type=at_least(1), default=24, help="in a round of each method (%(default)s)")
     options = parse(made, arguments)
     return guarded("demo", lambda: _show(options))
 
@@ -38,11 +38,11 @@ def _show(options: argparse.Namespace) -> int:
     model = folder(options.model)
     say(f"starting vLLM's OpenAI server with {model}")
     began = time.monotonic()
-    with Server(model, engine_args(), options.more, limit=options.limit) as server:
+    with Server(model, engine_args(), options.more, limit=options.limit, log=options.log) as server:
         say(f"it answers at {server.url} after {time.monotonic() - began:.0f} s")
         client = Client(server.port, server.model)
-        problems = show_answers(client, options.method, known=options.model is None)
-        show_ratio(client, options.method, options.rounds, options.requests)
+        problems = show_answers(client, options.method, known=ships(options.model))
+        show_ratio(client, options, fresh(picture_size(options.model)))
         problems += show_refusal(client)
     say("the server is stopped")
     for line in problems:
@@ -101,20 +101,19 @@ def unexpected(asked_about: Sequence[Sample], found: dict[str, list[Answer]], kn
     return problems
 
 
-def show_ratio(client: Client, methods: Sequence[str], rounds: int, requests: int) -> None:
+def show_ratio(client: Client, options: argparse.Namespace, pictures: Iterator[str]) -> None:
     """Measures bare and pruned in turns on new pictures, and prints how many times more requests are answered."""
-    pictures = fresh((96, 96))
     found = take_turns(
         client,
-        [BARE, *methods],
-        lambda: asked(pictures, requests),
+        [BARE, *options.method],
+        lambda: asked(pictures, options.requests),
         concurrency=8,
         tokens=8,
-        rounds=rounds,
+        rounds=options.rounds,
     )
     bare = found[BARE]
     say("")
-    for method in methods:
+    for method in options.method:
         one = found[method]
         times = "" if on_cpu() else f", {one.rate:.1f} instead of {bare.rate:.1f} requests a second"
         say(

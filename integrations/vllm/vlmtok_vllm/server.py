@@ -23,6 +23,9 @@ import torch
 LIMIT = 600.0
 """Seconds that a server gets to answer; one that compiles for a GPU needs minutes."""
 
+OURS = ("--model", "--host", "--port", "--uds", "--served-model-name")
+"""Flags that `Server` sets itself."""
+
 _GRACE = 20.0
 _LINES = 30
 
@@ -33,7 +36,7 @@ class ServerError(RuntimeError):
 
 def on_cpu() -> bool:
     """Whether the torch that is installed, and so the engine, computes on the CPU."""
-    return not torch.accelerator.is_available()
+    return not (torch.cuda.is_available() or torch.xpu.is_available())
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
@@ -52,6 +55,17 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
             text = json.dumps(value) if isinstance(value, (Mapping, list, tuple)) else str(value)
             said += [f"--{flag}", text]
     return said
+
+
+def check_flags(more: Sequence[str]) -> None:
+    """Checks further flags for the server.
+
+    Raises:
+        ValueError: one of them is set by `Server` itself.
+    """
+    for flag in more:
+        if flag.partition("=")[0].replace("_", "-") in OURS:
+            raise ValueError(f"{flag} is set already; of the server's flags, {', '.join(OURS)} cannot be given")
 
 
 def cpu_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +106,10 @@ class Server:
         settings: of the engine, by the names of vLLM's ``LLM(...)``; what `vlmtok_vllm.engine_args` gives fits.
         more: further flags as the server takes them; they win over `settings`.
         limit: seconds that it gets to answer.
-        log: file for what it says; without one, a temporary file that goes with it.
+        log: file for what it says; without one, a temporary file that goes with it, unless it fails.
+
+    Raises:
+        ValueError: `more` has a flag that is set already.
 
     Attributes:
         model: as given; the name that requests ask for.
@@ -109,6 +126,7 @@ class Server:
         limit: float = LIMIT,
         log: str | os.PathLike[str] | None = None,
     ) -> None:
+        check_flags(more)
         self.model = os.fspath(model)
         self.port = free_port()
         self._limit = limit
@@ -128,7 +146,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
-        self._log = open(self._path, "w+b") if self._path else tempfile.TemporaryFile()  # closed by stop
+        self._log = self._open()  # closed by stop
         environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
         if Path(self.model).is_dir():
             environment.setdefault("HF_HUB_OFFLINE", "1")
@@ -142,17 +160,29 @@ class Server:
         )
         try:
             self._wait()
-        except BaseException:
+        except BaseException as problem:
             self.stop()
+            self._end_log(isinstance(problem, ServerError))
             raise
         return self
 
+    def _open(self) -> IO[bytes]:
+        if self._path is not None:
+            return open(self._path, "w+b")
+        return tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", delete=False)
+
+    def _end_log(self, keep: bool) -> None:
+        if self._log is not None and self._path is None and not keep:
+            Path(self._log.name).unlink(missing_ok=True)
+
     def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
         died = self._process is not None and self._process.poll() is not None
-        tail = self.tail()
+        said = self._said()
         self.stop()
-        if died and (problem is None or isinstance(problem, Exception)):
-            raise ServerError(f"the server ended by itself; the end of its log:\n{tail}") from problem
+        broken = died and (problem is None or isinstance(problem, Exception))
+        self._end_log(broken)
+        if broken:
+            raise ServerError(f"the server ended by itself; {said}") from problem
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -160,13 +190,11 @@ class Server:
         while True:
             code = self._process.poll()
             if code is not None:
-                raise ServerError(f"the server ended (exit code {code}) before it answered; its log:\n{self.tail()}")
+                raise ServerError(f"the server ended (exit code {code}) before it answered; {self._said()}")
             if self._answers():
                 return
             if time.monotonic() > end:
-                raise ServerError(
-                    f"the server did not answer within {self._limit:g} seconds; the end of its log:\n{self.tail()}"
-                )
+                raise ServerError(f"the server did not answer within {self._limit:g} seconds; {self._said()}")
             time.sleep(0.25)
 
     def _answers(self) -> bool:
@@ -178,14 +206,14 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def tail(self) -> str:
-        """The last lines of its log."""
+    def _said(self) -> str:
+        """Where its log is, and the last lines of it."""
         if self._log is None or self._log.closed:
-            return ""
+            return "it has no log"
         file = self._log.fileno()
-        start = max(0, os.fstat(file).st_size - 200 * _LINES)
-        said = os.pread(file, 200 * _LINES, start).decode(errors="replace")
-        return "\n".join(said.splitlines()[-_LINES:])
+        size = os.fstat(file).st_size
+        read = os.pread(file, 200 * _LINES, max(0, size - 200 * _LINES)).decode(errors="replace")
+        return f"the end of its log, {self._log.name}:\n" + "\n".join(read.splitlines()[-_LINES:])
 
     def processes(self) -> list[psutil.Process]:
         """Its processes that live, those that left the group too."""
