@@ -17,7 +17,7 @@ from vlmtok.timing import environment
 
 from . import engine_args
 from .client import Client, label
-from .command import BARE, at_least, folder, guarded, parse, parser, picture_size
+from .command import BARE, at_least, folder, guarded, parse, parser, picture_size, ships
 from .load import Measured, asked, take_turns
 from .pictures import fresh
 from .server import Server, on_cpu
@@ -41,7 +41,7 @@ def _bench(options: argparse.Namespace) -> int:
     tell("starting the server")
     how = {"limit": options.limit, "log": options.log}
     with Server(folder(options.model), engine_args(), options.more, **how) as server:
-        client = Client(server.port, server.model)
+        client = Client(server.port, server.model, begin=ships(options.model))
         found = measure(client, options)
         cache = Cache.of(client.metrics())
     rows = [row for concurrency, one in found.items() for row in rows_of(concurrency, one, cache, not on_cpu())]

@@ -72,11 +72,13 @@ class Client:
     Attributes:
         port: of 127.0.0.1.
         model: name that the server serves.
+        begin: whether the tokenizer puts its own first token in front; vLLM leaves that to chat templates.
         limit: seconds of silence after which a request has failed.
     """
 
     port: int
     model: str
+    begin: bool = False
     limit: float = LIMIT
 
     def ask(self, question: Question, method: str | None = None, tokens: int = 16, exactly: bool = False) -> Answer:
@@ -94,7 +96,7 @@ class Client:
         """
         began = time.perf_counter()
         first, text, usage = 0.0, [], None
-        for event in self._stream(_body(self.model, question, method, tokens, exactly)):
+        for event in self._stream(self._body(question, method, tokens, exactly)):
             if "error" in event:
                 raise Refused(int(event["error"].get("code") or 500), str(event["error"].get("message", event)))
             for choice in event.get("choices", ()):
@@ -105,6 +107,24 @@ class Client:
             raise ConnectionError("the answer ended early")
         seconds = time.perf_counter() - began
         return Answer("".join(text).strip(), usage["prompt_tokens"], usage["completion_tokens"], first, seconds)
+
+    def _body(self, question: Question, method: str | None, tokens: int, exactly: bool) -> dict[str, Any]:
+        """A request of chat completions."""
+        parts = [
+            {"type": "image_url", "image_url": {"url": question.picture}},
+            {"type": "text", "text": question.text},
+        ]
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "add_special_tokens": self.begin,
+            "ignore_eos": exactly,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return body if method is None else {**body, "mm_processor_kwargs": {"vlmtok": method}}
 
     def _stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.limit)
@@ -152,24 +172,6 @@ def label(metrics: str, name: str, key: str) -> str | None:
     """A label of a metric in Prometheus text; None where there is none."""
     found = re.search(rf'^{re.escape(name)}\{{[^\n]*\b{re.escape(key)}="([^"]*)"', metrics, re.MULTILINE)
     return found[1] if found else None
-
-
-def _body(model: str, question: Question, method: str | None, tokens: int, exactly: bool) -> dict[str, Any]:
-    """A request of chat completions."""
-    parts = [
-        {"type": "image_url", "image_url": {"url": question.picture}},
-        {"type": "text", "text": question.text},
-    ]
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": parts}],
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": exactly,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    return body if method is None else {**body, "mm_processor_kwargs": {"vlmtok": method}}
 
 
 def _reason(said: bytes) -> str:

@@ -40,7 +40,7 @@ def _show(options: argparse.Namespace) -> int:
     began = time.monotonic()
     with Server(model, engine_args(), options.more, limit=options.limit, log=options.log) as server:
         say(f"it answers at {server.url} after {time.monotonic() - began:.0f} s")
-        client = Client(server.port, server.model)
+        client = Client(server.port, server.model, begin=ships(options.model))
         problems = show_answers(client, options.method, known=ships(options.model))
         show_ratio(client, options, fresh(picture_size(options.model)))
         problems += show_refusal(client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,11 @@ OURS = ("--model", "--host", "--port", "--uds", "--served-model-name")
 """Flags that `Server` sets itself."""
 
 _GRACE = 20.0
-_LINES = 30
+_LINES = 20
+_ERRORS = 5
+_ERROR = re.compile(
+    r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception)\b: .+)"
+)  # the first one is the cause, far from the end
 
 
 class ServerError(RuntimeError):
@@ -207,13 +212,14 @@ class Server:
             return False
 
     def _said(self) -> str:
-        """Where its log is, and the last lines of it."""
+        """Where its log is, the first errors in it, and its last lines."""
         if self._log is None or self._log.closed:
             return "it has no log"
         file = self._log.fileno()
-        size = os.fstat(file).st_size
-        read = os.pread(file, 200 * _LINES, max(0, size - 200 * _LINES)).decode(errors="replace")
-        return f"the end of its log, {self._log.name}:\n" + "\n".join(read.splitlines()[-_LINES:])
+        lines = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").splitlines()
+        errors = list(dict.fromkeys(found[1] for line in lines if (found := _ERROR.search(line))))
+        said = "\n".join([*errors[:_ERRORS], "...", *lines[-_LINES:]])
+        return f"its log, {self._log.name}, says:\n{said}"
 
     def processes(self) -> list[psutil.Process]:
         """Its processes that live, those that left the group too."""
