@@ -1,0 +1,127 @@
+"""The OpenAI server with the plug-in, over HTTP."""
+
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from http_exam import FOLDER, TOKENS, drawn, expected, questions
+
+from vlmtok_vllm import engine_args
+from vlmtok_vllm.client import Client, Question, Refused, counted
+from vlmtok_vllm.load import HITS, WORDS
+from vlmtok_vllm.pictures import fresh
+from vlmtok_vllm.server import Server, ServerError
+
+DEFAULT = "divprune:keep=16"
+SPECS = ("none", DEFAULT, "divprune:keep=32", "scope:keep=16", "visionzip:keep=20", "pitome:ratio=0.8")
+
+
+@pytest.fixture(scope="module")
+def server():
+    # Small caches, of processed pictures and of keys and values, which warming up fills: what grows behind that leaks.
+    small = {"max_model_len": 512, "mm_processor_cache_gb": 0.01, "num_gpu_blocks_override": 128}
+    settings = {**engine_args(DEFAULT), **small}
+    with Server(FOLDER, settings, limit=400) as running:
+        yield running
+    assert running.processes() == []
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server.port, server.model, begin=True, limit=60)
+
+
+def test_twenty_questions_get_the_answers_of_transformers_under_the_method_of_the_server(client):
+    found = [client.ask(question) for question in questions()[:20]]
+    answers, lengths = expected(DEFAULT, 20)
+    assert [one.text for one in found] == answers
+    assert [one.prompt_tokens for one in found] == lengths
+    assert sum(one.text == right for one, (_, _, right) in zip(found, drawn())) >= 14
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_request_names_its_own_method_and_gets_the_prompt_that_its_plan_says(client, spec):
+    found = [client.ask(question, spec) for question in questions()[:6]]
+    assert ([one.text for one in found], [one.prompt_tokens for one in found]) == expected(spec, 6)
+
+
+def test_the_methods_do_not_all_say_the_same(client):
+    # Otherwise the equalities above would hold for a server that ignores what a request names.
+    assert len({tuple(expected(spec, 6)[1]) for spec in SPECS}) >= 4
+
+
+@pytest.mark.parametrize(
+    "spec, word",
+    [
+        ("fastv", "fastv"),
+        ("pyramiddrop", "pyramiddrop"),
+        ("nosuch", "nosuch"),
+        ("divprune:keep=0", "keep"),
+        ("divprune:keep=16:scope=sample", "scope"),
+        ("averagepool:output_size=5", "divided"),
+        ("todre:keep=16", "tau=none"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason_and_the_next_request_is_answered(client, spec, word):
+    with pytest.raises(Refused) as refusal:
+        client.ask(questions()[0], spec)
+    assert refusal.value.status == 400
+    assert word in refusal.value.reason.lower() and "\n" not in refusal.value.reason
+    assert client.ask(questions()[0]).text == expected(DEFAULT, 20)[0][0]
+
+
+def test_the_same_picture_is_cached_for_its_method_alone(client):
+    picture = next(fresh((96, 96), start=900_000))
+
+    def hits(spec):
+        before = counted(client.metrics(), HITS)
+        client.ask(Question(picture, WORDS[0]), spec)
+        return counted(client.metrics(), HITS) - before
+
+    assert hits("divprune:keep=64") == 0
+    assert hits("divprune:keep=64") >= 32
+    assert hits("scope:keep=64") == 0, "blocks of another method's tokens were served"
+
+
+def test_mixed_requests_at_concurrency_16_all_end_with_the_right_lengths_and_memory_stays(server, client):
+    pictures = fresh((96, 96), start=100_000)
+    rng = random.Random(0)
+
+    def ask(number):
+        sent = [(Question(next(pictures), WORDS[0]), rng.choice(SPECS)) for _ in range(number)]
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda one: client.ask(*one, 8, True), sent))
+        return [(spec, answer) for (_, spec), answer in zip(sent, found)]
+
+    ask(100)
+    before, began = server.memory(), time.monotonic()
+    done = ask(200)
+    taken, grown = time.monotonic() - began, server.memory() - before
+    text = client.ask(Question(next(pictures), WORDS[0]), "none").prompt_tokens - TOKENS
+    for spec, answer in done:
+        assert answer.prompt_tokens == text + expected(spec, 1)[1][0] - expected("none", 1)[1][0] + TOKENS
+        assert answer.output_tokens == 8
+    assert taken < 120
+    assert grown < 48 * 2**20, f"{grown / 2**20:.0f} MiB more after 200 requests"
+    assert counted(client.metrics(), "vllm:num_requests_running") == 0
+    assert counted(client.metrics(), "vllm:num_requests_waiting") == 0
+
+
+def test_a_server_that_cannot_start_says_why_keeps_its_log_and_leaves_no_process(tmp_path):
+    server = Server(str(tmp_path), limit=120)
+    with pytest.raises(ServerError, match="ended .exit code 1. before it answered") as problem, server:
+        pass
+    assert server.processes() == []
+    log = Path(re.search(r"its log, (.*\.log), says:", str(problem.value))[1])
+    assert str(tmp_path) in log.read_text()
+    log.unlink()
+
+
+def test_a_server_that_is_too_slow_is_stopped(tmp_path):
+    server = Server(FOLDER, engine_args(), limit=1, log=tmp_path / "said")
+    with pytest.raises(ServerError, match="did not answer within 1 seconds; its log, .*said"), server:
+        pass
+    assert server.processes() == []
