@@ -1,6 +1,5 @@
 """Lanes of other releases (``.ci/lane``), their subset, and the pins of ``constraints.txt``."""
 
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import platform
@@ -16,14 +15,7 @@ from packaging.version import Version
 from support import lane as subset
 from support import since
 from support.places import ROOT
-
-
-def script(path):
-    """A script of the checkout as a module."""
-    loader = importlib.machinery.SourceFileLoader(f"script_{Path(path).stem}", str(ROOT / path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+from support.scripts import script
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,6 @@ from typing import Any
 
 from PIL import Image
 
-CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-"""What an engine on a CPU needs, where the environment does not say otherwise."""
-
 ARGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,
@@ -94,7 +84,7 @@ def run(
         rounds: requests; those of a round are one batch.
         spec: of the engine.
         plugin: whether the plug-in is chosen, else it is vLLM alone.
-        env: of the process, over `CPU`.
+        env: of the process, over the caller's (see cpu.env).
         before: Python that runs before the engine starts, for controls that break something.
         steps: tokens of an answer.
         timeout: seconds after which a hung engine fails.
@@ -109,7 +99,7 @@ def run(
         job.write_bytes(pickle.dumps((str(folder), rounds, spec, plugin, before, steps, {**ARGS, **args})))
         process = subprocess.run(
             [sys.executable, __file__, str(job), str(done)],
-            env={**CPU, **os.environ, **(env or {})},
+            env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
             timeout=timeout,
