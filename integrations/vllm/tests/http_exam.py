@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from vlmtok.adapters import adapter_for
-from vlmtok.serving import plan
 
 import vlmtok
 from vlmtok.loading import DATA, EMBEDDED
+from vlmtok.serving import plan
 from vlmtok_vllm.client import Question
 from vlmtok_vllm.pictures import data_url
 

@@ -19,6 +19,7 @@ from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vlmtok.adapters import adapter_for
 
 from vlmtok.errors import VlmtokError
@@ -99,10 +100,11 @@ class VlmtokForConditionalGeneration(TransformersMultiModalForCausalLM):
         """What the language model is given of each picture or clip, `[K, wide]` each, as its plan leaves it."""
         given = pieces(kwargs, self.vlmtok_carried.stacked.device)
         made: list[Tensor | None] = [None] * len(given)
-        for group in batches(given, alone=self.vlmtok_carried.moves):
-            chosen = None if not group[0].spec else self._counter.plan(group[0].spec)
-            for piece, rows in zip(group, self._encode(chosen, group), strict=True):
-                made[piece.index] = rows
+        with gpu_sync_allowed():  # where pictures stand in a row is read back
+            for group in batches(given, alone=self.vlmtok_carried.moves):
+                chosen = None if not group[0].spec else self._counter.plan(group[0].spec)
+                for piece, rows in zip(group, self._encode(chosen, group), strict=True):
+                    made[piece.index] = rows
         return [rows for rows in made if rows is not None]
 
     def _encode(self, chosen: ServingPlan | None, group: Sequence[Piece]) -> list[Tensor]:
@@ -191,6 +193,10 @@ def _check_settings(config: VllmConfig) -> None:
     if config.lora_config is not None and getattr(config.lora_config, "enable_tower_connector_lora", False):
         raise ValueError(
             "vlmtok: enable_tower_connector_lora is for towers of vLLM's own, and here they are transformers'"
+        )
+    if config.model_config.is_moe:
+        raise ValueError(
+            "vlmtok: models with experts need another class of vLLM's Transformers backend, not served yet"
         )
     multimodal = config.model_config.multimodal_config
     if multimodal is not None and multimodal.mm_encoder_tp_mode == "data":
