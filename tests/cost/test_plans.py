@@ -21,7 +21,7 @@ from vlmtok.forecast.estimate import attach, estimate, shape_of
 
 
 # ---------------------------------------------------------------------- rows as counts are the rows that run
-def real_rows(prompt: Prompt) -> PromptRows:
+def real_rows(prompt: Prompt, grid: tuple[int, int] | None = None) -> PromptRows:
     """The row that a prompt describes, with columns."""
     line, pictures = [(TEXT, 0)] * prompt.text[0], []
     for index in range(prompt.pictures):
@@ -30,7 +30,8 @@ def real_rows(prompt: Prompt) -> PromptRows:
         line += [(index, part) for part, n in enumerate(parts) for _ in range(n)]
         behind = sum(prompt.text[index + 1 :])
         columns = list(range(first, len(line)))
-        pictures.append(Picture(0, index, columns, text_after=behind, text_after_last=behind, n=len(columns)))
+        picture = Picture(0, index, columns, grid=grid, text_after=behind, text_after_last=behind, n=len(columns))
+        pictures.append(picture)
         line += [(TEXT, 0)] * prompt.text[index + 1]
     label, part = (torch.tensor([[one[i] for one in line]]) for i in (0, 1))
     place = torch.arange(len(line))[None]
@@ -70,6 +71,19 @@ def test_groups_of_a_plan_are_those_of_the_rows(text, parts, scopes, keep, insid
         assert planned.length == real.length
         if scope == "sample" or (scope == "picture" and pieces):
             return  # what is left of one picture, or of one part, is content
+
+
+@pytest.mark.parametrize("scope", ["picture", "sample", "part"])
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("parts", [(6,), (6, 3), (4, 6, 6)])
+def test_grids_of_a_plan_are_those_of_the_rows(parts, pictures, scope):
+    """Of one picture, or of one of its parts, if the tokens are as many."""
+    pieces = parts if len(parts) > 1 else ()
+    prompt = Prompt(pictures=pictures, text=(1,) * (pictures + 1), visual=sum(parts), parts=pieces)
+    groups = PlannedRows(prompt, (2, 3)).groups(scope), real_rows(prompt, (2, 3)).groups(scope)
+    planned, real = ([(group.n, group.grid) for group in sorted(found, key=lambda g: g.n)] for found in groups)
+    assert planned == real
+    assert ((6, (2, 3)) in planned) == (scope == "part" or (not pieces and (scope == "picture" or pictures == 1)))
 
 
 @given(count=st.integers(0, 60), among=st.lists(st.integers(0, 20), min_size=1, max_size=6))

@@ -13,7 +13,8 @@ from support.methods import METHODS
 
 import vlmtok
 from vlmtok import AveragePool, Method, ToDRE
-from vlmtok.core.placing import place
+from vlmtok.core.attachment import Attachment
+from vlmtok.core.placing import looks_on, place
 from vlmtok.core.site import Counts, Site
 from vlmtok.errors import ParameterError, VlmtokError
 from vlmtok.kernels import dispatch
@@ -124,8 +125,10 @@ def test_what_is_refused_is_named():
 
 def test_a_method_that_refuses_the_number_that_attaching_asks_of_is_attached():
     """Whether a method only looks is found with a number of tokens that need not be the picture's."""
-    assert placed(ToDRE(pivot=5000, tau=None), LAYOUTS[0])
-    assert placed(AveragePool(output_size=1000), LAYOUTS[0])
+    refused = [ToDRE(pivot=5000, tau=None), TCA(first=5000, reservoir_size=0)]
+    attachment = Attachment(refused, LAYOUTS[0])
+    assert {entry.method for entry in attachment.entries} == set(refused)
+    assert not any(looks_on(entry.method, entry.asked, LAYOUTS[0]) for entry in attachment.entries)
 
 
 def test_indices_for_other_layers_than_there_are_are_refused_before_anything_runs():
