@@ -28,6 +28,19 @@ from .settings import IDS, PLACEHOLDERS, SPEC, STAYS, TEXT, TYPES, as_bytes, fie
 from .versions import check_base
 
 
+@dataclasses.dataclass
+class Behind:
+    """What stands in a prompt behind a picture.
+
+    Attributes:
+        ids: of text.
+        pictures: how many more there are.
+    """
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    pictures: int = 0
+
+
 class VlmtokProcessor(MultiModalProcessor):
     """Processor of vLLM's Transformers backend, with specs.
 
@@ -53,11 +66,11 @@ class VlmtokProcessor(MultiModalProcessor):
         if chosen is not None:
             options[SPEC] = chosen.key
         hashes = super()._get_mm_hashes(dataclasses.replace(inputs, hf_processor_mm_kwargs=options))
-        texts: Mapping[str, list[list[int]]] = inputs.hf_processor_mm_kwargs.get(TEXT, {})
+        texts: Mapping[str, list[Behind]] = inputs.hf_processor_mm_kwargs.get(TEXT, {})
         return {
             modality: [
-                f"{name}-{_digest(text)}" if text is not None else name
-                for name, text in zip(names, texts.get(modality) or [None] * len(names), strict=True)
+                name if behind is None else f"{name}-{_digest(behind)}"
+                for name, behind in zip(names, texts.get(modality) or [None] * len(names), strict=True)
             ]
             for modality, names in hashes.items()
         }
@@ -68,8 +81,8 @@ class VlmtokProcessor(MultiModalProcessor):
         if TEXT not in options:
             return options
         texts = {
-            modality: [text for text, cached in zip(texts, mm_is_cached[modality], strict=True) if not cached]
-            for modality, texts in options[TEXT].items()
+            modality: [one for one, cached in zip(behind, mm_is_cached[modality], strict=True) if not cached]
+            for modality, behind in options[TEXT].items()
         }
         return {**options, TEXT: texts}
 
@@ -87,21 +100,23 @@ class VlmtokProcessor(MultiModalProcessor):
             if isinstance(items, EmbeddingItems):
                 raise ValueError("vlmtok: pictures and clips are served, not embeddings made of them elsewhere")
             texts: Any = hf_kwargs.get(TEXT, {})
-            texts = texts.get(modality) or [[]] * items.get_count()
+            texts = texts.get(modality) or [Behind()] * items.get_count()
             for index in range(items.get_count()):
                 one = copy.copy(items)
                 one.data = [items.data[index]]
                 if isinstance(getattr(items, "metadata", None), list):
                     one.metadata = [items.metadata[index]]
                 made = super()._apply_hf_processor_main(MultiModalDataItems({modality: one}), foreign(hf_kwargs))
-                for name, value in self._entry(
-                    modality, made, chosen, torch.tensor(texts[index], dtype=torch.long)
-                ).items():
+                for name, value in self._entry(modality, made, chosen, texts[index]).items():
                     found[field(modality, name)].append(value)
         return BatchFeature(dict(found))
 
-    def _entry(self, modality: str, made: BatchFeature, chosen: ServingPlan | None, text: Tensor) -> dict[str, Any]:
-        """All that travels with a picture."""
+    def _entry(self, modality: str, made: BatchFeature, chosen: ServingPlan | None, behind: Behind) -> dict[str, Any]:
+        """All that travels with a picture.
+
+        Raises:
+            ValueError: the plan cannot act on it, or reads a text that is not known here.
+        """
         ids = made.pop(f"{modality}_replacement_ids")
         types = (ids == _get_embed_token_id(ids)).long() * _MODALITY_TO_TOKEN_TYPE_ID[modality]
         for name in (f"{modality}_replacement_sizes", "num_image_patches", "num_video_patches", "num_video_tokens"):
@@ -112,6 +127,11 @@ class VlmtokProcessor(MultiModalProcessor):
         item = Item(ids, inputs, types)
         with refusing():
             left = self.info.counter.left(chosen, item)
+        if chosen is not None and chosen.reads_text and behind.pictures and not left.placeholders.all():
+            raise ValueError(
+                f"vlmtok: {chosen.spec} reads all text behind a picture, and {type(self.info.get_hf_processor()).__name__} "
+                "writes marks of its own around later ones, which are not known yet; put one picture into the prompt"
+            )
         return {
             **inputs,
             IDS: ids,
@@ -119,7 +139,7 @@ class VlmtokProcessor(MultiModalProcessor):
             STAYS: left.stays,
             PLACEHOLDERS: left.placeholders,
             SPEC: as_bytes("" if chosen is None else chosen.spec),
-            TEXT: text,
+            TEXT: torch.tensor(behind.ids, dtype=torch.long),
         }
 
     def _get_mm_fields_config(
@@ -155,28 +175,26 @@ class VlmtokProcessor(MultiModalProcessor):
         return list(self.info.get_tokenizer().encode(token, add_special_tokens=False))
 
     # ------------------------------------------------------------------ text behind pictures
-    def _text_behind(self, prompt: list[int], mm_items: MultiModalDataItems) -> dict[str, list[list[int]]]:
-        """Ids behind each picture, by modality."""
+    def _text_behind(self, prompt: list[int], mm_items: MultiModalDataItems) -> dict[str, list[Behind]]:
+        """What stands behind each picture, by modality."""
         targets = {modality: self._target(modality) for modality in mm_items}
-        found: dict[str, list[list[int]]] = {modality: [] for modality in mm_items}
-        open_ends: list[list[int]] = []
+        found: dict[str, list[Behind]] = {modality: [] for modality in mm_items}
+        before: list[Behind] = []
         at = 0
         while at < len(prompt):
-            for modality, target in targets.items():
-                if prompt[at : at + len(target)] == target:
-                    open_ends.append([])
-                    found[modality].append(open_ends[-1])
-                    at += len(target)
-                    break
-            else:
-                for end in open_ends:
-                    end.append(prompt[at])
-                at += 1
+            met = next((name for name, target in targets.items() if prompt[at : at + len(target)] == target), None)
+            for behind in before:
+                behind.pictures += met is not None
+                behind.ids += [prompt[at]] if met is None else []
+            if met is not None:
+                before.append(Behind())
+                found[met].append(before[-1])
+            at += 1 if met is None else len(targets[met])
         return found
 
 
-def _digest(text: Sequence[int]) -> str:
-    return hashlib.sha256(",".join(map(str, text)).encode()).hexdigest()[:16]
+def _digest(behind: Behind) -> str:
+    return hashlib.sha256(repr(behind).encode()).hexdigest()[:16]
 
 
 def _tensor(value: Any) -> Tensor | None:
