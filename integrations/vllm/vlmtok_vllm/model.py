@@ -19,6 +19,7 @@ from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vlmtok.adapters import adapter_for
 
@@ -197,6 +198,11 @@ def _check_settings(config: VllmConfig) -> None:
     if config.model_config.is_moe:
         raise ValueError(
             "vlmtok: models with experts need another class of vLLM's Transformers backend, not served yet"
+        )
+    if config.model_config.is_mm_prefix_lm and current_platform.is_cpu():
+        raise ValueError(
+            f"vlmtok: tokens of a picture see each other in {config.model_config.hf_config.model_type}, and vLLM's "
+            "attention for CPUs lets them see what stands before alone, so that answers are wrong; it needs a GPU"
         )
     multimodal = config.model_config.multimodal_config
     if multimodal is not None and multimodal.mm_encoder_tp_mode == "data":

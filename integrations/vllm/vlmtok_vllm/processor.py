@@ -128,9 +128,10 @@ class VlmtokProcessor(MultiModalProcessor):
         with refusing():
             left = self.info.counter.left(chosen, item)
         if chosen is not None and chosen.reads_text and behind.pictures and not left.placeholders.all():
+            name = type(self.info.get_hf_processor()).__name__
             raise ValueError(
-                f"vlmtok: {chosen.spec} reads all text behind a picture, and {type(self.info.get_hf_processor()).__name__} "
-                "writes marks of its own around later ones, which are not known yet; put one picture into the prompt"
+                f"vlmtok: {chosen.spec} reads all text behind a picture, and {name} writes marks of its own around "
+                "later ones, which are not known yet; put one picture into the prompt"
             )
         return {
             **inputs,
