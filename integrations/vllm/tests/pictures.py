@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from PIL import Image, ImageDraw
 
 COLORS = ((200, 30, 30), (30, 60, 200), (20, 150, 60), (220, 160, 20), (140, 40, 160), (20, 160, 170))
@@ -29,7 +31,6 @@ def _draw(i: int, width: int, height: int) -> Image.Image:
         box = (width * left, height * top, width * (left + 0.28), height * (top + 0.36))
         draw = (pen.ellipse, pen.rectangle, pen.rounded_rectangle)[(i + j) % 3]
         draw(box, fill=COLORS[(i + 2 * j) % len(COLORS)])
-    step = 4 + i % 5  # stripes, so that patches of one shape differ too
-    for x in range(i % step, width, 3 * step):
-        pen.line((x, 0, width - x, height), fill=COLORS[(i + 1) % len(COLORS)])
-    return image
+    # Grain, so that no two patches are equal: what a method chooses between equals is decided by rounding.
+    grain = Image.frombytes("RGB", image.size, random.Random(i).randbytes(3 * width * height))
+    return Image.blend(image, grain, 0.25)
