@@ -98,7 +98,7 @@ def test_a_run_shows_answers_ratio_and_refusal_and_ends_well():
     assert done.stdout.count("153 / 25 / 25") == 3
     for method in ("divprune:keep=16", "scope:keep=16"):
         assert re.search(rf"{method}: \d+\.\d\d x \(.*\) the requests a second of bare; prompts of 25", done.stdout)
-    assert re.search("fastv: HTTP 400: .*fastv", done.stdout)
+    assert re.search("fastv: HTTP 400: .*FastV", done.stdout)
     assert "the server is stopped" in done.stdout
 
 
