@@ -35,6 +35,15 @@ MARKED = ("internvl", "gemma3", "idefics3")
 """Families that write marks around pictures: what reads the text behind one picture cannot know those of the next."""
 
 
+KIN = ("llava_siglip", "llava_onevision", "qwen2_vl", "idefics3")
+"""Families that go the ways of others, by and large."""
+
+
+def marks(family: str) -> list[pytest.MarkDecorator]:
+    """When a family runs."""
+    return [pytest.mark.gpu] if family == "gemma3" else [pytest.mark.long] if family in KIN else []
+
+
 def asked(family: str) -> list[Asked]:
     """A prompt with one picture, one with two of another size."""
     one, (second, third) = pictures(1, (80, 56)), pictures(3, (52, 72))[1:]
@@ -55,9 +64,7 @@ def test_a_picture_whose_tokens_see_each_other_is_refused_on_a_cpu(tmp_path):
         run(make("gemma3", tmp_path / "gemma3"), [])
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.gpu if name == "gemma3" else ()) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in FAMILIES])
 def test_every_method_that_is_served(family, tmp_path):
     folder, prompts = make(family, tmp_path / family), asked(family)
     wanted = [(spec, one) for spec in (None, *EVERY, *MORE.get(family, ())) for one in prompts]
