@@ -1,4 +1,4 @@
-"""The shipped checkpoint, which is trained: 24 pictures under every setting that is served, all of them in one batch."""
+"""The shipped, trained checkpoint: 24 pictures under every setting that is served, all of them in one batch."""
 
 from __future__ import annotations
 
