@@ -19,7 +19,6 @@ REFUSED = {
     "divprune:keep=": "no value",
     "divprune:kep=4": "kep",
     "divprun:keep=4": "divprune",
-    "visionzip:keep=4000": "4000",
     "": "",
 }
 """A spec, and what its refusal must say; an empty one means none."""
