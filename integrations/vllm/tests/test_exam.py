@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from engine_side import Request, run
@@ -43,7 +45,7 @@ def test_every_method_that_is_served_is_asked():
 def test_24_pictures_under_every_setting(asked, tmp_path):
     requests = [Request(one.text, one.pictures, spec or "none") for one in asked for spec in SPECS]
     (replies,) = run(FOLDER, [requests], max_model_len=512, steps=4, timeout=1200)
-    expected = reference(FOLDER, SPECS, asked, tmp_path, steps=4)
+    expected = reference(Path(FOLDER), SPECS, asked, tmp_path, steps=4)
     answers = [expected[spec][picture] for picture in range(len(asked)) for spec in SPECS]
     for request, answer, reply in zip(requests, answers, replies):
         if request.spec is not None and request.spec.startswith(CLOSE):
@@ -55,7 +57,7 @@ def test_24_pictures_under_every_setting(asked, tmp_path):
 def test_settings_differ_by_more_than_the_tolerance(asked, tmp_path):
     """Equal numbers of tokens, other choices: the comparison above tells them apart."""
     alike = ("random:keep=16", "divprune:keep=16", "todre:keep=16:tau=none", "scope:keep=16")
-    expected = reference(FOLDER, alike, asked[:6], tmp_path, steps=1)
+    expected = reference(Path(FOLDER), alike, asked[:6], tmp_path, steps=1)
     firsts = [torch.stack([answer.logprobs[0] for answer in expected[spec]]) for spec in alike]
     for i, one in enumerate(firsts):
         for other in firsts[:i]:
