@@ -49,20 +49,23 @@ def looks_on(method: Method, site: Site, layout: Layout) -> bool:
     return type(method).count is not Method.count and sample_count(method, site, layout) == PATCHES
 
 
-def sample_count(method: Method, site: Site, layout: Layout) -> int | None:
+def sample_count(
+    method: Method, site: Site, layout: Layout, grid: tuple[int, int] | None = None
+) -> int | None:
     """What a method's count says of `PATCHES` tokens, which tells whether it decides at a site, and by content.
 
     Args:
         method: the method.
         site: one that it names.
         layout: what the model offers.
+        grid: rows and columns of them, where those are no content.
 
     Returns:
         The count; 0 where it refuses so many: it decides there, and the tokens of a real picture may be fine.
     """
     stage = layout.stages[site.stage]
     try:
-        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth))
+        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth, grid))
     except ParameterError:
         return 0
 

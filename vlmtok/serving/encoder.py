@@ -66,11 +66,20 @@ class Encoder:
             text: int64 `[T]`, ids of the prompt behind the item, for plans that read the text; then one item.
 
         Raises:
-            PassError: the model was given another number of tokens than was said, or several items at once where each
-                has a text or positions of its own.
+            PassError: the model was given another number of tokens than was said, or items do not go together: several
+                where each has a text or positions of its own, or inputs that cannot be joined.
         """
+        if len(items) != len(left):
+            raise PassError(f"{len(items)} items come with what stays of {len(left)}")
+        if not items:
+            return []
         if len(items) > 1 and (text is not None or self._moves):
             raise PassError("items with a text or positions of their own are encoded one by one")
+        if len({_form(item) for item in items}) > 1:
+            raise PassError(
+                "items of one pass have the same inputs, alike in shape behind the first axis; here: "
+                + "; ".join(" ".join(f"{name} {list(shape)}" for name, shape, _ in _form(item)) for item in items)
+            )
         ids, types = [item.ids for item in items], [item.types for item in items]
         if text is not None:
             ids, types = [*ids, text], [*types, torch.zeros_like(text)]
@@ -135,6 +144,11 @@ class Encoder:
         if self._attached is not None:
             self._attached[1].remove()
         self._attached = None
+
+
+def _form(item: Item) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+    """What inputs of items that go through a tower together have in common."""
+    return tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in sorted(item.inputs.items()))
 
 
 def _joined(values: list[Any]) -> Any:

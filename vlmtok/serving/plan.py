@@ -21,6 +21,9 @@ from ..guard import guarded
 from .dry_run import Dry
 from .layout import BEFORE, ENGINE, served_layout
 
+SAMPLE = (24, 24)
+"""A grid of patches; whether a count depends on content beside their rows and columns shows with any."""
+
 
 @guarded
 def plan(spec: str | Method | Sequence[Method | str], layout: Layout, *, engine: str = ENGINE) -> ServingPlan:
@@ -110,28 +113,50 @@ class ServingPlan:
             grid: rows and columns of the tokens, or None where there is no single grid.
 
         Raises:
-            ParameterError: a method cannot act on so many tokens.
+            ParameterError: a method cannot act on so many tokens, or on tokens without a grid.
         """
-        left = tokens
-        for stage in BEFORE:
-            left, _ = self._walk(stage, left, patches, tokens, grid)
-        return left
+        return self._walk(tokens, patches, grid)[0]
+
+    def slots(self, entry: Entry, n: int, entered: int, grid: tuple[int, int] | None) -> int:
+        """How many slots a method leaves of a view row.
+
+        Args:
+            entry: the method at its site, one of the attachment's.
+            n: tokens that arrive.
+            entered: tokens when the row entered the stage.
+            grid: rows and columns of the tokens as they entered, or None where there is no single grid.
+
+        Raises:
+            ParameterError: it cannot act on them.
+        """
+        there = self.layout.stages[entry.site.stage]
+        made = entry.method.count(Counts(entry.asked, n, entered, there.num_prefix, there.depth, grid))
+        if grid is None:  # a count lets pass what may have a grid; here it is known that there is none
+            found = Dry(self.layout, None).ask(entry, n, entered)
+            made = found if made is None else made
+        if made is None:
+            raise self._depends(entry.method)
+        return made
 
     def _walk(
-        self, stage: str, left: int, patches: int | None, tokens: int, grid: tuple[int, int] | None
-    ) -> tuple[int, list[tuple[Entry, int, int, int]]]:
-        """Tokens behind a stage, and (entry, arrived, entered, left) of each visit."""
+        self, tokens: int, patches: int | None, grid: tuple[int, int] | None
+    ) -> tuple[int, list[tuple[Entry, int, int, int, tuple[int, int] | None]]]:
+        """Tokens in the end, and (entry, arrived, entered, left, grid) of each visit."""
         slots = "features" in self.layout.stages  # what leaves the tower leaves its placeholder
-        start = n = left if slots or stage == "projected" or patches is None else patches
-        visits = []
-        for entry in self.attachment.at(stage):
-            there = self.layout.stages[stage]
-            counts = Counts(entry.asked, n, start, there.num_prefix, there.depth, grid)
-            made = entry.method.count(counts)
-            assert made is not None
-            visits.append((entry, n, start, made))
-            n = made
-        return (n if slots or stage == "projected" else left), visits
+        left, visits = tokens, []
+        inside = entered = tokens if slots or patches is None else patches
+        for stage in BEFORE:
+            late = stage == "projected"
+            if late:
+                inside = entered = left
+            for entry in self.attachment.at(stage):
+                seen = grid if late or patches in (None, tokens) else None
+                made = self.slots(entry, inside, entered, seen)
+                visits.append((entry, inside, entered, made, seen))
+                inside = made
+            if slots or late:
+                left = inside
+        return left, visits
 
     @guarded
     def dry_run(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
@@ -148,15 +173,11 @@ class ServingPlan:
         Raises:
             ParameterError: a method cannot act on so many tokens, or leaves another number than it says.
         """
-        left, dry = tokens, Dry(self.layout, grid)
-        for stage in BEFORE:
-            left, visits = self._walk(stage, left, patches, tokens, grid)
-            for entry, n, entered, made in visits:
-                found = dry.ask(entry, n, entered)
-                if found != made:
-                    raise ParameterError(
-                        f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}"
-                    )
+        left, visits = self._walk(tokens, patches, grid)
+        for entry, n, entered, made, seen in visits:
+            found = Dry(self.layout, seen).ask(entry, n, entered)
+            if found != made:
+                raise ParameterError(f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}")
         return left
 
     # ------------------------------------------------------------------ what stays
@@ -168,6 +189,7 @@ class ServingPlan:
         *,
         size: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        entered: int | None = None,
         signals: Mapping[str, Signal] | None = None,
         protected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -177,7 +199,8 @@ class ServingPlan:
             stage: ``features`` or ``projected``; inside a tower, `Encoder` or an adapter of the tower does it.
             tokens: `[B, N, C]`, a picture a row.
             size: fp32 `[B, N]`, patches that each token stands for; None means ones.
-            grid: rows and columns of the tokens, or None.
+            grid: rows and columns of the tokens as they entered, or None.
+            entered: tokens when they entered the stage (at ``features``: the tower); None means N.
             signals: by the key of each `Need`: a tensor over the tokens that are given here, or a function that makes
                 it; what a method drops leaves them too.
             protected: `[B, P, C]`, at ``features``: the tower's protected tokens there.
@@ -191,7 +214,10 @@ class ServingPlan:
         """
         if stage not in ("features", "projected"):
             raise SiteError(f"at() takes 'features' or 'projected', got {stage!r}")
-        entered, there = tokens.shape[1], self.layout.stages[stage]
+        if not self.attachment.at(stage):
+            return tokens, size
+        there = self.layout.stages[stage]
+        start = tokens.shape[1] if entered is None else entered
         cuts: list[Reduction] = []
         for entry in self.attachment.at(stage):
             given = {
@@ -199,7 +225,7 @@ class ServingPlan:
                 for need in entry.needs
             }
             view = TokenView(
-                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=entered, signals=given
+                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=start, signals=given
             )
             reduction = self.attachment.decide(entry, view)
             if reduction is not None:
@@ -227,11 +253,15 @@ class ServingPlan:
                 f"{method} keeps position ids with gaps, but {family} numbers the tokens of a prompt one by one; "
                 "positions=renumber"
             )
-        if sample_count(method, entry.asked, self.layout) is None:
-            raise ParameterError(
-                f"{method}: how many tokens it leaves depends on the picture, but {family} lays out a prompt before it "
-                "sees one"
-            )
+        if sample_count(method, entry.asked, self.layout, SAMPLE) is None:
+            raise self._depends(method)
+
+    def _depends(self, method: Method) -> ParameterError:
+        """The error for a number of tokens that depends on content."""
+        return ParameterError(
+            f"{method}: how many tokens it leaves depends on the picture, but {self.layout.family} lays out a prompt "
+            "before it sees one"
+        )
 
 
 def _behind(name: str, given: Signal, cuts: tuple[Reduction, ...]) -> Tensor | None:
