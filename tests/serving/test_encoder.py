@@ -144,9 +144,9 @@ def test_a_model_is_left_as_it_was(name):
     """Asleep between calls the hooks do nothing; closed, there are none."""
     whole, shown = model(name), show(name, "I")
     encoder(name).close()
-    before, weights = hooks(whole), [one.clone() for one in whole.state_dict().values()]
     with torch.no_grad():
         bare = whole(**shown.inputs).logits
+    before, weights = hooks(whole), [one.clone() for one in whole.state_dict().values()]
     own = Encoder(whole)
     assert hooks(whole) == before
     plan, left = served(name, "visionzip:keep=4:contextual=2", shown.item)
@@ -214,6 +214,21 @@ def test_wrong_use_is_refused_and_the_encoder_goes_on(words):
         encoder("llava").encode(chosen, items, lefts, text)
     assert torch.equal(encode("llava", plan, shown, left).rows, before.rows)
     assert encoder("llava").encode(plan, [], []) == []
+
+
+def test_a_compression_of_the_whole_model_and_an_encoder():
+    """One that was there before is refused; one that comes and goes between calls changes nothing."""
+    shown, whole = show("llava", "I"), model("llava")
+    plan, left = served("llava", "divprune:keep=5", shown.item)
+    own = Encoder(whole)
+    with vlmtok.compress(whole, "random:keep=4"), pytest.raises(PassError, match="compressed already"):
+        own.encode(plan, [shown.item], [left])
+    (first,) = own.encode(plan, [shown.item], [left])
+    with vlmtok.compress(whole, "random:keep=4"), torch.no_grad():
+        assert whole(**shown.inputs).logits.isfinite().all()
+    (again,) = own.encode(plan, [shown.item], [left])
+    assert torch.equal(first.rows, again.rows)
+    own.close()
 
 
 def test_pictures_with_positions_of_their_own_are_encoded_one_by_one():

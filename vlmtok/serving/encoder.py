@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters import adapter_for
 from ..core.attachment import Attachment
+from ..core.hooks import hooks_of
 from ..errors import PassError
 from ..guard import guarded
 from .item import Item, Left
@@ -66,7 +67,7 @@ class Encoder:
             text: int64 `[T]`, ids of the prompt behind the item, for plans that read the text; then one item.
 
         Raises:
-            PassError: the model was given another number of tokens than was said, or items do not go together: several
+            PassError: the model is compressed, was given another number of tokens than was said, or items do not go together: several
                 where each has a text or positions of its own, or inputs that cannot be joined.
         """
         if len(items) != len(left):
@@ -117,15 +118,17 @@ class Encoder:
             self.close()
             self._attached = key, self._attach(chosen)
         attachment = self._attached[1]
-        attachment.resume()
+        attachment.pauses = 0
         try:
             yield
         finally:
-            attachment.suspend()
+            attachment.pauses = 1  # not ended, or a compression of the whole model would clear its hooks away
 
     def _attach(self, chosen: ServingPlan | None) -> Attachment:
         """Hooks of a plan, or those that alone follow what bare rows carry."""
         core = self.stand_in.core
+        if any(hook.attachment is not None and hook.attachment.live for _, _, _, hook in hooks_of(core)):
+            raise PassError("the model is compressed already; remove that first, an encoder places hooks of its own")
         carrier = adapter_for(core)
         made = Attachment([], carrier.layout()) if chosen is None else Attachment(chosen.methods, chosen.layout)
         try:
