@@ -12,6 +12,7 @@ from ..core.attachment import Attachment, Entry
 from ..core.method import Method
 from ..core.placing import sample_count
 from ..core.reduction import Reduction
+from ..core.sequence import padded
 from ..core.signals import TOWER_SIGNALS, Need
 from ..core.site import Counts, Layout, Site
 from ..core.spec import as_methods, counted_form
@@ -206,7 +207,7 @@ class ServingPlan:
             protected: `[B, P, C]`, at ``features``: the tower's protected tokens there.
 
         Returns:
-            `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged or cut.
+            `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged.
 
         Raises:
             SiteError: another stage.
@@ -218,7 +219,7 @@ class ServingPlan:
             return tokens, size
         there = self.layout.stages[stage]
         start = tokens.shape[1] if entered is None else entered
-        cuts: list[Reduction] = []
+        cuts: list[tuple[Reduction, int]] = []
         for entry in self.attachment.at(stage):
             given = {
                 need.key: partial(_behind, need.name, (signals or {}).get(need.key), tuple(cuts))
@@ -229,8 +230,10 @@ class ServingPlan:
             )
             reduction = self.attachment.decide(entry, view)
             if reduction is not None:
-                tokens, size = reduction.apply(tokens, size, protected if stage == "features" else None)
-                cuts.append(reduction)
+                beside = protected if stage == "features" else None
+                tokens, sizes = reduction.apply(tokens, size, beside)
+                size = sizes if size is not None or reduction.merges else None
+                cuts.append((reduction, 0 if beside is None else beside.shape[1]))
         return tokens, size
 
     # ------------------------------------------------------------------ refusals
@@ -264,13 +267,13 @@ class ServingPlan:
         )
 
 
-def _behind(name: str, given: Signal, cuts: tuple[Reduction, ...]) -> Tensor | None:
-    """A signal of the tokens that are left behind some cuts."""
+def _behind(name: str, given: Signal, cuts: tuple[tuple[Reduction, int], ...]) -> Tensor | None:
+    """A signal of the tokens that are left behind some cuts, which may name so many protected tokens."""
     value = given() if callable(given) else given
     axis = TOWER_SIGNALS[name].axis if name in TOWER_SIGNALS else None
     if value is not None and axis is not None:
-        for reduction in cuts:
-            value = reduction.gather(value, axis)
+        for reduction, spare in cuts:
+            value = reduction.gather(padded(value, axis, spare), axis)
     return value
 
 
