@@ -76,8 +76,9 @@ def test_refusals_of_settings_name_what_can_be_had():
     assert plan("divprune:positions=keep", PACKED)
     with pytest.raises(SiteError, match="all pictures of a prompt together .scope=sample.* scope=picture"):
         plan("visionzip:scope=sample", PACKED)
-    with pytest.raises(SiteError, match="places in a picture|M-RoPE"):
-        plan("divprune:positions=renumber", PACKED)
+    for spec in ("divprune:positions=renumber", "todre:tau=none:positions=renumber"):
+        with pytest.raises(SiteError, match="places in a picture|M-RoPE"):
+            plan(spec, PACKED)
     with pytest.raises(MissingSignal, match="needs a class token"):
         plan("crossget:guidance=cls", SIGLIP)
     with pytest.raises(SiteError, match="paged"):

@@ -180,7 +180,7 @@ def _blind_layers(asked: Iterable[Site], layout: Layout) -> str:
 
 def _with_remedy(problem: SiteError, method: Method, layout: Layout) -> SiteError:
     """The error with a setting under which the method runs on the model, where its own schedule is what does not."""
-    fitted = method.fitted(layout)
+    fitted = method.fitted(layout) if layout.has("decoder") else None
     if fitted is None:
         return problem
     try:
