@@ -24,8 +24,9 @@ def dispatcher_of(model: nn.Module) -> Dispatcher | None:
     """Who placed the live hooks of a model."""
     for *_, hook in hooks_of(model):
         if hook.attachment is not None and hook.attachment.active:
-            found: Dispatcher = hook.attachment.owner
-            return found
+            found: Dispatcher | None = hook.attachment.owner
+            if found is not None:  # an encoder of `vlmtok.serving` places hooks of nobody's
+                return found
     return None
 
 

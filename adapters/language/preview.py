@@ -63,9 +63,7 @@ def _tower(
     pixels, clips = given(hosts.PIXELS), given(hosts.CLIP_PIXELS)
     roles = [role for role in (*spec.grid_arguments, spec.tower_size_argument) if role is not None]
     told = [(role, given(role)) for role in dict.fromkeys(roles)]
-    patch = core.config.vision_config.patch_size
-    side = patch if isinstance(patch, int) else patch[0]
-    grids = [one for role, value in told if value is not None for one in patch_grids(role, value, side)]
+    grids = [one for role, value in told if value is not None for one in patch_grids(role, value, _side(core))]
     if grids:
         shared = hosts.PATCH_SHAPES not in roles and hosts.IMAGE_PLACES not in roles
         if shared:
@@ -81,8 +79,16 @@ def _tower(
     return sum(counts), _patches(core, stem, shown.shape[-2:]), ()
 
 
+def _side(core: Any) -> int:
+    """Pixels of a patch's side."""
+    patch = core.config.vision_config.patch_size
+    return int(patch if isinstance(patch, int) else patch[0])
+
+
 def _patches(core: Any, stem: Any, pixels: Any) -> int:
-    """Patches of a picture of so many pixels."""
+    """Patches of a picture of so many pixels; 0 where its tower is a foreign model that does not say."""
+    if stem is None and not hasattr(core.config.vision_config, "patch_size"):
+        return 0
     if stem is None:
         size = core.config.vision_config.patch_size
         edges = [side // one for side, one in zip(pixels, (size, size) if isinstance(size, int) else size)]
@@ -107,8 +113,8 @@ def _parts(
     if packing is not None:  # a separator's embedding is 1, any other 0
         canvases = iter(packing.separators(given))
         for picture in pictures:
-            if picture.video:
-                x[0, picture.columns[-1]] = 1
+            if picture.video:  # frames that are pooled behind the projector get one newline
+                x[0, picture.columns[-1]] = bool(spec.packing_methods and spec.packing_methods[1])
             else:
                 x[0, picture.columns] = next(canvases)
     for role, video in zip(spec.grid_arguments, (False, True)):

@@ -49,20 +49,23 @@ def looks_on(method: Method, site: Site, layout: Layout) -> bool:
     return type(method).count is not Method.count and sample_count(method, site, layout) == PATCHES
 
 
-def sample_count(method: Method, site: Site, layout: Layout) -> int | None:
+def sample_count(
+    method: Method, site: Site, layout: Layout, grid: tuple[int, int] | None = None
+) -> int | None:
     """What a method's count says of `PATCHES` tokens, which tells whether it decides at a site, and by content.
 
     Args:
         method: the method.
         site: one that it names.
         layout: what the model offers.
+        grid: rows and columns of them, where those are no content.
 
     Returns:
         The count; 0 where it refuses so many: it decides there, and the tokens of a real picture may be fine.
     """
     stage = layout.stages[site.stage]
     try:
-        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth))
+        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth, grid))
     except ParameterError:
         return 0
 
@@ -177,7 +180,7 @@ def _blind_layers(asked: Iterable[Site], layout: Layout) -> str:
 
 def _with_remedy(problem: SiteError, method: Method, layout: Layout) -> SiteError:
     """The error with a setting under which the method runs on the model, where its own schedule is what does not."""
-    fitted = method.fitted(layout)
+    fitted = method.fitted(layout) if layout.has("decoder") else None
     if fitted is None:
         return problem
     try:

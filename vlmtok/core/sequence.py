@@ -197,10 +197,10 @@ class Sequence:
         """
         for state in self.states.values():
             for key, value in state.items():
-                state[key] = reduction.gather(_padded(value, 1, spare))
+                state[key] = reduction.gather(padded(value, 1, spare))
         for key, (signal, axis) in self.carried.items():
             if axis is not None and signal is not None:
-                self.carried[key] = (reduction.gather(_padded(signal, axis, spare), axis), axis)
+                self.carried[key] = (reduction.gather(padded(signal, axis, spare), axis), axis)
         if self.follow:
             self.place = reduction.keep if self.place is None else self.place.gather(1, reduction.keep)
         if self.source is not None:
@@ -211,7 +211,7 @@ class Sequence:
         self.cuts += 1
 
 
-def _padded(table: Tensor, dim: int, spare: int) -> Tensor:
+def padded(table: Tensor, dim: int, spare: int) -> Tensor:
     """The table with `spare` zero entries more along `dim`."""
     if not spare:
         return table

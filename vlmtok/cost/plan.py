@@ -6,12 +6,12 @@ what a run recorded, or one of two bounds: nothing dropped, or everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
-from ..core.model_shape import ModelShape, PackedTowerShape, TowerShape
+from ..core.model_shape import LanguageShape, ModelShape, PackedTowerShape, TowerShape
 from ..core.sequence import TowerRow
 from ..core.sight import Grid
 from ..core.site import Counts
@@ -24,6 +24,9 @@ from .rehearsal import Rehearsal
 
 Key = tuple[str, int | None, str, int]
 """Stage, layer, point and method of a site; method -1 is the language model's boundary."""
+
+Ask = Callable[[Entry, int, int, Grid | None], "int | None"]
+"""Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, and their grid."""
 
 
 @dataclass
@@ -67,19 +70,23 @@ def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past |
     return Planner(attachment, shape, prompt, past or Past()).runs()
 
 
-def left_in_front(attachment: Attachment, shape: ModelShape, prompt: Prompt) -> tuple[list[StageRun], list[int]]:
+def left_in_front(attachment: Attachment, shape: ModelShape, prompt: Prompt, ask: Ask) -> list[int]:
     """What a language model is given of each picture, where nothing leaves between its layers.
 
     Args:
         attachment: methods at their sites, none of them in the decoder.
-        shape: the model.
+        shape: the model; its language model need not be counted.
         prompt: what goes in.
+        ask: says what methods leave, or refuses.
 
     Returns:
-        The passes as `plan` says, and the tokens left of each picture of the prompt.
+        The tokens left of each picture of the prompt.
     """
-    planner = Planner(attachment, shape, prompt, Past())
-    return planner.runs(), planner.left
+    if shape.language is None:  # what it costs is not known; what it is given is
+        shape = replace(shape, language=LanguageShape(blocks=()))
+    planner = Planner(attachment, shape, prompt, Past(), ask)
+    planner.runs()
+    return planner.left
 
 
 class Planner:
@@ -89,8 +96,11 @@ class Planner:
         left: tokens of each picture behind the last site.
     """
 
-    def __init__(self, attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past) -> None:
+    def __init__(
+        self, attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past, ask: Ask | None = None
+    ) -> None:
         self.attachment = attachment
+        self._counts = ask or self._told
         self.shape = shape
         self.prompt = prompt
         self.past = past
@@ -281,7 +291,7 @@ class Planner:
         return replace(event, gone=recorded.gone)
 
     # ------------------------------------------------------------------ counts
-    def _counts(self, entry: Entry, n: int, entered: int, grid: Grid | None) -> int | None:
+    def _told(self, entry: Entry, n: int, entered: int, grid: Grid | None) -> int | None:
         stage = self.attachment.layout.stages[entry.site.stage]
         return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid))
 

@@ -14,9 +14,9 @@ from ..core.sight import Seen, Sight
 from ..core.site import Layout
 from ..cost.plan import left_in_front
 from ..cost.planned_rows import Prompt
-from ..errors import ParameterError
+from ..errors import ParameterError, SiteError
 from ..guard import guarded
-from .item import Item, Left
+from .item import CLIP, Item, Left, whole
 from .layout import ENGINE
 from .plan import ServingPlan, plan
 
@@ -63,6 +63,7 @@ class Counter:
         Raises:
             ParameterError: the methods cannot act on a picture of that size, or marks stand among tokens of which
                 some leave.
+            SiteError: a clip is pooled before what the methods decide on reaches the language model.
         """
         sight = self._sight(item)
         seen = [one for picture in sight.pictures for one in picture]
@@ -71,8 +72,9 @@ class Counter:
             placeholders[list(one.columns)] = True
         stays = torch.ones_like(placeholders)
         if chosen is None:
-            return Left(stays, placeholders)
-        for one, count in zip(seen, self._counted(chosen, sight)):
+            return whole(item.ids, placeholders)
+        self._check_clip(chosen, item)
+        for one, count in zip(seen, self._counted(chosen, sight), strict=True):
             if count < one.tokens and one.inside:
                 raise ParameterError(
                     f"{chosen.spec}: {self.layout.family} puts {one.inside} marks among the {one.tokens} tokens of a "
@@ -102,8 +104,21 @@ class Counter:
             seen_rows=sight.crops,
         )
         self._check_parts(chosen, seen)
-        _, left = left_in_front(chosen.attachment, self.shape, prompt)
-        return left
+        return left_in_front(chosen.attachment, self.shape, prompt, chosen.slots)
+
+    def _check_clip(self, chosen: ServingPlan, item: Item) -> None:
+        """Refuses signals of patches of a clip that its model pools in front of the projector.
+
+        Raises:
+            SiteError: they have no tokens.
+        """
+        packing = self.adapter.spec.packing_methods
+        pooled = packing is not None and not packing[1]  # a method that pools behind the projector is known
+        if pooled and bool((item.types == CLIP).any()) and chosen.attachment.awaited("vision"):
+            raise SiteError(
+                f"{chosen.spec}: it decides on the tower's attention to patches, and {self.layout.family} pools those "
+                "of a clip in front of its projector; pictures can be served, clips with methods that decide on tokens"
+            )
 
     def _check_parts(self, chosen: ServingPlan, seen: list[Seen]) -> None:
         """Refuses cuts of parts behind a cut that leaves more of one part than of another.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters import adapter_for
 from ..core.attachment import Attachment
+from ..core.hooks import hooks_of
 from ..errors import PassError
 from ..guard import guarded
 from .item import Item, Left
@@ -66,11 +67,20 @@ class Encoder:
             text: int64 `[T]`, ids of the prompt behind the item, for plans that read the text; then one item.
 
         Raises:
-            PassError: the model was given another number of tokens than was said, or several items at once where each
-                has a text or positions of its own.
+            PassError: the model is compressed, was given another number of tokens than was said, or items do not go together: several
+                where each has a text or positions of its own, or inputs that cannot be joined.
         """
+        if len(items) != len(left):
+            raise PassError(f"{len(items)} items come with what stays of {len(left)}")
+        if not items:
+            return []
         if len(items) > 1 and (text is not None or self._moves):
             raise PassError("items with a text or positions of their own are encoded one by one")
+        if len({_form(item) for item in items}) > 1:
+            raise PassError(
+                "items of one pass have the same inputs, alike in shape behind the first axis; here: "
+                + "; ".join(" ".join(f"{name} {list(shape)}" for name, shape, _ in _form(item)) for item in items)
+            )
         ids, types = [item.ids for item in items], [item.types for item in items]
         if text is not None:
             ids, types = [*ids, text], [*types, torch.zeros_like(text)]
@@ -108,15 +118,17 @@ class Encoder:
             self.close()
             self._attached = key, self._attach(chosen)
         attachment = self._attached[1]
-        attachment.resume()
+        attachment.pauses = 0
         try:
             yield
         finally:
-            attachment.suspend()
+            attachment.pauses = 1  # not ended, or a compression of the whole model would clear its hooks away
 
     def _attach(self, chosen: ServingPlan | None) -> Attachment:
         """Hooks of a plan, or those that alone follow what bare rows carry."""
         core = self.stand_in.core
+        if any(hook.attachment is not None and hook.attachment.live for _, _, _, hook in hooks_of(core)):
+            raise PassError("the model is compressed already; remove that first, an encoder places hooks of its own")
         carrier = adapter_for(core)
         made = Attachment([], carrier.layout()) if chosen is None else Attachment(chosen.methods, chosen.layout)
         try:
@@ -135,6 +147,11 @@ class Encoder:
         if self._attached is not None:
             self._attached[1].remove()
         self._attached = None
+
+
+def _form(item: Item) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+    """What inputs of items that go through a tower together have in common."""
+    return tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in sorted(item.inputs.items()))
 
 
 def _joined(values: list[Any]) -> Any:

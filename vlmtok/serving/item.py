@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CLIP = 2
+"""Type of a clip's placeholders."""
+
 
 @dataclass(frozen=True, eq=False)
 class Item:

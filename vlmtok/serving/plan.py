@@ -12,6 +12,7 @@ from ..core.attachment import Attachment, Entry
 from ..core.method import Method
 from ..core.placing import sample_count
 from ..core.reduction import Reduction
+from ..core.sequence import padded
 from ..core.signals import TOWER_SIGNALS, Need
 from ..core.site import Counts, Layout, Site
 from ..core.spec import as_methods, counted_form
@@ -20,6 +21,9 @@ from ..errors import ParameterError, SiteError, VlmtokError
 from ..guard import guarded
 from .dry_run import Dry
 from .layout import BEFORE, ENGINE, served_layout
+
+SAMPLE = (24, 24)
+"""A grid of patches; whether a count depends on content beside their rows and columns shows with any."""
 
 
 @guarded
@@ -110,28 +114,50 @@ class ServingPlan:
             grid: rows and columns of the tokens, or None where there is no single grid.
 
         Raises:
-            ParameterError: a method cannot act on so many tokens.
+            ParameterError: a method cannot act on so many tokens, or on tokens without a grid.
         """
-        left = tokens
-        for stage in BEFORE:
-            left, _ = self._walk(stage, left, patches, tokens, grid)
-        return left
+        return self._walk(tokens, patches, grid)[0]
+
+    def slots(self, entry: Entry, n: int, entered: int, grid: tuple[int, int] | None) -> int:
+        """How many slots a method leaves of a view row.
+
+        Args:
+            entry: the method at its site, one of the attachment's.
+            n: tokens that arrive.
+            entered: tokens when the row entered the stage.
+            grid: rows and columns of the tokens as they entered, or None where there is no single grid.
+
+        Raises:
+            ParameterError: it cannot act on them.
+        """
+        there = self.layout.stages[entry.site.stage]
+        made = entry.method.count(Counts(entry.asked, n, entered, there.num_prefix, there.depth, grid))
+        if grid is None:  # a count lets pass what may have a grid; here it is known that there is none
+            found = Dry(self.layout, None).ask(entry, n, entered)
+            made = found if made is None else made
+        if made is None:
+            raise self._depends(entry.method)
+        return made
 
     def _walk(
-        self, stage: str, left: int, patches: int | None, tokens: int, grid: tuple[int, int] | None
-    ) -> tuple[int, list[tuple[Entry, int, int, int]]]:
-        """Tokens behind a stage, and (entry, arrived, entered, left) of each visit."""
+        self, tokens: int, patches: int | None, grid: tuple[int, int] | None
+    ) -> tuple[int, list[tuple[Entry, int, int, int, tuple[int, int] | None]]]:
+        """Tokens in the end, and (entry, arrived, entered, left, grid) of each visit."""
         slots = "features" in self.layout.stages  # what leaves the tower leaves its placeholder
-        start = n = left if slots or stage == "projected" or patches is None else patches
-        visits = []
-        for entry in self.attachment.at(stage):
-            there = self.layout.stages[stage]
-            counts = Counts(entry.asked, n, start, there.num_prefix, there.depth, grid)
-            made = entry.method.count(counts)
-            assert made is not None
-            visits.append((entry, n, start, made))
-            n = made
-        return (n if slots or stage == "projected" else left), visits
+        left, visits = tokens, []
+        inside = entered = tokens if slots or patches is None else patches
+        for stage in BEFORE:
+            late = stage == "projected"
+            if late:
+                inside = entered = left
+            for entry in self.attachment.at(stage):
+                seen = grid if late or patches in (None, tokens) else None
+                made = self.slots(entry, inside, entered, seen)
+                visits.append((entry, inside, entered, made, seen))
+                inside = made
+            if slots or late:
+                left = inside
+        return left, visits
 
     @guarded
     def dry_run(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
@@ -148,15 +174,11 @@ class ServingPlan:
         Raises:
             ParameterError: a method cannot act on so many tokens, or leaves another number than it says.
         """
-        left, dry = tokens, Dry(self.layout, grid)
-        for stage in BEFORE:
-            left, visits = self._walk(stage, left, patches, tokens, grid)
-            for entry, n, entered, made in visits:
-                found = dry.ask(entry, n, entered)
-                if found != made:
-                    raise ParameterError(
-                        f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}"
-                    )
+        left, visits = self._walk(tokens, patches, grid)
+        for entry, n, entered, made, seen in visits:
+            found = Dry(self.layout, seen).ask(entry, n, entered)
+            if found != made:
+                raise ParameterError(f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}")
         return left
 
     # ------------------------------------------------------------------ what stays
@@ -168,6 +190,7 @@ class ServingPlan:
         *,
         size: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        entered: int | None = None,
         signals: Mapping[str, Signal] | None = None,
         protected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -177,13 +200,14 @@ class ServingPlan:
             stage: ``features`` or ``projected``; inside a tower, `Encoder` or an adapter of the tower does it.
             tokens: `[B, N, C]`, a picture a row.
             size: fp32 `[B, N]`, patches that each token stands for; None means ones.
-            grid: rows and columns of the tokens, or None.
+            grid: rows and columns of the tokens as they entered, or None.
+            entered: tokens when they entered the stage (at ``features``: the tower); None means N.
             signals: by the key of each `Need`: a tensor over the tokens that are given here, or a function that makes
                 it; what a method drops leaves them too.
             protected: `[B, P, C]`, at ``features``: the tower's protected tokens there.
 
         Returns:
-            `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged or cut.
+            `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged.
 
         Raises:
             SiteError: another stage.
@@ -191,20 +215,25 @@ class ServingPlan:
         """
         if stage not in ("features", "projected"):
             raise SiteError(f"at() takes 'features' or 'projected', got {stage!r}")
-        entered, there = tokens.shape[1], self.layout.stages[stage]
-        cuts: list[Reduction] = []
+        if not self.attachment.at(stage):
+            return tokens, size
+        there = self.layout.stages[stage]
+        start = tokens.shape[1] if entered is None else entered
+        cuts: list[tuple[Reduction, int]] = []
         for entry in self.attachment.at(stage):
             given = {
                 need.key: partial(_behind, need.name, (signals or {}).get(need.key), tuple(cuts))
                 for need in entry.needs
             }
             view = TokenView(
-                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=entered, signals=given
+                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=start, signals=given
             )
             reduction = self.attachment.decide(entry, view)
             if reduction is not None:
-                tokens, size = reduction.apply(tokens, size, protected if stage == "features" else None)
-                cuts.append(reduction)
+                beside = protected if stage == "features" else None
+                tokens, sizes = reduction.apply(tokens, size, beside)
+                size = sizes if size is not None or reduction.merges else None
+                cuts.append((reduction, 0 if beside is None else beside.shape[1]))
         return tokens, size
 
     # ------------------------------------------------------------------ refusals
@@ -227,20 +256,24 @@ class ServingPlan:
                 f"{method} keeps position ids with gaps, but {family} numbers the tokens of a prompt one by one; "
                 "positions=renumber"
             )
-        if sample_count(method, entry.asked, self.layout) is None:
-            raise ParameterError(
-                f"{method}: how many tokens it leaves depends on the picture, but {family} lays out a prompt before it "
-                "sees one"
-            )
+        if sample_count(method, entry.asked, self.layout, SAMPLE) is None:
+            raise self._depends(method)
+
+    def _depends(self, method: Method) -> ParameterError:
+        """The error for a number of tokens that depends on content."""
+        return ParameterError(
+            f"{method}: how many tokens it leaves depends on the picture, but {self.layout.family} lays out a prompt "
+            "before it sees one"
+        )
 
 
-def _behind(name: str, given: Signal, cuts: tuple[Reduction, ...]) -> Tensor | None:
-    """A signal of the tokens that are left behind some cuts."""
+def _behind(name: str, given: Signal, cuts: tuple[tuple[Reduction, int], ...]) -> Tensor | None:
+    """A signal of the tokens that are left behind some cuts, which may name so many protected tokens."""
     value = given() if callable(given) else given
     axis = TOWER_SIGNALS[name].axis if name in TOWER_SIGNALS else None
     if value is not None and axis is not None:
-        for reduction in cuts:
-            value = reduction.gather(value, axis)
+        for reduction, spare in cuts:
+            value = reduction.gather(padded(value, axis, spare), axis)
     return value
 
 

@@ -55,7 +55,7 @@ class StandIn:
         self._caught: Caught | None = None
         config = copy.deepcopy(core.config)
         for one in (config, config.get_text_config()):
-            one._attn_implementation = "sdpa"  # an engine's own name means nothing in front of its layers
+            one._attn_implementation = "eager"  # all models have it; an engine's own name means nothing here
         with torch.device("meta"):
             bare = type(core)(config)
         text: Any = child(bare, path)
