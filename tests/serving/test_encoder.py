@@ -196,7 +196,12 @@ def wrong(name):
     smaller = Item(one.ids, {key: value[..., :16] for key, value in one.inputs.items()}, one.types)
     return {
         "encoded one by one": (reads, [one, two], [five, five], text),
-        "21? tokens of 1 pictures where 16 were said|5\\] tokens of 1 pictures where 16": (divides, [one], [all_], None),
+        "21? tokens of 1 pictures where 16 were said|5\\] tokens of 1 pictures where 16": (
+            divides,
+            [one],
+            [all_],
+            None,
+        ),
         "a bare model: the language model is given .* where 5 were said": (None, [one], [five], None),
         "2 items come with what stays of 1": (divides, [one, two], [five], None),
         "items of one pass have the same inputs": (divides, [one, smaller], [five, five], None),

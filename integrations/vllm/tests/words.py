@@ -7,10 +7,47 @@ from typing import Any
 from vlmtok.loading.standins import MARKS
 
 FIRST = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:")
-WORDS = (
-    "what which where how many color shape digit is are there the of at in and a ? . , "
-    "red green blue circle square 1 2 3 4 5 6 top left right bottom between picture describe compare"
-).split()
+WORDS = [
+    "what",
+    "which",
+    "where",
+    "how",
+    "many",
+    "color",
+    "shape",
+    "digit",
+    "is",
+    "are",
+    "there",
+    "the",
+    "of",
+    "at",
+    "in",
+    "and",
+    "a",
+    "?",
+    ".",
+    ",",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "top",
+    "left",
+    "right",
+    "bottom",
+    "between",
+    "picture",
+    "describe",
+    "compare",
+]
 LONGEST = 2048
 """Tokens that a prompt may have."""
 
