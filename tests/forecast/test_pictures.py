@@ -134,6 +134,15 @@ def test_grids_of_an_estimate_are_those_of_the_run(name, size, loaded):
         assert in_run.shown and planned.asked == in_run.shown
 
 
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_newlines_that_leave_with_a_cut_leave_in_an_estimate(name, size, loaded):
+    model, spec = loaded(name), "visionzip:keep=4:contextual=2"
+    inputs = prompts.encode_prompt(model, checkpoints.picture(*size), QUESTION)
+    report, compression = run(model, inputs, spec)
+    same(report, estimate(model, spec, image_size=size, text_tokens=around(model, inputs), counts=compression))
+
+
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_5_vl", "mistral3"])
 def test_pictures_of_several_sizes_in_one_prompt(name, folder, loaded):
     model = loaded(name)

@@ -49,9 +49,7 @@ def looks_on(method: Method, site: Site, layout: Layout) -> bool:
     return type(method).count is not Method.count and sample_count(method, site, layout) == PATCHES
 
 
-def sample_count(
-    method: Method, site: Site, layout: Layout, grid: tuple[int, int] | None = None
-) -> int | None:
+def sample_count(method: Method, site: Site, layout: Layout, grid: tuple[int, int] | None = None) -> int | None:
     """What a method's count says of `PATCHES` tokens, which tells whether it decides at a site, and by content.
 
     Args:

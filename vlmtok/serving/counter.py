@@ -107,14 +107,22 @@ class Counter:
         return left_in_front(chosen.attachment, self.shape, prompt, chosen.slots)
 
     def _check_clip(self, chosen: ServingPlan, item: Item) -> None:
-        """Refuses signals of patches of a clip that its model pools in front of the projector.
+        """Refuses clips of which it is not known here what becomes of their frames.
 
         Raises:
-            SiteError: they have no tokens.
+            SiteError: frames are parts by their times, or patches are pooled in front of the projector.
         """
+        if not bool((item.types == CLIP).any()):
+            return
+        if self.adapter.spec.positions == "mrope":
+            raise SiteError(
+                f"{chosen.spec}: {self.layout.family} tells frames of a clip apart by their times, which depend on how "
+                "it was sampled, so that how many tokens stay of each is not known here; pictures can be served, clips "
+                "as they are"
+            )
         packing = self.adapter.spec.packing_methods
         pooled = packing is not None and not packing[1]  # a method that pools behind the projector is known
-        if pooled and bool((item.types == CLIP).any()) and chosen.attachment.awaited("vision"):
+        if pooled and chosen.attachment.awaited("vision"):
             raise SiteError(
                 f"{chosen.spec}: it decides on the tower's attention to patches, and {self.layout.family} pools those "
                 "of a clip in front of its projector; pictures can be served, clips with methods that decide on tokens"

@@ -67,8 +67,8 @@ class Encoder:
             text: int64 `[T]`, ids of the prompt behind the item, for plans that read the text; then one item.
 
         Raises:
-            PassError: the model is compressed, was given another number of tokens than was said, or items do not go together: several
-                where each has a text or positions of its own, or inputs that cannot be joined.
+            PassError: the model is compressed, was given another number of tokens than was said, or items do not go
+                together: several where each has a text or positions of its own, or inputs that cannot be joined.
         """
         if len(items) != len(left):
             raise PassError(f"{len(items)} items come with what stays of {len(left)}")
