@@ -128,6 +128,15 @@ def test_grids_that_cannot_be_pooled_are_refused():
     assert asked.left(asked.plan("averagepool"), item).counts == (16, 4)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "glm4v"])
+def test_clips_whose_frames_are_told_apart_by_times_go_as_they_are(name):
+    asked, clip = counter(name), show(name, "V").item
+    before, after = asked.left(None, clip).counts
+    assert before == after > 0
+    with pytest.raises(SiteError, match="by their times"):
+        asked.left(asked.plan("divprune:keep=5"), clip)
+
+
 def test_clips_that_are_pooled_before_the_projector_have_no_attention_to_patches():
     asked, clip = counter("llava_next_video"), show("llava_next_video", "V").item
     with pytest.raises(SiteError, match="pools those of a clip in front of its projector"):
