@@ -80,9 +80,14 @@ def test_a_plan_that_reads_the_question_holds_questions_apart(folder, answers):
     # The same question about two pictures, of which one is known already: each keeps its own text.
     prompts += [Asked(prompt("llava_clip", 2, QUESTIONS[0]), pair) for pair in ((first, second), (second, first))]
     rounds = [[Request(one.text, one.pictures, READS_TEXT)] for one in [*prompts, *prompts]]
-    replies = [reply for (reply,) in run(folder, rounds)]
+    # Nothing is asked: both pictures go through the tower together.
+    silent = [Asked("USER: what is there ? <image>", (picture,)) for picture in (first, second)]
+    *single, pair = run(folder, [*rounds, [Request(one.text, one.pictures, READS_TEXT) for one in silent]])
+    replies = [reply for (reply,) in single]
     expected = reference(folder, [READS_TEXT], prompts, answers)[READS_TEXT] * 2
     for answer, reply in zip(expected, replies):
+        same(answer, reply)
+    for answer, reply in zip(reference(folder, [READS_TEXT], silent, answers)[READS_TEXT], pair):
         same(answer, reply)
     blind = [reply for (reply,) in run(folder, rounds, before=NO_TEXT)]
     assert wrong(expected, blind) >= 2, "the test cannot tell questions apart"

@@ -64,7 +64,7 @@ class VlmtokInfo(MultiModalProcessingInfo):
         """Plans and counts, on the model without data."""
         config = copy.deepcopy(self.get_hf_config())
         for one in (config, config.get_text_config()):
-            one._attn_implementation = "sdpa"  # in one process with its engine, the configuration names vLLM's
+            one._attn_implementation = "eager"  # in one process with its engine, the configuration names vLLM's
         with refusing(), building():
             return Counter(configured(config), engine="vLLM")
 

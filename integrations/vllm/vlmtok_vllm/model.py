@@ -7,6 +7,7 @@ whole. Behind it everything is vLLM's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
-from vllm.model_executor.models.transformers.multimodal import (
-    MultiModalDummyInputsBuilder,
-)
+from vllm.model_executor.models.transformers.multimodal import MultiModalDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -86,14 +85,12 @@ class VlmtokForConditionalGeneration(TransformersMultiModalForCausalLM):
         """Context in which the inner model has nothing but its language model."""
         first = adapter_for(self.model).spec.lm.partition(".")[0]
         aside = {name: self.model._modules.pop(name) for name in list(self.model._modules) if name != first}
-        order = [*aside]
         try:
             yield
         finally:
             kept = dict(self.model._modules)
             self.model._modules.clear()
-            self.model._modules.update({name: aside[name] for name in order})
-            self.model._modules.update(kept)
+            self.model._modules.update({**aside, **kept})
 
     # ------------------------------------------------------------------ pictures
     @torch.no_grad()
@@ -112,7 +109,7 @@ class VlmtokForConditionalGeneration(TransformersMultiModalForCausalLM):
         if self._encoder is None:
             with building():
                 self._encoder = Encoder(self.model)
-        text = group[0].text if chosen is not None and chosen.reads_text else None
+        text = group[0].text if len(group[0].text) else None
         found = self._encoder.encode(chosen, [piece.item for piece in group], [piece.left for piece in group], text)
         rows = [self.vlmtok_carried.join(one.rows, one.stacked, one.positions) for one in found]
         if self.tp_group.world_size > 1:  # near ties must fall alike on all ranks
@@ -177,8 +174,6 @@ class VlmtokForConditionalGeneration(TransformersMultiModalForCausalLM):
 
 def _parameters(function: Any) -> set[str] | None:
     """Names of a function's parameters, or None where it takes any."""
-    import inspect
-
     found = inspect.signature(function).parameters
     return None if any(one.kind is one.VAR_KEYWORD for one in found.values()) else set(found)
 
