@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import kernels as kernels
     from . import lab as lab
     from . import loading as loading
+    from . import serving as serving
     from .compression import Compression as Compression
     from .compression import compress as compress
     from .compression import remove as remove

@@ -6,6 +6,7 @@ HOME: dict[str, str] = {
     "kernels": "kernels",
     "lab": "lab",
     "loading": "loading",
+    "serving": "serving",
     # compress
     "Compression": "compression",
     "compress": "compression",

@@ -40,8 +40,8 @@ WINGS: dict[str, tuple[str, ...]] = {
         *("cost", "compression", "loading", "forecast", "lab.tiny"),
     ),
     "cli": ("ground", "core", "adapters.finder", "cost", "forecast", "loading", "lab"),
-    "front": ("ground", "core", "compression", "cost", "forecast", "loading", "lab", "cli", "methods", "kernels")
-    + ("adapters.finder",),
+    "front": ("ground", "core", "compression", "cost", "serving", "forecast", "loading", "lab", "cli", "methods")
+    + ("kernels", "adapters.finder"),
 }
 """Each wing and those it may import, besides itself; whoever stands higher may be asked by nobody below."""
 
