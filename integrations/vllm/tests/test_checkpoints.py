@@ -60,6 +60,7 @@ def test_it_is_always_the_same_and_complete(family, folders, tmp_path):
     assert unknown not in processor(text=prompt(family, 2, " ".join(WORDS)), images=pictures(2))["input_ids"][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_and_the_choice_of_their_tokens_matter(family, folders, tmp_path):
     first, second = pictures(2)

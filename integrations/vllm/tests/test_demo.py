@@ -121,6 +121,7 @@ def test_a_demonstration_that_is_ended_takes_its_server_along(number):
         process.wait()
 
 
+@pytest.mark.long
 def test_a_benchmark_writes_figures_of_every_concurrency(tmp_path):
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "vlmtok_vllm.bench", "--json", str(file), "--method", "divprune:keep=16"]

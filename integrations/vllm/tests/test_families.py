@@ -35,13 +35,8 @@ MARKED = ("internvl", "gemma3", "idefics3")
 """Families that write marks around pictures: what reads the text behind one picture cannot know those of the next."""
 
 
-KIN = ("llava_siglip", "llava_onevision", "qwen2_vl", "idefics3")
-"""Families that go the ways of others, by and large."""
-
-
-def marks(family: str) -> list[pytest.MarkDecorator]:
-    """When a family runs."""
-    return [pytest.mark.gpu] if family == "gemma3" else [pytest.mark.long] if family in KIN else []
+CORE = ("llava_clip", "llava_next", "qwen3_vl")
+"""One with a class token, one whose crops the host packs, one with M-RoPE and DeepStack."""
 
 
 def asked(family: str) -> list[Asked]:
@@ -64,8 +59,24 @@ def test_a_picture_whose_tokens_see_each_other_is_refused_on_a_cpu(tmp_path):
         run(make("gemma3", tmp_path / "gemma3"), [])
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in FAMILIES])
+@pytest.mark.parametrize("family", CORE)
 def test_every_method_that_is_served(family, tmp_path):
+    served_as_by_transformers(family, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in (*CORE, "gemma3")])
+def test_further_families(family, tmp_path):
+    served_as_by_transformers(family, tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_family_whose_tokens_of_a_picture_see_each_other(tmp_path):
+    served_as_by_transformers("gemma3", tmp_path)
+
+
+def served_as_by_transformers(family, tmp_path):
+    """Each method on prompts of one picture and of two, alone and in one batch with all others."""
     folder, prompts = make(family, tmp_path / family), asked(family)
     wanted = [(spec, one) for spec in (None, *EVERY, *MORE.get(family, ())) for one in prompts]
     blind = [one for one in wanted if one[0] == READS_TEXT and len(one[1].pictures) > 1 and family in MARKED]

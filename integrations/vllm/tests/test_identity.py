@@ -52,26 +52,19 @@ def test_prefixes_are_shared_under_one_plan_alone(folder, answers):
     asked = Asked(prompt("llava_clip", 1, LONG), (picture,))
     specs = [None, *ALIKE]
     rounds = [[Request(asked.text, asked.pictures, spec or "none")] for spec in [*specs, *specs]]
-    replies = [reply for (reply,) in run(folder, rounds)]
+    # A name of the user's own for the picture does not join plans either.
+    named = [[Request(asked.text, asked.pictures, spec, ("mine",))] for spec in ("none", *ALIKE, ALIKE[0])]
+    replies = [reply for (reply,) in run(folder, [*rounds, *named])]
     expected = [reference(folder, specs, [asked], answers)[spec][0] for spec in specs]
-    for answer, first, again in zip(expected, replies, replies[len(specs) :]):
+    for answer, first, again, own in zip(expected, replies, replies[len(specs) :], replies[2 * len(specs) :]):
         same(answer, first)
         same(answer, again)
-        assert first.cached == 0 and again.cached >= 32
+        same(answer, own)
+        assert first.cached == own.cached == 0 and again.cached >= 32
+    same(expected[1], replies[-1])
+    assert replies[-1].cached >= 32
     blind = [reply for (reply,) in run(folder, rounds, before=NO_SPEC)]
     assert wrong([*expected, *expected], blind) >= 3, "the test cannot tell a shared cache"
-
-
-def test_a_name_of_the_users_own_does_not_join_plans(folder, answers):
-    (picture,) = pictures(1)
-    asked = Asked(prompt("llava_clip", 1, LONG), (picture,))
-    rounds = [[Request(asked.text, asked.pictures, spec, ("mine",))] for spec in ("none", *ALIKE, ALIKE[0])]
-    *replies, again = (reply for (reply,) in run(folder, rounds))
-    expected = reference(folder, [None, *ALIKE], [asked], answers)
-    for spec, reply in zip((None, *ALIKE), replies):
-        same(expected[spec][0], reply)
-    same(expected[ALIKE[0]][0], again)
-    assert again.cached >= 32
 
 
 def test_a_plan_that_reads_the_question_holds_questions_apart(folder, answers):

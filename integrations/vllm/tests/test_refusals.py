@@ -23,6 +23,9 @@ REFUSED = {
 }
 """A spec, and what its refusal must say; an empty one means none."""
 
+SIZES = ((1, 1), (1, 300), (300, 1), (7, 7), (640, 40))
+"""Of pictures, odd ones, which are answered or refused."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -33,35 +36,23 @@ def test_a_refusal_says_why_and_the_next_request_is_answered(folder):
     (picture,) = pictures(1)
     text = prompt("llava_clip", 1)
     good = Request(text, (picture,), "divprune:keep=5")
+    wrong = {**REFUSED, 16: "must be a spec"}
     rounds = [[good]]
-    for spec in REFUSED:
-        rounds += [[Request(text, (picture,), spec)], [good]]
-    (first,), *others = run(folder, rounds)
+    for spec in wrong:
+        rounds += [[Request(text, (picture,), spec)], [good]]  # type: ignore[arg-type]
+    odd = [[Request(text, (Image.new("RGB", size, (200, 30, 30)),), "divprune:keep=5")] for size in SIZES]
+    (first,), *others = run(folder, [*rounds, *odd, [good]])
     assert not first.error
-    for spec, (refused,), (after,) in zip(REFUSED, others[::2], others[1::2]):
+    for (spec, word), (refused,), (after,) in zip(wrong.items(), others[::2], others[1::2]):
         if spec:
-            assert refused.error.startswith("ValueError: vlmtok: ") and REFUSED[spec] in refused.error, (spec, refused)
+            assert refused.error.startswith("ValueError: vlmtok: ") and word in refused.error, (spec, refused)
             assert "\n" not in refused.error.strip(), refused.error
         assert after.ids == first.ids and after.prompt == first.prompt, spec
-
-
-def test_a_setting_that_is_no_text(folder):
-    (picture,) = pictures(1)
-    request = Request(prompt("llava_clip", 1), (picture,), 16)  # type: ignore[arg-type]
-    ((reply,),) = run(folder, [[request]])
-    assert "must be a spec" in reply.error
+    shown = [reply for (reply,) in others[2 * len(wrong) : -1]]
+    assert len(shown) == len(SIZES) and all(len(reply.ids) == 6 or reply.error for reply in shown)
+    assert others[-1][0].ids == first.ids
 
 
 def test_a_spec_of_the_engine_that_cannot_be_served_ends_its_start(folder):
     with pytest.raises(RuntimeError, match="one length for all layers"):
         run(folder, [], spec="fastv")
-
-
-def test_pictures_that_are_too_small_or_odd_are_answered_or_refused(folder):
-    sizes = ((1, 1), (1, 300), (300, 1), (7, 7), (640, 40))
-    text = prompt("llava_clip", 1)
-    rounds = [[Request(text, (Image.new("RGB", size, (200, 30, 30)),), "divprune:keep=5")] for size in sizes]
-    good = [[Request(text, tuple(pictures(1)), "divprune:keep=5")]]
-    *odd, (last,) = run(folder, [*rounds, *good])
-    assert all(len(reply.ids) == 6 or reply.error for (reply,) in odd)
-    assert len(last.ids) == 6
