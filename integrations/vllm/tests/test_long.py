@@ -6,6 +6,7 @@ import pytest
 from checkpoints import make, prompt
 from engine_side import Request, run
 from pictures import pictures
+from PIL import Image
 from test_families import same
 from transformers_side import Asked, reference
 
@@ -50,7 +51,10 @@ def test_bfloat16_says_the_same_words(tmp_path):
     from vlmtok.loading.names import DATA, EMBEDDED
 
     folder = DATA / EMBEDDED
-    asked = [Request(f"USER: <image>\n{one.question} ASSISTANT:", (one.picture,), "none") for one in samples()]
+    asked = [
+        Request(f"USER: <image>\n{one.question} ASSISTANT:", (Image.open(one.path).convert("RGB"),), "none")
+        for one in samples()
+    ]
     pruned = [Request(one.text, one.pictures, "divprune:keep=40") for one in asked]
     exact = run(folder, [asked, pruned], max_model_len=512, steps=1)
     rough = run(folder, [asked, pruned], max_model_len=512, steps=1, dtype="bfloat16")
