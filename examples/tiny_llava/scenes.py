@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -20,21 +19,11 @@ from typing import Literal, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlmtok.evaluation.scenes.painting import COLORS, DIGITS, OVERSAMPLING, SHAPES, draw_digit, draw_shape
+
 SIZE = 96
 CELL = SIZE // 3
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-DIGITS = tuple("0123456789")
 KINDS = SHAPES + DIGITS
-COLORS = {
-    "red": (222, 45, 48),
-    "green": (34, 168, 84),
-    "blue": (44, 98, 224),
-    "yellow": (244, 200, 20),
-    "purple": (138, 62, 178),
-    "orange": (240, 128, 24),
-    "cyan": (32, 190, 204),
-    "pink": (250, 122, 178),
-}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
@@ -161,19 +150,19 @@ def _place(kind: str, color: str, cell: int, rng: random.Random) -> Thing:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-_OVERSAMPLING = 4
-_Points = list[tuple[float, float]]
-
 
 def render(scene: Scene, scale: int = 1) -> Image.Image:
     """Draws a scene as an RGB picture of `96 * scale` pixels a side, with smooth edges."""
-    zoom = scale * _OVERSAMPLING
+    zoom = scale * OVERSAMPLING
     picture = Image.new("RGB", (SIZE * zoom, SIZE * zoom), scene.background)
     draw = ImageDraw.Draw(picture)
     for thing in scene.things:
-        paint = _draw_digit if thing.is_digit else _SHAPE_PAINTERS[thing.kind]
-        paint(draw, thing, zoom, COLORS[thing.color])
-    return picture.reduce(_OVERSAMPLING)
+        center, color = (thing.x, thing.y), COLORS[thing.color]
+        if thing.is_digit:
+            draw_digit(draw, thing.kind, center, (0.52 * thing.r, 0.8 * thing.r), 0.3 * thing.r, zoom, color)
+        else:
+            draw_shape(draw, thing.kind, center, thing.r, zoom, color)
+    return picture.reduce(OVERSAMPLING)
 
 
 def add_noise(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -181,73 +170,6 @@ def add_noise(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     strength = int(rng.integers(0, 9))
     noise = rng.integers(-strength, strength + 1, pixels.shape, dtype=np.int16)
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
-
-
-def _polygon(thing: Thing, zoom: float, corners: int, radii: tuple[float, ...]) -> _Points:
-    """Corners around the centre, the first straight up, with radii (in units of `r`) taken in turn."""
-    points = []
-    for i in range(corners):
-        angle = 2 * math.pi * i / corners - math.pi / 2
-        radius = thing.r * radii[i % len(radii)]
-        points.append(((thing.x + radius * math.cos(angle)) * zoom, (thing.y + radius * math.sin(angle)) * zoom))
-    return points
-
-
-def _box(thing: Thing, zoom: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """A box of half-sizes `width` and `height` (in units of `r`) around the centre."""
-    w, h = width * thing.r, height * thing.r
-    return ((thing.x - w) * zoom, (thing.y - h) * zoom, (thing.x + w) * zoom, (thing.y + h) * zoom)
-
-
-def _draw_cross(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float, color: tuple[int, int, int]) -> None:
-    draw.rectangle(_box(thing, zoom, 0.95, 0.34), fill=color)
-    draw.rectangle(_box(thing, zoom, 0.34, 0.95), fill=color)
-
-
-_SHAPE_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, Thing, float, tuple[int, int, int]], None]] = {
-    "circle": lambda draw, t, zoom, color: draw.ellipse(_box(t, zoom, 0.95, 0.95), fill=color),
-    "square": lambda draw, t, zoom, color: draw.rounded_rectangle(
-        _box(t, zoom, 0.84, 0.84), radius=0.12 * t.r * zoom, fill=color
-    ),
-    "triangle": lambda draw, t, zoom, color: draw.polygon(_polygon(t, zoom, 3, (1.0,)), fill=color),
-    "star": lambda draw, t, zoom, color: draw.polygon(_polygon(t, zoom, 10, (1.0, 0.42)), fill=color),
-    "cross": _draw_cross,
-    "ring": lambda draw, t, zoom, color: draw.ellipse(
-        _box(t, zoom, 0.95, 0.95), outline=color, width=round(0.34 * t.r * zoom)
-    ),
-}
-
-
-def _arc(cx: float, cy: float, rx: float, ry: float, start: int, end: int) -> _Points:
-    """Points of an elliptic arc; degrees run clockwise from the right, and backwards where `end < start`."""
-    step = 10 if end > start else -10
-    angles = (math.radians(a) for a in range(start, end + step, step))
-    return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
-
-
-_SIX = _arc(0.1, 0.1, 1.1, 1.1, 300, 180) + _arc(0, 0.42, 1, 0.58, 180, 540)
-# Strokes of each digit in a box from (-1, -1), top left, to (1, 1).
-_STROKES: dict[str, list[_Points]] = {
-    "0": [_arc(0, 0, 1, 1, 0, 360)],
-    "1": [[(-0.75, -0.5), (0.1, -1), (0.1, 1)], [(-0.75, 1), (0.95, 1)]],
-    "2": [[*_arc(0, -0.42, 1, 0.58, 190, 390), (-1, 1), (1, 1)]],
-    "3": [_arc(-0.05, -0.5, 0.9, 0.5, 200, 450) + _arc(0, 0.5, 1, 0.5, 270, 520)],
-    "4": [[(0.45, 1), (0.45, -1), (-1, 0.4), (1, 0.4)]],
-    "5": [[(0.9, -1), (-0.8, -1), (-0.85, -0.1), *_arc(0, 0.36, 1, 0.64, 230, 500)]],
-    "6": [_SIX],
-    "7": [[(-1, -1), (1, -1), (-0.3, 1)]],
-    "8": [_arc(0, -0.5, 0.82, 0.5, 0, 360), _arc(0, 0.48, 1, 0.52, 0, 360)],
-    "9": [[(-x, -y) for x, y in _SIX]],
-}
-
-
-def _draw_digit(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float, color: tuple[int, int, int]) -> None:
-    pen = 0.3 * thing.r * zoom
-    for stroke in _STROKES[thing.kind]:
-        points = [((thing.x + 0.52 * x * thing.r) * zoom, (thing.y + 0.8 * y * thing.r) * zoom) for x, y in stroke]
-        draw.line(points, fill=color, width=round(pen), joint="curve")
-        for x, y in (points[0], points[-1]):
-            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=color)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

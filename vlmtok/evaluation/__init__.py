@@ -1,0 +1,1 @@
+"""Measuring what methods keep: tasks, sweeps over methods and budgets, statistics, tables."""

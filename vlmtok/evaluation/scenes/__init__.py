@@ -1,0 +1,1 @@
+"""The little rendered world that tasks ask about: pictures, questions, answers."""
