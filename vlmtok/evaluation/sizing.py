@@ -308,15 +308,21 @@ REFUSED: dict[str, str] = {
 """Families, by ``config.model_type``, whose count does not depend on sizes."""
 
 
+def why_fixed(model: Any) -> str:
+    """Why a vision-language model makes as many tokens of every picture, or nothing."""
+    kind = model.config.model_type
+    return f"{kind} cannot be given fewer tokens: {REFUSED[kind]}" if kind in REFUSED else ""
+
+
 def dials_of(loaded: Loaded) -> tuple[Dial, ...]:
     """The dials of a vision-language model's processor.
 
     Raises:
         UnsupportedModel: its count does not depend on sizes, or nothing is known of its processor.
     """
-    kind = config_of(loaded).model_type
-    if kind in REFUSED:
-        raise UnsupportedModel(f"downsample: {loaded.name} ({kind}) cannot be given fewer tokens: {REFUSED[kind]}")
+    why, kind = why_fixed(loaded.model), config_of(loaded).model_type
+    if why:
+        raise UnsupportedModel(f"downsample: {loaded.name}: {why}")
     pictures = getattr(loaded.processor, "image_processor", None)
     names = [cls.__name__ for cls in type(pictures).__mro__]
     plain = [name.removesuffix("Fast").removesuffix("Pil") for name in names]

@@ -67,15 +67,22 @@ def tower_twin(model: nn.Module, size: tuple[int, int]) -> nn.Module:
         UnsupportedModel: its positions cannot be interpolated.
         ParameterError: it carries a compression.
     """
-    fit = _way(model)
+    why, fit = why_one_size(model), _way(model)
     if fit is None:
-        raise UnsupportedModel(
-            f"downsample: nothing is known that interpolates positions of a {type(model).__name__}; possible are "
-            "towers with set_input_size (timm), with interpolate_pos_encoding (transformers), and open_clip's ViT"
-        )
+        raise UnsupportedModel(f"downsample: {why}")
     made: nn.Module = twin(model)
     fit(made, size)
     return made
+
+
+def why_one_size(model: nn.Module) -> str:
+    """Why a tower takes pictures of one size, or nothing."""
+    if _way(model) is not None:
+        return ""
+    return (
+        f"nothing is known that interpolates positions of a {type(model).__name__}; possible are towers with "
+        "set_input_size (timm), with interpolate_pos_encoding (transformers), and open_clip's ViT"
+    )
 
 
 def patch_of(model: Any) -> tuple[int, int]:
