@@ -60,19 +60,26 @@ def words_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return words, (owner >= 0) | (touched < 0)
 
 
-def initialise_words(llava: LlavaForConditionalGeneration) -> None:
-    """Gives the words orthonormal embeddings, plurals that lie near their singulars, and the head the same rows."""
+def initialise_words(llava: LlavaForConditionalGeneration, index: dict[str, int] | None = None) -> None:
+    """Gives the words orthonormal embeddings, plurals that lie near their singulars, and the head the same rows.
+
+    Args:
+        llava: The model.
+        index: From words to ids; by default those of tiny-llava.
+    """
     table = llava.get_input_embeddings().weight
-    index = _index()
+    index = _index() if index is None else index
     with torch.no_grad():
         nn.init.orthogonal_(table)
         for shape, plural in PLURALS.items():
             table[index[plural]] = (table[index[plural]] + table[index[shape]]) / 2**0.5
-        table[index["things"]] = (table[index["things"]] + table[index["thing"]]) / 2**0.5
+        for plural, singular in (("things", "thing"), ("shapes", "shape")):
+            if plural in index:
+                table[index[plural]] = (table[index[plural]] + table[index[singular]]) / 2**0.5
         llava.lm_head.weight.copy_(table)
 
 
-def _whiten(first: nn.Linear, features: Tensor) -> None:
+def whiten(first: nn.Linear, features: Tensor) -> None:
     """Starts the projector's first layer where the features `[N, C]` come out uncorrelated and of unit variance."""
     mean = features.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov((features - mean).T))
@@ -106,7 +113,7 @@ def align(
     """
     projector = llava.model.multi_modal_projector
     table = llava.get_input_embeddings().weight.detach()
-    _whiten(projector.linear_1, torch.from_numpy(album.features[:256].astype(np.float32)).flatten(0, 1))
+    whiten(projector.linear_1, torch.from_numpy(album.features[:256].astype(np.float32)).flatten(0, 1))
     optimizer = Optimizer([projector], steps, adam_rate=rate, decay=0.7)
     progress = Progress(path, {"projector": projector}, optimizer)
     while progress.step < steps:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from tiny_llava.processor import build_processor
 
@@ -15,8 +15,8 @@ WRITTEN, STORED = "vision_tower.", "vision_tower.vision_model."
 """How transformers 5 spells the tower's names, and how it and vLLM's own LLaVA both read them."""
 
 
-def export(llava: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Saves model, generation settings and processor.
+def export(llava: LlavaForConditionalGeneration, folder: Path, processor: LlavaProcessor | None = None) -> None:
+    """Saves model, generation settings and processor, by default that of tiny-llava.
 
     Weights are stored in half precision for their size, but the configuration says float32, so that a plain
     `from_pretrained` computes in single precision on a CPU.
@@ -29,7 +29,7 @@ def export(llava: LlavaForConditionalGeneration, folder: Path) -> None:
     )
     llava.save_pretrained(folder)
     store(folder / "model.safetensors")
-    build_processor().save_pretrained(folder)
+    (build_processor() if processor is None else processor).save_pretrained(folder)
     _say_float32(folder / "config.json")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +23,14 @@ from tiny_llava.tower import TOKENS
 from tiny_llava.training import Optimizer, Progress, logger, mixed_precision, watch_attention
 
 ROPE_THETA = 1e6
+
+
+class Looks(Protocol):
+    """Which tokens decide an answer; see `Pack`, which is one."""
+
+    look: Tensor
+    share: Tensor
+    counting: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,18 @@ class Stage:
     guidance: float = 0.2
 
 
-def llava_config(tower: CLIPVisionModel, depth: int) -> LlavaConfig:
-    """The checkpoint's configuration, with a decoder of `depth` layers of width 128."""
-    vocabulary_ids = {word: i for i, word in enumerate(vocabulary())}
+def llava_config(
+    tower: CLIPVisionModel, depth: int, words: Sequence[str] | None = None, positions: int = 1024
+) -> LlavaConfig:
+    """The checkpoint's configuration, with a decoder of `depth` layers of width 128.
+
+    Args:
+        tower: Its vision tower.
+        depth: Layers of the decoder.
+        words: The tokenizer's, in order; by default those of tiny-llava.
+        positions: That the decoder is made for.
+    """
+    vocabulary_ids = {word: i for i, word in enumerate(vocabulary() if words is None else words)}
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     text = LlamaConfig(
         vocab_size=len(vocabulary_ids),
@@ -62,7 +82,7 @@ def llava_config(tower: CLIPVisionModel, depth: int) -> LlavaConfig:
         num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         # Slow rotations: what a head looks for does not depend on how far away it stands.
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=False,
@@ -72,7 +92,7 @@ def llava_config(tower: CLIPVisionModel, depth: int) -> LlavaConfig:
         vision_config=tower.config,
         text_config=text,
         image_token_index=vocabulary_ids[IMAGE],
-        image_seq_length=TOKENS,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -80,9 +100,9 @@ def llava_config(tower: CLIPVisionModel, depth: int) -> LlavaConfig:
     )
 
 
-def build_llava(tower: CLIPVisionModel, depth: int) -> LlavaForConditionalGeneration:
+def build_llava(tower: CLIPVisionModel, config: LlavaConfig) -> LlavaForConditionalGeneration:
     """An untrained LLaVA around the trained, frozen tower."""
-    llava = LlavaForConditionalGeneration(llava_config(tower, depth))
+    llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower.load_state_dict(tower.state_dict())
     llava.model.vision_tower.requires_grad_(False)
     return llava
@@ -115,7 +135,10 @@ def deepen(llava: LlavaForConditionalGeneration, order: tuple[int, ...]) -> Llav
     Returns:
         The deeper model.
     """
-    deeper = build_llava(llava.model.vision_tower, len(order))
+    config = copy.deepcopy(llava.config)
+    config.text_config.num_hidden_layers = len(order)
+    config.text_config.layer_types = None  # an entry for every layer, written when the old one was made
+    deeper = build_llava(llava.model.vision_tower, config)
     state = llava.state_dict()
     old_layers = llava.model.language_model.layers
     deeper.load_state_dict(
@@ -156,7 +179,7 @@ def answer_logits(llava: LlavaForConditionalGeneration, batch: Pack) -> Tensor:
     return llava.lm_head(answers).float()
 
 
-def look_away(weights: list[Tensor], batch: Pack) -> Tensor:
+def look_away(weights: list[Tensor], batch: Looks, first: int = PREFIX) -> Tensor:
     """How far the heads are from looking at what decides the answers.
 
     The first half of the heads is asked for where a single thing is looked for, the second half where things are
@@ -165,6 +188,7 @@ def look_away(weights: list[Tensor], batch: Pack) -> Tensor:
     Args:
         weights: Attention weights of some layers, each `[B, H, S, S]`.
         batch: What they attend in.
+        first: Where the picture's tokens begin.
 
     Returns:
         The cross-entropy, in nats, between the attention that answering rows should pay to the deciding tokens and what
@@ -178,7 +202,7 @@ def look_away(weights: list[Tensor], batch: Pack) -> Tensor:
         look, share = batch.look[rows].to(device)[:, None], batch.share[rows].to(device)[:, None]
         rows = rows.to(device)
         for layer in weights:
-            heads = layer[:, :, -length:, PREFIX : PREFIX + kept].chunk(2, 1)[int(counting)]
+            heads = layer[:, :, -length:, first : first + kept].chunk(2, 1)[int(counting)]
             seen = heads.transpose(1, 2)[rows].float()  # [M, H / 2, K]
             paid = (seen * look).sum(-1).clamp(1e-4, 1 - 1e-4)
             total = total + F.binary_cross_entropy(paid, share.expand_as(paid), reduction="sum") / heads.shape[1]

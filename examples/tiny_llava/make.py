@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_llava.alignment import align, initialise_words
 from tiny_llava.card import examine, write_card
 from tiny_llava.export import export
-from tiny_llava.language import Stage, build_llava, deepen, initialise_attention, train_stage
+from tiny_llava.language import Stage, build_llava, deepen, initialise_attention, llava_config, train_stage
 from tiny_llava.packing import draw_album
 from tiny_llava.samples import write_samples
 from tiny_llava.tower import train_tower
@@ -50,7 +50,7 @@ def make(work: Path, out: Path, seed: int, device: torch.device, scenes: int = 3
     album = draw_album(tower, work / "train.npy", "train", seed, scenes, device)
     test = draw_album(tower, work / "test.npy", "held-out", seed, 200, device)
     torch.manual_seed(seed)
-    llava = build_llava(tower, depth=ORDER[-1] + 1)
+    llava = build_llava(tower, llava_config(tower, depth=ORDER[-1] + 1))
     initialise_words(llava)
     initialise_attention(llava)
     align(llava, album, test, work / "alignment.pt", seed, ALIGNMENT_STEPS)

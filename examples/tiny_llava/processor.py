@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
@@ -36,9 +38,15 @@ def vocabulary() -> list[str]:
     return [*_SPECIAL, *sorted({word for phrase in phrases for word in phrase.split()})]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that lower-cases, splits off punctuation and reads British spelling as American."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN))
+def build_tokenizer(words: Sequence[str] | None = None, positions: int = 1024) -> PreTrainedTokenizerFast:
+    """A tokenizer that lower-cases, splits off punctuation and reads British spelling as American.
+
+    Args:
+        words: Its tokens in order, special ones first; by default `vocabulary()`.
+        positions: The longest row it is for.
+    """
+    words = vocabulary() if words is None else words
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -49,7 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary().index(BOS))]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words.index(BOS))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -59,21 +67,23 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         extra_special_tokens=[IMAGE, USER, ASSISTANT],
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=positions,
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor that belongs to the checkpoint."""
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast | None = None, size: int = SIZE, template: str = CHAT_TEMPLATE
+) -> LlavaProcessor:
+    """The processor that belongs to the checkpoint, or one for other words and larger pictures."""
     pictures = CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=MEAN, image_std=STD
     )
     return LlavaProcessor(
         image_processor=pictures,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer() if tokenizer is None else tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         image_token=IMAGE,
         num_additional_image_tokens=1,
     )

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from tiny_llava.alignment import initialise_words, words_of
 from tiny_llava.evaluate import Checkpoint, score
 from tiny_llava.export import STORED, WRITTEN, store
-from tiny_llava.language import answer_logits, build_llava, deepen, look_away, loudness
+from tiny_llava.language import answer_logits, build_llava, deepen, llava_config, look_away, loudness
 from tiny_llava.packing import Album, pack, shorten
 from tiny_llava.processor import vocabulary
 from tiny_llava.samples import choose_samples, draw_sample
@@ -179,7 +179,7 @@ def test_patches_say_what_they_show():
 @pytest.fixture(scope="module")
 def untrained():
     torch.manual_seed(0)
-    llava = build_llava(build_tower(), depth=3)
+    llava = build_llava(build_tower(), llava_config(build_tower(), depth=3))
     initialise_words(llava)
     return llava.eval()
 

@@ -182,7 +182,8 @@ _ASKING: dict[str, Callable[[Page, random.Random], _Drawn]] = {
     "table": _ask_table,
     "chart": _ask_chart,
 }
-LAYOUT_OF: dict[str, Layout] = dict.fromkeys(_ASKING, "scene") | {"table": "table", "chart": "chart"}
+_LAYOUTS: dict[str, Layout] = {"table": "table", "chart": "chart"}
+LAYOUT_OF: dict[str, Layout] = {kind: _LAYOUTS.get(kind, "scene") for kind in _ASKING}
 """The kinds of questions about one page, and the layout that each is about."""
 KINDS = (*_ASKING, "two pictures", "second turn")
 

@@ -1,0 +1,1 @@
+"""How the checkpoint in `vlmtok/data/scenes-llava` is made: pages, questions, training, figures."""
