@@ -214,6 +214,14 @@ def test_towers(name):
     assert all(torch.equal(value, state[key]) for key, value in loaded.model.state_dict().items())
 
 
+def test_a_tower_has_one_twin_for_each_size():
+    _, loaded = tower("timm ViT")
+    resizer = Downsampler(loaded)
+    picture = Image.new("RGB", (48, 48))
+    first, other = resizer(picture, 16), resizer(picture, 17)
+    assert other.asked == 17 and other.loaded is first.loaded and resizer(picture, 9).loaded is not first.loaded
+
+
 def test_open_clips_table_is_resized_as_its_own_loader_does():
     from open_clip.model import resize_pos_embed
 

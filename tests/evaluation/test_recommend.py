@@ -119,7 +119,9 @@ def test_without_baselines_it_says_so(write):
 
 
 # ---------------------------------------------------------------------- budgets
-@pytest.mark.parametrize("asked, taken", [(0.25, 0.25), (0.2, 0.25), (0.12, 0.1), (0.9, 0.5), (36, 0.25), (14, 0.1)])
+@pytest.mark.parametrize(
+    "asked, taken", [(0.25, 0.25), (0.2, 0.25), (0.12, 0.1), (0.36, 0.5), (0.9, 0.5), (36, 0.25), (14, 0.1)]
+)
 def test_the_nearest_measured_budget_counts(write, asked, taken):
     """Numbers are of the model's own tokens: tiny-llava makes 144 of a picture."""
     found = vlmtok.recommend(None, asked, results=write(table()))
@@ -185,9 +187,12 @@ def test_a_spec_that_the_model_refuses_though_the_method_runs(write):
 
 
 def test_ways_with_a_problem_are_left_out(write):
-    broken = {**row("todre", 0.99), "quality": "", "difference": "", "low": "", "high": "", "problem": "refused"}
-    rows = [one for one in table() if one["method"] != "todre"] + [broken]
-    assert "todre" not in str(vlmtok.recommend(None, 0.25, results=write(rows)))
+    """And named below: there are no figures of them."""
+    broken = {**row("todre", 0.99), "quality": "", "difference": "", "low": "", "high": "", "problem": "no signal"}
+    rows = [row("none", 0.9), row("divprune", 0.8), broken]
+    found = vlmtok.recommend(None, 0.25, results=write(rows))
+    assert found.methods == ["divprune:keep=0.25"]
+    assert "no figures of todre:keep=0.25: no signal" in found.notes
 
 
 # ---------------------------------------------------------------------- models and tasks

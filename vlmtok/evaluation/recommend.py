@@ -211,16 +211,22 @@ class _Ranking:
 
     def __init__(self, target: Target, task: str, share: float, measured: Sequence[Measured]) -> None:
         self.target, self.task, self.share, self.need = target, task, share, TASKS[task]
-        rows = [row for row in measured if row.task == self.need.task and row.method != "none" and not row.problem]
+        every = [row for row in measured if row.task == self.need.task and row.method != "none"]
+        rows = [row for row in every if not row.problem]
         if not rows:
             there = ", ".join(sorted({row.task for row in measured})) or "none"
             raise ParameterError(f"recommend: the results have no figures of {self.need.task} (tasks in them: {there})")
         self.source = _source(rows, target)
-        rows = [row for row in rows if row.model == self.source and not math.isnan(row.keep)]
+        rows = [row for row in rows if row.model == self.source and row.keep > 0]
         budgets = sorted({row.keep for row in rows})
         self.budget = min(budgets, key=lambda keep: (abs(math.log(keep / share)), keep))
         self.others = [keep for keep in budgets if keep != self.budget]
         self.rows = [row for row in rows if row.keep == self.budget]
+        self.without = {
+            row.spec: row.problem
+            for row in every
+            if row.problem and row.model == self.source and row.keep in (self.budget, 0.0)
+        }
 
     def run(self) -> Recommendation:
         """Ranks methods that the model takes."""
@@ -292,6 +298,7 @@ class _Ranking:
         known = {*(one.method for one in baselines), *(spec.partition(":")[0] for spec in refused)}
         notes += [f"{way} was not measured at this budget" for way in WAYS if way not in known]
         notes += [f"not every kind that decides was measured of {spec}" for spec in lacking]
+        notes += [f"no figures of {spec}: {problem}" for spec, problem in self.without.items()]
         notes += [f"{one.spec}: {note}" for one in picks for note in one.notes]
         return notes
 

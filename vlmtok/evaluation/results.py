@@ -29,7 +29,7 @@ class Measured:
         model: that answered.
         method: plain name of the way.
         spec: spec string that ran.
-        keep: share of the visual tokens that was asked for; 1 for the uncompressed model.
+        keep: share of the visual tokens that was asked for; 1 for the uncompressed model, 0 where it is not written.
         kind: of question, or `ALL`.
         questions: how many.
         quality: share of right answers, in [0, 1].
@@ -133,7 +133,7 @@ def _row(path: Path, number: int, row: dict[str, str]) -> Measured:
         row["model"],
         row["method"],
         row["spec"],
-        figure("keep", 1.0 if bare else math.nan) or 0.0,
+        figure("keep", 1.0 if bare else 0.0) or 0.0,
         row["kind"],
         int(figure("questions", 0) or 0),
         needed("quality"),
