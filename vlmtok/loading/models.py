@@ -189,7 +189,7 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
         made: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return made
 
-    return Loaded(shown, model, processor, False, not random, pixels, _encoder(model), labels)
+    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels)
 
 
 def place_of(name: str | None) -> tuple[str, str]:
@@ -225,8 +225,14 @@ def _from_config(maker: Any, config: Any) -> nn.Module:
     return made
 
 
-def _encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """From pixels to class scores or an embedding, for a vision model or dual encoder of transformers."""
+def encoder_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From pixels to class scores or an embedding, for a vision model or dual encoder.
+
+    Args:
+        model: of transformers, timm or open_clip.
+    """
+    if not hasattr(model, "config"):
+        return getattr(model, "encode_image", model)
 
     def encode(pixels: Tensor) -> Tensor:
         if hasattr(model, "get_image_features"):
