@@ -1,4 +1,4 @@
-"""The training pictures, drawn once into memory-mapped files: pixels, what the patches show, captions and their keys."""
+"""The training pictures, drawn once into memory-mapped files: pixels, what patches show, captions, their keys."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ WAYS = {
     "CrossGET, trained cross tokens": SPEC,
     "ToMe": f"tome:r={MERGED}",
 }
+Drawn = tuple[Sequence[Shown], Sequence[Image.Image]]
 _FIGURES = ("zero-shot", "picture to text", "text to picture")
 
 
@@ -66,12 +67,12 @@ class Examined:
         truth = torch.tensor([sentences.index(one.caption) for one in lone])
         return ((self.see(pictures) @ self.read(sentences).T).argmax(1).cpu() == truth).float().mean().item()
 
-    def score(self, lone: Sequence[Shown], galleries: Sequence[Sequence[Shown]]) -> list[float]:
+    def score(self, lone: Drawn, galleries: Sequence[Drawn]) -> list[float]:
         """Shares of right answers, in the order of `_FIGURES`."""
-        found = [self.classify(lone, [one.picture.draw() for one in lone])]
+        found = [self.classify(*lone)]
         to_text, to_picture = [], []
-        for shown in galleries:
-            table = self.see([one.picture.draw() for one in shown]) @ self.read([one.caption for one in shown]).T
+        for shown, pictures in galleries:
+            table = self.see(pictures) @ self.read([one.caption for one in shown]).T
             right = torch.arange(len(shown), device=self.device)
             to_text.append((table.argmax(1) == right).float().mean().item())
             to_picture.append((table.argmax(0) == right).float().mean().item())
@@ -92,7 +93,10 @@ def examine(folder: Path, work: Path, device: torch.device, number: int) -> dict
         `parameters`, `bytes`, `seconds` by phase and `device`.
     """
     examined = Examined(folder, device)
-    lone, galleries = lone_pictures(100 * number), [gallery(i) for i in range(number)]
+    lone, *galleries = (
+        (shown, [one.picture.draw() for one in shown])
+        for shown in (lone_pictures(100 * number), *(gallery(i) for i in range(number)))
+    )
     figures: dict[str, Any] = {"galleries": number, "ways": {}, "shifts": {}}
     for name, spec in WAYS.items():
         if spec is None:
@@ -106,7 +110,8 @@ def examine(folder: Path, work: Path, device: torch.device, number: int) -> dict
     for kind, strengths in SEVERITIES.items():
         rows = []
         for severity in range(1, 1 + len(strengths)):
-            rows.append(examined.classify(lone, [shift(one.picture.draw(), kind, severity, one.id) for one in lone]))
+            worse = [shift(picture, kind, severity, one.id) for one, picture in zip(*lone)]
+            rows.append(examined.classify(lone[0], worse))
         figures["shifts"][kind] = rows
         logger.info("%s: %s", kind, " ".join(f"{share:.3f}" for share in rows))
     figures["parameters"] = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
@@ -149,8 +154,8 @@ pipeline_tag: zero-shot-image-classification
 ---
 # scenes-clip
 
-A CLIP of {parameters:.1f} million parameters (half precision, stored for two libraries: {megabytes:.1f} MB) that matches
-rendered pictures of one to four coloured shapes with captions. It ships with vlmtok so that methods of token reduction
+A CLIP of {parameters:.1f} million parameters (half precision, stored for two libraries: {megabytes:.1f} MB) that
+matches rendered pictures of one to four coloured shapes with captions. It ships with vlmtok so that methods of token reduction
 can be measured on classification and retrieval without a download. It is no general model: it knows the world described
 below and nothing else.
 
@@ -168,8 +173,8 @@ tokenizer = open_clip.get_tokenizer(f"local-dir:{{folder}}")
 
 ## Figures
 
-Right answers on held-out pictures: zero-shot, {pictures:,} pictures of one large thing among clutter, 48 classes (colour
-and shape), "a picture of a red star"; retrieval, the first one found in {galleries} galleries of 100 pictures and
+Right answers on held-out pictures: zero-shot, {pictures:,} pictures of one large thing among clutter, 48 classes
+(colour and shape), "a picture of a red star"; retrieval, the first one found in {galleries} galleries of 100 pictures and
 captions, each picture with four near-duplicates (one attribute changed, two exchanged, places exchanged).
 
 | way | zero-shot | picture to text | text to picture |
@@ -186,11 +191,11 @@ Zero-shot without reduction on worse pictures:
 
 ## Data
 
-Everything is rendered by `vlmtok.evaluation.scenes.captioned`: large things of 12 to 13.5 px radius and small ones of 5 to
-7, on plain, graded or cluttered backdrops (grey lines and speckles). Captions name all things with size and colour, the
+Everything is rendered by `vlmtok.evaluation.scenes.captioned`: large things of 12 to 13.5 px radius and small ones of
+5 to 7, on plain, graded or cluttered backdrops (grey lines and speckles). Captions name all things with size and colour, the
 relation of the first two ("a small red star above a large blue ring with a large pink cross"), the place of a lone one
-("a small red star at the top left"). The split is by the SHA-256 of the arrangement (what stands in which of 16 cells; of
-a lone thing, on which patch): one in sixteen is held out. In training pixels get mild noise (8 levels at most) and mild
+("a small red star at the top left"). The split is by the SHA-256 of the arrangement (what stands in which of 16 cells;
+of a lone thing, on which patch): one in sixteen is held out. In training pixels get mild noise (8 levels at most) and mild
 contrast (0.8 to 1.1), and no blur.
 
 ## Training
@@ -213,7 +218,7 @@ run.load_state_dict(load_file(f"{{folder}}/{cross}"))
 
 ## Limits
 
-Other words, shapes, colours and relations are outside what it learned. Zero-shot means that the sentences of the classes
-stand for classes; they did occur as captions of training pictures. Ranks of methods on this checkpoint say what a
+Other words, shapes, colours and relations are outside what it learned. Zero-shot means that the sentences of the
+classes stand for classes; they did occur as captions of training pictures. Ranks of methods on this checkpoint say what a
 method keeps of such pictures, not how it does on photographs.
 """.replace("{cross}", CROSS_TOKENS)

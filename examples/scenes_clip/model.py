@@ -53,7 +53,7 @@ def clip_config() -> CLIPConfig:
 
 
 def build_clip() -> CLIPModel:
-    """An untrained model; position embeddings of the patches start as smooth waves, so that they can be interpolated."""
+    """An untrained model whose position embeddings start as smooth waves, so that they can be interpolated."""
     clip = CLIPModel(clip_config())
     axis = (torch.arange(GRID) + 0.5) / GRID
     frequencies = torch.pi * torch.linspace(1, 10, WIDTH // 4)
@@ -131,7 +131,8 @@ class Local(nn.Module):
         """
         weight = 1.0 + 4.0 * (seen[..., 0] > 0).float()
         parts = self.read(patches.float()).split(_SEEN, -1)
-        errors = [F.cross_entropy(part.flatten(0, 1), seen[..., i].flatten(), reduction="none") for i, part in enumerate(parts)]  # fmt: skip
+        flat = [(part.flatten(0, 1), seen[..., i].flatten()) for i, part in enumerate(parts)]
+        errors = [F.cross_entropy(logits, truth, reduction="none") for logits, truth in flat]
         return torch.stack(errors).mean(0).mul(weight.flatten()).sum() / weight.sum()
 
 
@@ -186,7 +187,9 @@ def scores(clip: CLIPModel, store: Store) -> dict[str, float]:
         pictures.append(clip.get_image_features(pixel_values=pixels_of(store, part, None)).pooler_output)
         captions.append(clip.get_text_features(store.rows("text", part)[:, 0]).pooler_output)
     pictures_, captions_ = (F.normalize(torch.cat(parts).float(), dim=-1) for parts in (pictures, captions))
-    galleries = (pictures_ @ captions_.T).unflatten(0, (-1, min(100, len(rows)))).unflatten(2, (-1, min(100, len(rows))))
+    galleries = (
+        (pictures_ @ captions_.T).unflatten(0, (-1, min(100, len(rows)))).unflatten(2, (-1, min(100, len(rows))))
+    )
     inside = galleries.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # [galleries, pictures, captions]
     right = torch.arange(inside.shape[1], device=inside.device)
     words = tokenizer()([TEMPLATE.format(*one) for one in CLASSES], padding="max_length", return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""Captioned pictures: one to four things on 128 x 128 pixels, what stands behind them, and sentences that hold of them."""
+"""Captioned pictures: one to four things on 128 x 128 pixels, what is behind them, and sentences that hold."""
 
 from __future__ import annotations
 
@@ -261,7 +261,9 @@ def _draw(rng: random.Random) -> Captioned:
         if abs(r0 - r1) != abs(c0 - c1):  # so that one axis decides
             break
     looks = rng.sample(CLASSES, number)
-    things = [Thing(shape, color, rng.random() < 0.5, *_in_cell(cell), 0.0) for (color, shape), cell in zip(looks, cells)]
+    things = [
+        Thing(shape, color, rng.random() < 0.5, *_in_cell(cell), 0.0) for (color, shape), cell in zip(looks, cells)
+    ]
     return _settle(things, rng)
 
 

@@ -29,7 +29,7 @@ class Shown:
 
 
 def lone_pictures(number: int, seed: str = "exam") -> list[Shown]:
-    """Held-out pictures of one large thing among clutter, `number` of them; captions are the sentences of the classes."""
+    """Held-out pictures of one large thing among clutter; their captions are the sentences of the classes."""
     drawn = (sample("held-out", 1, seed, i, lone=True)[0] for i in range(number))
     return [Shown(f"{seed}-lone-{i}", picture, picture.class_claim().text) for i, picture in enumerate(drawn)]
 
