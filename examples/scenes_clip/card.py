@@ -154,13 +154,13 @@ pipeline_tag: zero-shot-image-classification
 ---
 # scenes-clip
 
-A CLIP of {parameters:.1f} million parameters (half precision, stored for two libraries: {megabytes:.1f} MB) that
-matches rendered pictures of one to four coloured shapes with captions. It ships with vlmtok so that methods of token reduction
-can be measured on classification and retrieval without a download. It is no general model: it knows the world described
-below and nothing else.
+A CLIP of {parameters:.1f} million parameters (half precision, stored for two libraries: {megabytes:.1f} MB)
+that matches rendered pictures of one to four coloured shapes with captions. It ships with vlmtok so that
+methods of token reduction can be measured on classification and retrieval without a download. It is no general
+model: it knows the world described below and nothing else.
 
-Both towers have 6 layers: pictures of 128 px in patches of 8 px, 256 tokens and a class token of width 128; captions of
-28 words of width 64.
+Both towers have 6 layers: pictures of 128 px in patches of 8 px, 256 tokens and a class token of width 128;
+captions of 28 words of width 64.
 
 ```python
 import open_clip
@@ -173,9 +173,10 @@ tokenizer = open_clip.get_tokenizer(f"local-dir:{{folder}}")
 
 ## Figures
 
-Right answers on held-out pictures: zero-shot, {pictures:,} pictures of one large thing among clutter, 48 classes
-(colour and shape), "a picture of a red star"; retrieval, the first one found in {galleries} galleries of 100 pictures and
-captions, each picture with four near-duplicates (one attribute changed, two exchanged, places exchanged).
+Right answers on held-out pictures: zero-shot, {pictures:,} pictures of one large thing among clutter, 48
+classes (colour and shape), "a picture of a red star"; retrieval, the first one found in {galleries} galleries
+of 100 pictures and captions, each picture with four near-duplicates (one attribute changed, two exchanged,
+places exchanged).
 
 | way | zero-shot | picture to text | text to picture |
 | --- | --- | --- | --- |
@@ -191,22 +192,22 @@ Zero-shot without reduction on worse pictures:
 
 ## Data
 
-Everything is rendered by `vlmtok.evaluation.scenes.captioned`: large things of 12 to 13.5 px radius and small ones of
-5 to 7, on plain, graded or cluttered backdrops (grey lines and speckles). Captions name all things with size and colour, the
-relation of the first two ("a small red star above a large blue ring with a large pink cross"), the place of a lone one
-("a small red star at the top left"). The split is by the SHA-256 of the arrangement (what stands in which of 16 cells;
-of a lone thing, on which patch): one in sixteen is held out. In training pixels get mild noise (8 levels at most) and mild
-contrast (0.8 to 1.1), and no blur.
+Everything is rendered by `vlmtok.evaluation.scenes.captioned`: large things of 12 to 13.5 px radius and small
+ones of 5 to 7, on plain, graded or cluttered backdrops (grey lines and speckles). Captions name all things with
+size and colour, the relation of the first two ("a small red star above a large blue ring with a large pink
+cross"), the place of a lone one ("a small red star at the top left"). The split is by the SHA-256 of the
+arrangement (what stands in which of 16 cells; of a lone thing, on which patch): one in sixteen is held out. In
+training pixels get mild noise (8 levels at most) and mild contrast (0.8 to 1.1), and no blur.
 
 ## Training
 
-One seeded, resumable command: `python examples/scenes_clip/make.py --device cuda`. CLIP's loss in batches of 1,024, in
-which every picture comes with three near-duplicates and more than one caption may be true; beside it the patches of the
-last layer but one say through a linear reader what they lie on. On one {device}: {spent}.
+One seeded, resumable command: `python examples/scenes_clip/make.py --device cuda`. CLIP's loss in batches of
+1,024, in which every picture comes with three near-duplicates and more than one caption may be true; beside it
+the patches of the last layer but one say through a linear reader what they lie on. On one {device}: {spent}.
 
-`{cross}` holds cross tokens for CrossGET, `{spec}`: the model frozen, only the cross tokens trained, half of the loss
-CLIP's and half CrossGET's. The paper fine-tunes the whole model with them, so that these figures are no measure of its
-published ones; the rows above compare what changes without touching the model.
+`{cross}` holds cross tokens for CrossGET, `{spec}`: the model frozen, only the cross tokens trained, half of
+the loss CLIP's and half CrossGET's. The paper fine-tunes the whole model with them, so that these figures are
+no measure of its published ones; the rows above compare what changes without touching the model.
 
 ```python
 import vlmtok
@@ -218,7 +219,7 @@ run.load_state_dict(load_file(f"{{folder}}/{cross}"))
 
 ## Limits
 
-Other words, shapes, colours and relations are outside what it learned. Zero-shot means that the sentences of the
-classes stand for classes; they did occur as captions of training pictures. Ranks of methods on this checkpoint say what a
-method keeps of such pictures, not how it does on photographs.
+Other words, shapes, colours and relations are outside what it learned. Zero-shot means that the sentences of
+the classes stand for classes; they did occur as captions of training pictures. Ranks of methods on this
+checkpoint say what a method keeps of such pictures, not how it does on photographs.
 """.replace("{cross}", CROSS_TOKENS)
