@@ -16,6 +16,9 @@ HOME: dict[str, str] = {
     "Report": "cost.report",
     "budget": "forecast.budget",
     "estimate": "forecast.estimate",
+    # what to take
+    "Recommendation": "evaluation.recommend",
+    "recommend": "evaluation.recommend",
     # try and show
     "Comparison": "lab.comparison",
     "Matrix": "lab.matrix",

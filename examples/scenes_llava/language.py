@@ -36,7 +36,7 @@ def answer_logits(llava: LlavaForConditionalGeneration, batch: Batch, features: 
     rows = rows.index_copy(1, place, visual)
     rows = torch.cat([rows, embed(batch.text).to(visual.dtype)], 1)
     hidden = llava.model.language_model(
-        inputs_embeds=rows, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        inputs_embeds=rows, attention_mask=batch.mask.to(rows.dtype), position_ids=batch.positions, use_cache=False
     ).last_hidden_state
     return llava.lm_head(hidden[:, len(batch.before) :])
 

@@ -1,7 +1,8 @@
 """Makes the second embedded checkpoint from nothing: `python examples/scenes_llava/make.py --device cuda`.
 
 Draws the pages, trains the tower, aligns the projector, trains a shallow decoder, deepens it, goes on training,
-exports, examines, and writes the model card. A run that was stopped goes on where it was; what is done is not done again.
+exports, examines, and writes the model card. A run that was stopped goes on where it was; what is done is not done
+again.
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ def see(tower: CLIPVisionModel, pixels: Tensor) -> tuple[Tensor, ...]:
     return tower(pixels, output_hidden_states=True, interpolate_pos_encoding=not whole).hidden_states
 
 
-def train_tower(work: Path, store: Store, test: Store, seed: int, steps: int, batch: int) -> CLIPVisionModel:
+def train_tower(
+    work: Path, store: Store, test: Store, seed: int, steps: int, batch: int, log_every: int = 250
+) -> CLIPVisionModel:
     """Trains the tower, or goes on with it.
 
     Args:
@@ -119,6 +121,7 @@ def train_tower(work: Path, store: Store, test: Store, seed: int, steps: int, ba
         seed: Seed of weights, batches and noise.
         steps: Length of the training.
         batch: Pictures a step.
+        log_every: Steps between two measurements, at which the state is saved as well.
 
     Returns:
         The trained tower, frozen.
@@ -141,7 +144,7 @@ def train_tower(work: Path, store: Store, test: Store, seed: int, steps: int, ba
         loss = heads.loss(hidden_states, store.patches(rows, grid), store.rows("shown", rows), grid)
         optimizer.step(loss, progress.step)
         progress.step += 1
-        if progress.step % 250 == 0 or progress.step == steps:
+        if progress.step % log_every == 0 or progress.step == steps:
             scores = {}
             with torch.no_grad(), mixed_precision(device):
                 hidden_states = see(tower, test.pixels(exam, GRIDS[0], None))

@@ -55,7 +55,7 @@ def test_the_script_of_bash_completes(tmp_path):
 @pytest.mark.parametrize(
     "typed, offered",
     [
-        ("vlmtok ", ["bench", "doctor", "estimate", "run", "list", "show"]),
+        ("vlmtok ", ["bench", "doctor", "estimate", "recommend", "run", "list", "show"]),
         ("vlmtok d", ["doctor"]),
         ("vlmtok estimate --con", ["--convention"]),
         ("vlmtok run --max", ["--max-new-tokens"]),

@@ -79,7 +79,7 @@ def _subject(model: str) -> Any:
     from ..forecast.presets import PRESETS, preset
     from ..forecast.subject import subject_of
 
-    named = not os.path.isdir(model) and "/" not in model and ":" not in model and model != loading.EMBEDDED
+    named = not os.path.isdir(model) and "/" not in model and ":" not in model and model not in loading.SHIPPED
     if named and model not in PRESETS:
         preset(model)  # a plain name is a preset's; a wrong one is told what there is
     return subject_of(model)

@@ -79,6 +79,7 @@ def budget(
     macs: float | int | None = None,
     kv_bytes: float | int | None = None,
     convention: str | None = None,
+    within: float = WITHIN,
     **prompt: Any,
 ) -> Method:
     """Sets a method to a budget: one of its parameters (`Method.budget_parameter`) is moved until an estimate meets it.
@@ -97,14 +98,15 @@ def budget(
             figure of that convention, in its unit.
         kv_bytes: bytes of the key-value cache behind the prefill, all rows.
         convention: how `macs` are counted, see `vlmtok.cost.conventions`.
+        within: how far from the target its method may be, as a share of it.
         prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, `image_size`, ...).
 
     Returns:
-        A new method that meets the target within 1 percent; its attribute `budget` (see `Budget`) says what it reaches.
-        Stages whose counts depend on content enter as if they dropped nothing, and it says so.
+        A new method that meets the target within 1 percent (or `within`); its attribute `budget` (see `Budget`) says
+        what it reaches. Stages whose counts depend on content enter as if they dropped nothing, and it says so.
 
     Raises:
-        TargetError: no setting comes within 1 percent; the message names the nearest.
+        TargetError: no setting comes so near; the message names the nearest.
         ParameterError: no target or several, or the method has no parameter to move.
         NotCounted: `macs`, and part of the model is not counted.
         UnsupportedModel, SiteError, MissingSignal: as `compress`.
@@ -129,7 +131,9 @@ def budget(
             f"budget: {shape.name} has no total to set macs to: {'; '.join(missing)}. Set tokens, "
             "layer_average_tokens or kv_bytes, or macs by a convention that does not count it"
         )
-    return _Search(methods[0], subject, what, convention, prompt).run(value)
+    if isinstance(within, bool) or not isinstance(within, (int, float)) or not 0 < within < 1:
+        raise ParameterError(f"budget: within={within!r} is not possible; a share in (0, 1)")
+    return _Search(methods[0], subject, what, convention, prompt, within).run(value)
 
 
 @dataclass
@@ -145,8 +149,15 @@ class _Search:
     """Bisection over `Method.at_level`."""
 
     def __init__(
-        self, method: Method, subject: Subject, what: str, convention: str | None, prompt: dict[str, Any]
+        self,
+        method: Method,
+        subject: Subject,
+        what: str,
+        convention: str | None,
+        prompt: dict[str, Any],
+        within: float = WITHIN,
     ) -> None:
+        self.within = within
         self.method = method
         self.subject = subject
         self.shape = subject.shape
@@ -178,7 +189,7 @@ class _Search:
         if self.deciding:
             best = self._seen(best.method, deciding=True)
         assert best.report is not None
-        if abs(best.reached - target) > WITHIN * target:
+        if abs(best.reached - target) > self.within * target:
             low = ends[0].reached if ends[0].report is not None else best.reached
             lowest = quantity(low, self.unit).removesuffix(" tokens")
             raise TargetError(

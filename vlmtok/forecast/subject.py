@@ -14,7 +14,7 @@ from ..core.model_shape import ModelShape
 from ..core.sight import Sight
 from ..errors import ParameterError
 from ..loading.models import Loaded, configured, skeleton
-from ..loading.names import EMBEDDED
+from ..loading.names import SHIPPED
 from ..loading.processors import Reader, reader
 from .presets import PRESETS, preset
 from .published import PUBLISHED
@@ -104,7 +104,7 @@ def _subject(model: Any) -> Subject:
     if isinstance(model, torch.nn.Module):
         return Subject(_account(model), lambda: model, missing=_unread("a model alone"))
     if isinstance(model, str):
-        if model in PRESETS or not (":" in model or "/" in model or model == EMBEDDED or os.path.isdir(model)):
+        if model in PRESETS or not (":" in model or "/" in model or model in SHIPPED or os.path.isdir(model)):
             return _published(model)
         bare = skeleton(model)
         if not bare.language:

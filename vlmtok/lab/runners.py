@@ -190,10 +190,20 @@ class Looker(Runner):
 
     def loyalty(self, bare: Answer, short: Answer) -> Loyalty:
         """By the best class and the cosine."""
-        cosine = float(F.cosine_similarity(bare.output, short.output, dim=0))
-        if not bare.classes:
-            return Loyalty(cosine >= 0.99, cosine=cosine)
-        return Loyalty(bare.text == short.text, None, divergence(bare.output, short.output), cosine)
+        return outputs_loyalty(bare, short)
+
+
+def outputs_loyalty(bare: Answer, short: Answer) -> Loyalty:
+    """How close two answers of a tower are: by the best class, where classes have names, and the cosine.
+
+    Args:
+        bare: of the uncompressed model.
+        short: of the other.
+    """
+    cosine = float(F.cosine_similarity(bare.output, short.output, dim=0))
+    if not bare.classes:
+        return Loyalty(cosine >= 0.99, cosine=cosine)
+    return Loyalty(bare.text == short.text, None, divergence(bare.output, short.output), cosine)
 
 
 def divergence(bare: Tensor, short: Tensor) -> float:

@@ -6,7 +6,7 @@ is no picture) is a `LoadError` of one line.
 
 from .devices import DTYPES, pick_device, pick_dtype
 from .models import Loaded, configured, load, skeleton
-from .names import DATA, EMBEDDED
+from .names import DATA, EMBEDDED, SHIPPED
 from .pictures import Sample, check_writable, open_picture, samples
 from .problems import LoadError, line_of, quiet
 
@@ -14,6 +14,7 @@ __all__ = [
     "DATA",
     "DTYPES",
     "EMBEDDED",
+    "SHIPPED",
     "LoadError",
     "Loaded",
     "Sample",

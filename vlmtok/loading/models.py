@@ -15,7 +15,7 @@ from ..sheet import Sheet, Shown
 from ..tabular import Table
 from . import names
 from .devices import pick_device, pick_dtype
-from .names import EMBEDDED
+from .names import EMBEDDED, SHIPPED
 from .problems import LoadError, check_listed, one_line_errors, quiet
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
     """Loads a model and what prepares its pictures.
 
     Args:
-        name: a folder or hub id of a transformers checkpoint, ``timm:NAME``, ``open_clip:NAME[:PRETRAINED]``, or None
-            for the checkpoint that ships with the package.
+        name: a folder or hub id of a transformers checkpoint, ``timm:NAME``, ``open_clip:NAME[:PRETRAINED]``, a
+            checkpoint that ships with the package (``tiny-llava``, ``scenes-llava``, ``scenes-clip``), or None for the
+            first of these.
         device: ``auto`` or a torch device.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         random: draw the weights instead of loading trained ones; figures of speed hold, answers mean nothing.
@@ -188,16 +189,17 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
         made: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return made
 
-    return Loaded(shown, model, processor, False, not random, pixels, _encoder(model), labels)
+    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels)
 
 
 def place_of(name: str | None) -> tuple[str, str]:
     """What to call a checkpoint, and where it is."""
-    if name is None or name == EMBEDDED:
-        folder = names.DATA / EMBEDDED
+    name = EMBEDDED if name is None else name
+    if name in SHIPPED:
+        folder = names.DATA / name
         if not folder.is_dir():
             raise LoadError(f"the checkpoint of the package is missing: there is no folder {str(folder)!r}")
-        return EMBEDDED, str(folder)
+        return name, str(folder)
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise LoadError(f"folder {name!r} holds no checkpoint: it has no config.json")
@@ -223,8 +225,14 @@ def _from_config(maker: Any, config: Any) -> nn.Module:
     return made
 
 
-def _encoder(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """From pixels to class scores or an embedding, for a vision model or dual encoder of transformers."""
+def encoder_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From pixels to class scores or an embedding, for a vision model or dual encoder.
+
+    Args:
+        model: of transformers, timm or open_clip.
+    """
+    if not hasattr(model, "config"):
+        return getattr(model, "encode_image", model)
 
     def encode(pixels: Tensor) -> Tensor:
         if hasattr(model, "get_image_features"):

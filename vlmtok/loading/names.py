@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 DATA = Path(__file__).parents[1] / "data"
-"""What ships with the package: ``tiny-llava/`` (a checkpoint), ``pictures/`` and ``pictures/questions.json``."""
+"""What ships with the package: checkpoints by name, ``pictures/`` with ``pictures/questions.json``, ``results/``."""
 
 EMBEDDED = "tiny-llava"
-"""Name of the checkpoint that ships with the package."""
+"""Name of the checkpoint that is taken where none is named."""
+
+SHIPPED = (EMBEDDED, "scenes-llava", "scenes-clip")
+"""Names of all checkpoints that ship with the package."""

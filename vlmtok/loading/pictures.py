@@ -45,24 +45,44 @@ def samples() -> list[Sample]:
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads a picture, upright and in RGB.
+    """Reads a picture, upright and in RGB; of an animation the first frame, of 16 bits a pixel the upper eight.
 
     Args:
         path: of a file that Pillow reads.
 
     Raises:
-        LoadError: no such file, or no picture.
+        LoadError: no such file, no picture, or numbers whose range nobody knows.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
+            return _eight_bits(upright, image.format).convert("RGB")
     except UnidentifiedImageError:
         raise LoadError(f"{os.fspath(path)!r} is no picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+    except MemoryError:
+        raise
+    except Exception as problem:  # decoders raise what they like on files that were cut or changed
         raise LoadError(f"cannot read picture {os.fspath(path)!r}: {line_of(problem)}") from None
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    """The picture with 8 bits a channel: Pillow would cut off what is above 255, and a scan would be white.
+
+    Raises:
+        ValueError: its pixels are whole numbers of 32 bits, or floats.
+    """
+    from PIL import Image
+
+    if image.mode == "F" or (image.mode == "I" and kind != "PNG"):
+        raise ValueError(f"its pixels are numbers of no known range (Pillow's mode {image.mode}); save it with 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    import numpy
+
+    wide = numpy.asarray(image).astype(numpy.uint32)  # a PNG of 16 bits has mode "I" in older releases
+    return Image.fromarray((wide >> 8).astype(numpy.uint8))
 
 
 def check_writable(path: str | os.PathLike[str], picture: bool = False) -> Path:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ..errors import VlmtokError
-from .names import EMBEDDED
+from .names import SHIPPED
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def one_line_errors(name: str, read: Callable[[], T]) -> T:
         raise
     except Exception as problem:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        local = os.path.isdir(name) or name == EMBEDDED
+        local = os.path.isdir(name) or name in SHIPPED
         hint = " (HF_HUB_OFFLINE is set)" if offline and not local else ""
         raise LoadError(f"cannot load {name!r}: {line_of(problem)}{hint}") from problem
 

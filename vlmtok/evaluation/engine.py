@@ -1,0 +1,257 @@
+"""`evaluate()`: methods x budgets over a task, one answer at a time on disk, then statistics over the questions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import timing
+from ..errors import InternalError, ParameterError, VlmtokError
+from ..guard import guarded
+from ..loading import load
+from ..loading.models import Loaded
+from ..loading.problems import quiet
+from ..timing import Progress
+from .costs import cost_of, latency_of
+from .downsample import Downsampler
+from .journal import Journal
+from .table import Evaluation
+from .task import Item, Outcome, Task, task_named
+from .ways import CONVENTION, DOWNSAMPLE, NONE, Way, check_names, ways_of
+
+ALL_METHODS = "all"
+_VERSIONS = ("vlmtok", "torch", "transformers", "timm", "open_clip_torch")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a sweep was asked for."""
+
+    repeats: int
+    seed: int
+    batch: int
+    latency_rounds: int
+    text_tokens: int
+
+
+@guarded
+def evaluate(
+    task: str | Task,
+    model: str | Loaded | None = None,
+    methods: str | Sequence[str] = ALL_METHODS,
+    keep: float | Sequence[float] = (0.5, 0.25, 0.1),
+    *,
+    limit: int | None = None,
+    repeats: int = 3,
+    seed: int = 0,
+    batch: int = 8,
+    baselines: bool = True,
+    latency_rounds: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    text_tokens: int = 16,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures what methods keep of a task's answers at equal numbers of visual tokens.
+
+    Every way answers the same questions; differences to the uncompressed model come with paired bootstrap intervals
+    over the questions. Methods are set to each budget by `vlmtok.budget`; what a method cannot reach within 7 percent,
+    or what the model refuses, has a row that says why and no figures.
+
+    Args:
+        task: name of a task, or one.
+        model: name as for `vlmtok.load`, a loaded model, or None for the task's own.
+        methods: spec strings (a name alone is set to each budget; stacks with ``+`` run as they are written), or
+            ``"all"`` for all that are registered.
+        keep: budgets: shares of the visual tokens, mean over layers, in (0, 1).
+        limit: questions; None for all of the task.
+        repeats: answers to each question by methods that draw.
+        seed: of what they draw and of the intervals.
+        batch: questions at a time.
+        baselines: whether random choice and downsampled pictures are in the table.
+        latency_rounds: rounds of the measurement of time, for each way; 0 measures none, and the table is the same
+            every time.
+        folder: gets the journal; a sweep that was stopped goes on from it. None keeps nothing.
+        device: as for `vlmtok.load`.
+        dtype: as for `vlmtok.load`.
+        text_tokens: of a typical prompt, for the budgets.
+        progress: told what is being done.
+
+    Returns:
+        The table.
+
+    Raises:
+        ParameterError: no such task, method, budget, or a folder with another sweep.
+        LoadError: the model cannot be had.
+        VlmtokError: the model cannot be asked this task, or refuses a method while it answers.
+    """
+    chosen = task_named(task) if isinstance(task, str) else task
+    keeps = [keep] if isinstance(keep, (int, float)) else list(keep)
+    names = _names(methods)
+    _check(keeps, limit=limit, repeats=repeats, batch=batch)
+    items = list(chosen.items(limit))
+    if not items:
+        raise ParameterError(f"task {chosen.name} has no questions")
+    _tell(progress, f"loading {model or chosen.model}", 0, 0)
+    loaded = model if isinstance(model, Loaded) else load(model or chosen.model, device=device, dtype=dtype)
+    chosen.check(loaded)
+    settings = _Settings(repeats, seed, batch, latency_rounds, text_tokens)
+    prompt = {"text_tokens": text_tokens} if chosen.language else {}
+    ways = ways_of(loaded, names, keeps, baselines, **prompt)
+    place = timing.environment(loaded.device)
+    head = {
+        "task": chosen.name,
+        "model": loaded.name,
+        "weights": fingerprint(loaded),
+        "questions": hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:16],
+        "seed": seed,
+        "batch": batch,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": place["device"],
+        **{name: place[name] for name in _VERSIONS},
+    }
+    if folder is None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as made:
+            return _Sweep(chosen, loaded, items, settings, Journal(Path(made) / "journal.jsonl", head), progress).run(
+                ways
+            )
+    path = Path(folder) / f"{chosen.name}.jsonl"
+    return _Sweep(chosen, loaded, items, settings, Journal(path, head), progress).run(ways)
+
+
+def _names(methods: str | Sequence[str]) -> list[str]:
+    from ..core.registry import list_methods
+
+    given = [methods] if isinstance(methods, str) else list(methods)
+    if given == [ALL_METHODS]:
+        given = sorted(list_methods())
+    return check_names(given)
+
+
+def _check(keeps: Sequence[Any], **counts: Any) -> None:
+    for one in keeps:
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < 1:
+            raise ParameterError(f"keep={one!r} is not possible; a share of the visual tokens in (0, 1)")
+    if not keeps:
+        raise ParameterError("there is no budget: keep is empty")
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ParameterError(f"{name}={value!r} is not possible; a whole number of at least 1")
+
+
+def fingerprint(loaded: Loaded) -> str:
+    """What tells a model's weights from others': a hash over the shapes and sums of all of them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(loaded.model.state_dict().items()):
+        total = value.detach().to("cpu", torch.float64).sum().item() if value.numel() else 0.0
+        digest.update(f"{name} {tuple(value.shape)} {total!r}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class _Sweep:
+    """Answers what the journal lacks, way by way."""
+
+    def __init__(
+        self,
+        task: Task,
+        loaded: Loaded,
+        items: Sequence[Item],
+        settings: _Settings,
+        journal: Journal,
+        progress: Progress | None,
+    ) -> None:
+        self.task, self.loaded, self.items, self.settings = task, loaded, items, settings
+        self.journal, self.progress = journal, progress
+        self.batches = task.batches(loaded, items, settings.batch)
+        self.first = {item.kind: item for item in reversed(items)}
+        self.downsampler: Downsampler | None = None
+
+    def run(self, ways: Sequence[Way]) -> Evaluation:
+        """The table of all ways."""
+        kept = []
+        for number, way in enumerate(ways):
+            label = f"{self.task.name}: {way.key} ({number + 1} of {len(ways)})"
+            problem = way.problem or self._answer_all(way, label)
+            kept.append(Way(way.name, way.spec, way.keep, way.methods, problem))
+        place = timing.environment(self.loaded.device)
+        fixed = {
+            "seed": self.settings.seed,
+            "device": place["device"],
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            **{name: place[name] for name in _VERSIONS},
+            "settings": f"batch={self.settings.batch}; text_tokens={self.settings.text_tokens}",
+        }
+        return Evaluation.of(self.task.name, self.loaded.name, self.items, kept, self.journal, fixed, CONVENTION)
+
+    def _answer_all(self, way: Way, label: str) -> str:
+        """Answers and costs of a way; the reason where the model refuses it."""
+        try:
+            with torch.inference_mode(), quiet():
+                for repeat in range(self.settings.repeats if way.draws else 1):
+                    self._answer(way, repeat, label)
+                self._costs(way)
+        except InternalError:
+            raise
+        except VlmtokError as problem:
+            if way.name == NONE:
+                raise
+            return str(problem)
+        return ""
+
+    def _answer(self, way: Way, repeat: int, label: str) -> None:
+        known = self.journal.outcomes[way.key, repeat]
+        for number, batch in enumerate(self.batches):
+            asked = [self.items[i] for i in batch]
+            if all(item.id in known for item in asked):
+                continue
+            _tell(self.progress, label, number, len(self.batches))
+            outcomes = self._ask(way, asked, (self.settings.seed, repeat, number))
+            self.journal.add_answers(way.key, repeat, asked, outcomes)
+
+    def _ask(self, way: Way, asked: Sequence[Item], seed: tuple[int, ...]) -> list[Outcome]:
+        if way.name != DOWNSAMPLE:
+            with way.attached(self.loaded, *seed):
+                return self.task.answer(self.loaded, asked)
+        found: list[Outcome | None] = [None] * len(asked)
+        for loaded, places in self._downsampled(asked, way.keep):
+            for i, outcome in zip(places, self.task.answer(loaded, [asked[i] for i in places])):
+                found[i] = outcome
+        assert all(outcome is not None for outcome in found)
+        return found  # type: ignore[return-value]
+
+    def _downsampled(self, asked: Sequence[Item], keep: float) -> Iterator[tuple[Loaded, list[int]]]:
+        """Items by the model that takes their pictures at the budget."""
+        if self.downsampler is None:
+            self.downsampler = Downsampler(self.loaded)
+        groups: dict[int, tuple[Loaded, list[int]]] = {}
+        for i, item in enumerate(asked):
+            made = self.downsampler(self.task.pictures(item), float(keep)).loaded
+            groups.setdefault(id(made), (made, []))[1].append(i)
+        yield from groups.values()
+
+    def _costs(self, way: Way) -> None:
+        for kind, item in self.first.items():
+            if (way.key, kind) in self.journal.costs:
+                continue
+            loaded = self.loaded
+            if way.name == DOWNSAMPLE:
+                ((loaded, _),) = self._downsampled([item], way.keep)
+            cost: dict[str, Any] = cost_of(self.task, loaded, item, way)
+            if self.settings.latency_rounds and way.name != NONE:
+                rounds = self.settings.latency_rounds
+                cost["latency_ratio"] = latency_of(self.task, self.loaded, loaded, item, way, rounds)
+            self.journal.add_cost(way.key, kind, cost)
+
+
+def _tell(progress: Callable[[str, int, int], None] | None, what: str, done: int, steps: int) -> None:
+    if progress is not None:
+        progress(what, done, steps)

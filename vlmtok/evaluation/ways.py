@@ -1,0 +1,161 @@
+"""The ways of a sweep: the uncompressed model, baselines, and methods set to equal numbers of visual tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..compression import compress
+from ..core.method import Method
+from ..core.registry import list_methods
+from ..core.spec import as_methods, expand
+from ..errors import ParameterError, VlmtokError, hint
+from ..forecast.budget import budget
+from ..loading.models import Loaded
+
+NONE, RANDOM, DOWNSAMPLE = "none", "random", "downsample"
+BASELINES = (NONE, RANDOM, DOWNSAMPLE)
+"""Names of the ways that are in every table unless switched off."""
+CONVENTION = "mean visual tokens over layers"
+"""What a budget counts: for a language model its own layers, for a lone tower the tower's."""
+WITHIN = 0.07
+"""How far from the budget a method may be, as a share of it; what it reaches is in the table."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of answering.
+
+    Attributes:
+        name: a method's plain name, or one of `BASELINES`.
+        spec: spec string that runs, or "" where none does.
+        keep: share of the visual tokens that is asked for; 1 for the uncompressed model.
+        methods: that are attached.
+        problem: why it cannot be run, or "".
+    """
+
+    name: str
+    spec: str = ""
+    keep: float = 1.0
+    methods: tuple[Method, ...] = field(default=(), compare=False)
+    problem: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of a sweep."""
+        return self.name if self.name == NONE else f"{self.spec or self.name} @ {self.keep:g}"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws, so that it is repeated."""
+        return any(_seeded(method) for method in self.methods)
+
+    def attached(self, loaded: Loaded, *seed: int) -> AbstractContextManager[Any]:
+        """Context in which a model answers this way.
+
+        Args:
+            loaded: the model.
+            seed: of what the methods draw; another batch draws anew.
+        """
+        if not self.methods:
+            return nullcontext()
+        state = int(np.random.SeedSequence(seed).generate_state(1)[0]) & 0x7FFFFFFF
+        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var, call-arg]
+        return compress(loaded.model, made)
+
+
+def _seeded(method: Method) -> bool:
+    return any(one.name == "seed" for one in dataclasses.fields(method))  # type: ignore[arg-type]
+
+
+def split_names(text: str) -> list[str]:
+    """Methods behind commas; commas inside brackets, or between the values of a swept setting, part nothing."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    named: list[str] = []
+    for part in (part.strip() for part in parts):
+        if named and part and (part[0].isdigit() or part[0] in ".-("):
+            named[-1] += f",{part}"  # a value of the setting before it
+        elif part:
+            named.append(part)
+    return named
+
+
+def check_names(methods: Sequence[str]) -> list[str]:
+    """Spec strings of methods, swept settings spelled out, without the baselines.
+
+    Raises:
+        VlmtokError: a method or setting does not exist.
+    """
+    found: list[str] = []
+    for one in methods:
+        if one in BASELINES:
+            continue
+        name = one.partition(":")[0].partition("+")[0]
+        if name not in list_methods():
+            raise ParameterError(f"no method {name!r}{hint(name, [*list_methods(), *BASELINES])}")
+        for spec in expand(one):
+            as_methods(spec)
+            found.append(spec)
+    return list(dict.fromkeys(found))
+
+
+def ways_of(
+    loaded: Loaded, methods: Sequence[str], keeps: Sequence[float], baselines: bool, **prompt: Any
+) -> list[Way]:
+    """Every way of a sweep, the uncompressed model first; those that a model refuses say why.
+
+    A method is set to each budget by `vlmtok.budget`: as many visual tokens, on average over the layers, as the share
+    says. Methods that come in stacks (``tome+fastv``) run once, as they are written, beside every budget.
+
+    Args:
+        loaded: the model.
+        methods: spec strings, from `check_names`.
+        keeps: shares in (0, 1).
+        baselines: whether `random` and `downsample` are in it.
+        prompt: of the estimates, as for `vlmtok.budget`.
+    """
+    found = [Way(NONE)]
+    if baselines:
+        found += [_at(loaded, RANDOM, keep, prompt) for keep in keeps]
+        found += [Way(DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
+    for spec in methods:
+        if len(as_methods(spec)) > 1:
+            found.append(_as_written(loaded, spec))
+        else:
+            found += [_at(loaded, spec, keep, prompt) for keep in keeps]
+    return found
+
+
+def _as_written(loaded: Loaded, spec: str) -> Way:
+    made = as_methods(spec)
+    name = "+".join(type(one).name for one in made)
+    try:
+        with compress(loaded.model, made):
+            return Way(name, spec, 1.0, tuple(made))
+    except VlmtokError as problem:
+        return Way(name, spec, 1.0, problem=str(problem))
+
+
+def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
+    (start,) = as_methods(spec)
+    name = spec if ":" in spec else type(start).name
+    moved = start.budget_parameter
+    if moved and getattr(start, moved, keep) is None:  # it would leave the number to the content
+        start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
+    try:
+        made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+        with compress(loaded.model, made):
+            return Way(name, str(made), keep, (made,))
+    except VlmtokError as problem:
+        return Way(name, spec, keep, problem=str(problem))
