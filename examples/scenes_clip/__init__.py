@@ -1,0 +1,1 @@
+"""How the checkpoint in `vlmtok/data/scenes-clip` is made: pictures, captions, training, cross tokens, figures."""
