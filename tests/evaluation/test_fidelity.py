@@ -91,7 +91,7 @@ def test_a_sweep_that_goes_on_in_a_new_process_asks_the_uncompressed_model_again
 
 
 def test_files_that_are_none_are_named(model, folder):
-    task = task_named("fidelity", folder=folder, prompt="what color is the circle ?", max_new_tokens=2)
+    task = task_named("fidelity", images=folder, prompt="what color is the circle ?", max_new_tokens=2)
     with pytest.warns(VlmtokWarning, match=r"skipped empty\.png: .* is empty; skipped notes\.txt: ") as heard:
         found = evaluate(task, model, ["random"], 0.5, repeats=2, baselines=False)
     assert len([one for one in heard if "skipped" in str(one.message)]) == 1

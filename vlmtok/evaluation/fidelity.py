@@ -46,7 +46,7 @@ class Fidelity:
     what enters the head, or of the tower's output.
 
     Args:
-        folder: with pictures, looked through with the folders in it; files that are none are named in a warning and
+        images: a folder with pictures, looked through with the folders in it; files that are none are named in a warning and
             left out. None takes the pictures that ship with the package, each with its own question.
         prompt: asked of every picture; None asks for a description, or the question that belongs to the picture.
         max_new_tokens: of an answer at most.
@@ -59,7 +59,7 @@ class Fidelity:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] | None = None,
+        images: str | os.PathLike[str] | None = None,
         prompt: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
@@ -67,7 +67,7 @@ class Fidelity:
             raise ParameterError(f"fidelity: max_new_tokens={max_new_tokens!r} is not possible; at least 1")
         if prompt is not None and not prompt.strip():
             raise ParameterError("fidelity: the prompt is empty")
-        self.folder = None if folder is None else Path(folder)
+        self.images = None if images is None else Path(images)
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.gallery: Gallery | None = None
         self._bare: Loaded | None = None
@@ -80,9 +80,9 @@ class Fidelity:
         Raises:
             LoadError: no such folder, or no picture in it.
         """
-        if self.folder is None:
+        if self.images is None:
             return [Item(one.path.name, "picture", _Shown(one.path, one.question)) for one in samples()[:limit]]
-        self.gallery = gallery(self.folder, limit)
+        self.gallery = gallery(self.images, limit)
         if self.gallery.skipped:
             said = "; ".join(self.gallery.notes())
             warnings.warn(f"fidelity: {said}", VlmtokWarning, stacklevel=2)
