@@ -46,8 +46,8 @@ class Fidelity:
     what enters the head, or of the tower's output.
 
     Args:
-        images: a folder with pictures, looked through with the folders in it; files that are none are named in a warning and
-            left out. None takes the pictures that ship with the package, each with its own question.
+        images: a folder with pictures, looked through with the folders in it; files that are none are named in a
+            warning and left out. None takes the pictures that ship with the package, each with its own question.
         prompt: asked of every picture; None asks for a description, or the question that belongs to the picture.
         max_new_tokens: of an answer at most.
     """
