@@ -28,7 +28,7 @@ VARIANTS = {"scenes-vqa": ("cdpruner:negate=false", "sparsevlm:layers=(2;3;7)")}
 HORIZON = tuple(
     spec.format(layer)
     for layer in (2, 4, 8, 12)
-    for spec in ("fastv:keep=0.1:layer={}", "random:keep=0.1:stage=decoder:layer={}")
+    for spec in ("fastv:keep=0.1:K={}", "random:keep=0.1:stage=decoder:layer={}")
 )
 AS_WRITTEN = {"scenes-vqa": HORIZON}
 QUESTIONS = {"scenes-vqa": 1200}
@@ -98,7 +98,7 @@ def main() -> None:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: run(task, *job, args), zip(parts, folders)))
+            list(pool.map(run, [task] * len(parts), parts, folders, [args] * len(parts)))
         join(task, folders)
 
 

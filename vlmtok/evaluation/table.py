@@ -86,8 +86,8 @@ class Evaluation(Tabular):
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each way, budget and kind of question (``all`` for all of them).
 
-        Columns: ``task``, ``model``; ``method``, ``asked`` (as it was given), ``spec`` (what ran), ``keep`` (share of the
-        visual tokens asked for, or left by a method that runs as written);
+        Columns: ``task``, ``model``; ``method``, ``asked`` (as it was given), ``spec`` (what ran), ``keep`` (share of
+        the visual tokens asked for, or left by a method that runs as written);
         ``kind``, ``questions``, ``repeats``; ``quality`` in [0, 1]; ``difference`` to the uncompressed model with its
         95 % interval ``low`` to ``high``; ``visual_tokens`` (mean over layers), ``macs``, ``macs_ratio`` (uncompressed
         over this), ``kv_bytes``, ``pruner_share`` (of the MACs), ``latency_ratio`` (uncompressed over this);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ..compression import compress
 from ..core.method import Method
 from ..core.registry import list_methods
 from ..core.spec import as_methods, expand
-from ..errors import ParameterError, VlmtokError, hint
+from ..errors import ParameterError, VlmtokError, VlmtokWarning, hint
 from ..forecast.budget import budget, measure
 from ..forecast.estimate import estimate
 from ..loading.models import Loaded
@@ -115,7 +116,12 @@ def check_names(methods: Sequence[str]) -> list[str]:
 
 
 def ways_of(
-    loaded: Loaded, methods: Sequence[str], keeps: Sequence[float], baselines: bool, **prompt: Any
+    loaded: Loaded,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    baselines: bool,
+    as_written: Sequence[str] = (),
+    **prompt: Any,
 ) -> list[Way]:
     """Every way of a sweep, the uncompressed model first; those that a model refuses say why.
 
@@ -130,6 +136,19 @@ def ways_of(
         as_written: further spec strings, which run once with the settings that they have.
         prompt: of the estimates, as for `vlmtok.budget`.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VlmtokWarning)  # nothing runs here, and the runs themselves say the rest
+        return _ways(loaded, methods, keeps, baselines, as_written, prompt)
+
+
+def _ways(
+    loaded: Loaded,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    baselines: bool,
+    as_written: Sequence[str],
+    prompt: dict[str, Any],
+) -> list[Way]:
     found = [Way(NONE, NONE)]
     if baselines:
         found += [_at(loaded, RANDOM, keep, prompt) for keep in keeps]
@@ -156,10 +175,15 @@ def _as_written(loaded: Loaded, spec: str, prompt: dict[str, Any]) -> Way:
 def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
     name, moved = start.spec_name(), start.budget_parameter
-    if moved and getattr(start, moved, keep) is None:  # it would leave the number to the content
-        start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
     try:
-        made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+        try:
+            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+        except ParameterError:
+            if not moved or getattr(start, moved) is not None:
+                raise
+            # It left the number to the content: any number will do to begin with.
+            start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
+            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
         with compress(loaded.model, made):
             return Way(name, spec, str(made), keep, (made,))
     except VlmtokError as problem:
