@@ -61,6 +61,16 @@ def test_the_uncompressed_model_is_at_one_with_itself_and_the_rest_is_not(model)
     assert some["questions"] == len(samples())
 
 
+def test_the_table_shows_the_measures(model):
+    """And no kinds, since pictures have none."""
+    found = evaluate(Fidelity(), model, ["divprune"], 0.25, limit=2, baselines=False)
+    table = found.table()
+    assert list(table.head[3:8]) == ["all", "difference", "cosine", "kl", "top1"]
+    assert table.rows[0][3:8] == ["100.0 %", "", "1", "0", "1"]
+    (short,) = (row for (spec, _), row in over(found).items() if "divprune" in spec)
+    assert table.rows[1][6] == f"{short['kl']:.3g}" != "0"
+
+
 def test_quality_is_that_answers_agree(model):
     """Each picture's own question; answers as the model gives them by itself under the method."""
     task = Fidelity()
