@@ -61,6 +61,14 @@ def test_the_uncompressed_model_is_at_one_with_itself_and_the_rest_is_not(model)
     assert some["questions"] == len(samples())
 
 
+def test_measures_are_means_over_repeats_as_the_quality(model):
+    """Where every place keeps its token in each repeat, and only there, all answers agree."""
+    rows = over(evaluate(Fidelity(), model, ["random"], 0.1, repeats=4, limit=3))
+    (row,) = (row for (spec, _), row in rows.items() if spec.startswith("random"))
+    assert row["repeats"] == 4 and row["quality"] < 1 and row["top1"] < 1
+    assert row["quality"] * 12 == pytest.approx(round(row["quality"] * 12), abs=1e-4)
+
+
 def test_the_table_shows_the_measures(model):
     """And no kinds, since pictures have none."""
     found = evaluate(Fidelity(), model, ["divprune"], 0.25, limit=2, baselines=False)

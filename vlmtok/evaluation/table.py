@@ -169,12 +169,12 @@ def _qualities(journal: Journal, way: Way, items: Sequence[Item]) -> np.ndarray:
 
 
 def _measured(journal: Journal, way: Way, ids: Sequence[str], measures: Sequence[str]) -> dict[str, float | None]:
-    """Means of a task's further figures."""
-    answers = journal.outcomes.get((way.key, 0), {})
+    """Means of a task's further figures, over questions and repeats as the quality."""
+    repeats = [answers for (key, _), answers in journal.outcomes.items() if key == way.key and answers]
     found: dict[str, float | None] = {}
     for name in measures:
-        values = [answers[one].measures[name] for one in ids if name in answers[one].measures]
-        found[name] = _short(float(np.mean(values))) if values else None
+        told = [answers[one].measures for answers in repeats for one in ids if name in answers[one].measures]
+        found[name] = _short(float(np.mean([one[name] for one in told]))) if told else None
     return found
 
 
