@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import asking
 import pytest
@@ -149,6 +151,15 @@ def command(*words, limit=300):
     )
 
 
+def table():
+    """The script that makes the papers' table of such files."""
+    path = Path(__file__).parents[3] / "benchmarks" / "paper_table.py"
+    spec = importlib.util.spec_from_file_location("paper_table", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_command_writes_answers_and_figures(folder, tmp_path):
     out = tmp_path / "out"
     arguments = "pretrained=tiny-llava,method=todre:keep=16"
@@ -161,6 +172,9 @@ def test_the_command_writes_answers_and_figures(folder, tmp_path):
     results = json.loads(written.read_text("utf-8"))
     assert results["config"]["model"] == "vlmtok" and results["config"]["model_args"] == arguments
     assert results["throughput"]["avg_visual_tokens"] == 16 and results["throughput"]["avg_kv_bytes"] > 0
+    run = table().read(written)
+    assert run.checkpoint == "tiny-llava" and run.method == "todre:keep=16" and run.share == 16 / 144
+    assert set(run.scores) == {"vlmtok_pictures"} and 0 < run.scores["vlmtok_pictures"]["exact_match"] <= 1
     (samples,) = out.rglob("*_samples_vlmtok_pictures.jsonl")
     rows = sorted(map(json.loads, samples.read_text("utf-8").splitlines()), key=lambda row: row["doc_id"])
     assert [row["filtered_resps"] for row in rows] == asking.by_hand("vlmtok_pictures", "todre:keep=16", 3)[0]
