@@ -1,10 +1,13 @@
 """What stands behind ``--model_args``, as far as it needs no lmms-eval; the rest is in ``integrations/lmms_eval``."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vlmtok import loading
 from vlmtok.errors import MissingSignal, ParameterError, SiteError, SpecError, UnknownMethod
 from vlmtok.harness.arguments import Arguments, unquoted
+from vlmtok.harness.bounds import bounded
 
 
 def read(**given):
@@ -43,6 +46,7 @@ def test_chains_and_brackets_fit_a_checkpoint(method):
         ({"metod": "todre"}, ParameterError, "there is no 'metod'; did you mean 'method'"),
         ({"batch_size": 0}, ParameterError, "batch_size=0"),
         ({"batch_size": "auto:4"}, ParameterError, "auto:4"),
+        ({"max_pixels": "1e6"}, ParameterError, "max_pixels='1e6'"),
         ({"figures": "yes"}, ParameterError, "true or false"),
         ({"method": "tome+"}, SpecError, "tome"),
         ({"method": "none+tome"}, UnknownMethod, "none"),
@@ -52,6 +56,22 @@ def test_chains_and_brackets_fit_a_checkpoint(method):
 def test_what_is_wrong_is_said(given, error, words):
     with pytest.raises(error, match=words):
         read(**given)
+
+
+def processor(size):
+    return SimpleNamespace(image_processor=SimpleNamespace(size=size))
+
+
+def test_bounds_on_pixels_keep_what_is_not_asked():
+    own = processor(SimpleNamespace(shortest_edge=3136, longest_edge=12845056, height=None))
+    assert bounded(read(), own) == bounded(read(), processor({})) == {}
+    assert bounded(read(max_pixels="1003520"), own) == {"shortest_edge": 3136, "longest_edge": 1003520}
+    assert bounded(read(min_pixels=200704), own) == {"shortest_edge": 200704, "longest_edge": 12845056}
+    with pytest.raises(ParameterError, match="min_pixels=3136 is above 100"):
+        bounded(read(max_pixels=100), own)
+    for size in ({"shortest_edge": 336}, {"height": 384, "width": 384}, {"shortest_edge": 800, "longest_edge": 1333}):
+        with pytest.raises(ParameterError, match="max_pixels cannot be set"):
+            bounded(read(max_pixels=1003520), processor(size))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from ..forecast.estimate import attach, shape_of
 
 NONE = "none"
 """The method of the bare model."""
+PIXELS = ("min_pixels", "max_pixels")
+"""Arguments that a processor is given with its pictures."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Arguments:
         device: ``auto``, or a torch device; with several processes each takes the GPU of its number.
         dtype: ``auto`` (float32 on a CPU, bfloat16 elsewhere), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as in transformers.
-        system_prompt: put in front of every conversation.
+        system_prompt: put in front of every conversation; text, or a file that holds it.
+        min_pixels: of a picture, where the processor takes such a bound (Qwen-VL), and
+        max_pixels: as a bound above.
         figures: keep books of every batch; without them ``none`` attaches nothing at all.
     """
 
@@ -36,6 +40,8 @@ class Arguments:
     dtype: str = "auto"
     attn_implementation: str | None = None
     system_prompt: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     figures: bool = True
 
     @property
@@ -71,7 +77,10 @@ class Arguments:
         ):
             if not str(values.get(name, "")).strip():
                 raise ParameterError(f"model_args: {name}= is missing: {why}")
-        values["batch_size"] = _size(values.get("batch_size", 1))
+        values["batch_size"] = _whole("batch_size", values.get("batch_size", 1))
+        for name in PIXELS:
+            if name in values:
+                values[name] = _whole(name, values[name])
         if not isinstance(values.get("figures", True), bool):
             raise ParameterError(f"model_args: figures={values['figures']!r} must be true or false")
         values["method"] = str(values["method"]).strip()
@@ -119,10 +128,8 @@ def split(text: str) -> dict[str, Any]:
     return found
 
 
-def _size(value: Any) -> int:
+def _whole(name: str, value: Any) -> int:
     text = str(value)
     if not text.isdigit() or int(text) < 1:
-        raise ParameterError(
-            f"batch_size={value!r} is not possible: a whole number from 1 (sizes are not searched for)"
-        )
+        raise ParameterError(f"model_args: {name}={value!r} is not possible: a whole number from 1")
     return int(text)

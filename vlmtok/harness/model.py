@@ -23,6 +23,7 @@ from ..errors import ParameterError, PassError, UnsupportedModel, VlmtokError
 from ..lab.clock import Clock
 from ..loading import load
 from .arguments import Arguments, split
+from .bounds import bounded
 from .ending import ending
 from .figures import Figures
 from .generation import READ, cut, length, settings_for, stops
@@ -66,6 +67,7 @@ class Vlmtok(lmms):
                 f"the processor of {asked.pretrained!r} has no chat template, which prompts are made by"
             )
         self.processor.tokenizer.padding_side = "left"  # what is generated stands behind the prompt in every row
+        self._sizes = bounded(asked, self.processor)
         self._model: Any = loaded.model  # lmms-eval gives its memory back behind the last request
         self.device, self.dtype = loaded.device, loaded.dtype
         self.batch_size = asked.batch_size
@@ -204,7 +206,10 @@ class Vlmtok(lmms):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
+            processor_kwargs={
+                "padding": True,
+                **({"images_kwargs": {"size": self._sizes}} if pictures and self._sizes else {}),
+            },
         )
         return dict(made.to(self.device, self.dtype)), pictures
 

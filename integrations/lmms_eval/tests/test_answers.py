@@ -21,8 +21,9 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "batch"), [(spec, batch) for spec in SPECS for batch in (1, 3) if batch == 3 or "(" not in spec]
+)
 def test_answers_are_those_by_hand(folder, spec, batch):
     results = asking.evaluate(folder, ["vlmtok_pictures"], f"pretrained=tiny-llava,method={SPECS[spec]}", batch)
     answers, reports = asking.by_hand("vlmtok_pictures", spec, batch)
