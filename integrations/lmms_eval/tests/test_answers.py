@@ -95,3 +95,15 @@ def test_other_arguments_do_what_they_say(folder):
     assert made._model.config._attn_implementation == "eager"
     found = asking.evaluate(folder, ["vlmtok_pictures"], arguments, 2)
     assert asking.said(found, "vlmtok_pictures")[0] == "top left"
+
+
+def test_a_batch_has_one_task_and_one_set_of_settings():
+    """lmms-eval hands over all tasks at once; order within a task stays."""
+    from types import SimpleNamespace
+
+    from vlmtok.harness.model import batches
+
+    rows = [("a", 1), ("b", 1), ("a", 1), ("a", 2), ("b", 1), ("a", 1)]
+    requests = [SimpleNamespace(args=("", None, {"max_new_tokens": n}, i, t, "test")) for i, (t, n) in enumerate(rows)]
+    assert list(batches(requests, 2)) == [[0, 2], [5], [1, 4], [3]]
+    assert list(batches(requests, 9)) == [[0, 2, 5], [1, 4], [3]] and list(batches([], 3)) == []
