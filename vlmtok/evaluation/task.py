@@ -93,6 +93,7 @@ class Task(Protocol):
 
 TASKS: dict[str, str] = {
     "scenes-vqa": "scenes_vqa:ScenesVqa",
+    "fidelity": "fidelity:Fidelity",
 }
 """Name to module and class, below ``vlmtok.evaluation``; imported when it is asked for."""
 
