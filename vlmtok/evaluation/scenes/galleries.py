@@ -56,4 +56,5 @@ def _fitting(which: int, seed: str) -> Iterator[tuple[Captioned, str]]:
             continue
         claims += said
         taken += [(picture, claim.text) for picture, claim in zip(group, said)]
+    rng.shuffle(taken)
     yield from taken
