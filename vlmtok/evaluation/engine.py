@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 8,
     baselines: bool = True,
+    as_written: str | Sequence[str] = (),
     latency_rounds: int = 0,
     folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
@@ -76,6 +77,7 @@ def evaluate(
         seed: of what they draw and of the intervals.
         batch: questions at a time.
         baselines: whether random choice and downsampled pictures are in the table.
+        as_written: further spec strings, which run once with the settings that they have, whatever the budget.
         latency_rounds: rounds of the measurement of time, for each way; 0 measures none, and the table is the same
             every time.
         folder: gets the journal; a sweep that was stopped goes on from it. None keeps nothing.
@@ -94,7 +96,7 @@ def evaluate(
     """
     chosen = task_named(task) if isinstance(task, str) else task
     keeps = [keep] if isinstance(keep, (int, float)) else list(keep)
-    names = _names(methods)
+    names, written = _names(methods), _names(as_written)
     _check(keeps, limit=limit, repeats=repeats, batch=batch)
     items = list(chosen.items(limit))
     if not items:
@@ -104,7 +106,7 @@ def evaluate(
     chosen.check(loaded)
     settings = _Settings(repeats, seed, batch, latency_rounds, text_tokens)
     prompt = {"text_tokens": text_tokens} if chosen.language else {}
-    ways = ways_of(loaded, names, keeps, baselines, **prompt)
+    ways = ways_of(loaded, names, keeps, baselines, written, **prompt)
     place = timing.environment(loaded.device)
     head = {
         "task": chosen.name,
@@ -181,7 +183,7 @@ class _Sweep:
         for number, way in enumerate(ways):
             label = f"{self.task.name}: {way.key} ({number + 1} of {len(ways)})"
             problem = way.problem or self._answer_all(way, label)
-            kept.append(Way(way.name, way.spec, way.keep, way.methods, problem))
+            kept.append(replace(way, problem=problem))
         place = timing.environment(self.loaded.device)
         fixed = {
             "seed": self.settings.seed,

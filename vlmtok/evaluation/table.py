@@ -61,7 +61,8 @@ class Evaluation(Tabular):
             sorted({name for answers in journal.outcomes.values() for o in answers.values() for name in o.measures})
         )
         for way in ways:
-            start = {"task": task, "model": model, "method": way.name, "spec": way.spec, "keep": way.keep}
+            start = {"task": task, "model": model, "method": way.name, "asked": way.asked}
+            start |= {"spec": way.spec, "keep": way.keep}
             quality = None if way.problem else _qualities(journal, way, items)
             for kind in (*kinds, ALL):
                 rows = [i for i, item in enumerate(items) if kind in (item.kind, ALL)]
@@ -85,7 +86,8 @@ class Evaluation(Tabular):
     def to_records(self) -> list[dict[str, Any]]:
         """One row for each way, budget and kind of question (``all`` for all of them).
 
-        Columns: ``task``, ``model``; ``method``, ``spec`` (what ran), ``keep`` (share of the visual tokens asked for);
+        Columns: ``task``, ``model``; ``method``, ``asked`` (as it was given), ``spec`` (what ran), ``keep`` (share of
+        the visual tokens asked for, or left by a method that runs as written);
         ``kind``, ``questions``, ``repeats``; ``quality`` in [0, 1]; ``difference`` to the uncompressed model with its
         95 % interval ``low`` to ``high``; ``visual_tokens`` (mean over layers), ``macs``, ``macs_ratio`` (uncompressed
         over this), ``kv_bytes``, ``pruner_share`` (of the MACs), ``latency_ratio`` (uncompressed over this);
@@ -100,7 +102,7 @@ class Evaluation(Tabular):
         rows = []
         for group in self._groups():
             over = group[ALL]
-            label = [over["method"], "" if over["method"] == NONE else f"{over['keep']:.3g}"]
+            label = [over["asked"], "" if over["method"] == NONE else f"{over['keep']:.3g}"]
             if over["problem"]:
                 rows.append([*label, "refused, see below", *[""] * (len(head) - 3)])
                 continue
@@ -125,7 +127,7 @@ class Evaluation(Tabular):
         for group in self._groups():
             over = group[ALL]
             if over["problem"]:
-                said.append(f"{over['method']} at {over['keep']:.3g}: {over['problem']}")
+                said.append(f"{over['asked']} at {over['keep']:.3g}: {over['problem']}")
         return said
 
     def _asked(self) -> int:
@@ -135,7 +137,7 @@ class Evaluation(Tabular):
         """The records of each way at each budget, by kind."""
         found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
         for record in self.records:
-            found.setdefault((record["method"], record["spec"], record["keep"]), {})[record["kind"]] = record
+            found.setdefault((record["asked"], record["spec"], record["keep"]), {})[record["kind"]] = record
         return list(found.values())
 
     def plot(self, cost: str = "macs", kind: str = ALL, ax: Axes | None = None) -> Axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from ..compression import compress
 from ..core.method import Method
 from ..core.registry import list_methods
 from ..core.spec import as_methods, expand
-from ..errors import ParameterError, VlmtokError, hint
-from ..forecast.budget import budget
+from ..errors import ParameterError, VlmtokError, VlmtokWarning, hint
+from ..forecast.budget import budget, measure
+from ..forecast.estimate import estimate
 from ..loading.models import Loaded
 
 NONE, RANDOM, DOWNSAMPLE = "none", "random", "downsample"
@@ -33,13 +35,16 @@ class Way:
 
     Attributes:
         name: a method's plain name, or one of `BASELINES`.
+        asked: the method as it was asked for, before it was set to a budget.
         spec: spec string that runs, or "" where none does.
-        keep: share of the visual tokens that is asked for; 1 for the uncompressed model.
+        keep: share of the visual tokens that is asked for, or that a method leaves as it is written; 1 for the
+            uncompressed model.
         methods: that are attached.
         problem: why it cannot be run, or "".
     """
 
     name: str
+    asked: str
     spec: str = ""
     keep: float = 1.0
     methods: tuple[Method, ...] = field(default=(), compare=False)
@@ -111,51 +116,75 @@ def check_names(methods: Sequence[str]) -> list[str]:
 
 
 def ways_of(
-    loaded: Loaded, methods: Sequence[str], keeps: Sequence[float], baselines: bool, **prompt: Any
+    loaded: Loaded,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    baselines: bool,
+    as_written: Sequence[str] = (),
+    **prompt: Any,
 ) -> list[Way]:
     """Every way of a sweep, the uncompressed model first; those that a model refuses say why.
 
     A method is set to each budget by `vlmtok.budget`: as many visual tokens, on average over the layers, as the share
-    says. Methods that come in stacks (``tome+fastv``) run once, as they are written, beside every budget.
+    says. Stacks (``tome+fastv``) have no single number to set and run once, as they are written.
 
     Args:
         loaded: the model.
         methods: spec strings, from `check_names`.
         keeps: shares in (0, 1).
         baselines: whether `random` and `downsample` are in it.
+        as_written: further spec strings, which run once with the settings that they have.
         prompt: of the estimates, as for `vlmtok.budget`.
     """
-    found = [Way(NONE)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VlmtokWarning)  # nothing runs here, and the runs themselves say the rest
+        return _ways(loaded, methods, keeps, baselines, as_written, prompt)
+
+
+def _ways(
+    loaded: Loaded,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    baselines: bool,
+    as_written: Sequence[str],
+    prompt: dict[str, Any],
+) -> list[Way]:
+    found = [Way(NONE, NONE)]
     if baselines:
         found += [_at(loaded, RANDOM, keep, prompt) for keep in keeps]
-        found += [Way(DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
+        found += [Way(DOWNSAMPLE, DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
     for spec in methods:
         if len(as_methods(spec)) > 1:
-            found.append(_as_written(loaded, spec))
+            found.append(_as_written(loaded, spec, prompt))
         else:
             found += [_at(loaded, spec, keep, prompt) for keep in keeps]
-    return found
+    return [*found, *(_as_written(loaded, spec, prompt) for spec in as_written)]
 
 
-def _as_written(loaded: Loaded, spec: str) -> Way:
+def _as_written(loaded: Loaded, spec: str, prompt: dict[str, Any]) -> Way:
     made = as_methods(spec)
-    name = "+".join(type(one).name for one in made)
+    name = "+".join(one.spec_name() for one in made)
     try:
+        bare, left = measure(estimate(loaded.model, made, deciding=False, **prompt), "layer_average_tokens")
         with compress(loaded.model, made):
-            return Way(name, spec, 1.0, tuple(made))
+            return Way(name, spec, spec, round(left / bare, 4), tuple(made))
     except VlmtokError as problem:
-        return Way(name, spec, 1.0, problem=str(problem))
+        return Way(name, spec, spec, problem=str(problem))
 
 
 def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
-    name = spec if ":" in spec else type(start).name
-    moved = start.budget_parameter
-    if moved and getattr(start, moved, keep) is None:  # it would leave the number to the content
-        start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
+    name, moved = start.spec_name(), start.budget_parameter
     try:
-        made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+        try:
+            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+        except ParameterError:
+            if not moved or getattr(start, moved) is not None:
+                raise
+            # It left the number to the content: any number will do to begin with.
+            start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
+            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
         with compress(loaded.model, made):
-            return Way(name, str(made), keep, (made,))
+            return Way(name, spec, str(made), keep, (made,))
     except VlmtokError as problem:
-        return Way(name, spec, keep, problem=str(problem))
+        return Way(name, spec, spec, keep, problem=str(problem))

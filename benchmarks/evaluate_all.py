@@ -1,0 +1,106 @@
+"""The whole sweep behind `docs/results.md`: every method at every budget on every task that the package ships.
+
+    python benchmarks/evaluate_all.py --device cuda --jobs 4
+
+runs `vlmtok eval` for groups of methods side by side, each resumable in a folder of its own below `--work`, and joins
+their tables to `benchmarks/results/eval/TASK.csv`, of which `vlmtok recommend` reads a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "eval"
+SHIPPED = ROOT / "vlmtok" / "data" / "results"
+KEEPS = "0.5,0.25,0.1"
+# Settings worth a row besides the defaults: CDPruner without its sign for CLIP, whose patches and texts correlate
+# inversely; SparseVLM with its first cut where these models begin to look at the picture.
+VARIANTS = {"scenes-vqa": ("cdpruner:negate=false", "sparsevlm:layers=(2;3;7)")}
+# What a cut at layer K is worth: by attention, and at random. A tenth of the tokens stays from there on.
+HORIZON = tuple(
+    spec.format(layer)
+    for layer in (2, 4, 8, 12)
+    for spec in ("fastv:keep=0.1:K={}", "random:keep=0.1:stage=decoder:layer={}")
+)
+AS_WRITTEN = {"scenes-vqa": HORIZON}
+QUESTIONS = {"scenes-vqa": 1200}
+
+
+def groups(task: str, jobs: int) -> list[tuple[list[str], list[str], bool]]:
+    """Methods, specs that run as written, and whether the baselines are among them, for each job."""
+    import vlmtok
+
+    methods = [*sorted(vlmtok.list_methods()), *VARIANTS.get(task, ())]
+    methods.remove("random")
+    found: list[tuple[list[str], list[str], bool]] = [([], [], False) for _ in range(jobs)]
+    for i, method in enumerate(methods):
+        found[i % max(1, jobs - 1)][0].append(method)
+    found[-1] = (found[-1][0], list(AS_WRITTEN.get(task, ())), True)
+    return found
+
+
+def run(task: str, group: tuple[list[str], list[str], bool], folder: Path, args: argparse.Namespace) -> None:
+    """One `vlmtok eval`."""
+    methods, written, baselines = group
+    words = [sys.executable, "-m", "vlmtok", "eval", task, "--methods", ",".join(methods), "--keep", KEEPS]
+    words += ["--as-written", ",".join(written)] if written else []
+    words += ["--baselines" if baselines else "--no-baselines", "--out", str(folder), "--device", args.device]
+    words += ["--batch", str(args.batch), "--dtype", args.dtype]
+    limit = args.limit or QUESTIONS.get(task)
+    words += ["--limit", str(limit)] if limit else []
+    threads = {"OMP_NUM_THREADS": str(args.threads)}
+    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads})
+
+
+def join(task: str, folders: Iterable[Path]) -> None:
+    """Joins the tables; the uncompressed model is in all of them, once in the result."""
+    rows: list[dict[str, str]] = []
+    columns: list[str] = []
+    for folder in folders:
+        with open(folder / f"{task}.csv", encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns += [name for name in reader.fieldnames or () if name not in columns]
+            rows += [row for row in reader if row not in rows]
+    order = {name: i for i, name in enumerate(("none", "random", "downsample"))}
+    places = {row["asked"]: i for i, row in enumerate(sorted(rows, key=lambda row: row["asked"]))}
+    rows.sort(key=lambda row: (order.get(row["asked"], 3), places[row["asked"]], -float(row["keep"])))
+    for folder in (RESULTS, SHIPPED):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{task}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["scenes-vqa"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--limit", type=int, help="questions; for a trial")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "eval")
+    args = parser.parse_args()
+    for task in args.tasks:
+        parts = groups(task, args.jobs)
+        folders = [args.work / f"{task}-{i}" for i in range(len(parts))]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run, [task] * len(parts), parts, folders, [args] * len(parts)))
+        join(task, folders)
+
+
+if __name__ == "__main__":
+    main()
