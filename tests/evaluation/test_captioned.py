@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtok.errors import ParameterError
-from vlmtok.evaluation.scenes.captioned import CLASSES, SIDE, TEMPLATE, relation_of, sample
+from vlmtok.evaluation.scenes import galleries
+from vlmtok.evaluation.scenes.captioned import (
+    CLASSES,
+    SIDE,
+    TEMPLATE,
+    Backdrop,
+    Captioned,
+    Thing,
+    relation_of,
+    sample,
+)
 from vlmtok.evaluation.scenes.galleries import GALLERY, gallery, lone_pictures
 from vlmtok.evaluation.scenes.painting import COLORS
 from vlmtok.evaluation.scenes.shifts import SEVERITIES, shift
@@ -105,6 +115,21 @@ def test_a_gallery_has_a_hundred_captions_each_true_of_one_picture():
     for one in shown[:25]:
         assert [_read(one.caption, other.picture) for other in shown].count(True) == 1, one.caption
         assert _read(one.caption, one.picture)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gallery_leaves_out_what_an_old_caption_or_a_new_one_would_be_true_of_too(monkeypatch, first):
+    """A caption of the one says "a above b with c" and holds of both; of the other "a above c", and holds of one."""
+    a, b, c = Thing("star", "red", True, 16, 16, 6), Thing("ring", "blue", True, 16, 80, 6), "pink"
+    low, aside = (Thing("cross", c, True, x, y, 6) for x, y in ((48, 112), (112, 48)))
+    backdrop = Backdrop("plain", ((9, 9, 9), (9, 9, 9)), 0)
+    one, other = Captioned((a, b, aside), backdrop), Captioned((a, low, b), backdrop)
+    assert one.claim(random.Random(0)).holds(other) and not other.claim(random.Random(0)).holds(one)
+    third = Captioned((a,), backdrop)
+    given = iter([(one,), (other,), (third,)] if first == 0 else [(other,), (one,), (third,)])
+    monkeypatch.setattr(galleries, "GALLERY", 2)
+    monkeypatch.setattr(galleries, "sample", lambda *_: next(given))
+    assert {shown.picture for shown in gallery(0)} == {one if first == 0 else other, third}
 
 
 def test_lone_pictures_cover_the_classes():
