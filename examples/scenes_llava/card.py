@@ -133,8 +133,8 @@ pipeline_tag: image-text-to-text
 
 A LLaVA of {parameters:.1f} million parameters ({megabytes:.1f} MB, half precision) that answers questions about
 rendered pages: coloured shapes of two sizes, numbers in large and in small print, tables, bar charts; about two pages
-at once and in a second turn. It ships with vlmtok so that methods of token reduction can be told apart without a download.
-It is no general model: it knows the world described below and nothing else.
+at once and in a second turn. It ships with vlmtok so that methods of token reduction can be told apart without a
+download. It is no general model: it knows the world described below and nothing else.
 
 A `LlavaForConditionalGeneration`: a CLIP tower of 8 layers (192 px, patches of 8 px, read one layer before the last), a
 projector, and a Llama of 16 layers, all of width 128. A picture is 576 visual tokens, as in LLaVA 1.5. The tower also
@@ -196,6 +196,6 @@ Frobenius norms of the output projections, layer by layer:
 Phrasings, shapes and layouts other than those above are outside what it learned; pictures are cropped to a square and
 shrunk to 192 px. Digits of an answer stand apart ("4 0 7"). The heads' attention was guided in training and the
 tower's patches say what they show and little else, which makes the model more telling, and more brittle, than a large
-one: on large models neighbouring tokens repeat each other, and dropping some costs less. Ranks of methods on this checkpoint
-say what a method keeps of such pages, not how it does on photographs.
+one: on large models neighbouring tokens repeat each other, and dropping some costs less. Ranks of methods on this
+checkpoint say what a method keeps of such pages, not how it does on photographs.
 """

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
@@ -37,6 +38,7 @@ class Loaded(Shown):
         pixels: towers: from a picture to `[1, 3, H, W]`.
         encode: towers: from `[B, 3, H, W]` to class scores or an embedding, `[B, F]`.
         labels: names of the classes where `encode` gives scores of known classes.
+        words: dual encoders: from sentences to token ids `[T, L]`, which its text tower takes.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Loaded(Shown):
     pixels: Callable[[Image.Image], Tensor] | None = None
     encode: Callable[[Tensor], Tensor] | None = None
     labels: Sequence[str] | None = None
+    words: Callable[[Sequence[str]], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +207,28 @@ def _transformers(
         made: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return made
 
-    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels)
+    words = _words(shown, place, config) if hasattr(model, "get_text_features") else None
+    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels, words)
+
+
+def _words(shown: str, place: str, config: Any) -> Callable[[Sequence[str]], Tensor]:
+    """From sentences to token ids, padded as in training; the tokenizer is loaded when it is asked for."""
+
+    @cache
+    def tokenizer() -> Any:
+        import transformers
+
+        return one_line_errors(shown, lambda: transformers.AutoTokenizer.from_pretrained(place))
+
+    def words(sentences: Sequence[str]) -> Tensor:
+        length = config.get_text_config().max_position_embeddings
+        made = tokenizer()(
+            list(sentences), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = made["input_ids"]
+        return ids
+
+    return words
 
 
 def place_of(name: str | None) -> tuple[str, str]:
@@ -316,7 +340,17 @@ def _open_clip(name: str, random: bool, bare: bool) -> Loaded:
     model, _, transform = one_line_errors(shown, lambda: open_clip.create_model_and_transforms(name, **given))
     if bare:
         return Loaded(shown, model, None, False, False)
-    return Loaded(shown, model, transform, False, trained and not random, _one(transform), model.encode_image)
+    words = cache(lambda: one_line_errors(shown, lambda: open_clip.get_tokenizer(name)))
+    return Loaded(
+        shown,
+        model,
+        transform,
+        False,
+        trained and not random,
+        _one(transform),
+        model.encode_image,
+        words=lambda sentences: words()(list(sentences)),
+    )
 
 
 def _one(transform: Any) -> Callable[[Image.Image], Tensor]:
