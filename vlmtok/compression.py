@@ -104,6 +104,12 @@ def remove(model: nn.Module) -> int:
     return count
 
 
+def carried(model: nn.Module) -> list[Compression]:
+    """New handles of the compressions that a model carries, in the order in which they were placed."""
+    dispatcher = dispatcher_of(model)
+    return [] if dispatcher is None else [Compression(dispatcher, member) for member in dispatcher.members]
+
+
 class Compression(Shown):
     """The handle of one `compress` call.
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
@@ -37,6 +38,7 @@ class Loaded(Shown):
         pixels: towers: from a picture to `[1, 3, H, W]`.
         encode: towers: from `[B, 3, H, W]` to class scores or an embedding, `[B, F]`.
         labels: names of the classes where `encode` gives scores of known classes.
+        words: dual encoders: from sentences to token ids `[T, L]`, which its text tower takes.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Loaded(Shown):
     pixels: Callable[[Image.Image], Tensor] | None = None
     encode: Callable[[Tensor], Tensor] | None = None
     labels: Sequence[str] | None = None
+    words: Callable[[Sequence[str]], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,14 @@ class Loaded(Shown):
 
 
 @guarded
-def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", random: bool = False) -> Loaded:
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    random: bool = False,
+    attn_implementation: str | None = None,
+) -> Loaded:
     """Loads a model and what prepares its pictures.
 
     Args:
@@ -91,6 +101,7 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
         device: ``auto`` or a torch device.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         random: draw the weights instead of loading trained ones; figures of speed hold, answers mean nothing.
+        attn_implementation: of a transformers checkpoint, as transformers names it; None leaves it to transformers.
 
     Returns:
         The model in eval mode.
@@ -100,7 +111,7 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    made = _make(name, random, kind)
+    made = _make(name, random, kind, attention=attn_implementation)
     made.model.to(device=where, dtype=kind).eval()
     return made
 
@@ -153,19 +164,25 @@ def configured(config: Any) -> nn.Module:
     raise ParameterError(f"estimate: transformers makes no model of a {type(config).__name__}")
 
 
-def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False) -> Loaded:
+def _make(
+    name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False, attention: str | None = None
+) -> Loaded:
     """Finds the library; with `bare` there is nothing that prepares pictures."""
     prefix, _, rest = (name or "").partition(":")
+    if attention is not None and (random or prefix in ("timm", "open_clip")):
+        raise LoadError(f"attn_implementation={attention!r} is for checkpoints of transformers, with their weights")
     with quiet():
         if prefix == "timm":
             return _timm(rest, random, bare)
         if prefix == "open_clip":
             return _open_clip(rest, random, bare)
-        return _transformers(name, random, dtype, bare)
+        return _transformers(name, random, dtype, bare, attention)
 
 
 # ---------------------------------------------------------------------- transformers
-def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool) -> Loaded:
+def _transformers(
+    name: str | None, random: bool, dtype: torch.dtype | None, bare: bool, attention: str | None
+) -> Loaded:
     import transformers
 
     shown, place = place_of(name)
@@ -175,7 +192,8 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     if random:
         model = one_line_errors(shown, lambda: _from_config(maker, config))
     else:
-        model = one_line_errors(shown, lambda: maker.from_pretrained(place, dtype=dtype))
+        asked = {} if attention is None else {"attn_implementation": attention}
+        model = one_line_errors(shown, lambda: maker.from_pretrained(place, dtype=dtype, **asked))
     if bare:
         return Loaded(shown, model, None, language, False)
     reader: Any = transformers.AutoProcessor if language else transformers.AutoImageProcessor
@@ -189,7 +207,28 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
         made: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
         return made
 
-    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels)
+    words = _words(shown, place, config) if hasattr(model, "get_text_features") else None
+    return Loaded(shown, model, processor, False, not random, pixels, encoder_of(model), labels, words)
+
+
+def _words(shown: str, place: str, config: Any) -> Callable[[Sequence[str]], Tensor]:
+    """From sentences to token ids, padded as in training; the tokenizer is loaded when it is asked for."""
+
+    @cache
+    def tokenizer() -> Any:
+        import transformers
+
+        return one_line_errors(shown, lambda: transformers.AutoTokenizer.from_pretrained(place))
+
+    def words(sentences: Sequence[str]) -> Tensor:
+        length = config.get_text_config().max_position_embeddings
+        made = tokenizer()(
+            list(sentences), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = made["input_ids"]
+        return ids
+
+    return words
 
 
 def place_of(name: str | None) -> tuple[str, str]:
@@ -301,7 +340,17 @@ def _open_clip(name: str, random: bool, bare: bool) -> Loaded:
     model, _, transform = one_line_errors(shown, lambda: open_clip.create_model_and_transforms(name, **given))
     if bare:
         return Loaded(shown, model, None, False, False)
-    return Loaded(shown, model, transform, False, trained and not random, _one(transform), model.encode_image)
+    words = cache(lambda: one_line_errors(shown, lambda: open_clip.get_tokenizer(name)))
+    return Loaded(
+        shown,
+        model,
+        transform,
+        False,
+        trained and not random,
+        _one(transform),
+        model.encode_image,
+        words=lambda sentences: words()(list(sentences)),
+    )
 
 
 def _one(transform: Any) -> Callable[[Image.Image], Tensor]:

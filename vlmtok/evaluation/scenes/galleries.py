@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .captioned import Captioned, sample
+from .captioned import Captioned, Claim, sample
 
 GALLERY = 100
 """Pictures, and captions, of a gallery."""
@@ -45,7 +45,7 @@ def _fitting(which: int, seed: str) -> Iterator[tuple[Captioned, str]]:
     """Groups are taken where none of their captions holds of a picture that is there, nor the other way."""
     rng = random.Random(f"captions:{seed}:{which}")
     taken: list[tuple[Captioned, str]] = []
-    claims = []
+    claims: list[Claim] = []
     number = 0
     while len(taken) < GALLERY:
         group = sample("held-out", _ALIKE, seed, which, number)
@@ -56,4 +56,5 @@ def _fitting(which: int, seed: str) -> Iterator[tuple[Captioned, str]]:
             continue
         claims += said
         taken += [(picture, claim.text) for picture, claim in zip(group, said)]
+    rng.shuffle(taken)
     yield from taken
