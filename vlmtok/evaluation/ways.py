@@ -70,7 +70,7 @@ class Way:
         if not self.methods:
             return nullcontext()
         state = int(np.random.SeedSequence(seed).generate_state(1)[0]) & 0x7FFFFFFF
-        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var, call-arg]
+        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var]
         return compress(loaded.model, made)
 
 
