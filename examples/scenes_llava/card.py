@@ -131,10 +131,10 @@ pipeline_tag: image-text-to-text
 ---
 # scenes-llava
 
-A LLaVA of {parameters:.1f} million parameters ({megabytes:.1f} MB, half precision) that answers questions about rendered
-pages: coloured shapes of two sizes, numbers in large and in small print, tables, bar charts; about two pages at once and
-in a second turn. It ships with vlmtok so that methods of token reduction can be told apart without a download. It is no
-general model: it knows the world described below and nothing else.
+A LLaVA of {parameters:.1f} million parameters ({megabytes:.1f} MB, half precision) that answers questions about
+rendered pages: coloured shapes of two sizes, numbers in large and in small print, tables, bar charts; about two pages
+at once and in a second turn. It ships with vlmtok so that methods of token reduction can be told apart without a
+download. It is no general model: it knows the world described below and nothing else.
 
 A `LlavaForConditionalGeneration`: a CLIP tower of 8 layers (192 px, patches of 8 px, read one layer before the last), a
 projector, and a Llama of 16 layers, all of width 128. A picture is 576 visual tokens, as in LLaVA 1.5. The tower also
@@ -163,11 +163,11 @@ green column and the star row?" 4 8; "How high is the red bar?" 6; "What color i
 
 ## Data
 
-Everything is rendered by `vlmtok.evaluation.scenes`. A scene holds nine to fifteen things in the cells of a 4 x 4 grid:
-shapes of 14 to 19 px radius, small ones of 4 to 5 px, plates with three digits that are 15 px or 7 px high. A digit in
-fine print is about one patch. Tables have 3 to 5 rows headed by shapes and 3 or 4 columns headed by colours; charts have
-4 to 6 bars on a scale from 0 to 9 without printed numbers. Pixels get noise in training. The split is by the SHA-256 of
-the arrangement: one in sixteen is held out, so no held-out arrangement was trained on.
+Everything is rendered by `vlmtok.evaluation.scenes`. A scene holds eight to fifteen things in the cells of a 4 x 4
+grid: shapes of 14 to 19 px radius, small ones of 4 to 5 px, plates with three digits that are 15 px or 7 px high. A
+digit in fine print is about one patch. Tables have 3 to 5 rows headed by shapes and 3 or 4 columns headed by colours;
+charts have 4 to 6 bars on a scale from 0 to 9 without printed numbers. Pixels get noise in training. The split is by
+the SHA-256 of the arrangement: one in sixteen is held out, so no held-out arrangement was trained on.
 
 ## Training
 
@@ -194,8 +194,8 @@ Frobenius norms of the output projections, layer by layer:
 ## Limits
 
 Phrasings, shapes and layouts other than those above are outside what it learned; pictures are cropped to a square and
-shrunk to 192 px. Digits of an answer stand apart ("4 0 7"). The heads' attention was guided in training and the tower's
-patches say what they show and little else, which makes the model more telling, and more brittle, than a large one: on
-large models neighbouring tokens repeat each other, and dropping some costs less. Ranks of methods on this checkpoint say
-what a method keeps of such pages, not how it does on photographs.
+shrunk to 192 px. Digits of an answer stand apart ("4 0 7"). The heads' attention was guided in training and the
+tower's patches say what they show and little else, which makes the model more telling, and more brittle, than a large
+one: on large models neighbouring tokens repeat each other, and dropping some costs less. Ranks of methods on this
+checkpoint say what a method keeps of such pages, not how it does on photographs.
 """

@@ -1,11 +1,13 @@
 """Downsampling, on every family with a processor here and on every tower: the count is the model's own."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as tf
 from families.build import FAMILIES, TOWER_ONLY, shared
-from families.checkpoints import READERS, TEMPLATE, tokenizer
+from families.checkpoints import READERS, TEMPLATE, Reader, tokenizer
 from PIL import Image
 from support import checkpoints
 from vlmtok.adapters.host_faults import fault_of
@@ -15,6 +17,7 @@ from vlmtok.errors import ParameterError, TargetError, UnsupportedModel
 from vlmtok.evaluation import dialling, sizing, twins
 from vlmtok.evaluation.downsample import Downsampler, downsample, largest_grid
 from vlmtok.forecast.published import PUBLISHED
+from vlmtok.lab.tiny.prompts import END, IMAGE, START
 from vlmtok.lab.tiny.towers import TOWERS
 from vlmtok.loading import Loaded, load, open_picture, samples
 from vlmtok.loading.models import encoder_of
@@ -45,8 +48,41 @@ def saved(tmp_path_factory):
     return get
 
 
+def _seen(name, side=32):
+    """DeepSeek-VL and Janus: one size, and a number of tokens that the processor is told."""
+
+    def make(words, **more):
+        pictures = getattr(tf, f"{name}ImageProcessor")(size={"height": side, "width": side}, min_size=4)
+        return getattr(tf, f"{name}Processor")(pictures, words, num_image_tokens=16, **more)
+
+    return make
+
+
+def _light(words, **more):
+    pictures = tf.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
+    return tf.LightOnOcrProcessor(pictures, words, patch_size=8, spatial_merge_size=2, **more)
+
+
+def _llava(words, **more):
+    pictures = tf.LlavaImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    how = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return tf.LlavaProcessor(pictures, words, **how, **more)
+
+
+BOUNDS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+LINES = {"image_token": "<image>", "image_break_token": "<break>", "image_end_token": "<end>"}
+MARKED = {"<image>": IMAGE, "<boi>": START, "<eoi>": END}
+FURTHER = {
+    "deepseek_vl": Reader(_seen("DeepseekVL"), {"<image>": IMAGE}, {"image_token": "<image>"}),
+    "janus": Reader(_seen("Janus"), MARKED, BOUNDS),
+    "lighton_ocr": Reader(_light, {"<image>": IMAGE, "<break>": START, "<end>": END}, LINES),
+    "llava": Reader(_llava, {"<image>": IMAGE}, {"image_token": "<image>"}),
+}
+"""Processors of further families, and another of LLaVA."""
+
+
 def built(name):
-    reader = READERS[name]
+    reader = {**READERS, **FURTHER}[name]
     model = shared(name, {**FAMILIES, **TOWER_ONLY}[name].attentions[0])
     made = reader.make(tokenizer(reader), chat_template=TEMPLATE.replace("IMAGE", reader.shown))
     return Loaded(name, model, made, True)
@@ -86,7 +122,7 @@ def check(loaded, name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name not in FIXED])
+@pytest.mark.parametrize("name", [name for name in (*READERS, *FURTHER) if name not in FIXED])
 def test_families(name):
     check(built(name), name)
 
@@ -156,6 +192,38 @@ def test_what_was_found_is_kept():
     first, again = resizer(noise((96, 96)), 36), resizer(noise((96, 96)), 36)
     other = resizer(noise((200, 100)), 40)
     assert again is first and other.loaded is first.loaded and other.tokens == 36
+
+
+GRIDS = {
+    "CohereCompassImageProcessor": 3136,
+    "Cosmos3EdgeImageProcessor": 65536,
+    "GlmgaImageProcessor": 12544,
+    "Kimi_K25ImageProcessor": None,
+    "MuseGlimmerImageProcessor": None,
+}
+"""Image processors whose grids say how many tokens a picture has, and the fewest pixels that they make of one."""
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_dials_of_processors_without_a_prompt(name):
+    """Fewer with every turn down to a token or few; turned to the top, as it was."""
+    pictures = getattr(tf, name)()
+    native = Loaded(name, torch.nn.Identity(), SimpleNamespace(image_processor=pictures), True)
+    ((dial,), image) = sizing.ROWS[name], noise((640, 420))
+
+    def tokens(made):
+        (grid,) = made(images=[image], return_tensors="pt")["image_grid_thw"]
+        return int(grid.prod()) // made.merge_size**2
+
+    values = list(dial.values(native))
+    counted = []
+    for value in (values[-1], *values[len(values) // 50 :: -max(1, len(values) // 300)][:12], values[0]):
+        draft = sizing.fresh(native)
+        dial.turn(draft, value)
+        counted.append(tokens(draft.pictures))
+    assert counted[0] == tokens(pictures) > 200 and counted[-1] <= 4
+    assert counted == sorted(counted, reverse=True) and len(set(counted)) > 3
+    assert GRIDS[name] is None or pictures.size["shortest_edge"] == GRIDS[name]
 
 
 # ---------------------------------------------------------------------- published models, without their weights

@@ -67,7 +67,10 @@ def write(tmp_path):
 # ---------------------------------------------------------------------- whom it names
 def test_the_best_come_first_with_their_rows(write):
     found = vlmtok.recommend(None, 0.25, "chat", results=write(table()))
-    assert found.methods == ["divprune:keep=0.25", "fastv:keep=0.25"]  # todre lies below the best one's interval
+    assert [one.spec for one in found.picks] == [
+        "divprune:keep=0.25",
+        "fastv:keep=0.25",
+    ]  # todre lies below the best one's interval
     best = found.picks[0]
     assert (best.quality, best.difference, best.low, best.high) == (0.8, -0.1, -0.14, -0.06)
     assert [(one.kind, one.keep) for one in best.rows] == [("all", 0.25), ("where", 0.25), ("second turn", 0.25)]
@@ -137,7 +140,42 @@ def test_numbers_need_a_model_that_says_how_many(write):
     assert vlmtok.recommend("llava-1.5-7b", 64, results=write(table())).measured == 0.1
 
 
+def test_settings_are_those_that_meet_the_budget_on_this_model(write):
+    """FastV's first layers keep all: with more layers it may keep more of the picture behind them."""
+    path = write(table())
+    small, large = vlmtok.recommend(None, 0.25, results=path), vlmtok.recommend("llava-1.5-7b", 0.2, results=path)
+    for found, model in ((small, "tiny-llava"), (large, "llava-1.5-7b")):
+        assert len(found.methods) == 2 and found.methods == [one.here for one in found.picks]
+        for spec in found.methods:
+            made = vlmtok.estimate(model, spec)
+            lines = made.last_layers()
+            reached = sum(line.visual.high for line in lines) / len(lines)
+            assert reached == pytest.approx(found.asked * (144 if model == "tiny-llava" else 576), rel=0.08)
+    assert small.methods[1] != large.methods[1] and small.methods[1] in str(small)
+    unknown = vlmtok.recommend(shared("qwen2_5_vl"), 0.25, results=path)
+    assert unknown.methods[0] == unknown.picks[0].spec and not unknown.picks[0].here
+    assert any("layer_average_tokens=0.25, image_size" in note for note in unknown.notes)
+    assert not any("image_size" in note for note in small.notes)
+
+
+def test_budgets_of_single_ways_are_none(write):
+    """A stack ran as it was written, at a share of its own that nothing else was measured at."""
+    stack = row("tome+fastv", 0.99, keep=0.31, spec="tome:r=1+fastv:keep=0.2")
+    rows = [*table(), stack]
+    found = vlmtok.recommend(None, 0.31, results=write(rows))
+    assert found.measured == 0.25 and "tome" not in str(found.methods)
+    found = vlmtok.recommend(None, 0.25, results=write([*table(), {**stack, "keep": 0.25}]))
+    assert found.picks[0].spec == "tome:r=1+fastv:keep=0.2" and found.picks[0].where == ("vision", "decoder")
+
+
 # ---------------------------------------------------------------------- whom it never names
+def test_methods_that_cannot_meet_the_budget_are_not_named(write):
+    """On 16 layers FastV keeps 13 % of the tokens on average, whatever it does behind its first two."""
+    found = vlmtok.recommend(None, 0.1, results=write(table()))
+    assert [one.method for one in found.picks] == ["divprune", "todre"]
+    assert "the nearest is 18.9 tokens" in found.refused["fastv:keep=0.1"]
+
+
 def test_refused_methods_are_never_named(write):
     """The best ones of the table are among them."""
     rows = [*table(quality={**QUALITY, "fastv": 0.89}), row("tca", 0.91), row("scope", 0.895)]
@@ -183,7 +221,7 @@ def test_a_spec_that_the_model_refuses_though_the_method_runs(write):
     """Layer 30 is there in the measured model, and not in this one."""
     rows = [*table(), row("fastv", 0.95, spec="fastv:K=30")]
     found = vlmtok.recommend(None, 0.25, results=write(rows))
-    assert "fastv:K=30" in found.refused and found.methods[1] == "fastv:keep=0.25"
+    assert "fastv:K=30" in found.refused and found.picks[1].spec == "fastv:keep=0.25"
 
 
 def test_ways_with_a_problem_are_left_out(write):
@@ -208,7 +246,7 @@ def test_towers_are_for_classification(write):
         ]
     )
     found = vlmtok.recommend("vit-b-16", 0.25, results=path)
-    assert found.task == "classification" and found.methods == ["tome:r=2", "pitome:ratio=0.9"]
+    assert found.task == "classification" and [one.spec for one in found.picks] == ["tome:r=2", "pitome:ratio=0.9"]
     assert [one.method for one in found.baselines] == ["downsample", "random"]
     with pytest.raises(ParameterError, match="task='ocr' is nothing that vit-b-16 does"):
         vlmtok.recommend("vit-b-16", 0.25, "ocr", results=path)

@@ -39,6 +39,7 @@ WINGS: dict[str, tuple[str, ...]] = {
         *("ground", "kernels", "core", "adapters", "adapters.language", "adapters.finder"),
         *("cost", "compression", "loading", "forecast", "lab.tiny"),
     ),
+    "harness": ("ground", "core", "cost", "compression", "loading", "forecast", "lab"),
     "cli": ("ground", "core", "adapters.finder", "cost", "forecast", "loading", "lab"),
     "front": ("ground", "core", "compression", "cost", "serving", "forecast", "loading", "lab", "cli", "methods")
     + ("kernels", "adapters.finder"),
@@ -165,6 +166,13 @@ def test_model_libraries_stay_in_their_rooms():
         if one.gives.split(".")[0] in HOSTS and not one.asks.startswith(HOSTS_IN)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_lmms_eval_is_the_business_of_its_wing_and_nobody_asks_that():
+    """It is no dependency: whoever imports it needs an environment of its own (``.ci/lmms-eval``)."""
+    asking = {one.asks for one in ALL if one.gives.split(".")[0] in ("lmms_eval", "loguru", "tqdm")}
+    assert {wing(module) for module in asking} == {"harness"}
+    assert not [str(one) for one in ALL if wing(one.gives) == "harness" != wing(one.asks)]
 
 
 # ---------------------------------------------------------------------- words

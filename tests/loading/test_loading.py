@@ -27,6 +27,17 @@ def test_random_weights_and_dtypes(tmp_path):
     assert not torch.equal(trained.model.get_parameter(weight), drawn.model.get_parameter(weight).float())
 
 
+def test_the_form_of_attention_is_asked_of_transformers(tmp_path):
+    folder = str(llava(tmp_path, layers=1))
+    assert loading.load(folder).model.config._attn_implementation == "sdpa"
+    assert loading.load(folder, attn_implementation="eager").model.config._attn_implementation == "eager"
+    with pytest.raises(LoadError, match="cannot load"):
+        loading.load(folder, attn_implementation="nonsense")
+    for name, random in (("timm:vit_tiny_patch16_224", False), (folder, True)):
+        with pytest.raises(LoadError, match="is for checkpoints of transformers"):
+            loading.load(name, random=random, attn_implementation="eager")
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import timing
+from ..adapters import adapter_for
 from ..errors import InternalError, ParameterError, VlmtokError
 from ..guard import guarded
 from ..loading import load
@@ -105,7 +106,7 @@ def evaluate(
     loaded = model if isinstance(model, Loaded) else load(model or chosen.model, device=device, dtype=dtype)
     chosen.check(loaded)
     settings = _Settings(repeats, seed, batch, latency_rounds, text_tokens)
-    prompt = {"text_tokens": text_tokens} if chosen.language else {}
+    prompt = _prompt(chosen, loaded, items[0], text_tokens) if chosen.language else {}
     ways = ways_of(loaded, names, keeps, baselines, written, **prompt)
     place = timing.environment(loaded.device)
     head = {
@@ -128,6 +129,14 @@ def evaluate(
             )
     path = Path(folder) / f"{chosen.name}.jsonl"
     return _Sweep(chosen, loaded, items, settings, Journal(path, head), progress).run(ways)
+
+
+def _prompt(task: Task, loaded: Loaded, item: Item, text_tokens: int) -> dict[str, Any]:
+    """What budgets are set for: a prompt with a picture; where the model does not say how many tokens, an item's."""
+    given: dict[str, Any] = {"text_tokens": text_tokens}
+    if not adapter_for(loaded.model).account().visual:
+        given |= {"image_size": task.pictures(item)[0].size, "processor": loaded.processor}
+    return given
 
 
 def _names(methods: str | Sequence[str]) -> list[str]:

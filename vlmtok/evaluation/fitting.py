@@ -11,7 +11,8 @@ from torch import nn
 from ..adapters import adapter_for
 from ..core.model_shape import ModelShape
 from ..core.spec import as_methods
-from ..errors import VlmtokError
+from ..errors import TargetError, VlmtokError
+from ..forecast.budget import budget
 from ..forecast.estimate import attach
 from ..forecast.presets import PRESETS
 from ..forecast.subject import subject_of
@@ -20,6 +21,7 @@ from ..loading.models import Loaded, skeleton
 from ..loading.names import EMBEDDED
 from .sizing import why_fixed
 from .twins import why_one_size
+from .ways import WITHIN
 
 Tried = tuple[tuple[str, ...], tuple[str, ...], str]
 """Stages at which a way acts, what it chooses by itself, and why it is refused: empty where it is not."""
@@ -55,14 +57,28 @@ class Target:
         if method == "downsample":
             return (), (), self._downsampled()
         try:
-            if self.module is not None:
-                (made,) = as_methods(spec)
-                found = pair(self.module, self.shape.layout, made, self.name, self.adapter)
+            made = as_methods(spec)
+            if self.module is not None and len(made) == 1:
+                found = pair(self.module, self.shape.layout, made[0], self.name, self.adapter)
                 return found.stages, found.notes, found.reason
             carried = attach(self.shape, spec)
         except VlmtokError as refusal:
             return (), (), " ".join(str(refusal).split())
         return tuple(dict.fromkeys(one.site.stage for one in carried.entries)), tuple(carried.said), ""
+
+    def fits(self, asked: str, share: float) -> tuple[str, str]:
+        """A method set to a budget on this model: its spec string, and why it cannot be; empty what is not known.
+
+        Args:
+            asked: spec string from which to start.
+            share: of the visual tokens, mean over layers.
+        """
+        try:
+            return str(budget(asked, self.shape, layer_average_tokens=share, within=WITHIN)), ""
+        except TargetError as problem:
+            return "", " ".join(str(problem).split())
+        except VlmtokError:  # nothing to move, a stack, or a model that does not say how many tokens a picture has
+            return "", ""
 
     def _downsampled(self) -> str:
         """Why pictures cannot be made smaller, as far as that shows without a processor."""

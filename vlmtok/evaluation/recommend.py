@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core.settings import check_keep
@@ -58,7 +58,8 @@ class Standing:
         low: lower end of its interval.
         high: upper end.
         rows: what was measured: the kinds that decide, then those that are shown.
-        where: stages at which tokens leave or merge in the model that was asked about.
+        here: spec string that meets the budget on the model that was asked about; empty where that cannot be told.
+        where: stages at which tokens leave or merge in that model.
         notes: what the method chooses by itself there.
     """
 
@@ -69,6 +70,7 @@ class Standing:
     low: float
     high: float
     rows: tuple[Measured, ...]
+    here: str = ""
     where: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -116,8 +118,8 @@ class Recommendation(Shown):
 
     @property
     def methods(self) -> list[str]:
-        """Spec strings of the picks, the best first."""
-        return [one.spec for one in self.picks]
+        """Spec strings of the picks for this model and budget, the best first; as measured where nothing is known."""
+        return [one.here or one.spec for one in self.picks]
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts."""
@@ -129,7 +131,7 @@ class Recommendation(Shown):
 
     def sheet(self) -> Sheet:
         """The picks, what they have to beat, and the rows behind them."""
-        lines = [self.verdict, *(f"{one.spec}: {one.reason}" for one in self.picks)]
+        lines = [self.verdict, *(f"{one.here or one.spec}: {one.reason}" for one in self.picks)]
         standings = (*self.picks, *self.baselines)
         tables = [Table(_HEAD, [_cells(one, row) for one in standings for row in one.rows])]
         kinds = "all questions" if self.kinds == (ALL,) else ", ".join(self.kinds)
@@ -218,7 +220,7 @@ class _Ranking:
             raise ParameterError(f"recommend: the results have no figures of {self.need.task} (tasks in them: {there})")
         self.source = _source(rows, target)
         rows = [row for row in rows if row.model == self.source and row.keep > 0]
-        budgets = sorted({row.keep for row in rows})
+        budgets = _common_budgets(rows)
         self.budget = min(budgets, key=lambda keep: (abs(math.log(keep / share)), keep))
         self.others = [keep for keep in budgets if keep != self.budget]
         self.rows = [row for row in rows if row.keep == self.budget]
@@ -238,10 +240,13 @@ class _Ranking:
                     lacking.append(spec)
                     continue
                 where, notes, reason = self.target.tries(method, spec)
+                here = ""
+                if not reason and method not in WAYS:
+                    here, reason = self.target.fits(standing.rows[0].asked or method, self.share)
                 if reason:
                     refused[spec] = reason
                 else:
-                    standings.append(Standing(**{**vars(standing), "where": where, "notes": notes}))
+                    standings.append(replace(standing, here=here, where=where, notes=notes))
         ranked = sorted(standings, key=lambda one: one.quality, reverse=True)
         methods = _one_each(one for one in ranked if one.method not in WAYS)
         baselines = tuple(_one_each(one for one in ranked if one.method in WAYS))
@@ -296,6 +301,12 @@ class _Ranking:
         if len(self.need.kinds) > 1:
             notes.append("intervals of several kinds together are made of theirs, whose questions differ")
         known = {*(one.method for one in baselines), *(spec.partition(":")[0] for spec in refused)}
+        loose = ", ".join(one.spec for one in picks if not one.here)
+        if loose:
+            notes.append(
+                f"with the settings that were measured: {loose}; vlmtok.budget(METHOD, MODEL, layer_average_tokens="
+                f"{self.share:.3g}, image_size=(W, H)) sets a method for pictures of your size"
+            )
         notes += [f"{way} was not measured at this budget" for way in WAYS if way not in known]
         notes += [f"not every kind that decides was measured of {spec}" for spec in lacking]
         notes += [f"no figures of {spec}: {problem}" for spec, problem in self.without.items()]
@@ -320,6 +331,15 @@ def pooled(rows: Sequence[Measured]) -> tuple[float, float, float, float]:
     difference = sum(weight * row.difference for weight, row in zip(weights, rows))
     half = math.sqrt(sum((weight * row.half) ** 2 for weight, row in zip(weights, rows)))
     return quality, difference, max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def _common_budgets(rows: Sequence[Measured]) -> list[float]:
+    """Budgets at which ways can be compared: stacks and methods that ran as written have budgets of their own."""
+    ways: dict[float, set[str]] = {}
+    for row in rows:
+        ways.setdefault(row.keep, set()).add(row.method)
+    most = max(map(len, ways.values()))
+    return sorted(keep for keep, names in ways.items() if 2 * len(names) >= most)
 
 
 def _one_each(ranked: Iterable[Standing]) -> list[Standing]:

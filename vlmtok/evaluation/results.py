@@ -40,6 +40,7 @@ class Measured:
         macs_ratio: MACs of the uncompressed model over those of the way, or None.
         problem: why there are no figures; empty where there are.
         device: on which it ran, as written.
+        asked: spec string from which it was set to the budget; empty where it is not written.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Measured:
     macs_ratio: float | None = None
     problem: str = ""
     device: str = ""
+    asked: str = ""
 
     @property
     def half(self) -> float:
@@ -144,4 +146,5 @@ def _row(path: Path, number: int, row: dict[str, str]) -> Measured:
         figure("macs_ratio"),
         problem,
         row.get("device") or "",
+        row.get("asked") or "",
     )

@@ -175,7 +175,18 @@ def _small_tiles(loaded: Loaded) -> Sequence[int]:
 
 def _set_most(draft: Draft, value: int) -> None:
     found = draft.pictures
-    found.max_image_tokens, found.min_image_tokens = value, min(found.min_image_tokens, value)
+    found.max_image_tokens = value
+    if hasattr(found, "min_image_tokens"):
+        found.min_image_tokens = min(found.min_image_tokens, value)
+
+
+def _patches(loaded: Loaded) -> Sequence[int]:
+    found = _pictures(loaded)
+    return range(found.merge_size**2, found.max_patches + 1)
+
+
+def _set_patches(draft: Draft, value: int) -> None:
+    draft.pictures.max_patches = value
 
 
 SOFT = (70, 140, 280, 560, 1120)
@@ -280,13 +291,20 @@ TILED_EDGE = Dial("longest edge of a picture", _tiled_edges, _set_edge)
 CANVAS = Dial("most tiles of a picture", _canvases, _set_canvas, twin=True)
 SMALL_TILES = Dial("most tiles of a picture", _small_tiles, _set_small_tiles)
 MOST = Dial("most tokens of a picture", _up_to("max_image_tokens"), _set_most)
+PATCHES = Dial("most patches of a picture", _patches, _set_patches)
 SOFT_TOKENS = Dial("most tokens of a picture", _soft, _set_soft)
 SIDE = Dial("side of a tile", _sides, _set_side, twin=True, gaps=True, refuses=_no_positions)
 
 ROWS: dict[str, tuple[Dial, ...]] = {
     **dict.fromkeys(
-        ("Qwen2VLImageProcessor", "Glm4vImageProcessor", "Glm46VImageProcessor", "PaddleOCRVLImageProcessor"), (AREA,)
+        (
+            *("Qwen2VLImageProcessor", "Glm4vImageProcessor", "Glm46VImageProcessor", "PaddleOCRVLImageProcessor"),
+            *("GlmgaImageProcessor", "Cosmos3EdgeImageProcessor", "CohereCompassImageProcessor"),
+        ),
+        (AREA,),
     ),
+    "MuseGlimmerImageProcessor": (MOST,),
+    "Kimi_K25ImageProcessor": (PATCHES,),
     "PixtralImageProcessor": (EDGE,),
     "Gemma4ImageProcessor": (SOFT_TOKENS,),
     "Lfm2VlImageProcessor": (SMALL_TILES, MOST),
@@ -294,7 +312,13 @@ ROWS: dict[str, tuple[Dial, ...]] = {
     "Llama4ImageProcessor": (TILES,),
     **dict.fromkeys(("Idefics3ImageProcessor", "SmolVLMImageProcessor"), (TILED_EDGE, SIDE)),
     **dict.fromkeys(("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"), (CANVAS, SIDE)),
-    **dict.fromkeys(("CLIPImageProcessor", "SiglipImageProcessor"), (SIDE,)),
+    **dict.fromkeys(
+        (
+            *("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"),
+            *("DeepseekVLImageProcessor", "JanusImageProcessor"),
+        ),
+        (SIDE,),
+    ),
 }
 """By class of the image processor: its dials, the first turned down first."""
 

@@ -97,8 +97,12 @@ class Evaluation(Tabular):
         return [dict(record) for record in self.records]
 
     def table(self) -> Table:
-        """A row for each way and budget: tokens, quality by kind, the difference over all with its interval, costs."""
-        head = ["method", "budget", "visual tokens", *self.kinds, ALL, "difference", "MACs", "cache"]
+        """A row for each way and budget: tokens, quality by kind, the difference over all with its interval, costs.
+
+        Further figures of the task, over all questions, stand before the costs.
+        """
+        kinds = (*self.kinds, ALL) if len(self.kinds) > 1 else (ALL,)
+        head = ["method", "budget", "visual tokens", *kinds, "difference", *self.measures, "MACs", "cache"]
         rows = []
         for group in self._groups():
             over = group[ALL]
@@ -106,14 +110,15 @@ class Evaluation(Tabular):
             if over["problem"]:
                 rows.append([*label, "refused, see below", *[""] * (len(head) - 3)])
                 continue
-            shares = [f"{100 * group[kind]['quality']:.1f} %" for kind in (*self.kinds, ALL)]
+            shares = [f"{100 * group[kind]['quality']:.1f} %" for kind in kinds]
             gap = "" if over["difference"] is None else _said(Difference(over["difference"], over["low"], over["high"]))
             costs = [
                 "" if over["macs"] is None else si(over["macs"]),
                 "" if over["kv_bytes"] is None else binary(over["kv_bytes"]),
             ]
             tokens = "" if over["visual_tokens"] is None else whole(over["visual_tokens"])
-            rows.append([*label, tokens, *shares, gap, *costs])
+            further = ["" if over[name] is None else f"{over[name]:.3g}" for name in self.measures]
+            rows.append([*label, tokens, *shares, gap, *further, *costs])
         return Table(head, rows)
 
     def notes(self) -> list[str]:
@@ -164,12 +169,12 @@ def _qualities(journal: Journal, way: Way, items: Sequence[Item]) -> np.ndarray:
 
 
 def _measured(journal: Journal, way: Way, ids: Sequence[str], measures: Sequence[str]) -> dict[str, float | None]:
-    """Means of a task's further figures."""
-    answers = journal.outcomes.get((way.key, 0), {})
+    """Means of a task's further figures, over questions and repeats as the quality."""
+    repeats = [answers for (key, _), answers in journal.outcomes.items() if key == way.key and answers]
     found: dict[str, float | None] = {}
     for name in measures:
-        values = [answers[one].measures[name] for one in ids if name in answers[one].measures]
-        found[name] = _short(float(np.mean(values))) if values else None
+        told = [answers[one].measures for answers in repeats for one in ids if name in answers[one].measures]
+        found[name] = _short(float(np.mean([one[name] for one in told]))) if told else None
     return found
 
 

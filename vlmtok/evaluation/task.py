@@ -95,6 +95,7 @@ TASKS: dict[str, str] = {
     "scenes-vqa": "scenes_vqa:ScenesVqa",
     "scenes-clip": "scenes_clip:ScenesClip",
     "scenes-shift": "scenes_shift:ScenesShift",
+    "fidelity": "fidelity:Fidelity",
 }
 """Name to module and class, below ``vlmtok.evaluation``; imported when it is asked for."""
 

@@ -84,7 +84,14 @@ class Loaded(Shown):
 
 
 @guarded
-def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", random: bool = False) -> Loaded:
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    random: bool = False,
+    attn_implementation: str | None = None,
+) -> Loaded:
     """Loads a model and what prepares its pictures.
 
     Args:
@@ -94,6 +101,7 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
         device: ``auto`` or a torch device.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         random: draw the weights instead of loading trained ones; figures of speed hold, answers mean nothing.
+        attn_implementation: of a transformers checkpoint, as transformers names it; None leaves it to transformers.
 
     Returns:
         The model in eval mode.
@@ -103,7 +111,7 @@ def load(name: str | None = None, *, device: str = "auto", dtype: str = "auto", 
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    made = _make(name, random, kind)
+    made = _make(name, random, kind, attention=attn_implementation)
     made.model.to(device=where, dtype=kind).eval()
     return made
 
@@ -156,19 +164,25 @@ def configured(config: Any) -> nn.Module:
     raise ParameterError(f"estimate: transformers makes no model of a {type(config).__name__}")
 
 
-def _make(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False) -> Loaded:
+def _make(
+    name: str | None, random: bool, dtype: torch.dtype | None, bare: bool = False, attention: str | None = None
+) -> Loaded:
     """Finds the library; with `bare` there is nothing that prepares pictures."""
     prefix, _, rest = (name or "").partition(":")
+    if attention is not None and (random or prefix in ("timm", "open_clip")):
+        raise LoadError(f"attn_implementation={attention!r} is for checkpoints of transformers, with their weights")
     with quiet():
         if prefix == "timm":
             return _timm(rest, random, bare)
         if prefix == "open_clip":
             return _open_clip(rest, random, bare)
-        return _transformers(name, random, dtype, bare)
+        return _transformers(name, random, dtype, bare, attention)
 
 
 # ---------------------------------------------------------------------- transformers
-def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bare: bool) -> Loaded:
+def _transformers(
+    name: str | None, random: bool, dtype: torch.dtype | None, bare: bool, attention: str | None
+) -> Loaded:
     import transformers
 
     shown, place = place_of(name)
@@ -178,7 +192,8 @@ def _transformers(name: str | None, random: bool, dtype: torch.dtype | None, bar
     if random:
         model = one_line_errors(shown, lambda: _from_config(maker, config))
     else:
-        model = one_line_errors(shown, lambda: maker.from_pretrained(place, dtype=dtype))
+        asked = {} if attention is None else {"attn_implementation": attention}
+        model = one_line_errors(shown, lambda: maker.from_pretrained(place, dtype=dtype, **asked))
     if bare:
         return Loaded(shown, model, None, language, False)
     reader: Any = transformers.AutoProcessor if language else transformers.AutoImageProcessor
