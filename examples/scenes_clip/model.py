@@ -21,8 +21,7 @@ from vlmtok.evaluation.scenes.painting import COLORS, SHAPES
 WIDTH, TEXT_WIDTH, LAYERS, EMBEDDING = 128, 64, 6, 128
 _SEEN = (1 + len(COLORS), 1 + len(SHAPES), 3)
 _NOISE = 9  # levels of pixel noise are drawn below this
-_LOCAL, _WHOLE = 0.3, 0.1
-"""What the losses of the readers weigh beside CLIP's."""
+_LOCAL = 0.3
 _SHARPEST = 100.0
 
 
@@ -117,25 +116,11 @@ def scale_of(clip: CLIPModel) -> Tensor:
 
 
 class Local(nn.Module):
-    """Linear readers of patches and of CLS, thrown away after training: they end the time in which all look alike."""
+    """A linear reader of patches, thrown away after training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read = nn.Linear(WIDTH, sum(_SEEN))
-        self.shown = nn.Linear(WIDTH, 2 * len(CLASSES))
-
-    def whole_loss(self, cls: Tensor, seen: Tensor) -> Tensor:
-        """How badly CLS says which things of 96 (colour, shape, size) the picture shows.
-
-        Args:
-            cls: `[B, C]`.
-            seen: `[B, 256, 3]`, from 1; 0 for nothing.
-        """
-        color, shape, size = (seen - 1).unbind(-1)
-        which = torch.where(color < 0, 2 * len(CLASSES), (color * len(SHAPES) + shape) * 2 + size)
-        truth = cls.new_zeros(len(cls), 2 * len(CLASSES) + 1, dtype=torch.float32).scatter(1, which, 1.0)[:, :-1]
-        errors = F.binary_cross_entropy_with_logits(self.shown(cls.float()), truth, reduction="none")
-        return errors.sum(1).mean()
 
     def loss(self, patches: Tensor, seen: Tensor) -> Tensor:
         """Cross entropy of colour, shape and size in every patch, patches on things counting five times.
@@ -179,15 +164,14 @@ def train_clip(work: Path, store: Store, test: Store, seed: int, steps: int, bat
             pictures = clip.visual_projection(seen.pooler_output)
             captions = clip.text_projection(clip.text_model(text).pooler_output)
         loss = contrast(pictures, captions, scale_of(clip), true)
-        patches = store.rows("seen", rows)
-        near = local.loss(seen.hidden_states[-2][:, 1:], patches)
-        whole = local.whole_loss(seen.pooler_output, patches)
-        optimizer.step(loss + _LOCAL * near + _WHOLE * whole, progress.step)
+        near = local.loss(seen.hidden_states[-2][:, 1:], store.rows("seen", rows))
+        optimizer.step(loss + _LOCAL * near, progress.step)
         progress.step += 1
         if progress.step % 100 == 0 or progress.step == steps:
-            figures = {"loss": loss.item(), "local": near.item(), "whole": whole.item(), "scale": scale_of(clip).item()}
-            report = " ".join(f"{name} {value:.3f}" for name, value in {**figures, **scores(clip, test)}.items())
-            logger.info("clip: step %d/%d, %.0f s, %s", progress.step, steps, progress.spent["wall"], report)
+            numbers = " ".join(f"{name} {value:.3f}" for name, value in scores(clip, test).items())
+            spent = progress.spent["wall"]
+            logger.info("clip: step %d/%d, %.0f s, loss %.3f, local %.3f, scale %.1f, %s", progress.step, steps, spent,
+                        loss.item(), near.item(), scale_of(clip).item(), numbers)  # fmt: skip
             progress.save()
     with torch.no_grad():
         clip.logit_scale.copy_(scale_of(clip).log())

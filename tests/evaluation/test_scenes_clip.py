@@ -238,3 +238,32 @@ def test_cross_tokens_of_another_width_are_refused(loaded, made, tmp_path, monke
 
 def test_build_is_as_large_as_the_card_says():
     assert 1.3e6 < sum(p.numel() for p in build_clip().parameters()) < 1.6e6
+
+
+# ---------------------------------------------------------------------- the checkpoint that ships
+def test_the_shipped_checkpoint_is_small_and_knows_its_world_in_both_libraries():
+    folder = ROOT / "vlmtok" / "data" / "scenes-clip"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6.3e6
+    task = ScenesClip()
+    items = task.items(60)
+    for name in ("scenes-clip", f"open_clip:local-dir:{folder}"):
+        loaded = vlmtok.load(name)
+        assert cross_tokens_of(loaded) == folder / "cross_tokens.safetensors"
+        with torch.inference_mode():
+            batches = [[items[i] for i in rows] for rows in task.batches(loaded, items, 8)]
+            outcomes = [outcome for asked in batches for outcome in task.answer(loaded, asked)]
+        assert sum(outcome.quality for outcome in outcomes) >= 58
+
+
+def test_plain_classification_drops_under_shift_and_needs_its_tokens():
+    loaded, task = vlmtok.load("scenes-clip"), ScenesShift(severities=(3,))
+    items = task.items(160)
+    right = {}
+    with torch.inference_mode():
+        for rows in task.batches(loaded, items, 8):
+            asked = [items[i] for i in rows]
+            right[asked[0].kind] = sum(outcome.quality for outcome in task.answer(loaded, asked)) / len(asked)
+        with vlmtok.compress(loaded.model, "random:layer=0:keep=0.1"):
+            clean = [item for item in items if item.kind == "clean"]
+            few = sum(outcome.quality for outcome in task.answer(loaded, clean)) / len(clean)
+    assert right["clean"] > 0.97 and right["contrast 3"] < 0.6 and few < 0.6
