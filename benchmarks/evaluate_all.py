@@ -20,10 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "eval"
 SHIPPED = ROOT / "vlmtok" / "data" / "results"
-KEEPS = "0.5,0.25,0.1"
+KEEPS = {"scenes-vqa": "0.5,0.25,0.1", "scenes-clip": "0.75,0.6,0.45", "scenes-shift": "0.75,0.6,0.45"}
 # Settings worth a row besides the defaults: CDPruner without its sign for CLIP, whose patches and texts correlate
 # inversely; SparseVLM with its first cut where these models begin to look at the picture.
-VARIANTS = {"scenes-vqa": ("cdpruner:negate=false", "sparsevlm:layers=(2;3;7)")}
+# CrossGET guided by nothing, by the class token, by the cross tokens that were trained on the checkpoint.
+GUIDED = ("crossget:guidance=cls", "crossget:guidance=cross")
+VARIANTS = {
+    "scenes-vqa": ("cdpruner:negate=false", "sparsevlm:layers=(2;3;7)"),
+    "scenes-clip": GUIDED,
+    "scenes-shift": GUIDED,
+}
 # What a cut at layer K is worth: by attention, and at random. A tenth of the tokens stays from there on.
 HORIZON = tuple(
     spec.format(layer)
@@ -31,7 +37,7 @@ HORIZON = tuple(
     for spec in ("fastv:keep=0.1:K={}", "random:keep=0.1:stage=decoder:layer={}")
 )
 AS_WRITTEN = {"scenes-vqa": HORIZON}
-QUESTIONS = {"scenes-vqa": 1200}
+QUESTIONS = {"scenes-vqa": 1200, "scenes-clip": 1200, "scenes-shift": 3000}
 
 
 def groups(task: str, jobs: int) -> list[tuple[list[str], list[str], bool]]:
@@ -50,7 +56,7 @@ def groups(task: str, jobs: int) -> list[tuple[list[str], list[str], bool]]:
 def run(task: str, group: tuple[list[str], list[str], bool], folder: Path, args: argparse.Namespace) -> None:
     """One `vlmtok eval`."""
     methods, written, baselines = group
-    words = [sys.executable, "-m", "vlmtok", "eval", task, "--methods", ",".join(methods), "--keep", KEEPS]
+    words = [sys.executable, "-m", "vlmtok", "eval", task, "--methods", ",".join(methods), "--keep", KEEPS[task]]
     words += ["--as-written", ",".join(written)] if written else []
     words += ["--baselines" if baselines else "--no-baselines", "--out", str(folder), "--device", args.device]
     words += ["--batch", str(args.batch), "--dtype", args.dtype]
@@ -83,7 +89,7 @@ def join(task: str, folders: Iterable[Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["scenes-vqa"])
+    parser.add_argument("--tasks", nargs="+", default=list(KEEPS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=100)

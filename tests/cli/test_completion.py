@@ -49,13 +49,13 @@ def test_the_script_of_bash_completes(tmp_path):
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["estimate"], done.stderr
+    assert sorted(done.stdout.split()) == ["estimate", "eval"], done.stderr
 
 
 @pytest.mark.parametrize(
     "typed, offered",
     [
-        ("vlmtok ", ["bench", "doctor", "estimate", "recommend", "run", "list", "show"]),
+        ("vlmtok ", ["bench", "doctor", "estimate", "eval", "recommend", "run", "list", "show"]),
         ("vlmtok d", ["doctor"]),
         ("vlmtok estimate --con", ["--convention"]),
         ("vlmtok run --max", ["--max-new-tokens"]),
@@ -89,4 +89,4 @@ def test_completing_loads_no_library(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "_VLMTOK_COMPLETE": "complete_bash"}
     env |= {"COMP_WORDS": "vlmtok e", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["estimate"] and done.stderr.strip() == "[]"
+    assert sorted(done.stdout.split()) == ["estimate", "eval"] and done.stderr.strip() == "[]"

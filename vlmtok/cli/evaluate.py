@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer.core
 
@@ -135,7 +135,7 @@ def _write(found: Evaluation, stem: Path) -> list[str]:
     for cost in AXES:
         path = stem.with_name(f"{stem.name}-{cost}.png")
         try:
-            figure = found.plot(cost).figure
+            figure: Any = found.plot(cost).figure
         except MissingPackage:
             break
         except ParameterError:  # no row has this cost

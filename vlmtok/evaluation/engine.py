@@ -143,9 +143,8 @@ def _names(methods: str | Sequence[str]) -> list[str]:
     from ..core.registry import list_methods
 
     given = [methods] if isinstance(methods, str) else list(methods)
-    if given == [ALL_METHODS]:
-        given = sorted(list_methods())
-    return check_names(given)
+    each = [sorted(list_methods()) if one == ALL_METHODS else [one] for one in given]
+    return check_names([name for names in each for name in names])
 
 
 def _check(keeps: Sequence[Any], **counts: Any) -> None:

@@ -105,6 +105,7 @@ def target_of(model: Any, adapter: str | None = None) -> Target:
     subject = subject_of(model) if adapter is None else None
     module = _module(model, subject)
     if subject is None:
+        assert module is not None  # without a subject it is a model
         carrier = adapter_for(module, adapter)
         shape = carrier.account()
     else:

@@ -83,7 +83,7 @@ def read(paths: Iterable[str | os.PathLike[str]] | None = None) -> list[Measured
         if not files:
             raise LoadError(
                 "this installation ships no results: there is no CSV file in vlmtok/data/results; measure with "
-                "`vlmtok eval TASK --csv FILE` and give results=FILE"
+                "`vlmtok eval TASK --out FOLDER` and give results=FOLDER/TASK.csv"
             )
     else:
         files = [Path(path) for path in paths]

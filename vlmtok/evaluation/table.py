@@ -61,7 +61,7 @@ class Evaluation(Tabular):
             sorted({name for answers in journal.outcomes.values() for o in answers.values() for name in o.measures})
         )
         for way in ways:
-            start = {"task": task, "model": model, "method": way.name, "asked": way.asked}
+            start: dict[str, Any] = {"task": task, "model": model, "method": way.name, "asked": way.asked}
             start |= {"spec": way.spec, "keep": way.keep}
             quality = None if way.problem else _qualities(journal, way, items)
             for kind in (*kinds, ALL):
@@ -186,10 +186,13 @@ def _cost(journal: Journal, way: Way, bare: Way, kind: str, items: Sequence[Item
     kinds = list(number) if kind == ALL else [kind]
 
     def mean(key: str, name: str) -> float | None:
-        values = [(journal.costs[key, one].get(name), number[one]) for one in kinds if (key, one) in journal.costs]
-        if not values or any(value is None for value, _ in values):
-            return None
-        return sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+        total, asked = 0.0, 0
+        for one in kinds:
+            value = journal.costs.get((key, one), {}).get(name)
+            if value is None:
+                return None
+            total, asked = total + value * number[one], asked + number[one]
+        return total / asked
 
     found = {name: mean(way.key, name) for name in _COSTS}
     before = mean(bare.key, "macs")

@@ -115,6 +115,6 @@ def task_named(name: str, **settings: Any) -> Task:
     module, _, kind = TASKS[name].partition(":")
     made = getattr(importlib.import_module(f"{__package__}.{module}"), kind)
     try:
-        return made(**settings)  # type: ignore[no-any-return]
+        return made(**settings)
     except TypeError as problem:
         raise ParameterError(f"task {name}: {problem}") from None

@@ -23,6 +23,8 @@ from ..loading.models import Loaded
 NONE, RANDOM, DOWNSAMPLE = "none", "random", "downsample"
 BASELINES = (NONE, RANDOM, DOWNSAMPLE)
 """Names of the ways that are in every table unless switched off."""
+_RANDOM_EARLY = "random:stage=vision:layer=0"
+"""Of towers: behind the first layer, for in the middle of them half of all layers would see all tokens."""
 CONVENTION = "mean visual tokens over layers"
 """What a budget counts: for a language model its own layers, for a lone tower the tower's."""
 WITHIN = 0.07
@@ -70,7 +72,7 @@ class Way:
         if not self.methods:
             return nullcontext()
         state = int(np.random.SeedSequence(seed).generate_state(1)[0]) & 0x7FFFFFFF
-        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var, call-arg]
+        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var]
         return compress(loaded.model, made)
 
 
@@ -151,7 +153,8 @@ def _ways(
 ) -> list[Way]:
     found = [Way(NONE, NONE)]
     if baselines:
-        found += [_at(loaded, RANDOM, keep, prompt) for keep in keeps]
+        drawn = RANDOM if loaded.language else _RANDOM_EARLY
+        found += [dataclasses.replace(_at(loaded, drawn, keep, prompt), asked=RANDOM) for keep in keeps]
         found += [Way(DOWNSAMPLE, DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
     for spec in methods:
         if len(as_methods(spec)) > 1:
