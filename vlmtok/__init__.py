@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from .core.view import TokenView as TokenView
     from .cost.report import Report as Report
     from .cost.reports import Reports as Reports
+    from .evaluation.engine import evaluate as evaluate
     from .evaluation.recommend import Recommendation as Recommendation
     from .evaluation.recommend import recommend as recommend
+    from .evaluation.table import Evaluation as Evaluation
     from .forecast.budget import budget as budget
     from .forecast.estimate import estimate as estimate
     from .lab.compare import compare as compare

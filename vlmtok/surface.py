@@ -17,6 +17,8 @@ HOME: dict[str, str] = {
     "budget": "forecast.budget",
     "estimate": "forecast.estimate",
     # what to take
+    "Evaluation": "evaluation.table",
+    "evaluate": "evaluation.engine",
     "Recommendation": "evaluation.recommend",
     "recommend": "evaluation.recommend",
     # try and show

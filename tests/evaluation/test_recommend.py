@@ -224,6 +224,14 @@ def test_a_spec_that_the_model_refuses_though_the_method_runs(write):
     assert "fastv:K=30" in found.refused and found.picks[1].spec == "fastv:keep=0.25"
 
 
+def test_settings_by_layer_of_another_depth_are_set_anew(write):
+    """The measured tower has eight layers, this one six."""
+    more = row("tome", 0.85, spec="tome:r=[62;62;62;62;62;61;61;61]", asked="tome")
+    found = vlmtok.recommend(None, 0.25, results=write([*table(), more]))
+    assert found.picks[0].method == "tome" and found.methods[0].startswith("tome:r=")
+    vlmtok.compress(load(device="cpu").model, found.methods[0])._end(quiet=True)
+
+
 def test_ways_with_a_problem_are_left_out(write):
     """And named below: there are no figures of them."""
     broken = {**row("todre", 0.99), "quality": "", "difference": "", "low": "", "high": "", "problem": "no signal"}

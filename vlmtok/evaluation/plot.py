@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def quality_plot(records: Sequence[Mapping[str, Any]], cost: str, kind: str, ax:
     line = [float(r[cost]) for r in best], [100 * float(r["quality"]) for r in best]
     axes.plot(*line, color="gold", linewidth=6, alpha=0.35, zorder=0, solid_capstyle="round", label="Pareto front")
     shorter = {"macs": si, "kv_bytes": binary}.get(cost, "{:g}".format)
-    axes.xaxis.set_major_formatter(lambda value, _: shorter(value))
+    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", shorter(value)))
     axes.set_xlabel(AXES[cost])
     axes.set_ylabel("right answers, %" if kind == "all" else f"right answers, {kind}, %")
     axes.grid(alpha=0.25)

@@ -232,17 +232,23 @@ class _Ranking:
 
     def run(self) -> Recommendation:
         """Ranks methods that the model takes."""
-        standings, refused, lacking = [], {}, []
+        standings: list[Standing] = []
+        refused: dict[str, str] = {}
+        lacking: list[str] = []
+        where: tuple[str, ...]
+        notes: tuple[str, ...]
         for method in dict.fromkeys(row.method for row in self.rows):
             for spec in dict.fromkeys(row.spec for row in self.rows if row.method == method):
                 standing = self._standing(method, spec)
                 if standing is None:
                     lacking.append(spec)
                     continue
-                where, notes, reason = self.target.tries(method, spec)
-                here = ""
-                if not reason and method not in WAYS:
-                    here, reason = self.target.fits(standing.rows[0].asked or method, self.share)
+                # Settings by layer fit the measured model alone, so that the method's own for this budget come first.
+                asked = standing.rows[0].asked or spec
+                here, reason = ("", "") if method in WAYS else self.target.fits(asked, self.share)
+                where, notes = (), ()
+                if not reason:
+                    where, notes, reason = self.target.tries(method, here or spec)
                 if reason:
                     refused[spec] = reason
                 else:
