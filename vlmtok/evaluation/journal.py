@@ -12,6 +12,9 @@ from typing import Any
 from ..errors import ParameterError
 from .task import Item, Outcome
 
+_BEGINS = b'{"head": {'
+"""How every journal begins."""
+
 
 class Journal:
     """A file of JSON lines: a head that says what is measured, then answers and costs in the order in which they came.
@@ -31,37 +34,44 @@ class Journal:
         self.outcomes: dict[tuple[str, int], dict[str, Outcome]] = defaultdict(dict)
         self.costs: dict[tuple[str, str], dict[str, Any]] = {}
         self.head = json.loads(json.dumps(head))
-        lines = self._whole_lines()
-        if lines:
-            self._check(lines[0])
-            for line in lines[1:]:
-                self._take(line)
-        else:
+        content = path.read_bytes() if path.exists() else b""
+        end = content.rfind(b"\n") + 1
+        try:
+            self._read(content[:end].splitlines(), content[end:])
+        except ParameterError:
+            raise
+        except (ValueError, KeyError, TypeError):
+            raise ParameterError(
+                f"{str(path)!r} is no journal of a sweep; move it away or give another folder"
+            ) from None
+        if end < len(content):  # it is ours: what a kill cut short may go
+            with open(path, "r+b") as file:
+                file.truncate(end)
+        if not end:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write([{"head": self.head}])
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        """The lines that are whole; the file ends behind the last of them from now on."""
-        if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with open(self.path, "r+b") as file:
-                file.truncate(end)
-        try:
-            return [json.loads(line) for line in content[:end].splitlines()]
-        except ValueError:
-            raise ParameterError(
-                f"{str(self.path)!r} is no journal of a sweep; move it away or give another folder"
-            ) from None
+    def _read(self, lines: Sequence[bytes], cut: bytes) -> None:
+        """Takes whole lines in.
 
-    def _check(self, first: dict[str, Any]) -> None:
-        found = first.get("head")
+        Raises:
+            ParameterError: the head is another.
+            ValueError, KeyError, TypeError: they are no journal's; without any, what was cut is no beginning of one.
+        """
+        if not lines and not (_BEGINS.startswith(cut) or cut.startswith(_BEGINS)):
+            raise ValueError
+        for number, line in enumerate(lines):
+            told = json.loads(line)
+            if number == 0:
+                self._check(told["head"])
+            else:
+                self._take(told)
+
+    def _check(self, found: Any) -> None:
         if found == self.head:
             return
         if not isinstance(found, dict):
-            raise ParameterError(f"{str(self.path)!r} is no journal of a sweep; move it away or give another folder")
+            raise TypeError
         names = [name for name in {**found, **self.head} if found.get(name) != self.head.get(name)]
         said = "; ".join(f"{name}: {found.get(name)!r} there, {self.head.get(name)!r} now" for name in sorted(names))
         raise ParameterError(

@@ -46,9 +46,9 @@ def paired_difference(
     Raises:
         ParameterError: no questions, or not the same number.
     """
-    way, other = (np.asarray(part, float).reshape(len(part), -1) for part in (way, other))
     if not len(way) or len(way) != len(other):
         raise ParameterError(f"a paired difference needs the same questions of both, got {len(way)} and {len(other)}")
+    way, other = (np.asarray(part, float).reshape(len(part), -1) for part in (way, other))
     rng = np.random.default_rng(seed)
     number = len(way)
     found = []
