@@ -99,14 +99,15 @@ def split_names(text: str) -> list[str]:
 
 
 def check_names(methods: Sequence[str]) -> list[str]:
-    """Spec strings of methods, swept settings spelled out, without the baselines.
+    """Spec strings of methods and names of baselines, swept settings spelled out, each once.
 
     Raises:
         VlmtokError: a method or setting does not exist.
     """
     found: list[str] = []
     for one in methods:
-        if one in BASELINES:
+        if one in (NONE, DOWNSAMPLE):  # no methods; the sweep knows them by name
+            found.append(one)
             continue
         name = one.partition(":")[0].partition("+")[0]
         if name not in list_methods():
@@ -132,9 +133,9 @@ def ways_of(
 
     Args:
         loaded: the model.
-        methods: spec strings, from `check_names`.
+        methods: spec strings and names of baselines, from `check_names`.
         keeps: shares in (0, 1).
-        baselines: whether `random` and `downsample` are in it.
+        baselines: whether `random` and `downsample` are in it though nobody named them.
         as_written: further spec strings, which run once with the settings that they have.
         prompt: of the estimates, as for `vlmtok.budget`.
     """
@@ -152,11 +153,14 @@ def _ways(
     prompt: dict[str, Any],
 ) -> list[Way]:
     found = [Way(NONE, NONE)]
-    if baselines:
+    if baselines or RANDOM in methods:
         drawn = RANDOM if loaded.language else _RANDOM_EARLY
         found += [dataclasses.replace(_at(loaded, drawn, keep, prompt), asked=RANDOM) for keep in keeps]
+    if baselines or DOWNSAMPLE in methods:
         found += [Way(DOWNSAMPLE, DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
     for spec in methods:
+        if spec in BASELINES:
+            continue
         if len(as_methods(spec)) > 1:
             found.append(_as_written(loaded, spec, prompt))
         else:
