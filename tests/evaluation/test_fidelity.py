@@ -197,3 +197,20 @@ def test_what_cannot_be_asked(model, tmp_path):
         task.answer(model, task.items(1))
     with vlmtok.compress(model.model, "random:keep=0.5"), pytest.raises(ParameterError, match="carries a compression"):
         Fidelity().check(model)
+
+
+def test_other_pictures_or_another_prompt_do_not_go_on_from_the_journal(model, tmp_path):
+    """Whose files have the same names."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        noise((96, 96), len(name)).save(tmp_path / name / "a.png")
+    how = {"methods": [], "baselines": False, "folder": tmp_path / "journal"}
+    evaluate(Fidelity(tmp_path / "one"), model, **how)
+    evaluate(Fidelity(tmp_path / "one"), model, **how)
+    for task, said in (
+        (Fidelity(tmp_path / "two"), "images: .*one' there, .*two' now"),
+        (Fidelity(tmp_path / "one", "what ?"), "prompt: None there, 'what .' now"),
+        (Fidelity(tmp_path / "one", max_new_tokens=2), "max_new_tokens: None there, '2' now"),
+    ):
+        with pytest.raises(ParameterError, match=said):
+            evaluate(task, model, **how)

@@ -93,7 +93,7 @@ def answer(loaded: Loaded, dialogues: Sequence[Dialogue], max_new_tokens: int) -
     if not dialogues[0].turns:
         return _decoded(loaded, model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :])
     first = model.generate(**inputs, **{**how, "max_new_tokens": 1}, return_dict_in_generate=True)
-    cache, said = first.past_key_values, inputs["input_ids"]
+    cache, said = _cache_of(first), inputs["input_ids"]
     for turn in range(2, len(dialogues[0].turns) + 2):
         whole = encode_text(loaded, dialogues, turn, said)
         new = whole[:, said.shape[1] :]
@@ -101,12 +101,19 @@ def answer(loaded: Loaded, dialogues: Sequence[Dialogue], max_new_tokens: int) -
         found = model.generate(
             input_ids=new,
             attention_mask=torch.ones_like(whole),
-            past_key_values=cache,
             return_dict_in_generate=True,
+            **cache,
             **(how if last else {**how, "max_new_tokens": 1}),
         )
-        cache, said = found.past_key_values, whole
+        cache, said = _cache_of(found), whole
     return _decoded(loaded, found.sequences[:, new.shape[1] :])
+
+
+def _cache_of(output: Any) -> dict[str, Any]:
+    """The cache that a generation leaves, known by its type, under the host's name for it, which `generate` takes."""
+    from transformers import Cache
+
+    return {name: value for name, value in output.items() if isinstance(value, Cache)}
 
 
 def encode_text(loaded: Loaded, dialogues: Sequence[Dialogue], turns: int, said: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from .. import timing
 from ..adapters import adapter_for
+from ..dispatcher import dispatcher_of
 from ..errors import InternalError, ParameterError, VlmtokError
 from ..guard import guarded
 from ..loading import load
@@ -24,7 +25,7 @@ from .downsample import Downsampler
 from .journal import Journal
 from .table import Evaluation
 from .task import Item, Outcome, Task, task_named
-from .ways import CONVENTION, DOWNSAMPLE, NONE, Way, check_names, ways_of
+from .ways import BASELINES, CONVENTION, DOWNSAMPLE, NONE, Way, check_names, ways_of
 
 ALL_METHODS = "all"
 _VERSIONS = ("vlmtok", "torch", "transformers", "timm", "open_clip_torch")
@@ -77,7 +78,7 @@ def evaluate(
         repeats: answers to each question by methods that draw.
         seed: of what they draw and of the intervals.
         batch: questions at a time.
-        baselines: whether random choice and downsampled pictures are in the table.
+        baselines: whether random choice and downsampled pictures are in the table though `methods` does not name them.
         as_written: further spec strings, which run once with the settings that they have, whatever the budget.
         latency_rounds: rounds of the measurement of time, for each way; 0 measures none, and the table is the same
             every time.
@@ -91,23 +92,27 @@ def evaluate(
         The table.
 
     Raises:
-        ParameterError: no such task, method, budget, or a folder with another sweep.
+        ParameterError: no such task, method or budget, a folder with another sweep, a model that carries a compression.
         LoadError: the model cannot be had.
         VlmtokError: the model cannot be asked this task, or refuses a method while it answers.
     """
     chosen = task_named(task) if isinstance(task, str) else task
-    keeps = [keep] if isinstance(keep, (int, float)) else list(keep)
-    names, written = _names(methods), _names(as_written)
+    keeps = [keep] if isinstance(keep, (int, float)) else list(dict.fromkeys(keep))
+    names, written = check_names(_names(methods)), check_names(_names(as_written), ())
+    plain = BASELINES if baselines else [name for name in BASELINES if name in names]
     _check(keeps, limit=limit, repeats=repeats, batch=batch)
+    _check_whole(0, seed=seed, latency_rounds=latency_rounds)
     items = list(chosen.items(limit))
     if not items:
         raise ParameterError(f"task {chosen.name} has no questions")
-    _tell(progress, f"loading {model or chosen.model}", 0, 0)
+    _tell(progress, f"loading {model.name if isinstance(model, Loaded) else model or chosen.model}", 0, 0)
     loaded = model if isinstance(model, Loaded) else load(model or chosen.model, device=device, dtype=dtype)
+    if dispatcher_of(loaded.model) is not None:
+        raise ParameterError(f"evaluate: {loaded.name} carries a compression; vlmtok.remove(model) first")
     chosen.check(loaded)
     settings = _Settings(repeats, seed, batch, latency_rounds, text_tokens)
     prompt = _prompt(chosen, loaded, items[0], text_tokens) if chosen.language else {}
-    ways = ways_of(loaded, names, keeps, baselines, written, **prompt)
+    ways = ways_of(loaded, [name for name in names if name not in BASELINES], keeps, plain, written, **prompt)
     place = timing.environment(loaded.device)
     head = {
         "task": chosen.name,
@@ -116,6 +121,7 @@ def evaluate(
         "questions": hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:16],
         "seed": seed,
         "batch": batch,
+        **getattr(chosen, "settings", {}),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": place["device"],
         **{name: place[name] for name in _VERSIONS},
@@ -143,8 +149,8 @@ def _names(methods: str | Sequence[str]) -> list[str]:
     from ..core.registry import list_methods
 
     given = [methods] if isinstance(methods, str) else list(methods)
-    each = [sorted(list_methods()) if one == ALL_METHODS else [one] for one in given]
-    return check_names([name for names in each for name in names])
+    every = [name for name in sorted(list_methods()) if name not in BASELINES]
+    return [name for one in given for name in (every if one == ALL_METHODS else [one])]
 
 
 def _check(keeps: Sequence[Any], **counts: Any) -> None:
@@ -153,9 +159,13 @@ def _check(keeps: Sequence[Any], **counts: Any) -> None:
             raise ParameterError(f"keep={one!r} is not possible; a share of the visual tokens in (0, 1)")
     if not keeps:
         raise ParameterError("there is no budget: keep is empty")
+    _check_whole(1, **{name: value for name, value in counts.items() if value is not None})
+
+
+def _check_whole(least: int, **counts: Any) -> None:
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ParameterError(f"{name}={value!r} is not possible; a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ParameterError(f"{name}={value!r} is not possible; a whole number of at least {least}")
 
 
 def fingerprint(loaded: Loaded) -> str:
@@ -200,7 +210,8 @@ class _Sweep:
             **{name: place[name] for name in _VERSIONS},
             "settings": f"batch={self.settings.batch}; text_tokens={self.settings.text_tokens}",
         }
-        return Evaluation.of(self.task.name, self.loaded.name, self.items, kept, self.journal, fixed, CONVENTION)
+        asked = self.settings.repeats
+        return Evaluation.of(self.task.name, self.loaded.name, self.items, kept, self.journal, fixed, CONVENTION, asked)
 
     def _answer_all(self, way: Way, label: str) -> str:
         """Answers and costs of a way; the reason where the model refuses it."""
@@ -250,13 +261,15 @@ class _Sweep:
 
     def _costs(self, way: Way) -> None:
         for kind, item in self.first.items():
-            if (way.key, kind) in self.journal.costs:
+            known = self.journal.costs.get((way.key, kind))
+            timed = self.settings.latency_rounds and way.name != NONE
+            if known is not None and (not timed or "latency_ratio" in known):
                 continue
             loaded = self.loaded
             if way.name == DOWNSAMPLE:
                 ((loaded, _),) = self._downsampled([item], way.keep)
             cost: dict[str, Any] = cost_of(self.task, loaded, item, way)
-            if self.settings.latency_rounds and way.name != NONE:
+            if timed:
                 rounds = self.settings.latency_rounds
                 cost["latency_ratio"] = latency_of(self.task, self.loaded, loaded, item, way, rounds)
             self.journal.add_cost(way.key, kind, cost)

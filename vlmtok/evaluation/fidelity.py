@@ -69,6 +69,10 @@ class Fidelity:
             raise ParameterError("fidelity: the prompt is empty")
         self.images = None if images is None else Path(images)
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
+        given = {"images": None if images is None else str(Path(images).resolve()), "prompt": prompt}
+        self.settings = {name: value for name, value in given.items() if value is not None}
+        if max_new_tokens != MAX_NEW_TOKENS:
+            self.settings["max_new_tokens"] = str(max_new_tokens)
         self.gallery: Gallery | None = None
         self._bare: Loaded | None = None
         self._heard: dict[str, Witness] = {}

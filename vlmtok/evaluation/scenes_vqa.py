@@ -38,6 +38,7 @@ class ScenesVqa:
                 f"scenes-vqa has no kind {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}"
             )
         self._kinds, self._seed = tuple(kinds), seed
+        self.settings = {} if seed == "exam" else {"exam": seed}
 
     def items(self, limit: int | None) -> Sequence[Item]:
         """Questions, kinds in turn."""

@@ -52,18 +52,20 @@ class Evaluation(Tabular):
         journal: Journal,
         fixed: Mapping[str, Any],
         convention: str,
+        repeats: int,
     ) -> Evaluation:
-        """Counts what a journal holds."""
+        """Counts what a journal holds, of ways that draw as many answers as there are `repeats` now."""
         kinds = tuple(dict.fromkeys(item.kind for item in items))
         records: list[dict[str, Any]] = []
-        bare = _qualities(journal, ways[0], items)
+        bare = _qualities(journal, ways[0], items, 1)
         measures = tuple(
             sorted({name for answers in journal.outcomes.values() for o in answers.values() for name in o.measures})
         )
         for way in ways:
+            times = repeats if way.draws else 1
             start: dict[str, Any] = {"task": task, "model": model, "method": way.name, "asked": way.asked}
             start |= {"spec": way.spec, "keep": way.keep}
-            quality = None if way.problem else _qualities(journal, way, items)
+            quality = None if way.problem else _qualities(journal, way, items, times)
             for kind in (*kinds, ALL):
                 rows = [i for i, item in enumerate(items) if kind in (item.kind, ALL)]
                 record: dict[str, Any] = {**start, "kind": kind, "questions": len(rows)}
@@ -75,7 +77,7 @@ class Evaluation(Tabular):
                 )
                 record |= {"repeats": quality.shape[1], "quality": _short(quality[rows].mean())}
                 record |= _interval(gap)
-                record |= _measured(journal, way, [items[i].id for i in rows], measures)
+                record |= _measured(journal, way, [items[i].id for i in rows], measures, times)
                 record |= _cost(journal, way, ways[0], kind, items)
                 records.append({**record, "convention": convention, **fixed, "problem": ""})
         columns = list(dict.fromkeys(name for record in sorted(records, key=len, reverse=True) for name in record))
@@ -162,15 +164,17 @@ class Evaluation(Tabular):
         return quality_plot(self.to_records(), cost, kind, ax)
 
 
-def _qualities(journal: Journal, way: Way, items: Sequence[Item]) -> np.ndarray:
+def _qualities(journal: Journal, way: Way, items: Sequence[Item], times: int) -> np.ndarray:
     """Quality by question and repeat, `[N, R]`."""
-    repeats = sorted(repeat for key, repeat in journal.outcomes if key == way.key and journal.outcomes[key, repeat])
-    return np.array([[journal.outcomes[way.key, repeat][item.id].quality for repeat in repeats] for item in items])
+    repeats = [journal.outcomes[way.key, repeat] for repeat in range(times)]
+    return np.array([[answers[item.id].quality for answers in repeats] for item in items])
 
 
-def _measured(journal: Journal, way: Way, ids: Sequence[str], measures: Sequence[str]) -> dict[str, float | None]:
+def _measured(
+    journal: Journal, way: Way, ids: Sequence[str], measures: Sequence[str], times: int
+) -> dict[str, float | None]:
     """Means of a task's further figures, over questions and repeats as the quality."""
-    repeats = [answers for (key, _), answers in journal.outcomes.items() if key == way.key and answers]
+    repeats = [journal.outcomes[way.key, repeat] for repeat in range(times)]
     found: dict[str, float | None] = {}
     for name in measures:
         told = [answers[one].measures for answers in repeats for one in ids if name in answers[one].measures]

@@ -46,6 +46,9 @@ class Outcome:
 class Task(Protocol):
     """Questions, and how a model is asked them.
 
+    A task whose answers depend on more than the names of its questions has a further attribute `settings`, a mapping
+    that says on what; a sweep with others does not go on from its journal.
+
     Attributes:
         name: of the task.
         about: what it measures, in one line.

@@ -98,20 +98,26 @@ def split_names(text: str) -> list[str]:
     return named
 
 
-def check_names(methods: Sequence[str]) -> list[str]:
-    """Spec strings of methods and names of baselines, swept settings spelled out, each once.
+def check_names(methods: Sequence[str], baselines: Sequence[str] = BASELINES) -> list[str]:
+    """Spec strings of methods, swept settings spelled out.
+
+    Args:
+        methods: as they are given.
+        baselines: names that are no spec strings of methods, and stay as they are.
 
     Raises:
         VlmtokError: a method or setting does not exist.
     """
     found: list[str] = []
     for one in methods:
-        if one in (NONE, DOWNSAMPLE):  # no methods; the sweep knows them by name
+        if not isinstance(one, str):
+            raise ParameterError(f"methods are given as spec strings, not as a {type(one).__name__}")
+        if one in baselines:
             found.append(one)
             continue
         name = one.partition(":")[0].partition("+")[0]
         if name not in list_methods():
-            raise ParameterError(f"no method {name!r}{hint(name, [*list_methods(), *BASELINES])}")
+            raise ParameterError(f"no method {name!r}{hint(name, [*list_methods(), *baselines])}")
         for spec in expand(one):
             as_methods(spec)
             found.append(spec)
@@ -122,7 +128,7 @@ def ways_of(
     loaded: Loaded,
     methods: Sequence[str],
     keeps: Sequence[float],
-    baselines: bool,
+    baselines: Sequence[str],
     as_written: Sequence[str] = (),
     **prompt: Any,
 ) -> list[Way]:
@@ -133,9 +139,9 @@ def ways_of(
 
     Args:
         loaded: the model.
-        methods: spec strings and names of baselines, from `check_names`.
+        methods: spec strings, from `check_names`, without baselines.
         keeps: shares in (0, 1).
-        baselines: whether `random` and `downsample` are in it though nobody named them.
+        baselines: which of `random` and `downsample` are in it.
         as_written: further spec strings, which run once with the settings that they have.
         prompt: of the estimates, as for `vlmtok.budget`.
     """
@@ -148,24 +154,23 @@ def _ways(
     loaded: Loaded,
     methods: Sequence[str],
     keeps: Sequence[float],
-    baselines: bool,
+    baselines: Sequence[str],
     as_written: Sequence[str],
     prompt: dict[str, Any],
 ) -> list[Way]:
     found = [Way(NONE, NONE)]
-    if baselines or RANDOM in methods:
+    if RANDOM in baselines:
         drawn = RANDOM if loaded.language else _RANDOM_EARLY
         found += [dataclasses.replace(_at(loaded, drawn, keep, prompt), asked=RANDOM) for keep in keeps]
-    if baselines or DOWNSAMPLE in methods:
+    if DOWNSAMPLE in baselines:
         found += [Way(DOWNSAMPLE, DOWNSAMPLE, DOWNSAMPLE, keep) for keep in keeps]
     for spec in methods:
-        if spec in BASELINES:
-            continue
         if len(as_methods(spec)) > 1:
             found.append(_as_written(loaded, spec, prompt))
         else:
             found += [_at(loaded, spec, keep, prompt) for keep in keeps]
-    return [*found, *(_as_written(loaded, spec, prompt) for spec in as_written)]
+    found += [_as_written(loaded, spec, prompt) for spec in as_written]
+    return list(dict.fromkeys(found))  # a stack may be named twice
 
 
 def _as_written(loaded: Loaded, spec: str, prompt: dict[str, Any]) -> Way:
