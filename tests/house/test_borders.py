@@ -40,7 +40,9 @@ WINGS: dict[str, tuple[str, ...]] = {
         *("cost", "compression", "loading", "forecast", "lab.tiny"),
     ),
     "harness": ("ground", "core", "cost", "compression", "loading", "forecast", "lab"),
-    "evaluation": ("ground", "core", "adapters.finder", "cost", "compression", "loading", "forecast", "lab"),
+    "evaluation": (
+        *("ground", "core", "adapters", "adapters.finder", "cost", "compression", "loading", "forecast", "lab"),
+    ),
     "cli": ("ground", "core", "adapters.finder", "cost", "forecast", "loading", "lab", "evaluation"),
     "front": (
         "ground",
