@@ -65,6 +65,18 @@ def write(tmp_path):
 
 
 # ---------------------------------------------------------------------- whom it names
+def test_settings_chosen_for_the_measured_model_are_for_that_model_alone(write):
+    better = [{**one, "method": "divprune", "spec": "divprune:keep=0.2", "asked": "divprune:sim=other", "quality": 0.95}
+              for one in table(quality={"todre": 0.95})]  # fmt: skip
+    path = write([{**one, "asked": one["method"]} for one in table()] + better)
+    other = vlmtok.recommend(None, 0.25, "chat", results=path)
+    assert "0.95" not in str(other.picks[0].quality) and other.picks[0].rows[0].asked == "divprune"
+    assert any("divprune:sim=other" in note and "chosen for scenes-llava" in note for note in other.notes)
+    own = vlmtok.recommend("scenes-llava", 0.25, "chat", results=path)
+    assert own.picks[0].rows[0].asked == "divprune:sim=other"
+    assert not any("chosen for" in note for note in own.notes)
+
+
 def test_the_best_come_first_with_their_rows(write):
     found = vlmtok.recommend(None, 0.25, "chat", results=write(table()))
     assert [one.spec for one in found.picks] == [

@@ -220,6 +220,11 @@ class _Ranking:
             raise ParameterError(f"recommend: the results have no figures of {self.need.task} (tasks in them: {there})")
         self.source = _source(rows, target)
         rows = [row for row in rows if row.model == self.source and row.keep > 0]
+        # Settings that were chosen for the measured model may be wrong for another; published ones are for all.
+        self.tuned = (
+            sorted({row.asked for row in rows if ":" in row.asked} - {""}) if target.name != self.source else []
+        )
+        rows = [row for row in rows if row.asked not in self.tuned]
         budgets = _common_budgets(rows)
         self.budget = min(budgets, key=lambda keep: (abs(math.log(keep / share)), keep))
         self.others = [keep for keep in budgets if keep != self.budget]
@@ -228,6 +233,7 @@ class _Ranking:
             row.spec: row.problem
             for row in every
             if row.problem and row.model == self.source and row.keep in (self.budget, 0.0)
+            if row.asked not in self.tuned
         }
 
     def run(self) -> Recommendation:
@@ -313,6 +319,8 @@ class _Ranking:
                 f"with the settings that were measured: {loose}; vlmtok.budget(METHOD, MODEL, layer_average_tokens="
                 f"{self.share:.3g}, image_size=(W, H)) sets a method for pictures of your size"
             )
+        if self.tuned:
+            notes.append(f"left out, for their settings were chosen for {self.source}: {', '.join(self.tuned)}")
         notes += [f"{way} was not measured at this budget" for way in WAYS if way not in known]
         notes += [f"not every kind that decides was measured of {spec}" for spec in lacking]
         notes += [f"no figures of {spec}: {problem}" for spec, problem in self.without.items()]
