@@ -9,6 +9,7 @@ import pytest
 
 from vlmtok.core.spec import as_methods
 from vlmtok.errors import MissingPackage, ParameterError
+from vlmtok.evaluation import table
 from vlmtok.evaluation.journal import Journal
 from vlmtok.evaluation.plot import AXES, quality_plot
 from vlmtok.evaluation.statistics import paired_difference
@@ -75,7 +76,7 @@ def made(folder, latency=False, measures=False):
         for kind, factor in (("small print", 1), ("table & chart", 2)):
             cost = {"visual_tokens": tokens, "macs": factor * macs, "kv_bytes": cache, "pruner_share": 0.125}
             if latency and way.name != "none":
-                cost["latency_ratio"] = 2.5
+                cost["latency_ratio"] = {"random": 2.5, "scope": 3.0}[way.name]
             journal.add_cost(way.key, kind, cost)
     return Evaluation.of("tiny", "toy", ITEMS, WAYS, journal, FIXED, CONVENTION, 2)
 
@@ -111,6 +112,13 @@ def test_csv_has_the_columns_that_readers_expect(found):
     assert not any(problem[name] for name in CONTRACT[8:19]) and problem["seed"] == "3"
 
 
+def test_intervals_are_drawn_from_the_seed(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(table, "paired_difference", lambda *g, seed: (seeds.append(seed), paired_difference(*g))[1])
+    made(tmp_path)
+    assert seeds == [3] * 3 * 3
+
+
 def test_costs_over_all_kinds_are_means_over_questions(found):
     """Two questions of one kind and one of the other, which costs twice as much."""
     rows = {(row["method"], row["kind"]): row for row in found.to_records()}
@@ -128,14 +136,14 @@ def test_further_figures_stand_in_the_table(tmp_path):
 
 # ---------------------------------------------------------------------- what people paste
 def test_the_table(found):
-    table = found.table()
+    shown = found.table()
     kinds = ["small print", "table & chart", "all"]
-    assert table.head == ["method", "budget", "visual tokens", *kinds, "difference", "MACs", "cache"]
-    assert table.rows[0] == ["none", "", "576", *["100.0 %"] * 3, "", "5.333 G", "8.79 KiB"]
-    assert table.rows[1][:6] == ["random", "0.25", "144", "50.0 %", "0.0 %", "33.3 %"]
-    assert table.rows[1][6] == "-66.7 (-100.0 to +0.0)"
-    assert [row[1] for row in table.rows[2:4]] == ["0.25", "0.1"]
-    assert table.rows[4] == ["fastv", "0.1", "refused, see below", *[""] * 6]
+    assert shown.head == ["method", "budget", "visual tokens", *kinds, "difference", "MACs", "cache"]
+    assert shown.rows[0] == ["none", "", "576", *["100.0 %"] * 3, "", "5.333 G", "8.79 KiB"]
+    assert shown.rows[1][:6] == ["random", "0.25", "144", "50.0 %", "0.0 %", "33.3 %"]
+    assert shown.rows[1][6] == "-66.7 (-100.0 to +0.0)"
+    assert [row[1] for row in shown.rows[2:4]] == ["0.25", "0.1"]
+    assert shown.rows[4] == ["fastv", "0.1", "refused, see below", *[""] * 6]
     first, why = found.notes()
     assert "tiny on toy, 3 questions" in first and CONVENTION in first and "torch 2" in first
     assert why == "fastv at 0.1: 100 % of _this_ | that <is> refused"
@@ -155,7 +163,7 @@ def test_latex_is_read_back(found):
     comments = [line for line in text.splitlines() if line.startswith("%")]
     assert comments == [f"% {note}" for note in found.notes()]
     body = re.search(r"\\toprule\n(.*)\n\\midrule\n(.*)\n\\bottomrule", text, re.S)
-    table = found.table()
+    shown = found.table()
 
     def cells(line):
         assert line.endswith(r" \\")
@@ -164,10 +172,10 @@ def test_latex_is_read_back(found):
             parts = [part.replace(said, letter) for part in parts] if letter != "\\" else parts
         return [part.strip() for part in parts]
 
-    assert cells(body[1]) == table.head
-    assert [cells(line) for line in body[2].splitlines()] == table.rows
+    assert cells(body[1]) == shown.head
+    assert [cells(line) for line in body[2].splitlines()] == shown.rows
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)[1]
-    assert len(columns) == len(table.head) and r"table \& chart" in text and r"100.0 \%" in text
+    assert len(columns) == len(shown.head) and r"table \& chart" in text and r"100.0 \%" in text
 
 
 def test_it_prints_and_is_a_frame(found):
@@ -193,6 +201,8 @@ def test_plots(tmp_path, cost):
     sign = -1 if cost == "latency_ratio" else 1
     for row in rows:  # nothing is cheaper and better than the front
         assert any(sign * x <= sign * row[cost] and y >= 100 * row["quality"] for x, y in points)
+    for x, y in points:  # and nothing beats what is on it
+        assert not any(sign * row[cost] < sign * x and 100 * row["quality"] >= y for row in rows)
     axes.figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
     matplotlib.pyplot.close(axes.figure)
