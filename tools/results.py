@@ -21,10 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 EVAL = ROOT / "benchmarks" / "results" / "eval"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-README_WAYS = (
-    *("divprune", "todre", "cdpruner:negate=false", "scope", "visionzip", "pitome", "fastv"),
-    *("downsample", "random"),
-)
+README_WAYS = ("divprune", "todre", "visionzip", "pitome", "fastv", "downsample", "random")
 OCR = ("number", "fine print", "table", "chart")
 Row = dict[str, Any]
 
@@ -81,11 +78,10 @@ def readme() -> str:
     found = Results("scenes-vqa")
     bare = found.quality("none", 1.0)
     head = [f"visual tokens kept (all: {cell(bare)})", *(f"{keep:.0%}" for keep in found.keeps), "fine print at 25 %"]
-    lines = [
-        [label(way), *(cell(found.quality(way, keep), "cannot") for keep in found.keeps)]
-        + [cell(found.quality(way, 0.25, "fine print"))]
-        for way in README_WAYS
-    ]
+    lines = []
+    for way in README_WAYS:
+        shares = [cell(found.quality(way, keep), "cannot") for keep in found.keeps]
+        lines.append([label(way), *shares, cell(found.quality(way, 0.25, "fine print"))])
     return table(head, lines)
 
 
@@ -109,10 +105,11 @@ def kinds(task: str, keep: float) -> str:
     """Every way at one budget by kind of question."""
     found = Results(task)
     columns = [kind for kind in found.kinds if kind != "all"]
-    lines = [["none", *(cell(found.quality("none", 1.0, kind)) for kind in columns)]]
-    for way in found.ways():
-        if found.quality(way, keep) is not None and way != "none":
-            lines.append([label(way), *(cell(found.quality(way, keep, kind)) for kind in columns)])
+    ran = [(label(way), way, keep) for way in found.ways() if found.quality(way, keep) is not None]
+    lines = [
+        [name, *(cell(found.quality(way, share, kind)) for kind in columns)]
+        for name, way, share in [("none", "none", 1.0), *ran]
+    ]
     return table(["method", *columns], lines)
 
 
@@ -128,7 +125,7 @@ def horizon() -> str:
             (keep,) = {row["keep"] for row in found.rows if row["asked"] == way}
             shares.append(found.quality(way, keep) or 0.0)
             ocr.append(sum(found.quality(way, keep, kind) or 0.0 for kind in OCR) / len(OCR))
-        lines.append([f"{layer}", cell(shares[0]), cell(shares[1]), cell(shares[0] - shares[1]), cell(ocr[0]), cell(ocr[1])])
+        lines.append([f"{layer}", *map(cell, (*shares, shares[0] - shares[1], *ocr))])
     return table(["cut behind layer", "FastV, all", "random, all", "gain", "FastV, printed", "random, printed"], lines)
 
 
@@ -180,9 +177,10 @@ def draw(path: Path, task: str, kind: str) -> None:
     from vlmtok.evaluation.plot import quality_plot
 
     found = Results(task)
-    shown = [row for row in found.rows if row["keep"] in (*found.keeps, 1.0) and row["asked"] in ("none", *found.ways())]
-    axes = quality_plot(shown, "macs", kind)
-    axes.set_title(f"{task}, {'all questions' if kind == 'all' else kind}; bars: 95 % against the uncompressed model", fontsize=10)
+    ways = ("none", *found.ways())
+    axes = quality_plot([row for row in found.rows if row["asked"] in ways], "macs", kind)
+    said = "all questions" if kind == "all" else kind
+    axes.set_title(f"{task}, {said}; bars: 95 % against the uncompressed model", fontsize=10)
     figure: Any = axes.figure
     figure.savefig(path, dpi=110, metadata={"results": source(task)})
 

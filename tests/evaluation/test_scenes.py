@@ -128,6 +128,12 @@ def test_counts_of_an_exam_reach_where_they_say():
     assert few == set("12345") and many == set("6789")
 
 
+@pytest.mark.parametrize("split, layout", [("test", "scene"), ("train", "map")])
+def test_pages_that_do_not_exist_are_refused(split, layout):
+    with pytest.raises(ValueError, match="pages are of a split in "):
+        sample_page(split, layout, 0)
+
+
 @pytest.mark.parametrize("kinds", [["colour"], []])
 def test_an_exam_of_unknown_kinds_is_refused(kinds):
     with pytest.raises(ValueError, match="kinds must be some of color, "):

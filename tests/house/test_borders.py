@@ -40,9 +40,23 @@ WINGS: dict[str, tuple[str, ...]] = {
         *("cost", "compression", "loading", "forecast", "lab.tiny"),
     ),
     "harness": ("ground", "core", "cost", "compression", "loading", "forecast", "lab"),
-    "evaluation": ("ground", "core", "methods", "adapters.finder", "cost", "compression", "loading", "forecast", "lab"),
+    "evaluation": (
+        *("ground", "core", "adapters", "adapters.finder", "cost", "compression", "loading", "forecast", "lab"),
+    ),
     "cli": ("ground", "core", "adapters.finder", "cost", "forecast", "loading", "lab", "evaluation"),
-    "front": ("ground", "core", "compression", "cost", "serving", "forecast", "loading", "lab", "evaluation", "cli", "methods")
+    "front": (
+        "ground",
+        "core",
+        "compression",
+        "cost",
+        "serving",
+        "forecast",
+        "loading",
+        "lab",
+        "evaluation",
+        "cli",
+        "methods",
+    )
     + ("kernels", "adapters.finder"),
 }
 """Each wing and those it may import, besides itself; whoever stands higher may be asked by nobody below."""

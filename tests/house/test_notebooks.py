@@ -7,7 +7,6 @@ import pytest
 from support.places import ROOT
 
 NOTEBOOKS = {path.name: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-READ = [name for name in NOTEBOOKS if not name.startswith("01_")]  # the first is there to be run
 LOCAL = re.compile(r"(?<![\w.])/(?:home|root|opt|tmp|work|usr|var|Users)/|[A-Z]:\\\\|Warning|Traceback")
 
 
@@ -35,14 +34,14 @@ def test_it_opens_with_what_it_shows_and_how_long_it_takes(name):
     assert re.search(r"\b(seconds|minutes?)\b", source(first)) and "download" in source(first)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_one_cell_swaps_a_hub_checkpoint_in(name):
     set_here = [c for c in cells(name, "code") if re.search(r"^HUB = None  # .*\"[\w-]+/[\w.-]+\"", source(c), re.M)]
     assert len(set_here) == 1
     assert sum(source(cell).count("HUB") for cell in cells(name, "code")) > 1, "HUB is set and read by nothing"
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_outputs_are_committed_in_the_order_of_the_cells_and_clean(name):
     code = cells(name, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..adapters.host_objects import cache_class
 from ..errors import UnsupportedModel
 from ..loading.models import Loaded
 from ..loading.problems import taken_in
@@ -111,9 +112,8 @@ def answer(loaded: Loaded, dialogues: Sequence[Dialogue], max_new_tokens: int) -
 
 def _cache_of(output: Any) -> dict[str, Any]:
     """The cache that a generation leaves, known by its type, under the host's name for it, which `generate` takes."""
-    from transformers import Cache
-
-    return {name: value for name, value in output.items() if isinstance(value, Cache)}
+    kind = cache_class()
+    return {name: value for name, value in output.items() if isinstance(value, kind)}
 
 
 def encode_text(loaded: Loaded, dialogues: Sequence[Dialogue], turns: int, said: Tensor) -> Tensor:

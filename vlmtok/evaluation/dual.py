@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compression import carried
+from ..core.registry import method_class
 from ..errors import ParameterError, UnsupportedModel
 from ..lab.zero_shot import zero_shot
 from ..loading import DATA, SHIPPED
 from ..loading.models import Loaded
-from ..mergers.crossget import CrossTokens
 
 CROSS_TOKENS = "cross_tokens.safetensors"
 """File of a checkpoint's folder that holds CrossGET's trained cross tokens."""
@@ -92,9 +92,9 @@ def give_cross_tokens(loaded: Loaded) -> bool:
     path = cross_tokens_of(loaded)
     given = False
     for run in carried(loaded.model) if path is not None else []:
-        for index in range(len(run.methods)):
+        for index, method in enumerate(run.methods):
             memory = run.memory(index)
-            if isinstance(memory, CrossTokens):
+            if isinstance(method, method_class("crossget")) and memory is not None:
                 _fill(memory, path)
                 given = True
     return given
@@ -108,7 +108,7 @@ def cross_tokens_of(loaded: Loaded) -> Path | None:
     return path if path.is_file() else None
 
 
-def _fill(memory: CrossTokens, path: Path | None) -> None:
+def _fill(memory: nn.Module, path: Path | None) -> None:
     from safetensors.torch import load_file
 
     assert path is not None

@@ -12,7 +12,7 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from .page import COLUMNS, HELD_OUT_SHARE, ROWS, Split
+from .page import COLUMNS, HELD_OUT_SHARE, ROWS, SPLITS, Split
 from .painting import COLORS, OVERSAMPLING, SHAPES, Color, draw_shape
 
 SIDE = 128
@@ -228,7 +228,12 @@ def sample(split: Split, number: int, *seed: object, lone: bool = False) -> tupl
 
     Returns:
         Pictures no two of which say the same.
+
+    Raises:
+        ValueError: no such split.
     """
+    if split not in SPLITS:
+        raise ValueError(f"pictures are of a split in {SPLITS}; got {split!r}")
     rng = random.Random(":".join(map(str, ("captioned", split, lone, *seed))))
     while True:
         first = _lone(rng, small=False) if lone else _draw(rng)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .page import SIZE, THIRD, Layout, Mark, Page, Split
+from .page import SIZE, SPLITS, THIRD, Layout, Mark, Page, Split
 from .painting import COLORS, DIGITS, SHAPES, Color
 
 LAYOUTS: tuple[Layout, ...] = ("scene", "table", "chart")
@@ -16,7 +16,13 @@ _MIDDLE = 4.0  # how far a centre keeps from the lines between the nine places, 
 
 
 def sample_page(split: Split, layout: Layout, *seed: object) -> Page:
-    """Draws the page of a split and a layout that belongs to a seed (any values with a stable `str`)."""
+    """Draws the page of a split and a layout that belongs to a seed (any values with a stable `str`).
+
+    Raises:
+        ValueError: no such split or layout.
+    """
+    if split not in SPLITS or layout not in LAYOUTS:
+        raise ValueError(f"pages are of a split in {SPLITS} and a layout in {LAYOUTS}; got {split!r}, {layout!r}")
     rng = random.Random(":".join(map(str, (split, layout, *seed))))
     draw = {"scene": _scene, "table": _table, "chart": _chart}[layout]
     while True:

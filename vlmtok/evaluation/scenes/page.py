@@ -21,6 +21,7 @@ THIRD = SIZE / 3
 
 Layout = Literal["scene", "table", "chart"]
 Split = Literal["train", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "held-out")
 HELD_OUT_SHARE = 16
 """One arrangement in this many is held out."""
 
