@@ -77,7 +77,6 @@ def evaluate(
 
             chosen = task_named(task, **({} if images is None else {"images": images}))
             folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
             found = run(
                 chosen,
                 model,

@@ -102,6 +102,8 @@ def evaluate(
     plain = BASELINES if baselines else [name for name in BASELINES if name in names]
     _check(keeps, limit=limit, repeats=repeats, batch=batch)
     _check_whole(0, seed=seed, latency_rounds=latency_rounds)
+    if folder is not None:
+        _check_folder(Path(folder))
     items = list(chosen.items(limit))
     if not items:
         raise ParameterError(f"task {chosen.name} has no questions")
@@ -160,6 +162,12 @@ def _check(keeps: Sequence[Any], **counts: Any) -> None:
     if not keeps:
         raise ParameterError("there is no budget: keep is empty")
     _check_whole(1, **{name: value for name, value in counts.items() if value is not None})
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ParameterError(f"{str(folder)!r} cannot hold the journal: {str(there)!r} is no folder")
 
 
 def _check_whole(least: int, **counts: Any) -> None:

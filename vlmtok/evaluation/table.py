@@ -134,7 +134,7 @@ class Evaluation(Tabular):
         for group in self._groups():
             over = group[ALL]
             if over["problem"]:
-                said.append(f"{over['asked']} at {over['keep']:.3g}: {over['problem']}")
+                said.append(f"{over['asked']} at {over['keep']:.3g}: {' '.join(over['problem'].split())}")
         return said
 
     def _asked(self) -> int:
