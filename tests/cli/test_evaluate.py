@@ -58,7 +58,7 @@ def test_the_list(vlmtok_, tmp_path):
         (["circles", "--methods", "fastv:keeep=0.5"], "fastv has no parameter 'keeep'"),
         (["circles", "--as-written", "nosuch"], "no method 'nosuch'"),
         (["circles", "--keep", "half"], "--keep 'half' is no share of the visual tokens, such as 0.25"),
-        (["circles", "--keep", "0.5,1.5"], "--keep 1.5 is not possible; a share of the visual tokens in (0, 1)"),
+        (["circles", "--keep", "0.5,1.5"], "a budget of 1.5 is not possible; a share of the visual tokens in (0, 1)"),
         (["circles", "--keep", ","], "there is no budget"),
         (["circles", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
         (["circles", "--repeats", "many"], "'--repeats': Input should be a valid integer"),

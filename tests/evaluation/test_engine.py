@@ -282,7 +282,7 @@ def test_a_model_that_refuses_the_task_itself_goes_up(model):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"keep": 0}, r"keep=0 is not possible; a share of the visual tokens in \(0, 1\)"),
+        ({"keep": 0}, r"a budget of 0 is not possible; a share of the visual tokens in \(0, 1\)"),
         ({"keep": [0.5, 1.0]}, r"keep=1\.0"),
         ({"keep": 64}, "keep=64"),
         ({"keep": True}, "keep=True"),

@@ -28,7 +28,10 @@ def evaluate(
         str,
         typer.Option(help='Behind commas: names, spec strings, stacks ("tome+fastv"); all: every one registered.'),
     ] = "all",
-    keep: Annotated[str, typer.Option(help="Budgets behind commas: shares of the visual tokens.")] = "0.5,0.25,0.1",
+    # Methods have settings of the names keep and seed, which their refusals name.
+    shares: Annotated[
+        str, typer.Option("--keep", help="Budgets behind commas: shares of the visual tokens.")
+    ] = "0.5,0.25,0.1",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions; by default all of the task.", show_default=False)
     ] = None,
@@ -36,7 +39,7 @@ def evaluate(
         str | None, typer.Option(help="Folder of pictures, for the tasks that take one.", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Answers by methods that draw.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Of what methods draw, and of the intervals.")] = 0,
+    first_seed: Annotated[int, typer.Option("--seed", min=0, help="Of what methods draw, and of the intervals.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Random choice and smaller pictures in the table.")
@@ -67,7 +70,7 @@ def evaluate(
         return
     if task is None:
         raise ParameterError("vlmtok eval needs a task; --list shows them")
-    keeps = [_share(text) for text in keep.split(",") if text.strip()]
+    keeps = [_share(text) for text in shares.split(",") if text.strip()]
     try:
         with at_work() as progress:
             progress("starting", 0, 0)
@@ -84,7 +87,7 @@ def evaluate(
                 keeps,
                 limit=limit,
                 repeats=repeats,
-                seed=seed,
+                seed=first_seed,
                 batch=batch,
                 baselines=baselines,
                 as_written=split_names(as_written or ""),

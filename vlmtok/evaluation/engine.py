@@ -158,7 +158,7 @@ def _names(methods: str | Sequence[str]) -> list[str]:
 def _check(keeps: Sequence[Any], **counts: Any) -> None:
     for one in keeps:
         if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < 1:
-            raise ParameterError(f"keep={one!r} is not possible; a share of the visual tokens in (0, 1)")
+            raise ParameterError(f"a budget of {one!r} is not possible; a share of the visual tokens in (0, 1)")
     if not keeps:
         raise ParameterError("there is no budget: keep is empty")
     _check_whole(1, **{name: value for name, value in counts.items() if value is not None})
