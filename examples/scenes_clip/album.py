@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tiny_llava.training import logger
+from tiny_llava.arrays import fill_arrays
 
 from scenes_clip.words import LENGTH, tokenizer
 from vlmtok.evaluation.scenes.captioned import SIDE, Captioned, Claim, sample
@@ -22,12 +21,11 @@ GRID = SIDE // PATCH
 GROUP = 4
 """Pictures that stand together: one and near-duplicates of it, so that a batch holds what is hard to tell apart."""
 CAPTIONS = 4
-_CHUNK = 100 * GROUP
 _AXIS = (np.arange(GRID) + 0.5) * PATCH
 _X, _Y = np.meshgrid(_AXIS, _AXIS)
 
 
-def _columns(number: int) -> dict[str, tuple[tuple[int, ...], type]]:
+def _columns() -> dict[str, tuple[tuple[int, ...], type]]:
     columns: dict[str, tuple[tuple[int, ...], type]] = {
         "pixels": ((SIDE, SIDE, 3), np.uint8),
         "seen": ((GRID * GRID, 3), np.int8),  # colour, shape and size of what a patch lies on, from 1; 0 for nothing
@@ -36,7 +34,7 @@ def _columns(number: int) -> dict[str, tuple[tuple[int, ...], type]]:
         "full": ((), np.int64),  # key of captions that name everything
         "class": ((), np.int64),  # key of the class sentence, or a number that no caption has
     }
-    return {name: ((number, *shape), kind) for name, (shape, kind) in columns.items()}
+    return columns
 
 
 @dataclass(frozen=True)
@@ -59,27 +57,13 @@ def draw_album(folder: Path, split: Split, seed: int, number: int, workers: int)
         number: Of pictures, a multiple of `GROUP`.
         workers: Processes that draw.
     """
-    done = folder / "done.json"
     key = {"split": split, "seed": seed, "number": number}
-    columns = _columns(number)
-    if not done.exists() or json.loads(done.read_text()) != key:
-        folder.mkdir(parents=True, exist_ok=True)
-        done.unlink(missing_ok=True)
-        for name, (shape, kind) in columns.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
-        jobs = [(folder, split, seed, number, first) for first in range(0, number, _CHUNK)]
-        with ProcessPoolExecutor(workers) as pool:
-            for i, _ in enumerate(pool.map(_draw_chunk, jobs), 1):
-                if i % 50 == 0:
-                    logger.info("%s pictures: %d of %d", split, min(number, i * _CHUNK), number)
-        done.write_text(json.dumps(key))
-    return Album({name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in columns})
+    return Album(fill_arrays(folder, key, _columns(), _draw, workers))
 
 
-def _draw_chunk(job: tuple[Path, Split, int, int, int]) -> None:
-    folder, split, seed, number, first = job
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in _columns(number)}
-    for start in range(first, min(first + _CHUNK, number), GROUP):
+def _draw(arrays: dict[str, np.ndarray], key: dict[str, Any], rows: range) -> None:
+    split, seed = key["split"], key["seed"]
+    for start in range(rows.start, rows.stop, GROUP):
         rng = random.Random(f"captions:{split}:{seed}:{start}")
         for i, picture in enumerate(sample(split, GROUP, seed, start // GROUP), start):
             arrays["pixels"][i] = np.asarray(picture.draw())

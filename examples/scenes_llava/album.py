@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tiny_llava.arrays import fill_arrays
 from tiny_llava.processor import ASSISTANT, EOS, PAD, USER
-from tiny_llava.training import logger
 
 from scenes_llava.processor import ids, index
 from scenes_llava.targets import ATTRIBUTES, GRIDS, KINDS, MARKS, read_marks, read_patches, shown_kinds
@@ -29,10 +28,9 @@ _SCENE_KINDS = (
     *("number", "fine print", "fine print"),
 )
 KIND_NAMES = (*LAYOUT_OF, "second turn", "two pictures")
-_CHUNK = 250
 
 
-def _columns(number: int) -> dict[str, tuple[tuple[int, ...], type]]:
+def _columns() -> dict[str, tuple[tuple[int, ...], type]]:
     slots = {
         "text": ((QUESTIONS, LENGTH), np.int16),  # token ids
         "target": ((QUESTIONS, LENGTH), np.int16),  # the next token where it belongs to an answer, else -100
@@ -53,7 +51,7 @@ def _columns(number: int) -> dict[str, tuple[tuple[int, ...], type]]:
         columns |= {f"{name}{grid}": ((grid * grid,), np.int8) for name in ("owner", "step", "center", "fair")}
     columns |= {f"q_{name}": slot for name, slot in slots.items()}
     columns |= {f"two_{name}": slot for name, slot in slots.items()}
-    return {name: ((number, *shape), kind) for name, (shape, kind) in columns.items()}
+    return columns
 
 
 @dataclass(frozen=True)
@@ -90,28 +88,14 @@ def draw_album(folder: Path, split: Split, seed: int, number: int, workers: int)
         number: Of pages, a multiple of eight.
         workers: Processes that draw.
     """
-    done = folder / "done.json"
     key = {"split": split, "seed": seed, "number": number}
-    columns = _columns(number)
-    if not done.exists() or json.loads(done.read_text()) != key:
-        folder.mkdir(parents=True, exist_ok=True)
-        done.unlink(missing_ok=True)
-        for name, (shape, kind) in columns.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
-        jobs = [(folder, split, seed, number, first) for first in range(0, number, _CHUNK)]
-        with ProcessPoolExecutor(workers) as pool:
-            for i, _ in enumerate(pool.map(_draw_chunk, jobs), 1):
-                if i % 20 == 0:
-                    logger.info("%s pages: %d of %d", split, min(number, i * _CHUNK), number)
-        done.write_text(json.dumps(key))
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in columns}
+    arrays = fill_arrays(folder, key, _columns(), _draw, workers)
     return Album(arrays, np.array([_pair(i, number) for i in range(number)]))
 
 
-def _draw_chunk(job: tuple[Path, Split, int, int, int]) -> None:
-    folder, split, seed, number, first = job
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in _columns(number)}
-    for i in range(first, min(first + _CHUNK, number)):
+def _draw(arrays: dict[str, np.ndarray], key: dict[str, Any], rows: range) -> None:
+    split, seed, number = key["split"], key["seed"], key["number"]
+    for i in rows:
         page = _page(split, seed, i)
         arrays["pixels"][i] = np.asarray(page.draw())
         arrays["marks"][i], arrays["shown"][i] = read_marks(page), shown_kinds(page)
