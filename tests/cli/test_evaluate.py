@@ -178,3 +178,4 @@ def test_without_matplotlib_there_is_no_plot(vlmtok_, monkeypatch):
     assert result.exit_code == 0 and sorted(os.listdir("eval")) == [
         f"circles.{e}" for e in ("csv", "jsonl", "md", "tex")
     ]
+    assert "vlmtok: note: no plots are drawn: " in result.stderr and "matplotlib" in result.stderr

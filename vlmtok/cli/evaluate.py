@@ -138,7 +138,8 @@ def _write(found: Evaluation, stem: Path) -> list[str]:
         path = stem.with_name(f"{stem.name}-{cost}.png")
         try:
             figure: Any = found.plot(cost).figure
-        except MissingPackage:
+        except MissingPackage as missing:
+            print(f"vlmtok: note: no plots are drawn: {missing}", file=sys.stderr)
             break
         except ParameterError:  # no row has this cost
             continue
