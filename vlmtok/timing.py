@@ -130,7 +130,7 @@ def interleave(
         # The last warm-up call tells how long one takes.
         repeats[case.name] = max(1, min(100, math.ceil(LEAST / once))) if warmup else 1
         done += 1
-        _tell(progress, "warming up", done, steps)
+        tell(progress, "warming up", done, steps)
     gc.collect()
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for round_ in range(rounds):
@@ -141,8 +141,8 @@ def interleave(
             with case.around():
                 seconds[case.name].append(_clock(case.call, repeats[case.name], device))
             done += 1
-            _tell(progress, "measuring in turns", done, steps)
-    _tell(progress, "measuring in turns", steps, steps)
+            tell(progress, "measuring in turns", done, steps)
+    tell(progress, "measuring in turns", steps, steps)
     return {name: Timing(tuple(found)) for name, found in seconds.items()}
 
 
@@ -228,7 +228,8 @@ def break_even(tokens: int, speedup: float, promised: float) -> float | None:
     return max(0.0, tokens * cost / saving)
 
 
-def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
+def tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
+    """Tells of progress where somebody listens."""
     if progress is not None:
         progress(what, done, steps)
 

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_llava.card import weigh
 from tiny_llava.training import logger
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 import vlmtok
 from scenes_clip.cross import MERGED, SPEC
-from scenes_clip.export import CROSS_TOKENS
+from vlmtok.evaluation.dual import CROSS_TOKENS
 from vlmtok.evaluation.scenes.captioned import CLASSES, TEMPLATE
 from vlmtok.evaluation.scenes.galleries import Shown, gallery, lone_pictures
 from vlmtok.evaluation.scenes.shifts import SEVERITIES, shift
@@ -114,13 +115,7 @@ def examine(folder: Path, work: Path, device: torch.device, number: int) -> dict
             rows.append(examined.classify(lone[0], worse))
         figures["shifts"][kind] = rows
         logger.info("%s: %s", kind, " ".join(f"{share:.3f}" for share in rows))
-    figures["parameters"] = sum(value.numel() for value in load_file(folder / "model.safetensors").values())
-    figures["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
-    figures["seconds"] = {
-        phase: torch.load(work / f"{phase}.pt", weights_only=True, map_location="cpu")["spent"]["wall"]
-        for phase in ("clip", "cross")
-        if (work / f"{phase}.pt").exists()
-    }
+    figures |= weigh(folder, work, ("clip", "cross"))
     figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     (work / "figures.json").write_text(json.dumps(figures, indent=1))
     return figures
@@ -140,7 +135,7 @@ def write_card(folder: Path, figures: dict[str, Any]) -> None:
         spec=SPEC,
         ways="\n".join(ways),
         shifts="\n".join(shifts),
-        spent=", ".join(f"{phase} {value:.0f} s" for phase, value in figures["seconds"].items()),
+        spent=", ".join(f"{phase} {spent['wall']:.0f} s" for phase, spent in figures["seconds"].items()),
         device=figures["device"],
     )
     (folder / "README.md").write_text(text, "utf-8")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from scenes_clip.words import build_processor
+from vlmtok.evaluation.dual import CROSS_TOKENS
 
-CROSS_TOKENS = "cross_tokens.safetensors"
 _BLOCK = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",

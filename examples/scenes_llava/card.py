@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from tiny_llava.card import weigh
 from tiny_llava.evaluate import Checkpoint
 from tiny_llava.language import loudness
 from tiny_llava.training import logger
@@ -76,7 +76,7 @@ def examine(folder: Path, work: Path, device: torch.device, number: int) -> dict
     Returns:
         Shares of right answers by kind: `whole`, `blind` (without a picture), `random` (shares of the visual tokens,
         drawn at random before the language model); `loudness` of the layers, `parameters`, `bytes`, and `seconds` on
-        the clock by phase.
+        the clock and of processor time by phase.
     """
     questions = exam(number)
     checkpoint = Checkpoint(folder)
@@ -90,15 +90,7 @@ def examine(folder: Path, work: Path, device: torch.device, number: int) -> dict
     for name, shares in {"whole": figures["whole"], "blind": figures["blind"], **figures["random"]}.items():
         logger.info("%s: %s", name, " ".join(f"{kind} {value:.3f}" for kind, value in shares.items()))
     figures["loudness"] = loudness(checkpoint.model)
-    weights = folder / "model.safetensors"
-    figures["parameters"] = sum(value.numel() for value in load_file(weights).values())
-    figures["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
-    states = {phase: work / f"{phase}.pt" for phase in _PHASES}
-    figures["seconds"] = {
-        phase: torch.load(path, weights_only=True, map_location="cpu")["spent"]["wall"]
-        for phase, path in states.items()
-        if path.exists()
-    }
+    figures |= weigh(folder, work, _PHASES)
     figures["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     (work / "figures.json").write_text(json.dumps(figures, indent=1))
     return figures
@@ -110,14 +102,13 @@ def write_card(folder: Path, figures: dict[str, Any]) -> None:
     for kind in (*KINDS, "all"):
         shares = [figures["whole"][kind], figures["blind"][kind], *(part[kind] for part in figures["random"].values())]
         rows.append(f"| {kind} | {' | '.join(f'{share:.1%}' for share in shares)} |")
-    seconds = figures["seconds"]
     text = _CARD.format(
         parameters=figures["parameters"] / 1e6,
         megabytes=figures["bytes"] / 1e6,
         questions=figures["questions"],
         table="\n".join(rows),
         layers="\n".join(f"| {i} | {a:.1f} | {mlp:.1f} |" for i, (a, mlp) in enumerate(figures["loudness"])),
-        spent=", ".join(f"{phase} {value:.0f} s" for phase, value in seconds.items()),
+        spent=", ".join(f"{phase} {spent['wall']:.0f} s" for phase, spent in figures["seconds"].items()),
         device=figures["device"],
     )
     (folder / "README.md").write_text(text, "utf-8")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_llava.language import Stage, look_away
-from tiny_llava.training import Optimizer, Progress, logger, mixed_precision, watch_attention
+from tiny_llava.language import Stage, begin, look_away
+from tiny_llava.training import logger, mixed_precision, watch_attention
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -104,23 +104,8 @@ def train_stage(
         The model, on its device.
     """
     device = store.device
-    llava.to(device).train()
+    optimizer, progress = begin(llava, work, stage, device)
     llava.model.vision_tower.eval()
-    llava.set_attn_implementation("matmul")
-    parts = {
-        "projector": llava.model.multi_modal_projector,
-        "decoder": llava.model.language_model,
-        "head": llava.lm_head,
-    }
-    optimizer = Optimizer(
-        parts.values(),
-        stage.steps,
-        muon_rate=stage.muon_rate,
-        adam_rate=stage.adam_rate,
-        decay=stage.decay,
-        gentle=[llava.model.multi_modal_projector, llava.get_input_embeddings()],
-    )
-    progress = Progress(work / f"{stage.name}.pt", parts, optimizer)
     layers = llava.model.language_model.layers
     number = len(layers)  # stages of other depths see other batches
     while progress.step < stage.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,28 @@ def examine(folder: Path, work: Path) -> dict[str, Any]:
     figures["attention"] = attention_to_asked(eager, questions[:_ATTENTION_QUESTIONS])
     figures["cls"] = cls_attention(eager, questions[:_ATTENTION_QUESTIONS])
     figures["loudness"] = loudness(checkpoint.model)
-    weights = folder / "model.safetensors"
-    figures["parameters"] = sum(value.numel() for value in load_file(weights).values())
-    figures["bytes"] = sum(path.stat().st_size for path in folder.iterdir())
-    states = {phase: work / f"{phase}.pt" for phase in _PHASES}
-    figures["seconds"] = {phase: torch.load(path, weights_only=True)["spent"] for phase, path in states.items()}
+    figures |= weigh(folder, work, _PHASES)
     (work / "figures.json").write_text(json.dumps(figures, indent=1))
     return figures
+
+
+def weigh(folder: Path, work: Path, phases: Sequence[str]) -> dict[str, Any]:
+    """What a finished checkpoint takes, and what making it took.
+
+    Args:
+        folder: The checkpoint.
+        work: Folder of the training's state.
+        phases: Of the training, by the names of their files.
+
+    Returns:
+        `parameters`, `bytes`, and `seconds` on the clock and of processor time by phase.
+    """
+    states = {phase: torch.load(work / f"{phase}.pt", weights_only=True, map_location="cpu") for phase in phases}
+    return {
+        "parameters": sum(value.numel() for value in load_file(folder / "model.safetensors").values()),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "seconds": {phase: state["spent"] for phase, state in states.items()},
+    }
 
 
 def write_card(folder: Path, figures: dict[str, Any]) -> None:

@@ -233,6 +233,28 @@ def accuracy(
     return {name: right[name] / asked[name] for name in sorted(asked)}
 
 
+def begin(
+    llava: LlavaForConditionalGeneration, work: Path, stage: Stage, device: torch.device
+) -> tuple[Optimizer, Progress]:
+    """Puts a model where it is trained, with the optimiser of a stage and its state as far as it has come."""
+    llava.to(device).train()
+    llava.set_attn_implementation("matmul")
+    parts = {
+        "projector": llava.model.multi_modal_projector,
+        "decoder": llava.model.language_model,
+        "head": llava.lm_head,
+    }
+    optimizer = Optimizer(
+        parts.values(),
+        stage.steps,
+        muon_rate=stage.muon_rate,
+        adam_rate=stage.adam_rate,
+        decay=stage.decay,
+        gentle=[llava.model.multi_modal_projector, llava.get_input_embeddings()],
+    )
+    return optimizer, Progress(work / f"{stage.name}.pt", parts, optimizer)
+
+
 def train_stage(
     llava: LlavaForConditionalGeneration,
     album: Album,
@@ -258,22 +280,7 @@ def train_stage(
     Returns:
         The model, on the CPU.
     """
-    llava.set_attn_implementation("matmul")
-    parts = {
-        "projector": llava.model.multi_modal_projector,
-        "decoder": llava.model.language_model,
-        "head": llava.lm_head,
-    }
-    llava.to(device).train()
-    optimizer = Optimizer(
-        parts.values(),
-        stage.steps,
-        muon_rate=stage.muon_rate,
-        adam_rate=stage.adam_rate,
-        decay=stage.decay,
-        gentle=[llava.model.multi_modal_projector, llava.get_input_embeddings()],
-    )
-    progress = Progress(work / f"{stage.name}.pt", parts, optimizer)
+    optimizer, progress = begin(llava, work, stage, device)
     layers = llava.model.language_model.layers
     average = 0.0
     while progress.step < stage.steps:

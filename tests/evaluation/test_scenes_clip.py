@@ -267,3 +267,11 @@ def test_plain_classification_drops_under_shift_and_needs_its_tokens():
             clean = [item for item in items if item.kind == "clean"]
             few = sum(outcome.quality for outcome in task.answer(loaded, clean)) / len(clean)
     assert right["clean"] > 0.97 and right["contrast 3"] < 0.6 and few < 0.6
+
+
+@pytest.mark.parametrize("task", [ScenesClip, ScenesShift])
+def test_untrained_cross_tokens_are_another_sweep(task):
+    """A journal of the one is not gone on with by the other: questions of both have the same names."""
+    trained, untrained = task(), task(cross_tokens=False)
+    assert [item.id for item in trained.items(30)] == [item.id for item in untrained.items(30)]
+    assert trained.settings != untrained.settings

@@ -10,7 +10,7 @@ import torch
 from .. import timing
 from ..compression import compress
 from ..cost.report import Report
-from ..errors import NotCounted, PassError, VlmtokError
+from ..errors import NotCounted, ParameterError, PassError, VlmtokError
 from ..forecast.budget import measure
 from ..loading.models import Loaded
 from ..timing import Case, Ratio
@@ -60,7 +60,7 @@ def _figures(report: Report, after: bool) -> dict[str, float | None]:
     def figure(what: str) -> float | None:
         try:
             bare, short = measure(report, what)
-        except (NotCounted, VlmtokError):
+        except (NotCounted, ParameterError):  # not counted, or the model has no such thing
             return None
         return short if after else bare
 

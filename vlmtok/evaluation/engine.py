@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from ..guard import guarded
 from ..loading import load
 from ..loading.models import Loaded
 from ..loading.problems import quiet
-from ..timing import Progress
+from ..timing import Progress, tell
 from .costs import cost_of, latency_of
 from .downsample import Downsampler
 from .journal import Journal
@@ -107,7 +109,7 @@ def evaluate(
     items = list(chosen.items(limit))
     if not items:
         raise ParameterError(f"task {chosen.name} has no questions")
-    _tell(progress, f"loading {model.name if isinstance(model, Loaded) else model or chosen.model}", 0, 0)
+    tell(progress, f"loading {model.name if isinstance(model, Loaded) else model or chosen.model}", 0, 0)
     loaded = model if isinstance(model, Loaded) else load(model or chosen.model, device=device, dtype=dtype)
     if dispatcher_of(loaded.model) is not None:
         raise ParameterError(f"evaluate: {loaded.name} carries a compression; vlmtok.remove(model) first")
@@ -115,7 +117,9 @@ def evaluate(
     settings = _Settings(repeats, seed, batch, latency_rounds, text_tokens)
     prompt = _prompt(chosen, loaded, items[0], text_tokens) if chosen.language else {}
     ways = ways_of(loaded, [name for name in names if name not in BASELINES], keeps, plain, written, **prompt)
-    place = timing.environment(loaded.device)
+    found = timing.environment(loaded.device)
+    where = {"device": found["device"], "dtype": str(loaded.dtype).removeprefix("torch.")}
+    where |= {name: found[name] for name in _VERSIONS}
     head = {
         "task": chosen.name,
         "model": loaded.name,
@@ -124,19 +128,11 @@ def evaluate(
         "seed": seed,
         "batch": batch,
         **getattr(chosen, "settings", {}),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": place["device"],
-        **{name: place[name] for name in _VERSIONS},
+        **where,
     }
-    if folder is None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as made:
-            return _Sweep(chosen, loaded, items, settings, Journal(Path(made) / "journal.jsonl", head), progress).run(
-                ways
-            )
-    path = Path(folder) / f"{chosen.name}.jsonl"
-    return _Sweep(chosen, loaded, items, settings, Journal(path, head), progress).run(ways)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        journal = Journal(Path(place) / f"{chosen.name}.jsonl", head)
+        return _Sweep(chosen, loaded, items, settings, journal, where, progress).run(ways)
 
 
 def _prompt(task: Task, loaded: Loaded, item: Item, text_tokens: int) -> dict[str, Any]:
@@ -180,7 +176,8 @@ def fingerprint(loaded: Loaded) -> str:
     """What tells a model's weights from others': a hash over the shapes and sums of all of them."""
     digest = hashlib.sha256()
     for name, value in sorted(loaded.model.state_dict().items()):
-        total = value.detach().to("cpu", torch.float64).sum().item() if value.numel() else 0.0
+        held = value if value.device.type == "cuda" else value.cpu()  # other devices know no float64
+        total = held.detach().sum(dtype=torch.float64).item()
         digest.update(f"{name} {tuple(value.shape)} {total!r}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -195,10 +192,11 @@ class _Sweep:
         items: Sequence[Item],
         settings: _Settings,
         journal: Journal,
+        where: dict[str, Any],
         progress: Progress | None,
     ) -> None:
         self.task, self.loaded, self.items, self.settings = task, loaded, items, settings
-        self.journal, self.progress = journal, progress
+        self.journal, self.where, self.progress = journal, where, progress
         self.batches = task.batches(loaded, items, settings.batch)
         self.first = {item.kind: item for item in reversed(items)}
         self.downsampler: Downsampler | None = None
@@ -210,12 +208,9 @@ class _Sweep:
             label = f"{self.task.name}: {way.key} ({number + 1} of {len(ways)})"
             problem = way.problem or self._answer_all(way, label)
             kept.append(replace(way, problem=problem))
-        place = timing.environment(self.loaded.device)
         fixed = {
             "seed": self.settings.seed,
-            "device": place["device"],
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            **{name: place[name] for name in _VERSIONS},
+            **self.where,
             "settings": f"batch={self.settings.batch}; text_tokens={self.settings.text_tokens}",
         }
         asked = self.settings.repeats
@@ -242,7 +237,7 @@ class _Sweep:
             asked = [self.items[i] for i in batch]
             if all(item.id in known for item in asked):
                 continue
-            _tell(self.progress, label, number, len(self.batches))
+            tell(self.progress, label, number, len(self.batches))
             outcomes = self._ask(way, asked, (self.settings.seed, repeat, number))
             self.journal.add_answers(way.key, repeat, asked, outcomes)
 
@@ -281,8 +276,3 @@ class _Sweep:
                 rounds = self.settings.latency_rounds
                 cost["latency_ratio"] = latency_of(self.task, self.loaded, loaded, item, way, rounds)
             self.journal.add_cost(way.key, kind, cost)
-
-
-def _tell(progress: Callable[[str, int, int], None] | None, what: str, done: int, steps: int) -> None:
-    if progress is not None:
-        progress(what, done, steps)

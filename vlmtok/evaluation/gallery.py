@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import ParameterError
 from ..loading.pictures import open_picture
 from ..loading.problems import LoadError
-from ..timing import Progress
+from ..timing import Progress, tell
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def gallery(folder: str | os.PathLike[str], limit: int | None = None, progress: 
     for number, path in enumerate(files):
         if limit is not None and len(paths) == limit:
             break
-        if progress is not None:
-            progress(f"opening {path.name}", number, len(files))
+        tell(progress, f"opening {path.name}", number, len(files))
         try:
             picture(path)
         except LoadError as problem:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cost.units import binary, si
 from ..errors import MissingPackage, ParameterError
-from ..lab.plots import front
+from ..lab.plots import front, unit_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +74,7 @@ def quality_plot(records: Sequence[Mapping[str, Any]], cost: str, kind: str, ax:
     best = [shown[i] for i in front([(sign * float(r[cost]), -float(r["quality"])) for r in shown])]
     line = [float(r[cost]) for r in best], [100 * float(r["quality"]) for r in best]
     axes.plot(*line, color="gold", linewidth=6, alpha=0.35, zorder=0, solid_capstyle="round", label="Pareto front")
-    shorter = {"macs": si, "kv_bytes": binary}.get(cost, "{:g}".format)
-    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", shorter(value)))
+    unit_ticks(axes, {"macs": si, "kv_bytes": binary}.get(cost, "{:g}".format))
     axes.set_xlabel(AXES[cost])
     axes.set_ylabel("right answers, %" if kind == "all" else f"right answers, {kind}, %")
     axes.grid(alpha=0.25)

@@ -60,6 +60,7 @@ class ScenesClip:
                 f"scenes-clip has no kind {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}"
             )
         self._kinds, self._seed, self._trained = tuple(kinds), seed, cross_tokens
+        self.settings = {} if cross_tokens else {"cross_tokens": "untrained"}
 
     def items(self, limit: int | None) -> Sequence[Item]:
         """Questions, kinds in turn."""

@@ -57,6 +57,7 @@ class ScenesShift:
             raise ParameterError(f"scenes-shift: severities must be from 1 to 5, got {levels}")
         self._kinds = [("", 0), *((kind, level) for kind in SEVERITIES for level in levels)]
         self._seed, self._trained = seed, cross_tokens
+        self.settings = {} if cross_tokens else {"cross_tokens": "untrained"}
 
     def items(self, limit: int | None) -> Sequence[Item]:
         """Questions, kinds in turn."""

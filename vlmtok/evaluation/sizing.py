@@ -131,11 +131,16 @@ def _up_to(name: str) -> Callable[[Loaded], Sequence[int]]:
     return lambda loaded: range(1, int(getattr(_pictures(loaded), name)) + 1)
 
 
-def _set_tiles(draft: Draft, value: int) -> None:
-    found = draft.pictures
-    found.max_patches = value
-    if hasattr(found, "min_patches"):
-        found.min_patches = min(found.min_patches, value)
+def _at_most(most: str, least: str = "") -> Turn:
+    """Sets an attribute of the image processor, and lowers the least there may be where it would lie above."""
+
+    def turn(draft: Draft, value: int) -> None:
+        found = draft.pictures
+        setattr(found, most, value)
+        if least and hasattr(found, least):
+            setattr(found, least, min(getattr(found, least), value))
+
+    return turn
 
 
 def _tiled_edges(loaded: Loaded) -> Sequence[int]:
@@ -163,9 +168,8 @@ def _set_canvas(draft: Draft, value: int) -> None:
 
 def _set_small_tiles(draft: Draft, value: int) -> None:
     """LFM2-VL: one tile means that a picture is not split."""
-    found = draft.pictures
-    found.max_tiles, found.min_tiles = value, min(found.min_tiles, value)
-    found.do_image_splitting = found.do_image_splitting and value > 1
+    _at_most("max_tiles", "min_tiles")(draft, value)
+    draft.pictures.do_image_splitting = draft.pictures.do_image_splitting and value > 1
 
 
 def _small_tiles(loaded: Loaded) -> Sequence[int]:
@@ -173,20 +177,9 @@ def _small_tiles(loaded: Loaded) -> Sequence[int]:
     return [1, *range(found.min_tiles, found.max_tiles + 1)] if found.do_image_splitting else [1]
 
 
-def _set_most(draft: Draft, value: int) -> None:
-    found = draft.pictures
-    found.max_image_tokens = value
-    if hasattr(found, "min_image_tokens"):
-        found.min_image_tokens = min(found.min_image_tokens, value)
-
-
 def _patches(loaded: Loaded) -> Sequence[int]:
     found = _pictures(loaded)
     return range(found.merge_size**2, found.max_patches + 1)
-
-
-def _set_patches(draft: Draft, value: int) -> None:
-    draft.pictures.max_patches = value
 
 
 SOFT = (70, 140, 280, 560, 1120)
@@ -195,10 +188,6 @@ SOFT = (70, 140, 280, 560, 1120)
 
 def _soft(loaded: Loaded) -> Sequence[int]:
     return [value for value in SOFT if value <= _pictures(loaded).max_soft_tokens]
-
-
-def _set_soft(draft: Draft, value: int) -> None:
-    draft.pictures.max_soft_tokens = value
 
 
 # ---------------------------------------------------------------------- the side of a tile
@@ -286,13 +275,13 @@ FRACTIONS = ("idefics3", "smolvlm")
 
 AREA = Dial("pixels of a picture", _areas, _set_area)
 EDGE = Dial("longest edge of a picture", _edges, _set_edge)
-TILES = Dial("most tiles of a picture", _up_to("max_patches"), _set_tiles)
+TILES = Dial("most tiles of a picture", _up_to("max_patches"), _at_most("max_patches", "min_patches"))
 TILED_EDGE = Dial("longest edge of a picture", _tiled_edges, _set_edge)
 CANVAS = Dial("most tiles of a picture", _canvases, _set_canvas, twin=True)
 SMALL_TILES = Dial("most tiles of a picture", _small_tiles, _set_small_tiles)
-MOST = Dial("most tokens of a picture", _up_to("max_image_tokens"), _set_most)
-PATCHES = Dial("most patches of a picture", _patches, _set_patches)
-SOFT_TOKENS = Dial("most tokens of a picture", _soft, _set_soft)
+MOST = Dial("most tokens of a picture", _up_to("max_image_tokens"), _at_most("max_image_tokens", "min_image_tokens"))
+PATCHES = Dial("most patches of a picture", _patches, _at_most("max_patches"))
+SOFT_TOKENS = Dial("most tokens of a picture", _soft, _at_most("max_soft_tokens"))
 SIDE = Dial("side of a tile", _sides, _set_side, twin=True, gaps=True, refuses=_no_positions)
 
 ROWS: dict[str, tuple[Dial, ...]] = {

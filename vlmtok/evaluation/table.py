@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 """Kind of a row over all questions."""
-_COSTS = ("visual_tokens", "macs", "kv_bytes", "pruner_share", "latency_ratio")
+_COSTS = ("visual_tokens", "macs", "kv_bytes", "latency_ratio", "pruner_share")
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,15 +201,8 @@ def _cost(journal: Journal, way: Way, bare: Way, kind: str, items: Sequence[Item
     found = {name: mean(way.key, name) for name in _COSTS}
     before = mean(bare.key, "macs")
     ratio = before / found["macs"] if before and found["macs"] else None
-    rounded = {name: None if value is None else _short(value) for name, value in found.items()}
-    return {
-        "visual_tokens": rounded["visual_tokens"],
-        "macs": rounded["macs"],
-        "macs_ratio": None if ratio is None else _short(ratio),
-        "kv_bytes": rounded["kv_bytes"],
-        "latency_ratio": rounded["latency_ratio"],
-        "pruner_share": rounded["pruner_share"],
-    }
+    found = {"visual_tokens": found["visual_tokens"], "macs": found["macs"], "macs_ratio": ratio, **found}
+    return {name: None if value is None else _short(value) for name, value in found.items()}
 
 
 def _interval(gap: Difference | None) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from ..errors import PassError, VlmtokError, VlmtokWarning
 from ..loading.models import Loaded
 from ..loading.pictures import open_picture
 from ..loading.problems import LoadError, line_of, quiet
-from ..timing import Case, Progress, Ratio
+from ..timing import Case, Progress, Ratio, tell
 from .comparison import Comparison, VisualTokens
 from .legend import legend
 from .overlay import overlay as draw_overlay
@@ -81,7 +81,7 @@ class Comparing:
     def bare(self) -> Answer:
         """The bare model's answer."""
         if self._bare is None:
-            _tell(self.progress, "answering, bare", 1, 2)
+            tell(self.progress, "answering, bare", 1, 2)
             with torch.inference_mode(), quiet():
                 self._bare = self.runner.answer()
         return self._bare
@@ -102,14 +102,14 @@ class Comparing:
         model, runner = self.model, self.runner
         with torch.inference_mode(), quiet():
             with self._compressed(method, trace=True) as run:
-                _tell(self.progress, "answering, compressed", 0, 2)
+                tell(self.progress, "answering, compressed", 0, 2)
                 short = self._answer_under(run)
                 report = _checked(run, runner, short)
                 trace = run.trace()
                 names = method if isinstance(method, str) else "+".join(map(str, run.methods))
                 seen, overlay, words, problem = _overlay(self.image, trace, model.processor, names)
             full = self.bare()
-            _tell(self.progress, "answering, bare", 2, 2)
+            tell(self.progress, "answering, bare", 2, 2)
             latency, seconds = _latency(runner, lambda: self._compressed(method), model, rounds, limit, self.progress)
         return Comparison(
             model=model,
@@ -245,8 +245,3 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
         steps.append((site, torch.cat([torch.where(owner < 0, -1, owner + start) for owner, start in held])))
     methods = trace[0].methods
     return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods)
-
-
-def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
-    if progress is not None:
-        progress(what, done, steps)

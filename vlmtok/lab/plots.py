@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cost.units import binary, si
@@ -65,8 +65,7 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     best = [shown[i] for i in front([(r[cost], r[measure] * (1 if measure == "divergence" else -1)) for r in shown])]
     line = [record[cost] for record in best], [record[measure] for record in best]
     axes.plot(*line, color="grey", linewidth=1, linestyle="--", label="Pareto front", zorder=1)
-    shorter = {"total_macs": si, "kv_bytes": binary}.get(cost, "{:g}".format)
-    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", shorter(value)))
+    unit_ticks(axes, {"total_macs": si, "kv_bytes": binary}.get(cost, "{:g}".format))
     axes.set_xlabel(COSTS[cost])
     axes.set_ylabel("cosine with bare" if measure == "cosine" else "KL divergence from bare, nats (up is closer)")
     axes.margins(x=0.12, y=0.12)
@@ -80,6 +79,11 @@ def pareto(records: Sequence[Mapping[str, Any]], cost: str, ax: Axes | None = No
     axes.legend(fontsize="small")
     _label(axes, [(r[cost], r[measure], settings_of(r), colours[name_of(r)]) for r in shown])
     return axes
+
+
+def unit_ticks(axes: Axes, words: Callable[[float], str]) -> None:
+    """Writes a cost's figures along the axis, round ones without their zeros."""
+    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", words(value)))
 
 
 def measure_of(records: Sequence[Mapping[str, Any]]) -> str:

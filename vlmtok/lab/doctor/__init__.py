@@ -19,7 +19,7 @@ from ...errors import ParameterError
 from ...guard import guarded
 from ...loading.devices import pick_device
 from ...loading.models import load
-from ...timing import Progress
+from ...timing import Progress, tell
 from . import environment
 from .facts import BROKEN, OK, REFUSED, Fact, Row
 from .own import examine_loaded, examine_model
@@ -68,13 +68,13 @@ def examine(
     rows = []
     with hushed():
         if model is not None:
-            _tell(progress, f"loading {model}", 0, 0)
+            tell(progress, f"loading {model}", 0, 0)
             loaded = load(model, device=str(where), dtype=dtype)
-            _tell(progress, f"examining {model}", 0, 0)
+            tell(progress, f"examining {model}", 0, 0)
             rows.append(examine_loaded(loaded, adapter))
         with one_thread():
             for number, case in enumerate(asked):
-                _tell(progress, f"examining {case.name}", number, len(asked))
+                tell(progress, f"examining {case.name}", number, len(asked))
                 rows.append(case.run(where))
     best = pick_device("auto")  # what users run their models on, wherever the tiny ones ran
     return Report(
@@ -84,11 +84,6 @@ def examine(
         tuple(rows),
         time.perf_counter() - begin,
     )
-
-
-def _tell(progress: Progress | None, what: str, done: int, steps: int) -> None:
-    if progress is not None:
-        progress(what, done, steps)
 
 
 __all__ = ["BROKEN", "OK", "QUICK", "REFUSED", "Fact", "Report", "Row", "cases", "examine", "examine_model"]
