@@ -70,12 +70,14 @@ if TYPE_CHECKING:
     from .mergers.visionzip import VisionZip as VisionZip
     from .pruners.cdpruner import CDPruner as CDPruner
     from .pruners.divprune import DivPrune as DivPrune
+    from .pruners.evs import EVS as EVS
     from .pruners.fastv import FastV as FastV
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
     from .pruners.todre import ToDRE as ToDRE
     from .pruners.transprune import TransPrune as TransPrune
+    from .pruners.vidcom2 import VidCom2 as VidCom2
     from .version import __version__ as __version__
 else:  # what type checkers do not see: the same names, on first use
     import importlib as _importlib

@@ -46,15 +46,33 @@ def square(n: int) -> tuple[int, int] | None:
 
 
 def _one(look: Look) -> Tensor | None:
-    """Every picture is one grid."""
+    """Every picture is one grid; every frame of a clip is as many queries."""
     for picture in look.pictures:
         picture.grid = square(len(picture.columns))
-    return None
+    clips = [picture for picture in look.pictures if picture.video]
+    if not clips:
+        return None
+    size = int(look.core.config.num_query_tokens)
+    for picture in clips:
+        picture.grid = None
+        _set_frames(picture, [size] * (len(picture.columns) // size))
+    return _table(look, [_numbers(picture, size) for picture in look.pictures])
 
 
 def _frames(count: int) -> list[int]:
     """Part numbers of a clip's frames: 0 is for what shows the whole."""
     return list(range(1, count + 1))
+
+
+def _set_frames(picture: Picture, sizes: list[int]) -> None:
+    """Notes the frames of a clip, of which tokens of each are told."""
+    picture.frames = len(sizes)
+    picture.cells = sizes[0] if sizes and len(set(sizes)) == 1 else 0
+
+
+def _numbers(picture: Picture, size: int) -> list[int]:
+    """Parts of a picture's tokens: 0, or frames of so many tokens."""
+    return [i // size + 1 if picture.video else 0 for i in range(len(picture.columns))]
 
 
 def _thumbnail(count: int, which: str | None) -> list[int]:
@@ -84,6 +102,8 @@ def _by_runs(look: Look) -> Tensor | None:
             numbers[start:end] = [name] * (end - start)
         parts.append(numbers)
         picture.grid = square(n // len(starts))
+        if picture.video:
+            _set_frames(picture, [end - start for start, end in zip(starts, ends)])
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None
 
 
@@ -96,6 +116,8 @@ def _by_chunks(look: Look) -> Tensor | None:
         names = _frames(n // size) if picture.video else _thumbnail(n // size, look.spec.thumbnail)
         parts.append([names[i // size] for i in range(n)])
         picture.grid = square(size)
+        if picture.video:
+            _set_frames(picture, [size] * (n // size))
     return _table(look, parts) if any(len(set(numbers)) > 1 for numbers in parts) else None
 
 
@@ -114,7 +136,9 @@ def _anyres(look: Look) -> Tensor | None:
         if picture.video:
             edge = math.ceil(side / 2)
             size, picture.grid = edge**2, (edge, edge)
-            part[picture.row, picture.columns] = torch.tensor([i // size + 1 for i in range(n)])
+            part[picture.row, picture.columns] = torch.tensor(_numbers(picture, size))
+            whole = n - sum(apart[picture.row][column] for column in picture.columns)
+            _set_frames(picture, [min(size, whole - first) for first in range(0, whole, size)])
             continue
         base = side * side
         numbers = [0] * n
@@ -176,14 +200,17 @@ def _by_time(look: Look) -> Tensor | None:
         if not picture.video:
             picture.grid = _grid(look, picture, picture.columns)
             continue
+        n = len(picture.columns)
         if len(picture.runs) > 1:  # frames with text between them
-            numbers = [sum(i >= start for start in picture.runs) for i in range(len(picture.columns))]
-        else:
-            time = look.positions[-3, picture.row, picture.columns]
-            first = torch.nn.functional.pad((time[1:] != time[:-1]).long(), (1, 0), value=1)
-            numbers = first.cumsum(0).tolist()
+            ends = [*picture.runs[1:], n]
+            sizes = [end - start for start, end in zip(picture.runs, ends)]
+        else:  # rows and columns tell: frames within one second may have one time (Qwen2.5-VL above two a second)
+            high, wide = _extent(look, picture, picture.columns)
+            sizes = [high * wide] * (n // (high * wide)) if n % (high * wide) == 0 else [n]
+        numbers = [frame for frame, size in enumerate(sizes, 1) for _ in range(size)]
         part[picture.row, picture.columns] = torch.tensor(numbers, device=part.device)
-        picture.grid = _grid(look, picture, picture.columns[: numbers.count(1)])
+        _set_frames(picture, sizes)
+        picture.grid = _grid(look, picture, picture.columns[: sizes[0]])
     return part
 
 
@@ -191,9 +218,14 @@ def _grid(look: Look, picture: Picture, columns: list[int]) -> tuple[int, int] |
     """Rows and columns of some tokens of a picture."""
     if look.positions.dim() != 3:
         return square(len(columns))
-    down, across = (look.positions[i, picture.row, columns] for i in (-2, -1))
-    height, width = int(down.max() - down.min()) + 1, int(across.max() - across.min()) + 1
+    height, width = _extent(look, picture, columns)
     return (height, width) if height * width == len(columns) else None
+
+
+def _extent(look: Look, picture: Picture, columns: list[int]) -> tuple[int, int]:
+    """Rows and columns that the rotary positions of some tokens reach over."""
+    down, across = (look.positions[i, picture.row, columns] for i in (-2, -1))
+    return int(down.max() - down.min()) + 1, int(across.max() - across.min()) + 1
 
 
 def _by_rows(look: Look) -> Tensor | None:

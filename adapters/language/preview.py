@@ -158,7 +158,9 @@ def _by_picture(
         counts = dict(zip(names, sizes)) or {-1: len(picture.columns)}
         grids = tuple(_grid(picture, name, n) for name, n in counts.items())
         columns = tuple(picture.columns)
-        found[-1].append(Seen(len(columns), sizes, numbers.count(-1), inside, gap, grids, columns))
+        apart = numbers.count(-1)
+        of = (inside, gap, grids, columns, picture.frames, picture.cells)
+        found[-1].append(Seen(len(columns), sizes, apart, *of))
         last = after
     return tuple(map(tuple, found))
 

@@ -127,9 +127,8 @@ class Sites:
             view = self._view(entry, x, rows, group, taps)
             reduction = self.attachment.decide(entry, view)
             slots = group.n if reduction is None else reduction.slots
-            booked.append(
-                Booked(len(group.units), group.n, slots, group.entered, group.text, group.length, group.mixed)
-            )
+            of = (group.entered, group.text, group.length, group.mixed, group.frames, group.cells)
+            booked.append(Booked(len(group.units), group.n, slots, *of))
             if reduction is not None:
                 pieces.append((group, reduction))
         before, held = rows.length, sum(rows.lengths)
@@ -217,6 +216,8 @@ class Sites:
             state=TokenState(rows, group, entry.index),
             row=RowNotes(rows, group, entry.index, entry.scope),
             memory=self.attachment.remember(entry.index),
+            frames=group.frames,
+            cells=group.cells,
         )
         self.attachment.bind_user(view, signals)
         return view

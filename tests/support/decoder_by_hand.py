@@ -30,7 +30,7 @@ def golden(name):
     path = next(folder / name for folder in (GOLDEN, *ELSEWHERE) if (folder / name).exists())
     with np.load(path) as data:
         own = {key: data[key].item() if data[key].ndim == 0 else torch.from_numpy(data[key]) for key in data.files}
-    return {**golden(own.pop("base")), **own} if "base" in own else own
+    return {**golden(own.pop("base")), **own} if isinstance(own.get("base"), str) else own
 
 
 def found_names(pattern):

@@ -29,6 +29,7 @@ def groups(rows: PromptRowData, scope: str, by_text: bool = False, by_length: bo
             rows.lengths[unit[0]] if by_length else None,
             sum(p.entered for p in members) if unit[2] < 0 else 0,
             _grid(members, n, unit[2]),
+            _frames(members, n, unit),
         )
         found.setdefault(key, []).append((unit, members, n))
     return [_group(rows, alike, scope) for alike in found.values()]
@@ -43,8 +44,13 @@ def _units(rows: PromptRowData, scope: str) -> Iterator[Unit]:
                 yield (row, -1, -1), members, sum(count(rows, p) for p in members)
         return
     for picture in rows.pictures:
-        if scope == "picture" or rows.part is None:
+        whole = scope in ("picture", "clip") or (scope == "frame" and not picture.video)
+        if rows.part is None or (whole and scope == "picture"):
             yield (picture.row, picture.index, -1), [picture], count(rows, picture)
+            continue
+        if whole:
+            here = (rows.label[picture.row] == picture.index) & (rows.part[picture.row] != SEPARATOR)
+            yield (picture.row, picture.index, -1), [picture], int(here.sum())
             continue
         here = (rows.label[picture.row] == picture.index) & (rows.part[picture.row] >= 0)
         parts = rows.part[picture.row][here].tolist()
@@ -84,8 +90,9 @@ def _group(rows: PromptRowData, alike: list[Unit], scope: str) -> Group:
         mask = label == torch.tensor([unit[1] for unit in units], device=device)[:, None]
         if scope == "separators" and rows.part is not None:
             mask &= rows.part[index] == SEPARATOR
-        elif scope == "part" and rows.part is not None:
-            mask &= rows.part[index] == torch.tensor([unit[2] for unit in units], device=device)[:, None]
+        elif scope != "picture" and rows.part is not None:
+            asked = torch.tensor([unit[2] for unit in units], device=device)[:, None]
+            mask &= torch.where(asked < 0, rows.part[index] != SEPARATOR, rows.part[index] == asked)
     column = torch.arange(rows.length, device=device)
     columns = torch.where(mask, column, rows.length).sort(1).values[:, :n]
     return Group(
@@ -98,6 +105,7 @@ def _group(rows: PromptRowData, alike: list[Unit], scope: str) -> Group:
         any(members[0].text_after != members[-1].text_after_last for _, members, _ in alike),
         sum(p.entered for p in alike[0][1]) if units[0][2] < 0 else n,
         _grid(alike[0][1], n, units[0][2]),
+        *_frames(alike[0][1], n, units[0]),
     )
 
 
@@ -136,3 +144,20 @@ def _grid(members: list[Picture], n: int, part: int) -> tuple[int, int] | None:
     """Rows and columns of a view row's n tokens; None for several pictures, and once some of its tokens are gone."""
     grid = members[0].fields.get(part, members[0].grid) if len(members) == 1 else None
     return grid if grid is not None and grid[0] * grid[1] == n else None
+
+
+def _frames(members: list[Picture], n: int, unit: tuple[int, int, int]) -> tuple[int, int]:
+    """Frames of a view row's n tokens, and tokens of each while they are whole; (0, 0) where it is no clip.
+
+    Pictures of a sample count as frames where they are alike.
+    """
+    _, index, part = unit
+    if part >= 0:
+        return 0, 0
+    first = members[0]
+    if index >= 0 or (len(members) == 1 and first.video):
+        return first.frames, first.cells if n == first.frames * first.cells else 0
+    if any(p.video or p.fields or p.grid != first.grid or len(p.columns) != len(first.columns) for p in members):
+        return 0, 0
+    cells = len(first.columns)
+    return len(members), cells if n == len(members) * cells else 0

@@ -26,6 +26,8 @@ class Group:
         text: text rows behind the view's first token (language models).
         length: length of the whole row, padding left out (language models) or not (towers).
         mixed: whether some of that text stands before some of the view's tokens.
+        frames: frames of a clip that each is; 0 where it is none.
+        cells: tokens of each frame while they are whole; else 0.
     """
 
     rows: int
@@ -35,6 +37,8 @@ class Group:
     text: int = 0
     length: int = 0
     mixed: bool = False
+    frames: int = 0
+    cells: int = 0
 
 
 @dataclass(frozen=True)

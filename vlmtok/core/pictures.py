@@ -21,6 +21,8 @@ class Picture:
         columns: original columns of its tokens.
         runs: where, among these, each of its runs begins.
         video: whether it is a clip.
+        frames: of a clip, as the language model gets them (a temporal patch is one); 0 for pictures.
+        cells: tokens of each frame where all have as many, separators not among them; else 0.
         grid: rows and columns of patches (of each crop or frame, where these are equally large), or None.
         fields: rows and columns of the parts that differ from `grid`.
         tower: which picture of the tower it is.
@@ -36,6 +38,8 @@ class Picture:
     columns: list[int]
     runs: list[int] = field(default_factory=lambda: [0])
     video: bool = False
+    frames: int = 0
+    cells: int = 0
     grid: tuple[int, int] | None = None
     fields: dict[int, tuple[int, int]] = field(default_factory=dict)
     tower: int = 0
@@ -52,4 +56,4 @@ class Picture:
         before = [sum(not gone for gone in self.hidden[:start]) for start in self.runs]
         self.columns = [column for column, gone in zip(self.columns, self.hidden) if not gone]
         self.runs = sorted({start for start in before if start < len(self.columns)})
-        self.grid, self.fields, self.hidden = None, {}, []
+        self.grid, self.fields, self.hidden, self.cells = None, {}, [], 0

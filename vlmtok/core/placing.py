@@ -16,6 +16,8 @@ from .site import LAYERED, POINTS, Counts, Layout, Site
 
 PATCHES = 576
 """A number of patches; whether a method's count depends on content shows with any."""
+FRAMES = 4
+"""Frames that these are, for what acts on clips alone."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def sample_count(method: Method, site: Site, layout: Layout, grid: tuple[int, in
     """
     stage = layout.stages[site.stage]
     try:
-        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth, grid))
+        clip = (FRAMES, PATCHES // FRAMES)
+        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth, grid, *clip))
     except ParameterError:
         return 0
 

@@ -25,6 +25,8 @@ class Group:
         mixed: whether some of that text stands before some of the view's tokens.
         entered: tokens of a view row when it entered the stage.
         grid: rows and columns of patches of each view row, or None.
+        frames: frames of a clip that each view row is; 0 where it is none.
+        cells: tokens of each of these frames while they are whole; else 0.
     """
 
     units: list[tuple[int, int, int]]
@@ -36,6 +38,8 @@ class Group:
     mixed: bool
     entered: int
     grid: tuple[int, int] | None
+    frames: int = 0
+    cells: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,8 @@ class Seen:
         grids: rows and columns of the tokens of each part, or of all where it is one; None where they form no single
             grid. Empty where nobody told.
         columns: where its placeholders stand in the prompt.
+        frames: frames of a clip; 0 for pictures.
+        cells: tokens of each frame where all have as many; else 0.
     """
 
     tokens: int
@@ -31,6 +33,8 @@ class Seen:
     gap: int = 0
     grids: tuple[Grid | None, ...] = ()
     columns: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    frames: int = 0
+    cells: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ LAYERED = ("vision", "decoder", "text")
 
 POINTS = ("start", "mid", "end")
 
-SCOPES = ("picture", "part", "sample")
+SCOPES = ("picture", "part", "sample", "frame", "clip")
+"""What one view row is: a picture or clip with its separators; a crop or frame; all of a prompt; a frame of a clip, or
+a whole picture; a picture or clip without its separators, in whose order frames lie one behind the other."""
 
 POSITIONS = ("keep", "renumber")
 
@@ -117,6 +119,8 @@ class Counts:
         num_prefix: protected tokens in front.
         depth: layers of the stage.
         grid: rows and columns of the patches, or None where there is no single grid.
+        frames: frames of the clip that a view row is, as the language model gets them; 0 where it is none.
+        cells: tokens of each frame while all are whole and alike; else 0.
     """
 
     site: Site
@@ -125,6 +129,8 @@ class Counts:
     num_prefix: int = 0
     depth: int = 1
     grid: tuple[int, int] | None = None
+    frames: int = 0
+    cells: int = 0
 
     @property
     def layer(self) -> int:

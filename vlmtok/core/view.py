@@ -30,6 +30,10 @@ class TokenView:
         num_prefix: protected tokens in front of the row (CLS, registers); they are not among `tokens`.
         depth: layers of the stage.
         grid: (rows, columns) of the patches as they entered, or None where there is no single grid.
+        frames: frames of the clip that a view row is, as the language model gets them (a temporal patch is one frame);
+            0 where it is no clip. Pictures of one size in a view of scope ``sample`` count as frames too.
+        cells: tokens of each frame while the clip is whole, so that ``tokens.unflatten(1, (frames, cells))`` is the
+            clip; else 0.
         part: int64 `[B, N]`: 0 thumbnail or only picture, 1.. crops or frames, -1 separators.
         picture: int64 `[B, N]`: which picture of a sample each token belongs to; 0 where a view row is of one.
         entered: tokens of a row when they entered the stage.
@@ -56,6 +60,8 @@ class TokenView:
         state: MutableMapping[str, Tensor] | None = None,
         row: MutableMapping[str, Any] | None = None,
         memory: nn.Module | None = None,
+        frames: int = 0,
+        cells: int | None = None,
     ) -> None:
         """Makes a view; only `tokens` is needed.
 
@@ -75,6 +81,8 @@ class TokenView:
         self.num_prefix = num_prefix
         self.depth = depth
         self.grid = grid
+        self.frames = frames
+        self.cells = (0 if not frames or n % frames else n // frames) if cells is None else cells
         self.entered = n if entered is None else entered
         self.signals = {} if signals is None else signals
         self.state: MutableMapping[str, Tensor] = {} if state is None else state
@@ -115,7 +123,8 @@ class TokenView:
     @property
     def counts(self) -> Counts:
         """The same as host ints."""
-        return Counts(self.site, self.tokens.shape[1], self.entered, self.num_prefix, self.depth, self.grid)
+        n = self.tokens.shape[1]
+        return Counts(self.site, n, self.entered, self.num_prefix, self.depth, self.grid, self.frames, self.cells)
 
     @property
     def layer(self) -> int:

@@ -25,8 +25,13 @@ from .rehearsal import Rehearsal
 Key = tuple[str, int | None, str, int]
 """Stage, layer, point and method of a site; method -1 is the language model's boundary."""
 
-Ask = Callable[[Entry, int, int, Grid | None], "int | None"]
-"""Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, and their grid."""
+Clip = tuple[int, int]
+"""Frames of a view row that is a clip, and tokens of each; zeros where it is none."""
+
+NO_CLIP = (0, 0)
+
+Ask = Callable[[Entry, int, int, Grid | None, Clip], "int | None"]
+"""Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, their grid, frames."""
 
 
 @dataclass
@@ -134,7 +139,7 @@ class Planner:
         for entry in self.attachment.at("features"):
             slots, kind = self._slots(run, entry, n, entered, grid)
             group = Group(run.rows, n, slots, entered)
-            ragged = self._counts(entry, n, entered, grid) is None
+            ragged = self._counts(entry, n, entered, grid, NO_CLIP) is None
             run.events.append(Event("features", None, "end", entry.index, kind, n, slots, (group,), ragged))
             n = slots
         for part in self.shape.projector:
@@ -241,8 +246,9 @@ class Planner:
             names = {need.name for need in entry.needs}
             before, groups, cut, ragged = rows.length, [], False, False
             for group in rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH)):
-                slots, kind = self._slots(run, entry, group.n, group.entered, group.grid)
-                ragged = ragged or self._counts(entry, group.n, group.entered, group.grid) is None
+                of = (group.n, group.entered, group.grid, (group.frames, group.cells))
+                slots, kind = self._slots(run, entry, *of)
+                ragged = ragged or self._counts(entry, *of) is None
                 groups.append((group, slots))
                 cut = cut or kind == "cut"
             rows.cut(groups)
@@ -291,15 +297,17 @@ class Planner:
         return replace(event, gone=recorded.gone)
 
     # ------------------------------------------------------------------ counts
-    def _told(self, entry: Entry, n: int, entered: int, grid: Grid | None) -> int | None:
+    def _told(self, entry: Entry, n: int, entered: int, grid: Grid | None, clip: Clip) -> int | None:
         stage = self.attachment.layout.stages[entry.site.stage]
-        return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid))
+        return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid, *clip))
 
-    def _slots(self, run: StageRun, entry: Entry, n: int, entered: int, grid: Grid | None = None) -> tuple[int, str]:
+    def _slots(
+        self, run: StageRun, entry: Entry, n: int, entered: int, grid: Grid | None = None, clip: Clip = NO_CLIP
+    ) -> tuple[int, str]:
         """Slots of a view row, and the kind of the visit."""
         site = entry.site
         fixed = self.past.fixed.get(str(site))
-        count = fixed if fixed is not None else self._counts(entry, n, entered, grid)
+        count = fixed if fixed is not None else self._counts(entry, n, entered, grid, clip)
         if count is None:
             recorded = self.past.events.get(run.stage, {}).get((site.stage, site.layer, site.point, entry.index))
             known = _left(recorded, n, entered, site.stage == "vision" and self.shape.packed is not None)

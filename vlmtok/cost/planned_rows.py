@@ -65,6 +65,8 @@ class Shown:
     entered: int = 0
     apart: int = 0
     grids: tuple[Grid | None, ...] = ()
+    frames: int = 0
+    cells: int = 0
 
     @property
     def n(self) -> int:
@@ -77,9 +79,12 @@ class Shown:
             return self.grids[0] if len(self.grids) == 1 and not self.apart else None
         return self.grids[part]
 
-    def leave(self, count: int) -> None:
-        """So many tokens are left; how they fall into parts is not known, evenly is assumed."""
-        *self.parts, self.apart = share(count, [*self.parts, self.apart])
+    def leave(self, count: int, of_parts: bool = False) -> None:
+        """So many tokens are left (of those in parts); how they fall into parts is not known, evenly is assumed."""
+        if of_parts:
+            self.parts = share(count, self.parts)
+        else:
+            *self.parts, self.apart = share(count, [*self.parts, self.apart])
 
 
 def share(count: int, among: list[int]) -> list[int]:
@@ -105,6 +110,8 @@ class PlannedGroup:
         length: tokens of the row.
         mixed: whether some of that text stands before some of their tokens.
         grid: rows and columns of their tokens as they came, or None.
+        frames: frames of the clip that each is; 0 where it is none.
+        cells: tokens of each frame while they are whole; else 0.
     """
 
     units: list[tuple[int, int]]
@@ -114,10 +121,13 @@ class PlannedGroup:
     length: int
     mixed: bool
     grid: Grid | None = None
+    frames: int = 0
+    cells: int = 0
 
     def counted(self, batch: int) -> Group:
         """As the ledger books it, nothing dropped."""
-        return Group(batch * len(self.units), self.n, self.n, self.entered, self.text, self.length, self.mixed)
+        of = (self.entered, self.text, self.length, self.mixed, self.frames, self.cells)
+        return Group(batch * len(self.units), self.n, self.n, *of)
 
 
 class PlannedRows:
@@ -135,7 +145,8 @@ class PlannedRows:
             last = sum(prompt.text[index + 1 :]) + sum(later.inside for later in shown[index + 1 :])
             parts = picture.parts or (picture.tokens - picture.apart,)
             grids = picture.grids or tuple(grid if grid and grid[0] * grid[1] == n else None for n in parts)
-            self.pictures.append(Shown(list(parts), picture.inside + last, last, apart=picture.apart, grids=grids))
+            at = (list(parts), picture.inside + last, last, 0, picture.apart, grids)
+            self.pictures.append(Shown(*at, frames=picture.frames, cells=picture.cells))
         self.single = not any(picture.parts for picture in shown)
         self.length = sum(prompt.text) + sum(picture.inside + picture.tokens for picture in shown)
 
@@ -158,13 +169,14 @@ class PlannedRows:
                 continue
             first, last = members[0], members[-1]
             grid = first.grid(unit[1]) if len(members) == 1 else None
-            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0, grid)
+            clip = _frames(members, n, unit)
+            key = (n, first.after if by_text else None, entered if unit[1] < 0 else 0, grid, clip)
             mixed = first.after != last.after_last
             if key in found:
                 found[key].units.append(unit)
                 found[key].mixed = found[key].mixed or mixed
             else:
-                found[key] = PlannedGroup([unit], n, entered, first.after, self.length, mixed, grid)
+                found[key] = PlannedGroup([unit], n, entered, first.after, self.length, mixed, grid, *clip)
         return list(found.values())
 
     def _units(self, scope: str) -> Iterable[tuple[tuple[int, int], list[Shown], int, int]]:
@@ -176,6 +188,9 @@ class PlannedRows:
         for index, picture in enumerate(self.pictures):
             if scope == "picture" or self.single:
                 yield (index, -1), [picture], picture.n, picture.entered
+                continue
+            if scope == "clip" or (scope == "frame" and not picture.frames):
+                yield (index, -1), [picture], sum(picture.parts), picture.entered
                 continue
             for part, n in enumerate(picture.parts):
                 yield (index, part), [picture], n, n
@@ -190,7 +205,7 @@ class PlannedRows:
                     for shown, count in zip(self.pictures, counts):
                         shown.leave(count)
                 elif part < 0:
-                    self.pictures[picture].leave(slots)
+                    self.pictures[picture].leave(slots, of_parts=group.n < self.pictures[picture].n)
                 else:
                     self.pictures[picture].parts[part] = slots
 
@@ -205,3 +220,16 @@ class PlannedRows:
         for picture in gone:
             picture.apart = 0
         return tuple(Group(batch * times, n, 0, n) for n, times in alike.items())
+
+
+def _frames(members: list[Shown], n: int, unit: tuple[int, int]) -> tuple[int, int]:
+    """Frames and their tokens, as `core.grouping` finds them in the real rows."""
+    index, part = unit
+    first = members[0]
+    if part >= 0:
+        return 0, 0
+    if index >= 0 or (len(members) == 1 and first.frames):
+        return first.frames, first.cells if n == first.frames * first.cells else 0
+    if any(p.frames or p.grids != first.grids or p.entered != first.entered for p in members):
+        return 0, 0
+    return len(members), first.entered if n == len(members) * first.entered else 0

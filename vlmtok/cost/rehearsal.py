@@ -354,6 +354,8 @@ class Rehearsal:
             state=Memo(self.states.setdefault(entry.index, {}), (group.rows, group.n)),
             row=self._row(entry, group),
             memory=self.memory[entry.index],
+            frames=group.frames,
+            cells=group.cells,
         )
 
     def _row(self, entry: Entry, group: Group) -> Memo:

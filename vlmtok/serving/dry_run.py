@@ -28,11 +28,13 @@ class Dry:
     Args:
         layout: what the model offers.
         grid: rows and columns of a picture's tokens, or None.
+        clip: frames of the clip that it is, and tokens of each; zeros where it is none.
     """
 
-    def __init__(self, layout: Layout, grid: tuple[int, int] | None) -> None:
+    def __init__(self, layout: Layout, grid: tuple[int, int] | None, clip: tuple[int, int] = (0, 0)) -> None:
         self.layout = layout
         self.grid = grid
+        self.frames, self.cells = clip
 
     def ask(self, entry: Entry, n: int, entered: int) -> int:
         """Slots that a method leaves of a view row.
@@ -47,7 +49,7 @@ class Dry:
         given = {need.key: self._signal(need, entry, n) for need in entry.needs}
         view = TokenView(
             tokens, entry.asked, None, stage.num_prefix, stage.depth, self.grid, entered=entered, signals=given,
-            memory=self._memory(entry),
+            memory=self._memory(entry), frames=self.frames, cells=self.cells,
         )  # fmt: skip
         with dispatch.use("torch"), torch.no_grad(), exact(tokens.device):
             reduction = entry.method.reduce(view)

@@ -118,7 +118,14 @@ class ServingPlan:
         """
         return self._walk(tokens, patches, grid)[0]
 
-    def slots(self, entry: Entry, n: int, entered: int, grid: tuple[int, int] | None) -> int:
+    def slots(
+        self,
+        entry: Entry,
+        n: int,
+        entered: int,
+        grid: tuple[int, int] | None,
+        clip: tuple[int, int] = (0, 0),
+    ) -> int:
         """How many slots a method leaves of a view row.
 
         Args:
@@ -126,14 +133,15 @@ class ServingPlan:
             n: tokens that arrive.
             entered: tokens when the row entered the stage.
             grid: rows and columns of the tokens as they entered, or None where there is no single grid.
+            clip: frames of the clip that it is, and tokens of each; zeros where it is none.
 
         Raises:
             ParameterError: it cannot act on them.
         """
         there = self.layout.stages[entry.site.stage]
-        made = entry.method.count(Counts(entry.asked, n, entered, there.num_prefix, there.depth, grid))
+        made = entry.method.count(Counts(entry.asked, n, entered, there.num_prefix, there.depth, grid, *clip))
         if grid is None:  # a count lets pass what may have a grid; here it is known that there is none
-            found = Dry(self.layout, None).ask(entry, n, entered)
+            found = Dry(self.layout, None, clip).ask(entry, n, entered)
             made = found if made is None else made
         if made is None:
             raise self._depends(entry.method)
