@@ -47,6 +47,11 @@ READ = [
     ("todre:k=58:threshold=0.05", "todre:keep=58:tau=0.05"),
     ("prumerge:k=16:reduction_ratio=0.125", "prumerge:keep=0.125:neighbours=16"),
     ("sparsevlm:retained_tokens=128", "sparsevlm:tokens=128"),
+    ("evs:video_pruning_rate=0.5", "evs:rate=0.5"),
+    ("evs:q=0.5", "evs:rate=0.5"),
+    ("vidcom2:video_pruning_rate=0.5", "vidcom2:rate=0.5"),
+    ("vidcom2:q=0.5", "vidcom2:rate=0.5"),
+    ("vidcom2:R_RATIO=0.1", "vidcom2:rate=0.9"),
 ]
 
 

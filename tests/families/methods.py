@@ -57,12 +57,14 @@ class Seen:
         part: int64 `[N]`.
         columns: int64 `[N]`.
         grid: rows and columns, or None.
+        clip: frames, and tokens of each.
     """
 
     tokens: Tensor
     part: Tensor
     columns: Tensor
     grid: tuple[int, int] | None
+    clip: tuple[int, int] = (0, 0)
 
 
 @dataclass(eq=False)
@@ -78,7 +80,8 @@ class Look(Method):
 
     def reduce(self, view: TokenView) -> None:
         for row in range(len(view.tokens)):
-            self.seen.append(Seen(view.tokens[row], view.part[row], view.columns[row], view.grid))
+            clip = (view.frames, view.cells)
+            self.seen.append(Seen(view.tokens[row], view.part[row], view.columns[row], view.grid, clip))
 
 
 @contextlib.contextmanager

@@ -82,7 +82,9 @@ def by_loops(x, frames, rate):
 
 
 @settings(max_examples=25)
-@given(frames=st.integers(1, 5), cells=st.integers(1, 6), rate=st.sampled_from([0.3, 0.5, 0.75]), seed=st.integers(0, 99))
+@given(
+    frames=st.integers(1, 5), cells=st.integers(1, 6), rate=st.sampled_from([0.3, 0.5, 0.75]), seed=st.integers(0, 99)
+)
 def test_by_plain_loops(frames, cells, rate, seed):
     x = torch.randn(frames * cells, 6, generator=torch.Generator().manual_seed(seed))
     score, budgets = by_loops(x, frames, rate)

@@ -19,6 +19,8 @@ from vlmtok.core.view import TokenView
 WIDTH, HEADS, BATCH, WORDS = 16, 2, 2, 5
 DEPTH, LAYERS = 4, 16
 """Blocks of towers, layers of the language model."""
+FRAMES = 4
+"""Of views that are clips."""
 
 Fill = Callable[..., Tensor]
 """From a name and a shape to a tensor."""
@@ -102,6 +104,7 @@ class Asking:
             self.block, self.outputs, self.inserted = (at.site.stage, at.site.layer), self.inserted, 0
         stage = self.layout.stages[at.site.stage]
         text = at.site.stage == "text"
+        clip = (at.asked.scope or self.method.scope) in ("clip", "sample") and n == entered and n % FRAMES == 0
         return TokenView(
             self.fill(f"tokens of {at.site}", BATCH, n, WIDTH),
             at.asked,
@@ -114,6 +117,7 @@ class Asking:
             state=self.state,
             row=self.row,
             memory=self.memory,
+            frames=FRAMES if clip else 0,
         )
 
     # ------------------------------------------------------------------ signals

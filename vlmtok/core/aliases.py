@@ -39,6 +39,11 @@ class Alias:
         return f"{self.parameter} = {self.formula}" if self.formula else self.parameter
 
 
+def rest_of(share: float) -> float:
+    """One minus a share, exact to the last decimal that was written."""
+    return float(1 - Decimal(repr(share)))
+
+
 def share_that_goes(name: str, parameter: str, by: str, whose: str = "the paper") -> Alias:
     """An alias for 1 minus a share that stays; exact to the last decimal that was written.
 
@@ -55,7 +60,7 @@ def share_that_goes(name: str, parameter: str, by: str, whose: str = "the paper"
             raise ParameterError(
                 f"{by}: {name}={value!r} is not possible; it is the share of the tokens that goes, in [0, 1)"
             )
-        return float(1 - Decimal(repr(value)))
+        return rest_of(value)
 
     return Alias(name, parameter, whose, f"1 - {name}", convert)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import MutableMapping
+import functools
+from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ParameterError
 from .aliases import Alias
-from .settings import format_value, plain_numbers, scaled
+from .settings import check_range, format_value, plain_numbers, scaled
 from .site import Counts, Layout, Site
 
 if TYPE_CHECKING:
@@ -18,11 +19,22 @@ if TYPE_CHECKING:
     from .view import TokenView
 
 
-class Method:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CommonSettings:
+    """Settings that every method has; `Method` sees to them, a subclass does nothing for it."""
+
+    min_tokens: int = 0
+
+
+class Method(CommonSettings):
     """Base class of every token-reduction method: settings and tensor maths, no model.
 
     A subclass is a dataclass (``eq=False``) decorated with `register_method`. It names its sites and answers
     each view with a `Reduction`. `docs/howto/own-method.md` has a worked example.
+
+    Args:
+        min_tokens: a picture (or what else a view row is) of no more than this many tokens, as it entered the stage,
+            is left whole; by keyword alone.
     """
 
     name: ClassVar[str] = ""
@@ -64,9 +76,18 @@ class Method:
     budget: Any = None
     """What `vlmtok.budget` was asked and reached, on the methods that it returns."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, whole in _WHOLE.items():
+            if name in cls.__dict__:
+                setattr(cls, name, _sparing(cls.__dict__[name], whole))
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings from a sweep may be NumPy's numbers; they become Python's, as specs and checks know them."""
-        super().__setattr__(name, plain_numbers(value))
+        value = plain_numbers(value)
+        if name == "min_tokens":
+            check_range(value, type(self).__name__, name, 0, kind=int)
+        super().__setattr__(name, value)
 
     # ------------------------------------------------------------------ what a method says
     def sites(self, layout: Layout) -> list[Site]:
@@ -194,15 +215,40 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """The parameters, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        return {item.name: getattr(self, item.name) for item in setting_fields(type(self))}
 
     def __str__(self) -> str:
         changed = []
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+        for item in setting_fields(type(self)):
             value = getattr(self, item.name)
             default = item.default
             if item.default_factory is not dataclasses.MISSING:
                 default = item.default_factory()
-            if item.init and (value != default or type(value) is not type(default)):
+            if value != default or type(value) is not type(default):
                 changed.append(f":{item.name}={format_value(value)}")
         return self.spec_name() + "".join(changed)
+
+
+def setting_fields(cls: type[Method]) -> list[dataclasses.Field[Any]]:
+    """The settings of a class of methods as fields: its own, then those that every method has."""
+    common = {item.name for item in dataclasses.fields(CommonSettings)}
+    found = [item for item in dataclasses.fields(cls) if item.init] if dataclasses.is_dataclass(cls) else []
+    return sorted(found, key=lambda item: item.name in common)
+
+
+_WHOLE: dict[str, Callable[[Any], Any]] = {
+    "reduce": lambda view: None,
+    "insert": lambda view: None,
+    "count": lambda counts: counts.n,
+}
+"""What a method answers of a view row, or its counts, that is too small to be cut."""
+
+
+def _sparing(answer: Callable[[Any, Any], Any], whole: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """An answer of a method that leaves small view rows whole."""
+
+    @functools.wraps(answer)
+    def spared(self: Method, of: Any) -> Any:
+        return whole(of) if of.entered <= self.min_tokens else answer(self, of)
+
+    return spared

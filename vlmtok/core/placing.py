@@ -66,7 +66,8 @@ def sample_count(method: Method, site: Site, layout: Layout, grid: tuple[int, in
     stage = layout.stages[site.stage]
     try:
         clip = (FRAMES, PATCHES // FRAMES)
-        return method.count(Counts(site, PATCHES, PATCHES, stage.num_prefix, stage.depth, grid, *clip))
+        entered = max(PATCHES, method.min_tokens + 1)  # of a picture that is large enough
+        return method.count(Counts(site, PATCHES, entered, stage.num_prefix, stage.depth, grid, *clip))
     except ParameterError:
         return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import importlib.metadata
 import pkgutil
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from ..errors import ParameterError, UnknownMethod, VlmtokWarning, hint
 from ..guard import guarded
 from .aliases import resolve, spoken
-from .method import Method
+from .method import Method, setting_fields
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -35,7 +34,7 @@ def register_method(cls: M) -> M:
         raise ParameterError(f"method name {name!r} of {cls.__module__} is already taken by {other.__module__}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ParameterError(f"method name {name!r} must be lower-case letters, digits and _")
-    known: set[str] = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set()
+    known = {item.name for item in setting_fields(cls)}
     for alias in cls.aliases:
         if alias.name in known or alias.parameter not in {*known, ""}:
             raise ParameterError(
@@ -111,7 +110,7 @@ def create_method(name: str, **settings: Any) -> Method:
         ParameterError: no such parameter, or a value that is not possible.
     """
     cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    known = [item.name for item in setting_fields(cls)]
     others = [alias.name for alias in cls.aliases]
     preset = settings.pop("preset", None)
     for key in settings:

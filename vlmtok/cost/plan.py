@@ -31,7 +31,7 @@ Clip = tuple[int, int]
 NO_CLIP = (0, 0)
 
 Ask = Callable[[Entry, int, int, Grid | None, Clip], "int | None"]
-"""Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, their grid, frames."""
+"""Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, grid and frames."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..core.attachment import Attachment, looks_on
-from ..core.method import Method
+from ..core.method import Method, setting_fields
 from ..core.registry import create_method, list_methods, method_class
 from ..core.settings import choices_noted, format_value
 from ..core.site import STAGES, Layout
@@ -329,9 +329,7 @@ def limits(found: Entry) -> str:
 def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
     told = argument_docs(cls)
     found = []
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if not item.init:
-            continue
+    for item in setting_fields(cls):
         if item.default is not dataclasses.MISSING:
             default = format_value(item.default)
         elif item.default_factory is not dataclasses.MISSING:
@@ -343,16 +341,17 @@ def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
 
 
 def argument_docs(cls: type) -> dict[str, str]:
-    """What the ``Args:`` section of a class's docstring says of each name."""
+    """What the ``Args:`` section of a class's docstring says of each name, those of its bases too."""
     found: dict[str, str] = {}
-    name = ""
-    for line in docstring_of(cls).get("Args", "").splitlines():
-        start = re.match(r"(\w+(?:, \w+)*): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
+    for base in reversed(cls.__mro__):
+        name = ""
+        for line in docstring_of(base).get("Args", "").splitlines():
+            start = re.match(r"(\w+(?:, \w+)*): (.*)", line)
+            if start:
+                name = start[1]
+                found[name] = start[2]
+            elif name and line.strip():
+                found[name] += " " + line.strip()
     return {single: what.replace("``", "") for names, what in found.items() for single in names.split(", ")}
 
 

@@ -30,11 +30,13 @@ def change_of_cells(clip: Tensor) -> Tensor:
         clip: `[B, T, M, C]`, tokens of T frames of M cells, any floating dtype.
 
     Returns:
-        fp32 `[B, T, M]`: one minus the cosine, 255 in the first frame. A zero token has cosine 0 with any.
+        fp32 `[B, T, M]`: one minus the cosine, 255 in the first frame. A zero token has cosine 0 with any; one
+        with NaN has NaN.
     """
     unit = kernels.unit_rows(clip)
     change = 1.0 - (unit[:, 1:] * unit[:, :-1]).sum(-1)
-    return torch.cat([torch.full_like(unit[:, :1, :, 0], FIRST), change], 1)
+    first = torch.where(unit[:, :1].isnan().any(-1), float("nan"), FIRST)
+    return torch.cat([first, change], 1)
 
 
 @register_method

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.aliases import Alias
+from ..core.aliases import Alias, rest_of
 from ..core.clips import by_frame, check_clip_settings, clip_scope, tokens_that_stay, whole_clip
 from ..core.method import Method
 from ..core.reduction import Reduction
@@ -70,7 +70,7 @@ def frame_budgets(alike: Tensor, base: float) -> Tensor:
 
 
 def _share_that_stays(value: Any, settings: Mapping[str, Any]) -> float:
-    return 1.0 - float(check_keep(float(value) if value == 1 else value, "VidCom2", "R_RATIO"))
+    return rest_of(check_keep(float(value) if value == 1 else value, "VidCom2", "R_RATIO"))
 
 
 @register_method
