@@ -14,6 +14,7 @@ from ..base import Adapter, TowerSpec, child
 from ..towers.hf_rows import check_bias, vision_spec
 from ..towers.packed_spec import packed_spec
 from ..towers.packed_tower import PackedTower
+from ..towers.pooling import wished_pooling
 from ..towers.tower import Tower
 from . import language_account
 from .decoder import Decoder
@@ -114,12 +115,23 @@ class HFVLM(Adapter):
             )
         return {name: reason for name, reason in why.items() if name not in stages}
 
+    def check(self, attachment: Attachment) -> None:
+        """Refuses what the tower cannot do for methods whose sites it has.
+
+        Raises:
+            ParameterError, UnsupportedModel: what they wish of its attention or its pools.
+        """
+        spec = self.tower()
+        if spec is not None:
+            check_bias(spec, attachment)
+            wished_pooling(attachment, spec)
+
     def install(self, attachment: Attachment) -> None:
         """Hooks on the tower, the projector and the language model."""
         spec = self.tower()
         tower = None
+        self.check(attachment)
         if spec is not None and (attachment.at("vision") or attachment.tapped("vision") or attachment.at("features")):
-            check_bias(spec, attachment)
             tower = attachment.drivers["vision"] = self._driver(attachment, spec)
         if self.lm is None:
             return

@@ -45,13 +45,12 @@ def mean_of(tokens: Tensor, size: Tensor | None) -> Tensor:
     return (tokens.to(wide) * share.unsqueeze(-1)).sum(1).to(tokens.dtype)
 
 
-def install_pools(attachment: Attachment, spec: TowerSpec, running: RunningPasses) -> None:
-    """Hooks on the pools of a tower, as its methods wish.
+def wished_pooling(attachment: Attachment, spec: TowerSpec) -> str | None:
+    """What merged tokens count in the pools of a tower; None where no method acts in it.
 
     Args:
-        attachment: whose methods and hooks.
+        attachment: whose methods.
         spec: the tower as data.
-        running: its passes.
 
     Raises:
         ParameterError: methods wish different things.
@@ -59,7 +58,7 @@ def install_pools(attachment: Attachment, spec: TowerSpec, running: RunningPasse
     """
     entries = attachment.at("vision") if spec.stage == "vision" else []
     if not entries:
-        return
+        return None
     wishes = {entry.method.pooling: entry.method for entry in entries if entry.method.pooling is not None}
     if len(wishes) > 1:
         raise ParameterError(
@@ -73,7 +72,22 @@ def install_pools(attachment: Attachment, spec: TowerSpec, running: RunningPasse
             f"{wishes[wish]} wants sizes in an attention pool, but {spec.unpooled or 'this tower is read by none'}; "
             "pooling='size' weights means, pooling='plain' nothing"
         )
-    if wish == "plain":
+    return wish
+
+
+def install_pools(attachment: Attachment, spec: TowerSpec, running: RunningPasses) -> None:
+    """Hooks on the pools of a tower, as its methods wish.
+
+    Args:
+        attachment: whose methods and hooks.
+        spec: the tower as data.
+        running: its passes.
+
+    Raises:
+        ParameterError, UnsupportedModel: as `wished_pooling`.
+    """
+    wish = wished_pooling(attachment, spec)
+    if wish in (None, "plain"):
         return
     for pool in spec.pools:
         if isinstance(pool, MeanPool):

@@ -21,6 +21,7 @@ from vlmtok.core.placing import PATCHES
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.forecast.subject import subject_of
 from vlmtok.lab import prompts
+from vlmtok.lab.tiny.families import FAMILIES
 from vlmtok.loading import LoadError
 
 SAVED = {**{name: lambda folder, name=name: save(name, folder) for name in READERS}, **checkpoints.FAMILIES}
@@ -171,26 +172,49 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("frames", [4, 5])
+@pytest.mark.parametrize("spec", [METHODS[0], "evs:rate=0.5", "vidcom2:rate=0.5", "divprune:keep=0.5:per=frame"])
 @pytest.mark.parametrize("name", CLIPS)
-def test_frames_equal_the_report_of_such_a_clip(name, frames, folder, loaded):
+def test_frames_equal_the_report_of_such_a_clip(name, spec, frames, folder, loaded):
     import numpy
 
     model = loaded(name)
+    if name == "internvl" and ":rate=" in spec:
+        spec += ":frames=pictures"  # its processor writes frames so
     clip = numpy.stack([numpy.asarray(checkpoints.picture(64, 48))] * frames)
     made = model.processor(
         videos=[clip], text=[f"what color {CLIPS[name]} is ?"], do_sample_frames=False, return_tensors="pt"
     )
     inputs = {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
-    report, compression = run(model, inputs, METHODS[0])
+    report, compression = run(model, inputs, spec)
     planned = estimate(
         folder(name),
-        METHODS[0],
+        spec,
         image_size=(64, 48),
         frames=frames,
         text_tokens=around(model, inputs),
         counts=compression,
     )
     same(report, planned)
+
+
+@pytest.mark.parametrize("spec", ["evs:rate=0.5", "vidcom2:rate=0.5", "random:keep=0.5:per=frame"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_frames_told_in_numbers_equal_a_run(name, spec):
+    family = FAMILIES[name]
+    model, batch = family.build(), family.batch("3V2")
+    (picture,) = batch.prompts[0].pictures
+    with vlmtok.compress(model, spec) as compression, torch.no_grad():
+        model.generate(**batch.inputs(), max_new_tokens=1)
+        report = compression.report()
+    behind = len(batch.prompts[0].ids) - int(picture.columns[-1]) - 1
+    inside = int(picture.columns[-1] - picture.columns[0]) + 1 - len(picture.columns)
+    text = (int(picture.columns[0]) + inside, behind)
+    planned = estimate(
+        model, spec, visual_tokens=len(picture.columns), frames=max(picture.shot.parts), text_tokens=text
+    )
+    assert planned.layers == report.layers and planned.cache == report.cache
+    with pytest.raises(ParameterError, match="12 visual tokens as 5 frames"):
+        estimate(model, spec, visual_tokens=12, frames=5)
 
 
 def test_families_without_clips_refuse_frames(folder):

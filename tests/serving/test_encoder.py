@@ -32,7 +32,7 @@ SMALL = {
 SPECS = {name: SMALL.get(name) or str(counted_form(vlmtok.create_method(name))) for name in METHODS} | SMALL
 WHY_NOT = (
     "paged key-value cache|does not offer|cannot give|does not give|marks among|cannot be divided|whole grid|"
-    "in front of its projector|by their times|positions=renumber|is larger than the grid|how many tokens of a crop"
+    "in front of its projector|time of a clip|positions=renumber|is larger than the grid|how many tokens of a crop"
 )
 """What is refused is refused for one of these reasons."""
 ROWS = [(name, which) for name in serving.NAMES for which in ("bare", *SPECS)]

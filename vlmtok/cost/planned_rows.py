@@ -29,6 +29,7 @@ class Prompt:
         seen: the pictures of a row, where a processor told; `visual`, `parts` and `crops` do not count then, and
             `pictures` is how many these are.
         seen_rows: rows of the tower for all of them.
+        frames: of each picture, where they are clips; 0 where they are none.
     """
 
     batch: int = 1
@@ -43,11 +44,14 @@ class Prompt:
     grids: tuple[tuple[int, int, int], ...] = ()
     seen: tuple[Seen, ...] = ()
     seen_rows: int = 0
+    frames: int = 0
 
     @property
     def shown(self) -> tuple[Seen, ...]:
         """The pictures of a row."""
-        return self.seen or (Seen(self.visual, self.parts),) * self.pictures
+        cells = self.visual // self.frames if self.frames else 0
+        told = Seen(self.visual, self.parts, frames=self.frames, cells=cells)
+        return self.seen or (told,) * self.pictures
 
     @property
     def rows(self) -> int:

@@ -66,7 +66,8 @@ def estimate(
             the model's crops.
         image_size: width and height of a picture in pixels, or those of each picture of a prompt. Visual tokens, crops,
             parts and grids are what the model's own processor makes of blank pictures of that size.
-        frames: of a clip, of which `image_size` is the size; all are shown to the model.
+        frames: of a clip, of which `image_size` is the size; all are shown to the model. With `visual_tokens` in its
+            place, frames as the language model gets them, which share these tokens.
         processor: of the model, where it is given without one (a module, a configuration).
         logits: ``"last"`` (the head sees one token of a prompt, as in `generate`) or ``"all"`` (a plain forward).
         counts: what stays at sites whose count depends on content: a compression that has run, its report, or slots of

@@ -58,8 +58,11 @@ def _sizes(asked: Asked) -> tuple[tuple[int, int], ...] | None:
     """Width and height of each picture."""
     given = asked.image_size
     if given is None:
-        if asked.frames is not None:
-            raise ParameterError("estimate: frames= are those of a clip; image_size=(width, height) says how large")
+        if asked.frames is not None and asked.visual_tokens is None:
+            raise ParameterError(
+                "estimate: frames= are those of a clip; image_size=(width, height) says how large, or visual_tokens= how "
+                "many tokens all of them have in the language model"
+            )
         return None
     also = [name for name in ("visual_tokens", "crops", "parts") if getattr(asked, name) is not None]
     if also:
@@ -137,13 +140,19 @@ def _told(shape: ModelShape, asked: Asked) -> Prompt:
         return Prompt(asked.batch, asked.pictures, (), 0, (), 1, asked.visual_tokens or patches, words)
     rows, visual = _crops(shape, asked)
     text = texts_of(asked.text_tokens, asked.pictures)
-    falls = _parts(shape, asked.parts, rows, visual, patches)
+    frames = asked.frames or 0
+    if frames and (asked.parts is not None or visual % frames):
+        raise ParameterError(
+            f"estimate: {visual} visual tokens as {frames} frames: frames are parts of equal size, so parts= cannot be "
+            "given too, and visual_tokens= must be a multiple"
+        )
+    falls = _parts(shape, frames or asked.parts, rows, visual, patches)
     each = "features" in shape.layout.stages  # every patch is a token of the language model
     if (each or shape.packed is not None) and visual % rows:
         raise ParameterError(f"estimate: visual_tokens={visual} cannot be shared by {rows} crops")
     if each:
         patches = visual // rows
-    return Prompt(asked.batch, asked.pictures, text, visual, falls, rows, patches, 0, asked.every)
+    return Prompt(asked.batch, asked.pictures, text, visual, falls, rows, patches, 0, asked.every, frames=frames)
 
 
 def _crops(shape: ModelShape, asked: Asked) -> tuple[int, int]:
@@ -153,6 +162,8 @@ def _crops(shape: ModelShape, asked: Asked) -> tuple[int, int]:
         ParameterError: they do not follow from what is given.
     """
     visual, crops, tile = asked.visual_tokens, asked.crops, shape.tile
+    if tile is not None and crops is None:
+        crops = asked.frames  # each is a row of the tower
     if tile is None:
         rows = crops or shape.crops
     elif tile:

@@ -9,8 +9,9 @@ from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import random_subset
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
-from ..core.site import Counts, Layout, Site
+from ..core.site import BUDGETS, Counts, Layout, Site
 from ..core.view import TokenView
+from ..errors import ParameterError
 
 
 @register_method
@@ -29,37 +30,50 @@ class Random(Method):
         keep: share (float) or count (int) of a picture's tokens.
         seed: of the draw.
         stage: ``"projected"``, ``"decoder"`` or ``"vision"``; ``"auto"`` takes the tokens that the language model
-            gets, or the middle of a lone tower.
-        layer: where in a tower (end of this layer) or decoder (start of it); the middle by default.
+            gets, or a layer of it where `layer` says so, or of a lone tower.
+        layer: where in a decoder (start of this layer) or tower (end of it); the middle by default. A draw at a late
+            layer is what methods inside the language model have to beat: from some depth on none does.
+        per: what `keep` is meant for in front of or inside a language model: each ``"picture"`` or clip, each
+            ``"frame"`` of a clip, each ``"part"`` (crops too), or the ``"sample"``, all pictures of a prompt together.
     """
 
     paper = "baseline"
     parity = "seeded; no reference"
 
     budget_parameter = "keep"
+    version = 2
 
     keep: float | int = 0.5
     seed: int = 0
     stage: str = "auto"
     layer: int | None = None
+    per: str = "picture"
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "Random")
         check_range(self.seed, "Random", "seed", kind=int)
         check_choice(self.stage, "Random", "stage", ("auto", "projected", "decoder", "vision"))
         check_layer(self.layer, "Random", "layer")
+        check_choice(self.per, "Random", "per", BUDGETS)
+        if self.stage == "projected" and self.layer is not None:
+            raise ParameterError(
+                f"Random: stage='projected' has no layers, and layer={self.layer} was asked for; stage='decoder' has"
+            )
 
     def sites(self, layout: Layout) -> list[Site]:
         """One site."""
         stage = self.stage
         if stage == "auto":
-            stage = "projected" if layout.has("projected") else "vision"
+            inside = "projected" if self.layer is None else "decoder"
+            stage = inside if layout.has(inside) else "vision"
         if stage == "projected":
             layout.stage(stage, "Random")
-            return [Site("projected")]
+            return [Site("projected", scope=self.per)]
         depth = layout.stage(stage, "Random").depth
         layers = layout.layers(stage, depth // 2 if self.layer is None else self.layer, "Random")
-        return [Site(stage, i, "start" if stage == "decoder" else "end") for i in layers]
+        if stage == "vision":
+            return [Site(stage, i, "end") for i in layers]
+        return [Site(stage, i, "start", scope=self.per) for i in layers]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """The same draw for every row."""

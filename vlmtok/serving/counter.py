@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +39,7 @@ class Counter:
         self.adapter: Any = adapter_for(model)
         self.engine = engine
         self.layout: Layout = self.adapter.layout()
-        self._planned = lru_cache(KEPT)(partial(plan, layout=self.layout, engine=engine))
+        self._planned = lru_cache(KEPT)(self._plan)
         self._counted = lru_cache(16 * KEPT)(self._count)
 
     @cached_property
@@ -51,6 +51,11 @@ class Counter:
     def plan(self, spec: str) -> ServingPlan:
         """The plan of a spec on this model; see `vlmtok.serving.plan`."""
         return self._planned(spec)
+
+    def _plan(self, spec: str) -> ServingPlan:
+        made = plan(spec, self.layout, engine=self.engine)
+        self.adapter.check(made.attachment)
+        return made
 
     @guarded
     def left(self, chosen: ServingPlan | None, item: Item) -> Left:
@@ -110,15 +115,14 @@ class Counter:
         """Refuses clips of which it is not known here what becomes of their frames.
 
         Raises:
-            SiteError: frames are parts by their times, or patches are pooled in front of the projector.
+            SiteError: its positions are places in time, or patches are pooled in front of the projector.
         """
         if not bool((item.types == CLIP).any()):
             return
         if self.adapter.spec.positions == "mrope":
             raise SiteError(
-                f"{chosen.spec}: {self.layout.family} tells frames of a clip apart by their times, which depend on how "
-                "it was sampled, so that how many tokens stay of each is not known here; pictures can be served, clips "
-                "as they are"
+                f"{chosen.spec}: positions of {self.layout.family} tell the time of a clip's frames, and no engine has "
+                "been tried in which some of their tokens are gone; pictures can be served, clips as they are"
             )
         packing = self.adapter.spec.packing_methods
         pooled = packing is not None and not packing[1]  # a method that pools behind the projector is known

@@ -105,18 +105,21 @@ class ServingPlan:
 
     # ------------------------------------------------------------------ how much stays
     @guarded
-    def count(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
-        """How many tokens of a picture in one part stay.
+    def count(
+        self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None, frames: int = 0
+    ) -> int:
+        """How many tokens of a picture in one part, or of a clip, stay.
 
         Args:
             tokens: of the picture in the language model's input, before any method.
             patches: of it in the tower; None where each is a token.
-            grid: rows and columns of the tokens, or None where there is no single grid.
+            grid: rows and columns of the tokens (of a frame), or None where there is no single grid.
+            frames: of a clip, as the language model gets them, which share the tokens; 0 for a picture.
 
         Raises:
             ParameterError: a method cannot act on so many tokens, or on tokens without a grid.
         """
-        return self._walk(tokens, patches, grid)[0]
+        return self._walk(tokens, patches, grid, frames)[0]
 
     def slots(
         self,
@@ -148,9 +151,11 @@ class ServingPlan:
         return made
 
     def _walk(
-        self, tokens: int, patches: int | None, grid: tuple[int, int] | None
-    ) -> tuple[int, list[tuple[Entry, int, int, int, tuple[int, int] | None]]]:
-        """Tokens in the end, and (entry, arrived, entered, left, grid) of each visit."""
+        self, tokens: int, patches: int | None, grid: tuple[int, int] | None, frames: int
+    ) -> tuple[int, list[tuple[Entry, int, int, int, tuple[int, int] | None, tuple[int, int]]]]:
+        """Tokens in the end, and (entry, arrived, entered, left, grid, frames and cells) of each visit."""
+        if frames and tokens % frames:
+            raise ParameterError(f"{self.spec}: {tokens} tokens are no {frames} frames of equal size")
         slots = "features" in self.layout.stages  # what leaves the tower leaves its placeholder
         left, visits = tokens, []
         inside = entered = tokens if slots or patches is None else patches
@@ -160,21 +165,25 @@ class ServingPlan:
                 inside = entered = left
             for entry in self.attachment.at(stage):
                 seen = grid if late or patches in (None, tokens) else None
-                made = self.slots(entry, inside, entered, seen)
-                visits.append((entry, inside, entered, made, seen))
+                clip = (frames, tokens // frames if late and inside == tokens else 0) if frames else (0, 0)
+                made = self.slots(entry, inside, entered, seen, clip)
+                visits.append((entry, inside, entered, made, seen, clip))
                 inside = made
             if slots or late:
                 left = inside
         return left, visits
 
     @guarded
-    def dry_run(self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None) -> int:
+    def dry_run(
+        self, tokens: int, patches: int | None = None, grid: tuple[int, int] | None = None, frames: int = 0
+    ) -> int:
         """Asks every method on tensors without data, and checks that it leaves as many tokens as it counted.
 
         Args:
             tokens: as in `count`.
             patches: as in `count`.
             grid: as in `count`.
+            frames: as in `count`.
 
         Returns:
             What `count` does.
@@ -182,9 +191,9 @@ class ServingPlan:
         Raises:
             ParameterError: a method cannot act on so many tokens, or leaves another number than it says.
         """
-        left, visits = self._walk(tokens, patches, grid)
-        for entry, n, entered, made, seen in visits:
-            found = Dry(self.layout, seen).ask(entry, n, entered)
+        left, visits = self._walk(tokens, patches, grid, frames)
+        for entry, n, entered, made, seen, clip in visits:
+            found = Dry(self.layout, seen, clip).ask(entry, n, entered)
             if found != made:
                 raise ParameterError(f"{entry.method} at {entry.site} counts {made} of {n} tokens and leaves {found}")
         return left
@@ -201,6 +210,7 @@ class ServingPlan:
         entered: int | None = None,
         signals: Mapping[str, Signal] | None = None,
         protected: Tensor | None = None,
+        frames: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Shortens the tokens of pictures at ``features`` or ``projected``, for engines with modules of their own.
 
@@ -213,6 +223,7 @@ class ServingPlan:
             signals: by the key of each `Need`: a tensor over the tokens that are given here, or a function that makes
                 it; what a method drops leaves them too.
             protected: `[B, P, C]`, at ``features``: the tower's protected tokens there.
+            frames: where a row is a clip: its frames, which share the tokens one behind the other.
 
         Returns:
             `[B, K, C]` in their order, and their sizes, fp32 `[B, K]`, or None where nothing was merged.
@@ -227,6 +238,7 @@ class ServingPlan:
             return tokens, size
         there = self.layout.stages[stage]
         start = tokens.shape[1] if entered is None else entered
+        whole = tokens.shape[1]
         cuts: list[tuple[Reduction, int]] = []
         for entry in self.attachment.at(stage):
             given = {
@@ -234,8 +246,9 @@ class ServingPlan:
                 for need in entry.needs
             }
             view = TokenView(
-                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=start, signals=given
-            )
+                tokens, entry.asked, size, there.num_prefix, there.depth, grid, entered=start, signals=given,
+                frames=frames, cells=None if tokens.shape[1] == whole else 0,
+            )  # fmt: skip
             reduction = self.attachment.decide(entry, view)
             if reduction is not None:
                 beside = protected if stage == "features" else None
