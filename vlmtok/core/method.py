@@ -192,7 +192,7 @@ class Method(CommonSettings):
             why = f"{name}=None leaves the number to the method" if name else "it has no parameter for it"
             raise ParameterError(f"{self}: a budget cannot be set, {why}; parameters: {', '.join(self.settings())}")
         value = scaled(getattr(self, name), level, tokens)
-        return dataclasses.replace(self, **{name: value})  # type: ignore[type-var]
+        return dataclasses.replace(self, **{name: value})
 
     def fitted(self, layout: Layout) -> Method | None:
         """The same method with a schedule of its own spread over the layers where a model lets tokens leave.

@@ -67,7 +67,7 @@ def counted_form(method: Method) -> Method:
         return method
     (asked,) = parse_methods(f"{method.spec_name()}:{method.counted}")
     names = [item.partition("=")[0].strip() for item in _split(method.counted, ":")]
-    return dataclasses.replace(method, **{name: getattr(asked, name) for name in names})  # type: ignore[type-var]
+    return dataclasses.replace(method, **{name: getattr(asked, name) for name in names})
 
 
 def _split(text: str, mark: str) -> list[str]:

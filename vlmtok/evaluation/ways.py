@@ -72,12 +72,12 @@ class Way:
         if not self.methods:
             return nullcontext()
         state = int(np.random.SeedSequence(seed).generate_state(1)[0]) & 0x7FFFFFFF
-        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[type-var]
+        made = [dataclasses.replace(m, seed=state) if _seeded(m) else m for m in self.methods]  # type: ignore[call-arg]
         return compress(loaded.model, made)
 
 
 def _seeded(method: Method) -> bool:
-    return any(one.name == "seed" for one in dataclasses.fields(method))  # type: ignore[arg-type]
+    return any(one.name == "seed" for one in dataclasses.fields(method))
 
 
 def split_names(text: str) -> list[str]:
@@ -194,7 +194,7 @@ def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
             if not moved or getattr(start, moved) is not None:
                 raise
             # It left the number to the content: any number will do to begin with.
-            start = dataclasses.replace(start, **{moved: keep})  # type: ignore[type-var]
+            start = dataclasses.replace(start, **{moved: keep})  # type: ignore[arg-type]
             made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
         with compress(loaded.model, made):
             return Way(name, spec, str(made), keep, (made,))

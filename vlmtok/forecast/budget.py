@@ -197,7 +197,7 @@ class _Search:
                 f"{self.method.budget_parameter}: the nearest is {quantity(best.reached, self.unit)} with "
                 f"{best.method} (possible: {lowest} to {quantity(bare, self.unit)})"
             )
-        made = dataclasses.replace(best.method)  # type: ignore[type-var]
+        made = dataclasses.replace(best.method)
         made.budget = Budget(
             self.what if self.convention is None else f"{self.what} by {self.convention}",
             self.unit,
@@ -232,7 +232,7 @@ class _Search:
         for digits in range(2, 7):
             value = _rounded(getattr(best.method, name), digits)
             try:
-                tried = self._seen(dataclasses.replace(best.method, **{name: value}))  # type: ignore[type-var]
+                tried = self._seen(dataclasses.replace(best.method, **{name: value}))
             except (ParameterError, SiteError, MissingSignal):
                 continue
             if _apart(tried, target) <= max(_apart(best, target), 0.1 * WITHIN * target):

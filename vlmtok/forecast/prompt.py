@@ -60,8 +60,8 @@ def _sizes(asked: Asked) -> tuple[tuple[int, int], ...] | None:
     if given is None:
         if asked.frames is not None and asked.visual_tokens is None:
             raise ParameterError(
-                "estimate: frames= are those of a clip; image_size=(width, height) says how large, or visual_tokens= how "
-                "many tokens all of them have in the language model"
+                "estimate: frames= are those of a clip; image_size=(width, height) says how large, or visual_tokens= "
+                "how many tokens all of them have in the language model"
             )
         return None
     also = [name for name in ("visual_tokens", "crops", "parts") if getattr(asked, name) is not None]

@@ -278,12 +278,12 @@ def refused_settings(method: Method, layout: Layout) -> list[dict[str, str]]:
         A row for each: ``setting`` as a spec string has it, and ``why``.
     """
     with choices_noted() as choices:
-        dataclasses.replace(method)  # type: ignore[type-var]
+        dataclasses.replace(method)
     rows = []
     for name, offered in choices.items():
         for choice in offered:
             try:
-                changed = dataclasses.replace(method, **{name: choice})  # type: ignore[type-var]
+                changed = dataclasses.replace(method, **{name: choice})
             except VlmtokError:
                 continue  # it does not go with the method's other settings, on any model
             why = refusal(changed, layout)

@@ -152,7 +152,7 @@ class Explorer:
                 changed[name] = control.value()
             else:
                 changed[name] = (*changed.get(name, ()), control.value())
-        return replace(self._base, **changed)  # type: ignore[type-var]
+        return replace(self._base, **changed)
 
     # ------------------------------------------------------------------ what follows
     def run(self) -> None:

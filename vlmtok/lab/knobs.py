@@ -120,7 +120,7 @@ class _Asks:
 
     def _fits(self, base: Method, value: Any) -> bool:
         try:
-            made = dataclasses.replace(base, **{self.name: value})  # type: ignore[type-var]
+            made = dataclasses.replace(base, **{self.name: value})
         except (VlmtokError, ValueError, TypeError):
             return False
         # Counts may be layers, of which the model has so many.
@@ -129,7 +129,7 @@ class _Asks:
 
     def _allows(self, choice: Any) -> bool:
         """Whether the model can do what a choice asks for."""
-        made = (dataclasses.replace(base, **{self.name: choice}) for base in self.bases)  # type: ignore[type-var]
+        made = (dataclasses.replace(base, **{self.name: choice}) for base in self.bases)
         return any(map(self._runs, made))
 
     def _runs(self, made: Method) -> bool:
@@ -140,7 +140,7 @@ class _Asks:
     def choices(self) -> tuple[Any, ...]:
         """What the method's own check names where it gets something that is nothing."""
         try:
-            dataclasses.replace(self.bases[0], **{self.name: "?"})  # type: ignore[type-var]
+            dataclasses.replace(self.bases[0], **{self.name: "?"})  # type: ignore[arg-type]
         except ParameterError as problem:
             return problem.choices
         except (ValueError, TypeError):

@@ -67,7 +67,7 @@ def everyday(name: str) -> Method:
         VlmtokError: it has settings without defaults, and no preset.
     """
     cls = method_class(name)
-    needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
     presets = presets_of(cls) if needed else ()
     if needed and not presets:
         raise VlmtokError(f"{cls.__name__} has no default for {', '.join(needed)}, and no preset; give it settings")
