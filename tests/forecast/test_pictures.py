@@ -172,7 +172,7 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("frames", [4, 5])
-@pytest.mark.parametrize("spec", [METHODS[0], "evs:rate=0.5", "vidcom2:rate=0.5", "divprune:keep=0.5:per=frame"])
+@pytest.mark.parametrize("spec", [METHODS[0], "evs:rate=0.5", "vidcom2:rate=0.5", "divprune:keep=0.5:scope=frame"])
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_equal_the_report_of_such_a_clip(name, spec, frames, folder, loaded):
     import numpy
@@ -197,7 +197,7 @@ def test_frames_equal_the_report_of_such_a_clip(name, spec, frames, folder, load
     same(report, planned)
 
 
-@pytest.mark.parametrize("spec", ["evs:rate=0.5", "vidcom2:rate=0.5", "random:keep=0.5:per=frame"])
+@pytest.mark.parametrize("spec", ["evs:rate=0.5", "vidcom2:rate=0.5", "random:keep=0.5:scope=frame"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_frames_told_in_numbers_equal_a_run(name, spec):
     family = FAMILIES[name]

@@ -116,7 +116,7 @@ def test_half_precision_autocast_meta_and_compiled():
 
 def test_sites_and_parameters():
     layout = Layout("by hand", {"projected": StageLayout(1, 8, 0, 0)})
-    assert DivPrune(positions="keep").sites(layout) == [Site("projected", positions="keep", scope="picture")]
+    assert DivPrune(positions="keep").sites(layout) == [Site("projected", positions="keep")]
     with pytest.raises(SiteError):
         DivPrune().sites(Layout("a tower", {"vision": StageLayout(2, 8, 1, 1)}))
     for wrong in ({"keep": 0}, {"keep": 1.5}, {"keep": True}, {"newlines": "keep"}, {"positions": "shuffle"}):

@@ -24,9 +24,9 @@ def test_a_layer_means_the_language_model():
 @pytest.mark.parametrize(
     "method",
     [
-        Random(keep=0.5, per="frame"),
-        vlmtok.DivPrune(keep=0.5, per="frame"),
-        vlmtok.ToDRE(keep=0.5, tau=None, per="frame"),
+        Random(keep=0.5, scope="frame"),
+        vlmtok.DivPrune(keep=0.5, scope="frame"),
+        vlmtok.ToDRE(keep=0.5, tau=None, scope="frame"),
     ],
 )
 def test_a_budget_can_be_meant_for_each_frame(method):

@@ -22,8 +22,8 @@ SCOPES = ("picture", "part", "sample", "frame", "clip")
 """What one view row is: a picture or clip with its separators; a crop or frame; all of a prompt; a frame of a clip, or
 a whole picture; a picture or clip without its separators, in whose order frames lie one behind the other."""
 
-BUDGETS = ("picture", "frame", "part", "sample")
-"""Scopes that a `keep` can be meant for, where a method lets the user say: ``per``."""
+BUDGET_SCOPES = ("picture", "frame", "part", "sample")
+"""Scopes that a `keep` can be meant for, where a method lets the user say."""
 
 POSITIONS = ("keep", "renumber")
 

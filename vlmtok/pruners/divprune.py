@@ -13,7 +13,7 @@ from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.settings import check_choice, check_keep, keep_count
-from ..core.site import BUDGETS, POSITIONS, Counts, Layout, Site
+from ..core.site import BUDGET_SCOPES, POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
 
 
@@ -67,7 +67,7 @@ class DivPrune(Method):
     Args:
         keep: share (float) or count (int) of a picture's tokens that stay; 0.098 is the released setting.
         newlines: row separators of multi-crop pictures are ``"candidates"``, as released, or ``"drop"`` them.
-        per: what `keep` is meant for, and tokens are compared in: each ``"picture"`` or clip, each ``"frame"`` of one,
+        scope: what `keep` is meant for, and tokens compared in: each ``"picture"`` or clip, each ``"frame"`` of one,
             each ``"part"`` (crops too), or the ``"sample"``, all pictures of a prompt together.
         positions: ``"renumber"`` (as released) or ``"keep"`` the position ids; None is the model's default.
     """
@@ -89,19 +89,19 @@ class DivPrune(Method):
 
     keep: float | int = 0.098
     newlines: str = "candidates"
-    per: str = "picture"
+    scope: str = "picture"  # type: ignore[misc]  # what the core reads of every method, here a setting
     positions: str | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "DivPrune")
         check_choice(self.newlines, "DivPrune", "newlines", ("candidates", "drop"))
-        check_choice(self.per, "DivPrune", "per", BUDGETS)
+        check_choice(self.scope, "DivPrune", "scope", BUDGET_SCOPES)
         check_choice(self.positions, "DivPrune", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """The language model's input."""
         layout.stage("projected", "DivPrune")
-        return [Site("projected", positions=self.positions, scope=self.per)]
+        return [Site("projected", positions=self.positions)]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Farthest-first choice from the most isolated token on."""

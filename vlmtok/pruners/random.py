@@ -9,7 +9,7 @@ from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import random_subset
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
-from ..core.site import BUDGETS, Counts, Layout, Site
+from ..core.site import BUDGET_SCOPES, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
 
@@ -33,7 +33,7 @@ class Random(Method):
             gets, or a layer of it where `layer` says so, or of a lone tower.
         layer: where in a decoder (start of this layer) or tower (end of it); the middle by default. A draw at a late
             layer is what methods inside the language model have to beat: from some depth on none does.
-        per: what `keep` is meant for in front of or inside a language model: each ``"picture"`` or clip, each
+        scope: what `keep` is meant for in front of or inside a language model: each ``"picture"`` or clip, each
             ``"frame"`` of a clip, each ``"part"`` (crops too), or the ``"sample"``, all pictures of a prompt together.
     """
 
@@ -47,14 +47,14 @@ class Random(Method):
     seed: int = 0
     stage: str = "auto"
     layer: int | None = None
-    per: str = "picture"
+    scope: str = "picture"  # type: ignore[misc]  # what the core reads of every method, here a setting
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "Random")
         check_range(self.seed, "Random", "seed", kind=int)
         check_choice(self.stage, "Random", "stage", ("auto", "projected", "decoder", "vision"))
         check_layer(self.layer, "Random", "layer")
-        check_choice(self.per, "Random", "per", BUDGETS)
+        check_choice(self.scope, "Random", "scope", BUDGET_SCOPES)
         if self.stage == "projected" and self.layer is not None:
             raise ParameterError(
                 f"Random: stage='projected' has no layers, and layer={self.layer} was asked for; stage='decoder' has"
@@ -68,12 +68,12 @@ class Random(Method):
             stage = inside if layout.has(inside) else "vision"
         if stage == "projected":
             layout.stage(stage, "Random")
-            return [Site("projected", scope=self.per)]
+            return [Site("projected")]
         depth = layout.stage(stage, "Random").depth
         layers = layout.layers(stage, depth // 2 if self.layer is None else self.layer, "Random")
         if stage == "vision":
             return [Site(stage, i, "end") for i in layers]
-        return [Site(stage, i, "start", scope=self.per) for i in layers]
+        return [Site(stage, i, "start") for i in layers]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """The same draw for every row."""

@@ -15,7 +15,7 @@ from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import random_order
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
-from ..core.site import BUDGETS, Counts, Layout, Site
+from ..core.site import BUDGET_SCOPES, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError
 
@@ -138,8 +138,8 @@ class ToDRE(Method):
         check_layer: 0-based decoder layer at whose end stage 2 looks; floor(7 depth / 8) - 1 by default.
         newlines: row separators of multi-crop pictures: ``"drop"`` them (where `keep` is more than the other tokens,
             the first ones fill it up), or let them be ``"candidates"``.
-        per: what stage 1's `keep` is meant for: each ``"picture"`` or clip, each ``"frame"`` of a clip, each ``"part"``
-            (crops too), or the ``"sample"``, all pictures of a prompt together.
+        scope: what stage 1's `keep` is meant for: each ``"picture"`` or clip, each ``"frame"`` of a clip, each
+            ``"part"`` (crops too), or the ``"sample"``, all pictures of a prompt together.
         positions: ``"renumber"`` or ``"keep"`` the position ids after stage 1; None is the model's default.
         seed: for ``pivot="random"``.
     """
@@ -168,7 +168,7 @@ class ToDRE(Method):
     tau: float | None = 0.1
     check_layer: int | None = None
     newlines: str = "drop"
-    per: str = "picture"
+    scope: str = "picture"  # type: ignore[misc]  # what the core reads of every method, here a setting
     positions: str | None = None
     seed: int = 0
 
@@ -186,7 +186,7 @@ class ToDRE(Method):
             check_range(self.pivot, "ToDRE", "pivot", 0, kind=int)
         check_layer(self.check_layer, "ToDRE", "check_layer")
         check_choice(self.newlines, "ToDRE", "newlines", ("drop", "candidates"))
-        check_choice(self.per, "ToDRE", "per", BUDGETS)
+        check_choice(self.scope, "ToDRE", "scope", BUDGET_SCOPES)
         check_choice(self.positions, "ToDRE", "positions", (None, "renumber", "keep"))
         check_range(self.seed, "ToDRE", "seed", kind=int)
 
@@ -203,7 +203,7 @@ class ToDRE(Method):
             layout.stage("projected", "ToDRE")
             attention = layout.gives("vision", "cls_attention", later=True) and self.pivot == "cls"
             first = ("cls_attention@vision:-1",) if attention else ()
-            sites.append(Site("projected", needs=first, positions=self.positions, scope=self.per))
+            sites.append(Site("projected", needs=first, positions=self.positions, scope=self.scope))
         if self.tau is not None:
             depth = layout.stage("decoder", "ToDRE").depth
             layer = _late(depth) if self.check_layer is None else self.check_layer
