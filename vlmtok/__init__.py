@@ -71,14 +71,18 @@ if TYPE_CHECKING:
     from .pruners.cdpruner import CDPruner as CDPruner
     from .pruners.divprune import DivPrune as DivPrune
     from .pruners.evs import EVS as EVS
+    from .pruners.fastervlm import FasterVLM as FasterVLM
     from .pruners.fastv import FastV as FastV
     from .pruners.grid import Grid as Grid
+    from .pruners.hiprune import HiPrune as HiPrune
+    from .pruners.holov import HoloV as HoloV
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
     from .pruners.todre import ToDRE as ToDRE
     from .pruners.transprune import TransPrune as TransPrune
     from .pruners.vidcom2 import VidCom2 as VidCom2
+    from .pruners.vispruner import VisPruner as VisPruner
     from .version import __version__ as __version__
 else:  # what type checkers do not see: the same names, on first use
     import importlib as _importlib

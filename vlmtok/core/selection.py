@@ -10,6 +10,19 @@ from torch import Tensor
 from ..kernels.tracing import constant_in_graphs
 
 
+def ranked(score: Tensor) -> Tensor:
+    """Tokens by falling score.
+
+    Args:
+        score: `[B, N]`, any floating dtype; higher is better.
+
+    Returns:
+        int64 `[B, N]`; equal scores go to the lowest index, NaN loses to everything.
+    """
+    score = score.float()
+    return torch.where(score.isnan(), float("-inf"), score).argsort(dim=1, descending=True, stable=True)
+
+
 def keep_top(score: Tensor, k: int) -> Tensor:
     """The k tokens of highest score, in the order in which they stand.
 
@@ -20,9 +33,7 @@ def keep_top(score: Tensor, k: int) -> Tensor:
     Returns:
         int64 `[B, k]`, ascending; equal scores go to the lowest index, NaN loses to everything.
     """
-    score = score.float()
-    score = torch.where(score.isnan(), float("-inf"), score)
-    return score.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+    return ranked(score)[:, :k].sort(dim=1).values
 
 
 @constant_in_graphs

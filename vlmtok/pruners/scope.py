@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
-from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.settings import check_choice, check_keep, check_range, keep_count
-from ..core.site import SEPARATORS, Counts, Layout, Site
+from ..core.site import SEPARATORS, Counts
+from ..core.tower_scores import ScoredByTower
 from ..core.view import TokenView
 
 
@@ -54,7 +54,7 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
 
 @register_method
 @dataclass(eq=False)
-class SCOPE(Method):
+class SCOPE(ScoredByTower):
     """Keeps tokens of each crop by class-token attention times the coverage they add, before the projector.
 
     Both are taken where the projector reads: features and attention of that tower layer. A tower without a class token
@@ -85,7 +85,6 @@ class SCOPE(Method):
         "A tower without a class token is scored by received attention; the release knows CLIP only.",
         "With several crops a picture, similarities are those of projected tokens; the release takes tower features.",
     )
-    scope = "part"
     aliases = (Alias("k", "keep"),)
     budget_parameter = "keep"
 
@@ -97,21 +96,6 @@ class SCOPE(Method):
         check_keep(self.keep, "SCOPE")
         check_choice(self.separators, "SCOPE", "separators", SEPARATORS)
         check_range(self.alpha, "SCOPE", "alpha", 0)
-
-    def sites(self, layout: Layout) -> list[Site]:
-        """What the projector gets, or what it made where that reaches the language model with its attention."""
-        name, stage = self._place(layout)
-        separators = self.separators if stage == "projected" else "keep"
-        return [Site(stage, needs=(f"{name}@vision:feature",), separators=separators)]
-
-    def remarks(self, layout: Layout) -> list[str]:
-        """Which stage it took where that is not the papers'."""
-        return layout.said_of_stage("SCOPE", self._place(layout)[1])
-
-    @staticmethod
-    def _place(layout: Layout) -> tuple[str, str]:
-        name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        return name, layout.feature_stage("SCOPE", [name])
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Greedy choice; slots in the order of the tokens."""
