@@ -157,4 +157,6 @@ class Asking:
             here[:, 1 + n :],
             True,
             self.fill(f"transition of {where}", BATCH, 2, 2, length),
+            normed=lambda places: self.fill(f"normed of {where}", BATCH, places.shape[1], WIDTH),
+            active=lambda places: self.fill(f"neurons of {where}", BATCH, places.shape[1], 4 * WIDTH) > 0.5,
         )

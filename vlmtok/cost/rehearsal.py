@@ -294,6 +294,8 @@ class Rehearsal:
             empty(group.rows, group.text, dtype=index),
             group.mixed,
             empty(group.rows, 2, 2, group.length),
+            normed=lambda places: empty(group.rows, places.shape[1], block.width),
+            active=lambda places: empty(group.rows, places.shape[1], block.hidden, dtype=torch.bool),
         )
 
     # ------------------------------------------------------------------ asking
