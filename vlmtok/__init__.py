@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .pruners.dart import DART as DART
     from .pruners.divprune import DivPrune as DivPrune
     from .pruners.fastv import FastV as FastV
+    from .pruners.mmtok import MMTok as MMTok
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE

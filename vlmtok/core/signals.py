@@ -15,6 +15,7 @@ the whole row, T text rows, H heads, d head width, C channels.
 | cls_attention | B, H, N | row 0 of it |
 | received_attention | B, N | mean over heads and rows of the attention a token receives |
 | flat_attention | B, N | one head over the full width: the class token's row, or the mean over rows without one |
+| outputs | B, N, C | what a block gave, for other sites: ``outputs@vision:feature`` are the tower's features |
 | text | B, T, C | input embeddings of the text behind the view's first token |
 | text_attention | B, H, T, N | attention rows of that text |
 | last_attention | B, H, N | attention row of the prompt's last token |
@@ -53,6 +54,7 @@ __all__ = [
     "BY_ATTENTION",
     "DECODER_SIGNALS",
     "END_ONLY",
+    "OF_OUTPUT",
     "PER_TOKEN",
     "TOWER_SIGNALS",
     "DecoderTaps",
@@ -108,11 +110,15 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     name, stage = found["name"], found["stage"]
     if text in user:
         return Need(text, text)
+    if stage is None and name == "outputs":
+        raise MissingSignal(
+            f"{by} needs {name!r} at {site} itself, which is view.tokens; name a place: {name}@stage:layer"
+        )
     if stage is None:
         if site.stage == "features" and name == "protected" and layout.gives("vision", name):
             return Need(text, name, "vision", layout.stages["vision"].last)
         if not layout.gives(site.stage, name):
-            offered = layout.stages[site.stage].provides | user
+            offered = (layout.stages[site.stage].provides - {"outputs"}) | user
             raise MissingSignal(
                 f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give"
                 f"{_why(layout, site.stage)}; it gives there: {', '.join(sorted(offered)) or 'none'}"
@@ -294,7 +300,11 @@ TOWER_SIGNALS: dict[str, TowerSignal] = {
     "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
     "received_attention": TowerSignal(_received, 1, "qk"),
     "flat_attention": TowerSignal(_flat_attention, 1, "qk"),
+    "outputs": TowerSignal(lambda taps: taps.row.inner(taps.tokens, 1), 1),
 }
+
+OF_OUTPUT = frozenset({"protected", "inserted", "outputs"})
+"""Signals that are parts of a block's output: they need nothing of what happened inside."""
 
 PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.axis is not None)
 """Tower signals with one entry for each token, which can go where the token goes."""

@@ -138,7 +138,7 @@ class DART(Method):
     )
     aliases = (
         share_that_goes("reduction_ratio", "keep", "DART", "the released code"),
-        Alias("pruned_layer", "K", "the released code"),
+        Alias("max_num_trunction", "keep", "the released code"),
     )
     budget_parameter = "keep"
     counted = "at=embeddings:positions=none"
