@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .mergers.tome import ToMe as ToMe
     from .mergers.visionzip import VisionZip as VisionZip
     from .pruners.cdpruner import CDPruner as CDPruner
+    from .pruners.dart import DART as DART
     from .pruners.divprune import DivPrune as DivPrune
     from .pruners.evs import EVS as EVS
     from .pruners.fastervlm import FasterVLM as FasterVLM
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .pruners.grid import Grid as Grid
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
+    from .pruners.mmtok import MMTok as MMTok
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE

@@ -1,4 +1,4 @@
-"""Hooks inside decoder layers that catch what signals are derived from: q, k, the mask, what a branch changes."""
+"""Hooks inside decoder layers that catch what signals are derived from: q, k, the mask, changes, active neurons."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ... import kernels
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
-from ...core.signals import DECODER_SIGNALS
+from ...core.signals import BY_ATTENTION, DECODER_SIGNALS
 from ...core.threads import PerThread
 from ...errors import UnsupportedModel
 from .. import host_objects, hosts
 from ..hosts import Arguments
 from .attention import attention_form, branches
 from .call import DecoderRun
+from .layer_parts import last_map
 
 
 class Catcher:
@@ -46,7 +47,7 @@ class Catcher:
         if not wanted:
             return
         put = self.attachment.hook
-        if wanted - {"transition"}:
+        if wanted & BY_ATTENTION:
             form = attention_form(block)
             assert form is not None  # the layout offers no signals elsewhere
             self.attentions[layer] = Arguments(form.attn, [hosts.ROTARY, hosts.MASK])
@@ -63,6 +64,10 @@ class Catcher:
             for branch in found:
                 self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
                 put(branch, "post", self.tap_transition, layer)
+        if "activation_match" in wanted:
+            reader = last_map(block)
+            assert not isinstance(reader, str)  # the layout offers the signal at layers with one only
+            put(reader, "pre", self.tap_active, layer)
 
     def tap_attention(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Attention pre-hook: the rotary embeddings and the mask of the layer, and the keys that it held before."""
@@ -96,6 +101,12 @@ class Catcher:
         y = host_objects.branch_of(module, output, x)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))
+
+    def tap_active(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Pre-hook on the MLP's last projection: which neurons are on."""
+        caught = self._caught(layer)
+        if caught is not None:
+            caught["active"] = hosts.first_tensor(module, args, kwargs).detach() > 0
 
     def _caught(self, layer: int) -> dict[str, Any] | None:
         """Where taps of this layer go, while a prefill with pictures runs."""

@@ -7,6 +7,7 @@ from typing import Any
 from ...core.signals import DECODER_SIGNALS
 from ...core.site import StageLayout
 from .attention import attention_form
+from .layer_parts import final_norm, last_map
 from .masks import RECURRENT, layer_kinds
 from .spec import VLMSpec
 
@@ -36,7 +37,16 @@ def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
             frozenset({"start", "end"}),
             frozenset(DECODER_SIGNALS),
             blind=blind,
+            lacks=_lacks(lm),
             last_cut=None if spec.last_cut is None else spec.last_cut(config),
             renumbers=spec.positions == "1d",
         ),
     }
+
+
+def _lacks(lm: Any) -> dict[str, dict[int, str]]:
+    """By signal, layers that do not give it, and why."""
+    maps = {i: last_map(block) for i, block in enumerate(lm.layers)}
+    mixed = {i: found for i, found in maps.items() if isinstance(found, str)}
+    unnormed = {} if final_norm(lm) is not None else dict.fromkeys(maps, "a last norm of unknown form")
+    return {"activation_match": mixed, "normed": unnormed, "text_normed": unnormed}

@@ -25,9 +25,9 @@ from .handover import Handover, carry_signals
 from .projector import Projector
 from .spec import VLMSpec
 
-BY_TEXT = frozenset({"text", "text_attention", "attention_to_text"})
+BY_TEXT = frozenset({"text", "text_attention", "attention_to_text", "text_key_norm", "text_normed", "activation_match"})
 """Signals whose view rows must agree in T."""
-BY_LENGTH = frozenset({"text_attention", "attention_to_text", "last_attention", "attention_logits", "transition"})
+BY_LENGTH = frozenset(DECODER_SIGNALS)
 """Signals whose view rows must agree in L."""
 
 

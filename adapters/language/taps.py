@@ -1,4 +1,4 @@
-"""q, k and attention rows at the boundary between two decoder layers, without switching the model's attention."""
+"""What a boundary between two decoder layers shows: q, k, attention rows, states, without switching its attention."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ...errors import PassError
 from .. import host_objects
 from .attention import AttentionForm, attention_form
 from .call import Call, DecoderRun
+from .layer_parts import final_norm
 from .rotary import gather_rotary
 from .segments import Segments
 
@@ -80,12 +81,12 @@ class LayerTaps:
         """Taps of the layer before, from what it did."""
         layer = self.layer - 1
         caught = self.call.taps.get(layer, {})
-        transition = caught.get("transition")
+        transition, active = caught.get("transition"), caught.get("active")
         if "q" not in caught:
-            return self._taps(group, layer, None, None, None, None, transition)
+            return self._taps(group, layer, None, None, None, None, transition, active)
         form = self._form(self.lm().layers[layer])
         pair = form.heads(caught["q"], "q"), form.heads(caught["k"], "k")
-        return self._taps(group, layer, form, pair, caught["rotary"], caught["mask"], transition)
+        return self._taps(group, layer, form, pair, caught["rotary"], caught["mask"], transition, active)
 
     def ahead(self, group: Group) -> DecoderTaps:
         """Taps of the layer to come, from its own norm and projections."""
@@ -95,7 +96,7 @@ class LayerTaps:
             rotary = self.segments.own_rotary(self.call, self.past, self.layer, self.hidden)
         if self.mask is None:
             self.mask = self.segments.own_mask(self.call, self.past, self.layer, self.hidden)
-        return self._taps(group, self.layer, form, None, rotary, self.mask, None, ahead=True)
+        return self._taps(group, self.layer, form, None, rotary, self.mask, None, None, ahead=True)
 
     @staticmethod
     def _form(block: Any) -> AttentionForm:
@@ -113,6 +114,7 @@ class LayerTaps:
         rotary: Any,
         mask: Any,
         transition: list[Tensor] | None,
+        neurons: Tensor | None,
         ahead: bool = False,
     ) -> DecoderTaps:
         rows = self.call.rows
@@ -132,8 +134,20 @@ class LayerTaps:
         if transition is not None:
             table = torch.stack(transition, 1)[group.index]
             change = table.gather(3, old[:, None, None, :].expand(-1, 2, 2, -1))
+
+        def normed(places: Tensor) -> Tensor:
+            return self._normed(self.hidden[group.index[:, None], now.gather(1, places)])
+
+        def active(places: Tensor) -> Tensor:
+            if neurons is None:
+                return _nothing()
+            whole = neurons.reshape(len(self.hidden), -1, neurons.shape[-1])
+            return whole[group.index[:, None], old.gather(1, places)]
+
         if form is None:
-            return DecoderTaps(_nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change)
+            return DecoderTaps(
+                _nothing, _nothing, 1.0, _nothing, old, visual, text, group.mixed, change, None, normed, active
+            )
         cached, held = self._cached(layer, group, ahead), self._before(ahead).length
         past = 0 if cached is None else cached.shape[2]
         length = self.hidden.shape[1] if caught is None else caught[1].shape[2]
@@ -167,7 +181,7 @@ class LayerTaps:
             return torch.where(look, 0.0, float("-inf"))[:, None]
 
         scale = float(form.attn.scaling)
-        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap)
+        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap, normed, active)
 
     def _before(self, ahead: bool) -> Segment:
         """What the tapped layer's cache held before this call."""
@@ -196,6 +210,18 @@ class LayerTaps:
             new = self.call.added.get(segment.first, self.call.added[0])[1]
         joined = segment.extended(length, new, rows.batch, self.hidden.device)
         return None if joined is None else joined[group.index]
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """States through the model's last norm, with taps muted."""
+        norm = final_norm(self.lm())
+        assert norm is not None  # the layout offers the signal only where there is one
+        running = self.running.mine()
+        running.muted = True
+        try:
+            found: Tensor = norm(x)
+            return found
+        finally:
+            running.muted = False
 
     def _project(self, form: AttentionForm, x: Tensor, which: str) -> Tensor:
         """Queries or keys of a layer that has not run, before rope, with taps muted."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.attachment import Attachment, Entry
 from ...core.ledger import Event, Group
 from ...core.reduction import Reduction
-from ...core.signals import TOWER_SIGNALS, Need, TowerTaps, tower_signal
+from ...core.signals import OF_OUTPUT, TOWER_SIGNALS, Need, TowerTaps, tower_signal
 from ...core.view import Signal, TokenView
 from ..base import TowerSpec
 from .checks import check_maps
@@ -162,8 +162,8 @@ class PictureCuts:
         """Derives what later sites wait for, while q and k of this layer are at hand."""
         for need in self.tapped.get(layer, ()):
             signal = TOWER_SIGNALS[need.name]
-            if need.name in ("protected", "inserted"):
-                continue  # of the block's output
+            if need.name in OF_OUTPUT:
+                continue
             with torch.no_grad():
                 run.sequence.carried[f"{need.name}@{layer}"] = (signal.make(taps), signal.axis)
 
@@ -173,3 +173,5 @@ class PictureCuts:
         for need in self.tapped.get(layer, ()):
             if need.name == "protected":
                 sequence.carried[f"protected@{layer}"] = (sequence.row.guard(out, 1), None)
+            elif need.name == "outputs":
+                sequence.carried[f"outputs@{layer}"] = (sequence.row.inner(out.detach(), 1), 1)

@@ -12,7 +12,7 @@ from ...core.ledger import Group as Booked
 from ...core.reduction import Reduction
 from ...core.row_data import Group
 from ...core.row_state import RowNotes, TokenState
-from ...core.signals import TOWER_SIGNALS, Need, TowerTaps
+from ...core.signals import OF_OUTPUT, TOWER_SIGNALS, Need, TowerTaps
 from ...core.stretches import Stretches, joined
 from ...core.view import Signal, TokenView
 from ..base import TowerSpec
@@ -120,10 +120,18 @@ class PackedCuts(PictureCuts):
     def carry(self, run: PackedPass, layer: int, taps: TowerTaps) -> None:  # type: ignore[override]
         """As that of a picture's row."""
         for need in self.tapped.get(layer, ()):
+            if need.name in OF_OUTPUT:
+                continue
             with torch.no_grad():
                 value = self.signal(need.name, taps, run)
             if value is not None:
                 run.sequence.carried[f"{need.name}@{layer}"] = (value, TOWER_SIGNALS[need.name].axis)
+
+    def carry_outputs(self, run: PackedPass, layer: int, out: Tensor) -> None:  # type: ignore[override]
+        """The whole row, class tokens and padding too, as signals of it are."""
+        for need in self.tapped.get(layer, ()):
+            if need.name == "outputs":
+                run.sequence.carried[f"outputs@{layer}"] = (out.detach(), 1)
 
 
 def _part(value: Tensor, axis: int, group: Group) -> Tensor:

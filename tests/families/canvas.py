@@ -75,6 +75,18 @@ def projections_of(name, pixels, layer) -> tuple[Tensor, Tensor]:
     return made["q_proj"], made["k_proj"]
 
 
+def outputs_of(name, pixels, layer):
+    """What a tower's block gives its patches, `[crops, N, C]`."""
+    model, given = shared(name), []
+    blocks = [module for module in model.model.vision_tower.modules() if type(module).__name__.endswith("EncoderLayer")]
+    hook = blocks[layer_of(model, layer)].register_forward_hook(lambda m, a, out: given.append(out))
+    with torch.no_grad():
+        model.model.vision_tower(pixels)
+    hook.remove()
+    whole = given[0][0] if isinstance(given[0], tuple) else given[0]
+    return whole[:, whole.shape[1] - EDGE * EDGE :]
+
+
 def placed(picture, shot, channels):
     """Channels of crops or frames, `[crops, c, N]`, at the tokens of a picture or clip, `[c, n]`."""
     if picture.shot.video:

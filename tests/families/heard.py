@@ -14,7 +14,7 @@ from vlmtok import TokenView
 from .prompts import Prompt, Shot
 from .test_token_signals import Listen, token_first
 
-NAMES = ("received_attention", "flat_attention", "turned_keys", "turned_keys_full", "keys", "keys_full")
+NAMES = ("received_attention", "flat_attention", "turned_keys", "turned_keys_full", "keys", "keys_full", "outputs")
 """Signals with an entry for each token, which towers without a class token give too."""
 
 
@@ -64,4 +64,4 @@ def assert_heard(
         )
         _, found = left.pop(mine)
         for need in {*found} - {"tokens"}:
-            assert_equal(token_first(need, found[need]), wanted[need], 1e-5 if "keys" in need else 1e-6)
+            assert_equal(token_first(need, found[need]), wanted[need], 1e-6 if "attention" in need else 1e-5)

@@ -74,7 +74,7 @@ def seen(name: str, arrays: Arrays, layer: int, model: nn.Module | None = None) 
 
     Returns:
         ``weights`` `[H, L, L]`, zero where patches do not see each other; ``k`` and ``q`` behind rope, ``plain`` k
-        before it, `[H, L, d]`.
+        before it, `[H, L, d]`; ``outputs`` of the block, `[L, C]`.
     """
     model = shared(name, "eager") if model is None else model
     attn, plain = attention_of(blocks_of(name, model)[layer]), []
@@ -89,9 +89,12 @@ def seen(name: str, arrays: Arrays, layer: int, model: nn.Module | None = None) 
 
     fused = hasattr(attn, "qkv")
     hook = (attn.qkv if fused else attn.k_proj).register_forward_hook(lambda m, args, output: plain.append(output))
+    given: list[Tensor] = []
+    behind = blocks_of(name, model)[layer].register_forward_hook(lambda m, args, output: given.append(output))
     with mock.patch.object(host, "eager_attention_forward", listen), torch.no_grad():
         encode(model, arrays)
     hook.remove()
+    behind.remove()
     q, k = (torch.cat([call[i] for call in calls], 1) for i in (0, 1))
     row = plain[0].reshape(-1, plain[0].shape[-1])
     keys = row.chunk(3, -1)[1] if fused else row
@@ -106,6 +109,7 @@ def seen(name: str, arrays: Arrays, layer: int, model: nn.Module | None = None) 
         "q": q,
         "k": k,
         "plain": keys.unflatten(-1, (len(k), -1)).transpose(0, 1),
+        "outputs": given[0].reshape(-1, given[0].shape[-1]),
         "stretches": torch.tensor(frames_of(arrays) if stretches is None else stretches),
     }
 
@@ -127,6 +131,7 @@ def at_patches(name: str, arrays: Arrays, layer: int, model: nn.Module | None = 
         "turned_keys_full": wide_k,
         "keys": made["plain"].mean(0),
         "keys_full": plain,
+        "outputs": made["outputs"],
     }
 
 

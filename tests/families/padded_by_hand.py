@@ -106,10 +106,21 @@ def seen(name: str, arrays: Arrays, layer: int) -> tuple[Tensor, Tensor, Tensor,
     return q, k, before.transpose(1, 2), weights
 
 
+def outputs_of(name: str, arrays: Arrays, layer: int) -> Tensor:
+    """What a block gives, `[rows, L, C]`."""
+    model, given = shared(name, "eager"), []
+    hook = blocks_of(name, model)[layer].register_forward_hook(lambda module, args, output: given.append(output))
+    with torch.no_grad():
+        encode(name, model, arrays)
+    hook.remove()
+    (output,) = given
+    return output[0] if isinstance(output, tuple) else output
+
+
 def at_patches(name: str, arrays: Arrays, layer: int) -> dict[str, Tensor]:
     """Signals of a block at all places of its rows, `[rows * L, c]`; zeros where there is no patch."""
     q, k, plain, weights = seen(name, arrays, layer)
-    length = k.shape[2]
+    length, outputs = k.shape[2], outputs_of(name, arrays, layer)
     found: dict[str, list[Tensor]] = {}
     for row, n in enumerate(patches_of(name, arrays, length)):
         real = n + (name in CLASSED)
@@ -123,6 +134,7 @@ def at_patches(name: str, arrays: Arrays, layer: int) -> dict[str, Tensor]:
             "turned_keys_full": wide_k,
             "keys": plain[row].mean(0),
             "keys_full": wide_plain,
+            "outputs": outputs[row],
         }
         if name in CLASSED:
             signals["cls_attention"] = weights[row, :, -1].T

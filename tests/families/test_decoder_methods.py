@@ -143,6 +143,7 @@ def test_caches_are_shorter_from_the_layer_on_that_has_attention(name):
 DEFAULTS = {
     "qwen3_5": {
         "fastv": {(3, "end"): 1},
+        "dart": {(3, "end"): 1},
         "pyramiddrop": {(11, "start"): 8, (19, "start"): 16, (27, "start"): 24},
         "sparsevlm": {(3, "end"): 2, (7, "end"): 6, (15, "end"): 15},
         "transprune": {**ends(*range(6, 15)), (7, "start"): 7, (11, "start"): 9, (15, "start"): 12},
@@ -151,6 +152,7 @@ DEFAULTS = {
     },
     "lfm2_vl": {
         "fastv": {(2, "end"): 1},
+        "dart": {(2, "end"): 1},
         "pyramiddrop": {(5, "start"): 4, (8, "start"): 8, (12, "start"): 12},
         "sparsevlm": {(2, "end"): 1, (5, "end"): 3, (8, "end"): 7},
         "transprune": {**ends(*range(7, 12)), (8, "start"): 7, (10, "start"): 9, (12, "start"): 12},
@@ -159,6 +161,7 @@ DEFAULTS = {
     },
     "llama4": {
         "fastv": ends(1),
+        "dart": ends(1),
         "pyramiddrop": starts(12, 24, 36),
         "sparsevlm": ends(3, 9, 22),
         "transprune": {**ends(*range(6, 12)), **starts(7, 9, 12)},

@@ -97,7 +97,12 @@ def test_drafts_equal_greedy(name, mode, way, tried):
         assert len(seen) < STEPS - 2, "no draft was taken: this test did not try what it is for"
 
 
-INSIDE = ("fastv:K=1:keep=0.5", "aim:first=1:last=3", "pyramiddrop:layers=(1;2):ratios=(0.6;0.3):positions=keep")
+INSIDE = (
+    "fastv:K=1:keep=0.5",
+    "dart:K=1:keep=0.5",
+    "aim:first=1:last=3",
+    "pyramiddrop:layers=(1;2):ratios=(0.6;0.3):positions=keep",
+)
 BEHIND = [("gemma4", "fastv:K=1:keep=0.5"), *((name, spec) for name in TURNED for spec in INSIDE)]
 BEHIND += [(name, "divprune:keep=0.4") for name in [*TURNED, "gemma4"]]
 

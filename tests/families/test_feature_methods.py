@@ -231,7 +231,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
     assert_answers(name, prompt, made, asked, encoded, hidden, stays)
 
 
-@pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
+@pytest.mark.parametrize(
+    "method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5", "mmtok:keep=0.5"]
+)
 @pytest.mark.parametrize(
     ("name", "which"),
     [("llava_next", "several"), ("llava_onevision", "clips"), *((n, "several") for n in (*SQUARES, *PACKED))],

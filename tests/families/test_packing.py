@@ -18,7 +18,7 @@ from vlmtok.errors import CacheError, MissingSignal, SiteError
 from vlmtok.mergers.aim import merged_count
 
 from .build import FAMILIES, llava_onevision, shared
-from .canvas import EDGE, attention_of, canvas_by_hand, crops_of, halved
+from .canvas import EDGE, attention_of, canvas_by_hand, crops_of, halved, outputs_of, real_crops
 from .harness import NOISE, STEPS, generate
 from .methods import InTower, Look
 from .oracle import oracle
@@ -76,6 +76,22 @@ def test_attention_follows_the_canvas(name, shape, layer, forward):
     wanted = canvas_by_hand(crops_of(name, prompt.pictures[0], layer), shot)
     assert found.shape[-1] == wanted.shape[-1] == len(prompt.pictures[0].shot)
     assert torch.allclose(found.reshape(wanted.shape), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["feature", "-1"])
+@pytest.mark.parametrize("shape", PICTURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_features_follow_the_canvas(name, shape, layer):
+    """All channels of what a block gave, 0 in separators."""
+    shot, family = PICTURES[shape], FAMILIES[name]
+    prompt = write("2I3", {"I": shot}, 5)
+    listen = Listen("outputs", layer)
+    with vlmtok.compress(shared(name), listen):
+        generate(shared(name), family.collect(prompt).inputs(), 1)
+    (found,) = listen.seen
+    crops = outputs_of(name, real_crops(prompt.pictures[0].shot.arrays["pixel_values"][0]), layer)
+    wanted = canvas_by_hand(crops.transpose(1, 2), shot).T
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "output_logits": False}, {"use_cache": False}], ids=str)

@@ -60,7 +60,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str) -
     assert_answers(name, prompt, vlmtok.create_method(method, **settings), asked, encoded, hidden, stays)
 
 
-@pytest.mark.parametrize("method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5"])
+@pytest.mark.parametrize(
+    "method", ["visionzip:keep=0.5", "prumerge", "prumerge:plus=true", "scope:keep=0.5", "mmtok:keep=0.5"]
+)
 @pytest.mark.parametrize(("name", "which"), [("lfm2_vl", "several"), ("gemma4", "clips"), ("llama4", "several")])
 def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
     """Left padding, different pictures in the rows, beams."""

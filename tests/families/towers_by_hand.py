@@ -81,6 +81,16 @@ def taps(name: str, pixels: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]
     return q, k, weights
 
 
+def outputs_of(name: str, pixels: Tensor, layer: int) -> Tensor:
+    """What a block gives, `[crops, L, C]`."""
+    given: list[Tensor] = []
+    hook = blocks_of(name)[layer].register_forward_hook(lambda m, a, out: given.append(out))
+    with torch.no_grad():
+        tower_of(name)(pixel_values=pixels)
+    hook.remove()
+    return given[0][0] if isinstance(given[0], tuple) else given[0]
+
+
 def at_tokens(name: str, value: Tensor) -> Tensor:
     """Means over the patches of each token: `[crops, N, c]` to `[crops, n, c]`."""
     mine = members(name).to(value.dtype)
@@ -98,6 +108,7 @@ def signals(name: str, pixels: Tensor, layer: int = -1) -> dict[str, Tensor]:
         "flat_attention": (flat[:, 0] if prefix else flat.mean(1))[:, prefix:, None],
         "turned_keys": k.mean(1)[:, prefix:],
         "turned_keys_full": wide_k[:, prefix:],
+        "outputs": outputs_of(name, pixels, layer)[:, prefix:],
     }
     if prefix:
         found["cls_attention"] = weights[:, :, 0, prefix:].transpose(1, 2)

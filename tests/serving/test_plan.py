@@ -39,7 +39,12 @@ PACKED = Layout(
 )
 LAYOUTS = {"clip": CLIP, "siglip": SIGLIP, "spread": SPREAD, "packed": PACKED}
 IN_THE_DECODER = {"fastv", "pyramiddrop", "sparsevlm", "transprune"}
-CURED = {"aim": "aim:prune=false", "todre": "todre:tau=none", "prumerge": "prumerge:keep=0.055"}
+CURED = {
+    "aim": "aim:prune=false",
+    "dart": "dart:at=embeddings:positions=none",
+    "todre": "todre:tau=none",
+    "prumerge": "prumerge:keep=0.055",
+}
 """Methods whose defaults cannot be served, and the settings that can."""
 SIDE = 9
 

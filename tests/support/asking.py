@@ -125,7 +125,8 @@ class Asking:
         """A signal of a site, derived as the core derives it."""
         stage = need.stage or at.site.stage
         if stage in ("vision", "text"):
-            where = replace(at.site, stage=stage, layer=at.site.layer if need.layer is None else need.layer)
+            layer = at.site.layer if need.layer is None else need.layer
+            where = replace(at.site, stage=stage, layer=layer, separators="keep")
             return lambda: TOWER_SIGNALS[need.name].make(self.tower_taps(str(where), stage, n))
         if stage == "decoder":
             return lambda: DECODER_SIGNALS[need.name](self.decoder_taps(str(at.site), n))
@@ -161,4 +162,6 @@ class Asking:
             here[:, 1 + n :],
             True,
             self.fill(f"transition of {where}", BATCH, 2, 2, length),
+            normed=lambda places: self.fill(f"normed of {where}", BATCH, places.shape[1], WIDTH),
+            active=lambda places: self.fill(f"neurons of {where}", BATCH, places.shape[1], 4 * WIDTH) > 0.5,
         )

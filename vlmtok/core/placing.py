@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import MissingSignal, ParameterError, SiteError, VlmtokError
 from .method import Method
-from .signals import END_ONLY, Need, check_stage, resolve_need
+from .signals import BY_ATTENTION, Need, check_stage, resolve_need
 from .site import LAYERED, POINTS, Counts, Layout, Site
 
 PATCHES = 576
@@ -120,7 +120,7 @@ def _key(site: Site) -> tuple[str, int, int]:
 def _seeing(site: Site, layout: Layout, user: frozenset[str], by: str) -> Site:
     """The site, or the same at the next layer that has the attention rows that it asks for."""
     stage = layout.stages[site.stage]
-    asked = [need for need in site.needs if need in stage.provides - END_ONLY - user]
+    asked = [need for need in site.needs if need in (stage.provides & BY_ATTENTION) - user]
     if site.layer is None or site.layer not in stage.blind or not asked:
         return site
     layer = stage.seeing(site.layer, site.point)

@@ -15,15 +15,20 @@ the whole row, T text rows, H heads, d head width, C channels.
 | cls_attention | B, H, N | row 0 of it |
 | received_attention | B, N | mean over heads and rows of the attention a token receives |
 | flat_attention | B, N | one head over the full width: the class token's row, or the mean over rows without one |
+| outputs | B, N, C | what a block gave, for other sites: ``outputs@vision:feature`` are the tower's features |
 | text | B, T, C | input embeddings of the text behind the view's first token |
 | text_attention | B, H, T, N | attention rows of that text |
 | last_attention | B, H, N | attention row of the prompt's last token |
 | attention_to_text | B, N | attention mass of a visual row on that text, mean over heads |
 | transition | B, 2, 2, L | (attention, MLP) x (norm ratio, cosine) of the modules' input and output |
 | attention_logits | B, H, L, L | scaled and masked logits; dense |
+| key_norm, text_key_norm | B, N / B, T | L1 norm, over key-value heads and channels, of keys after rope; of that text |
+| normed, text_normed | B, N, C / B, T, C | what a layer gave, through the model's last norm; of that text |
+| activation_match | B, N, T | neurons of the layer's MLP that a token and a row of that text both have on |
 
-Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised. Rows that the
-host hides as padding count in no mean, and get none.
+A neuron is on where the input of the MLP's last projection is positive. Attention is softmax over all keys that the
+layer sees, then cut to the view's columns, not renormalised. Rows that the host hides as padding count in no mean, and
+get none.
 """
 
 from __future__ import annotations
@@ -38,11 +43,29 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MissingSignal, SiteError
+from .decoder_signals import BY_ATTENTION, DECODER_SIGNALS, END_ONLY, DecoderTaps
 from .site import LAYERED, STAGES, Layout, Site, layer_of
 
 if TYPE_CHECKING:
     from .reduction import Reduction
     from .sequence import TowerRow
+
+__all__ = [
+    "BY_ATTENTION",
+    "DECODER_SIGNALS",
+    "END_ONLY",
+    "OF_OUTPUT",
+    "PER_TOKEN",
+    "TOWER_SIGNALS",
+    "DecoderTaps",
+    "Need",
+    "TowerSignal",
+    "TowerTaps",
+    "check_stage",
+    "resolve_need",
+    "tower_signal",
+    "tower_signals",
+]
 
 
 @dataclass(frozen=True)
@@ -87,15 +110,20 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     name, stage = found["name"], found["stage"]
     if text in user:
         return Need(text, text)
+    if stage is None and name == "outputs":
+        raise MissingSignal(
+            f"{by} needs {name!r} at {site} itself, which is view.tokens; name a place: {name}@stage:layer"
+        )
     if stage is None:
         if site.stage == "features" and name == "protected" and layout.gives("vision", name):
             return Need(text, name, "vision", layout.stages["vision"].last)
         if not layout.gives(site.stage, name):
-            offered = layout.stages[site.stage].provides | user
+            offered = (layout.stages[site.stage].provides - {"outputs"}) | user
             raise MissingSignal(
                 f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give"
                 f"{_why(layout, site.stage)}; it gives there: {', '.join(sorted(offered)) or 'none'}"
             )
+        _check_layer(name, site, layout, by)
         return Need(text, name)
     if not layout.gives(stage, name, later=stage != site.stage):
         offered = layout.stages[stage].provides if stage in layout.stages else frozenset()
@@ -115,6 +143,26 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     if stage == "decoder":
         raise MissingSignal(f"{by} needs {text!r} at {site}, but a decoder layer shows it at that layer only")
     return Need(text, name, stage, layer)
+
+
+def _check_layer(name: str, site: Site, layout: Layout, by: str) -> None:
+    """Checks that the layer of a site gives a signal which others of its stage give.
+
+    Raises:
+        MissingSignal: it does not, or only at its other end.
+    """
+    if site.stage == "decoder" and site.point != "end" and name in END_ONLY:
+        raise MissingSignal(
+            f"{by} needs the signal {name!r} at {site}, but it tells of what the layer did: name the end of a layer"
+        )
+    lacks = layout.stages[site.stage].lacks.get(name, {})
+    why = "" if site.layer is None else lacks.get(site.layer, "")
+    if why:
+        layers = [i for i in range(layout.stages[site.stage].depth) if i not in lacks]
+        there = f"layers {', '.join(map(str, layers))} give it" if layers else "no layer gives it"
+        raise MissingSignal(
+            f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give ({why}); {there}"
+        )
 
 
 def _why(layout: Layout, stage: str) -> str:
@@ -252,7 +300,11 @@ TOWER_SIGNALS: dict[str, TowerSignal] = {
     "cls_attention": TowerSignal(_cls_attention, 2, "qk", guarded=True),
     "received_attention": TowerSignal(_received, 1, "qk"),
     "flat_attention": TowerSignal(_flat_attention, 1, "qk"),
+    "outputs": TowerSignal(lambda taps: taps.row.inner(taps.tokens, 1), 1),
 }
+
+OF_OUTPUT = frozenset({"protected", "inserted", "outputs"})
+"""Signals that are parts of a block's output: they need nothing of what happened inside."""
 
 PER_TOKEN = frozenset(name for name, signal in TOWER_SIGNALS.items() if signal.axis is not None)
 """Tower signals with one entry for each token, which can go where the token goes."""
@@ -276,91 +328,6 @@ def tower_signals(num_prefix: int, attention: bool = True) -> frozenset[str]:
     """
     given = {name: signal for name, signal in TOWER_SIGNALS.items() if attention or not signal.projections}
     return frozenset(name for name, signal in given.items() if num_prefix or not signal.guarded)
-
-
-# ---------------------------------------------------------------------- decoders
-@dataclass
-class DecoderTaps:
-    """What was tapped of one decoder layer, for one group of view rows.
-
-    Rows are counted without padding, as they are now: a row has length L. The layer may have seen more keys (S): what
-    the cache held before, padding, and tokens that another method dropped at the same site.
-
-    Attributes:
-        q: gives the queries of some rows: int64 `[B, R]` to `[B, H, R, d]`, after rope.
-        k: gives the keys, `[B, Hkv, S, d]`, after rope.
-        scale: factor of the logits.
-        bias: gives what is added to the logits of those rows, `[B, 1, R, S]`: -inf where the layer does not look.
-        here: int64 `[B, L]`, key of each token of the row.
-        visual: int64 `[B, N]`, places of the view's tokens in the row.
-        text: int64 `[B, T]`, places of the text behind the view's first token; T may be 0.
-        mixed: whether some of that text stands before some of the view's tokens (else none of them can see it).
-        transition: fp32 `[B, 2, 2, L]`, or None.
-        cap: soft cap of the logits, or None.
-    """
-
-    q: Callable[[Tensor], Tensor]
-    k: Callable[[], Tensor]
-    scale: float
-    bias: Callable[[Tensor], Tensor]
-    here: Tensor
-    visual: Tensor
-    text: Tensor
-    mixed: bool = True
-    transition: Tensor | None = None
-    cap: float | None = None
-
-    def attend(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Attention of some rows on some tokens of the row, fp32 `[B, H, R, M]`."""
-        bias = self.bias(rows)
-        attention = kernels.attention_rows(self.q(rows), self.k(), scale=self.scale, bias=bias, cap=self.cap)
-        keys = self.here.gather(1, columns)[:, None, None, :]
-        return attention.gather(3, keys.expand(-1, attention.shape[1], attention.shape[2], -1))
-
-
-def _text_attention(taps: DecoderTaps) -> Tensor | None:
-    if taps.text.shape[1] == 0:
-        return None
-    return taps.attend(taps.text, taps.visual)
-
-
-def _last_attention(taps: DecoderTaps) -> Tensor:
-    batch, length = taps.here.shape
-    last = torch.full((batch, 1), length - 1, dtype=torch.int64, device=taps.here.device)
-    return taps.attend(last, taps.visual)[:, :, 0]
-
-
-def _attention_to_text(taps: DecoderTaps) -> Tensor:
-    batch, n = taps.visual.shape
-    if taps.text.shape[1] == 0 or not taps.mixed:
-        return torch.zeros(batch, n, dtype=torch.float32, device=taps.visual.device)
-    chunks = [taps.attend(rows, taps.text).sum(-1).mean(1) for rows in taps.visual.split(256, 1)]
-    return torch.cat(chunks, 1)
-
-
-def _attention_logits(taps: DecoderTaps) -> Tensor:
-    batch, length = taps.here.shape
-    rows = torch.arange(length, device=taps.here.device).expand(batch, length)
-    q, k = taps.q(rows).float(), taps.k().float()
-    if q.shape[1] != k.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    logits = (q * taps.scale) @ k.transpose(-1, -2)
-    if taps.cap is not None:
-        logits = taps.cap * torch.tanh(logits / taps.cap)
-    logits = logits + taps.bias(rows)
-    keys = taps.here[:, None, None, :].expand(-1, logits.shape[1], length, -1)
-    return logits.gather(3, keys)
-
-
-DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
-    "text_attention": _text_attention,
-    "last_attention": _last_attention,
-    "attention_to_text": _attention_to_text,
-    "attention_logits": _attention_logits,
-    "transition": lambda taps: taps.transition,
-}
-END_ONLY = frozenset({"transition"})
-"""Signals that exist only at the end of a layer: they look at what it did."""
 
 
 def check_stage(site: Site, layout: Layout, by: str) -> None:

@@ -157,6 +157,7 @@ class StageLayout:
         last_cut: the last layer at whose start tokens may leave; None means any.
         carries: whether signals of this stage reach later ones, or which do.
         renumbers: whether position ids can become contiguous; not where they are places in a picture (M-RoPE).
+        lacks: by signal, layers that do not give it though others do or could, and why.
         why: why signals are missing that others of its kind give; empty where none are.
         whole: why no token can leave here, though signals can be read; empty where some can.
         windowed: layers in which a token sees those of its window alone.
@@ -174,6 +175,7 @@ class StageLayout:
     last_cut: int | None = None
     carries: bool | frozenset[str] = True
     renumbers: bool = True
+    lacks: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     why: str = ""
     whole: str = ""
     windowed: frozenset[int] = frozenset()

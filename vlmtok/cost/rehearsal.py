@@ -15,7 +15,7 @@ from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import BlockShape, ModelShape, TowerShape
 from ..core.sequence import TowerRow
-from ..core.signals import DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
+from ..core.signals import DECODER_SIGNALS, OF_OUTPUT, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
 from ..core.view import Signal, TokenView
 from ..kernels import dispatch, exact
 from .counting import MacCounter
@@ -221,7 +221,7 @@ class Rehearsal:
         """Signals that later sites wait for are made whether or not they are asked for."""
         taps = self._taps(tower, layer, row, self.run.rows, row.length, not tower.recomputed)
         for need in needs:
-            if need.name not in ("protected", "inserted"):
+            if need.name not in OF_OUTPUT:
                 self.spent(lambda need=need: TOWER_SIGNALS[need.name].make(taps))  # type: ignore[misc]
 
     def brought(self, need: Need, group: Group) -> Signal:
@@ -294,6 +294,8 @@ class Rehearsal:
             empty(group.rows, group.text, dtype=index),
             group.mixed,
             empty(group.rows, 2, 2, group.length),
+            normed=lambda places: empty(group.rows, places.shape[1], block.width),
+            active=lambda places: empty(group.rows, places.shape[1], block.hidden, dtype=torch.bool),
         )
 
     # ------------------------------------------------------------------ asking

@@ -11,6 +11,7 @@ from .. import kernels
 from ..core.aliases import Alias
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import greedy_coverage
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts
 from ..core.tower_scores import ScoredByTower
@@ -37,19 +38,7 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
         weight = saliency.float() ** alpha
         bad = unit.isnan().any(-1) | weight.isnan()
         unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
-        gram = unit @ unit.transpose(1, 2)
-        lanes = torch.arange(x.shape[0], device=x.device)
-        cover = torch.zeros_like(gram[:, 0])
-        chosen = torch.zeros_like(bad)
-        order = []
-        for _ in range(k):
-            gain = (gram - cover.unsqueeze(1)).clamp(min=0.0).sum(-1)
-            score = torch.where(bad, -1.0, gain * weight)
-            pick = torch.where(chosen, float("-inf"), score).argmax(1)
-            order.append(pick)
-            cover = torch.maximum(cover, gram[lanes, pick])
-            chosen = chosen.scatter(1, pick.unsqueeze(1), 1)
-        return torch.stack(order, 1)
+        return greedy_coverage(unit @ unit.transpose(1, 2), k, weight, bad.long())
 
 
 @register_method

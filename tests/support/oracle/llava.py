@@ -150,7 +150,8 @@ class Llava:
             if len(text):
                 signals["text"] = (run.h[text], None)
         elif logits is not None:
-            signals = row_signals(run, picture, columns, logits, now, modules)
+            states = rms_norm(run.h, self.lm.norm)
+            signals = row_signals(run, picture, columns, logits, now, modules, self.layers[layer], states)
         for name, (value, axis) in run.carried.get(picture, {}).items():
             signals[name] = (value if axis is None else value.index_select(axis, run.rank[columns]), axis)
         return Moment(

@@ -20,7 +20,12 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 class LlamaLayer:
-    """A Llama layer on one row [L, C]."""
+    """A Llama layer on one row [L, C].
+
+    Attributes:
+        keys: [Hkv, L, d] after rope, of the last call.
+        neurons: [L, F], input of the MLP's last projection in the last run.
+    """
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self.module, self.width = module, config.hidden_size // config.num_attention_heads
@@ -35,6 +40,7 @@ class LlamaLayer:
         )
         sin, cos = rotary(positions, self.width, self.theta)
         q, k = rotated(q.double(), sin, cos, True), rotated(k.double(), sin, cos, True)
+        self.keys = k
         many = q.shape[0] // k.shape[0]
         k, v = k.repeat_interleave(many, 0), v.double().repeat_interleave(many, 0)
         length = len(h)
@@ -50,7 +56,8 @@ class LlamaLayer:
         h = h + mixed
         z = rms_norm(h, self.module.post_attention_layernorm)
         mlp = self.module.mlp
-        y = mlp.down_proj(F.silu(mlp.gate_proj(z)) * mlp.up_proj(z))
+        self.neurons = F.silu(mlp.gate_proj(z)) * mlp.up_proj(z)
+        y = mlp.down_proj(self.neurons)
         return h + y, logits, ((x, mixed), (z, y))
 
 
@@ -131,7 +138,16 @@ class RowRun:
         self.positions = self.positions.min() + torch.arange(len(self.h))
 
 
-def row_signals(run: RowRun, picture: int, columns: Tensor, logits: Tensor, now: Tensor, modules: Any) -> Signals:
+def row_signals(
+    run: RowRun,
+    picture: int,
+    columns: Tensor,
+    logits: Tensor,
+    now: Tensor,
+    modules: Any,
+    layer: LlamaLayer,
+    states: Tensor,
+) -> Signals:
     """What a layer tells of one view row.
 
     Args:
@@ -141,16 +157,25 @@ def row_signals(run: RowRun, picture: int, columns: Tensor, logits: Tensor, now:
         logits: [H, L0, L0] of the layer.
         now: int64 [L], the layer's column of each column.
         modules: (in, out) [L0, C] of attention and MLP, or None where the layer has not run.
+        layer: what made the logits.
+        states: [L, C], the row through the model's last norm.
     """
+    norms = layer.keys.abs().sum((0, 2))[now]
     rows = logits.softmax(-1)[:, now][:, :, now]
     text = run.text_behind(picture)
     found: Signals = {
         "last_attention": (rows[:, -1][:, columns], 1),
         "attention_logits": (logits[:, now][:, :, now], None),
         "attention_to_text": (rows[:, columns][:, :, text].sum(-1).mean(0), 0),
+        "key_norm": (norms[columns], 0),
+        "normed": (states[columns], 0),
     }
     if len(text):
         found["text_attention"] = (rows[:, text][:, :, columns], 2)
+        found["text_key_norm"], found["text_normed"] = (norms[text], None), (states[text], None)
+        if modules is not None:
+            on = layer.neurons[now] > 0
+            found["activation_match"] = ((on[columns][:, None] & on[text][None]).sum(-1), 0)
     if modules is not None:
         stats = [(y.norm(dim=-1) / x.norm(dim=-1), F.cosine_similarity(x, y, dim=-1)) for x, y in modules]
         found["transition"] = (torch.stack([torch.stack(pair) for pair in stats])[:, :, now], None)

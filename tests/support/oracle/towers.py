@@ -164,6 +164,7 @@ def run_tower(vision: Vision, pixels: Tensor, decider: Decider, unit: tuple[int,
         visit_all(layer, "mid")
         run.x = run.x + block.mlp(block.norm2(run.x))
         run.carried[f"protected@vision:{layer}"] = (run.guard(run.x), None)
+        run.carried[f"outputs@vision:{layer}"] = (run.view(run.x), 0)
         visit_all(layer, "end")
         at = end = run.prefix + run.n
         for index, count in run.inserted:
