@@ -37,8 +37,10 @@ SPECS = {
     "tca": "tca:ratio=0.6:update=false",
     "todre": "todre:keep=0.5:tau=0.6",
     "sparsevlm": "sparsevlm:tokens=192",
+    "evs": "evs:frames=pictures",
+    "vidcom2": "vidcom2:frames=pictures",
 }
-"""Settings for methods whose defaults do nothing on models this small, or learn from what they see."""
+"""Settings for methods whose defaults do nothing on models this small and without clips, or learn from what they see."""
 
 LARGE = {"todre": "todre", "crossget": "crossget", "tca": "tca:update=false"}
 
