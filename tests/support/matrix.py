@@ -40,7 +40,7 @@ SPECS = {
     "evs": "evs:frames=pictures",
     "vidcom2": "vidcom2:frames=pictures",
 }
-"""Settings for methods whose defaults do nothing on models this small and without clips, or learn from what they see."""
+"""Settings for methods whose defaults do nothing on small models without clips, or learn from what they see."""
 
 LARGE = {"todre": "todre", "crossget": "crossget", "tca": "tca:update=false"}
 
