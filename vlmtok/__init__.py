@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .mergers.crossget import CrossGET as CrossGET
     from .mergers.pitome import PiToMe as PiToMe
     from .mergers.prumerge import PruMerge as PruMerge
+    from .mergers.recoverable import Recoverable as Recoverable
     from .mergers.sparsevlm import SparseVLM as SparseVLM
     from .mergers.tca import TCA as TCA
     from .mergers.tome import ToMe as ToMe
