@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
     from .pruners.todre import ToDRE as ToDRE
+    from .pruners.tokencorr import TokenCorr as TokenCorr
     from .pruners.transprune import TransPrune as TransPrune
     from .pruners.vidcom2 import VidCom2 as VidCom2
     from .pruners.vispruner import VisPruner as VisPruner

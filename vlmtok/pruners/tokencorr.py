@@ -1,0 +1,137 @@
+"""Token-level correlation, approximate: crops whose patches repeat keep fewer, by the class token's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..core.method import Method
+from ..core.reduction import Reduction
+from ..core.registry import register_method
+from ..core.selection import ranked
+from ..core.settings import check_choice, check_layer, check_range
+from ..core.site import SEPARATORS, Counts, Layout, Site
+from ..core.view import TokenView
+
+LAST = "keys@vision:-1"
+
+
+def repeated(keys: Tensor, threshold: float, counterparts: int) -> Tensor:
+    """Patches that have many alike in their crop.
+
+    Args:
+        keys: `[B, N, d]`, any floating dtype.
+        threshold: cosine above which two are alike.
+        counterparts: how many others must be alike.
+
+    Returns:
+        bool `[B, N]`; a key of zeros, or with NaN, is like none.
+    """
+    with kernels.exact(keys.device):
+        unit = kernels.unit_rows(keys).nan_to_num(0.0)
+        alike = (unit @ unit.transpose(1, 2) > threshold).sum(-1)
+    return alike - (unit.square().sum(-1) > threshold).long() >= counterparts
+
+
+def local_and_global(shallow: Tensor, deep: Tensor, count: Tensor) -> Tensor:
+    """Half of the tokens by attention of a shallow layer, the rest by that of a deep one.
+
+    Args:
+        shallow: `[B, N]`.
+        deep: `[B, N]`.
+        count: int64 `[B]`, how many in all.
+
+    Returns:
+        bool `[B, N]`.
+    """
+    first = ranked(shallow).argsort(dim=1) < (count // 2)[:, None]
+    rest = ranked(torch.where(first, float("-inf"), deep.float())).argsort(dim=1)
+    return first | (rest < (count - count // 2)[:, None])
+
+
+@register_method
+@dataclass(eq=False)
+class TokenCorr(Method):
+    """Keeps fewer tokens of crops whose patches repeat: approximate, since the paper's code is not public.
+
+    Made for documents in many crops, where most of a crop is blank. Everything below that the abstract does not say is
+    assumed, and a parameter. A tower without a class token gives the attention that a token receives from all others.
+
+    Algorithm:
+        1. A patch is repetitive where at least `counterparts` others have keys of cosine above `threshold`.
+        2. A crop's density is one minus its share of repetitive patches; ``k = max(1, round(density N))``.
+        3. Half of the k tokens are those of highest class-token attention in a shallow layer, the rest in the last one.
+        4. They keep the order of the picture.
+
+    Args:
+        threshold: cosine of the tower's last keys (mean over heads) above which two patches are alike.
+        counterparts: other patches that must be alike.
+        shallow: 0-based tower layer of the local half, negative from the end; None is a quarter of the depth.
+        separators: what becomes of a host's newlines between rows of patches (LLaVA-NeXT, OneVision): ``"drop"`` or
+            ``"keep"``.
+    """
+
+    paper = "Token-level Correlation-guided Compression for Efficient Multimodal Document Understanding (2024)"
+    arxiv = "2407.14439"
+    code = ""
+    parity = "approximate: no public code; the paper's abstract only"
+    deviations = (
+        "Threshold, counterparts, layers and rounding are assumed.",
+        "The paper samples tokens by their attention; here those of highest attention stay, so that runs are alike.",
+        "DocOwl, the paper's model, is no family here; crops of LLaVA-NeXT and InternVL are what it is for.",
+    )
+    scope = "part"
+
+    threshold: float = 0.8
+    counterparts: int = 1
+    shallow: int | None = None
+    separators: str = "drop"
+
+    def __post_init__(self) -> None:
+        check_range(self.threshold, "TokenCorr", "threshold", -1, 1)
+        check_range(self.counterparts, "TokenCorr", "counterparts", 1, kind=int)
+        check_layer(self.shallow, "TokenCorr", "shallow")
+        check_choice(self.separators, "TokenCorr", "separators", SEPARATORS)
+
+    def sites(self, layout: Layout) -> list[Site]:
+        """What the projector gets, or what it made where that reaches the language model with its attention."""
+        name, stage = self._place(layout)
+        layer = layout.stages["vision"].depth // 4 if self.shallow is None else self.shallow
+        separators = self.separators if stage == "projected" else "keep"
+        needs = (f"{name}@vision:{layer}", f"{name}@vision:-1", LAST)
+        return [Site(stage, needs=needs, separators=separators)]
+
+    def remarks(self, layout: Layout) -> list[str]:
+        """Which stage it took, and that it is approximate."""
+        said = layout.said_of_stage("TokenCorr", self._place(layout)[1])
+        return [*said, "TokenCorr is approximate: the paper's code is not public"]
+
+    @staticmethod
+    def _place(layout: Layout) -> tuple[str, str]:
+        name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
+        return name, layout.feature_stage("TokenCorr", [name, "keys"])
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        """As many tokens of each row as its patches differ; slots in the order of the tokens."""
+        n = view.counts.n
+        if n < 2:
+            return None
+        shallow, deep = (_mean(view.signal(name)) for name in view.site.needs[:2])
+        density = 1.0 - repeated(view.signal(LAST), self.threshold, self.counterparts).double().mean(1)
+        count = (density * n + 0.5).floor().to(torch.int64).clamp(1, n)
+        chosen = local_and_global(shallow, deep, count)
+        place = torch.arange(n, device=chosen.device)
+        slots = torch.where(chosen, place, n + place).sort(dim=1).values
+        return Reduction(slots % n, valid=slots < n)
+
+    def count(self, counts: Counts) -> int | None:
+        """It depends on the picture."""
+        return None if counts.n > 1 else counts.n
+
+
+def _mean(attention: Tensor) -> Tensor:
+    """The class token's attention `[B, H, N]` as its mean over heads; what tokens receive, `[B, N]`, as it is."""
+    return attention.float().mean(1) if attention.dim() == 3 else attention.float()
