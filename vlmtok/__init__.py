@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from .mergers.tome import ToMe as ToMe
     from .mergers.visionzip import VisionZip as VisionZip
     from .pruners.cdpruner import CDPruner as CDPruner
+    from .pruners.corematching import CoreMatching as CoreMatching
     from .pruners.dart import DART as DART
     from .pruners.divprune import DivPrune as DivPrune
     from .pruners.evs import EVS as EVS

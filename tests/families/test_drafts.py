@@ -100,6 +100,7 @@ def test_drafts_equal_greedy(name, mode, way, tried):
 INSIDE = (
     "fastv:K=1:keep=0.5",
     "dart:K=1:keep=0.5",
+    "corematching:layer=0:reference=-2:keep=0.5",
     "aim:first=1:last=3",
     "pyramiddrop:layers=(1;2):ratios=(0.6;0.3):positions=keep",
 )

@@ -204,6 +204,7 @@ def test_active_neurons_are_compared_row_by_row(name: str) -> None:
             model(**inputs)
         on = host["neurons"] > 0
         for row, visual, text, found in rows(listen, host["states"], inputs["attention_mask"]):
+            text = torch.cat([text, torch.tensor([on.shape[1] - 1])])
             both = (on[row, visual][:, None] & on[row, text][None]).sum(-1)
             assert torch.equal(found["activation_match"], both.float())
             heard += int(both.sum())
@@ -263,7 +264,8 @@ def test_signals_behind_a_cut_and_behind_a_past(name: str, cut: tuple[int, str])
         gone = set(halve.gone.tolist()) if cut == (layer, "end") else set()
         stays = torch.tensor([i for i in range(len(on)) if i not in gone])
         assert len(stays) == len(states)
-        both = (on[stays][columns][:, None] & on[stays][text][None]).sum(-1)
+        asked = torch.cat([text, torch.tensor([len(stays) - 1])])
+        both = (on[stays][columns][:, None] & on[stays][asked][None]).sum(-1)
         assert torch.equal(found["activation_match"], both.float())
         if "key_norm" in found:
             norms = key_norms(model, layer, out)[0][-len(on) :]

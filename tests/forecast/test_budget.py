@@ -245,7 +245,8 @@ def test_levels_of_every_method_never_leave_more_tokens_when_stronger(name):
     cls = method_class(name)
     if not cls.budget_parameter:
         pytest.fail(f"{name} has no budget_parameter")
-    method = cls(**{"prumerge": {"keep": 0.3}, "tca": {"reservoir_size": 0}}.get(name, {}))
+    own = {"corematching": {"keep": 0.3}, "prumerge": {"keep": 0.3}, "tca": {"reservoir_size": 0}}
+    method = cls(**own.get(name, {}))
     tower = name in ("tome", "pitome", "crossget", "tca")
     shape = preset(VIT if tower else LLAVA)
     what = "layer_average_tokens"

@@ -38,7 +38,7 @@ PACKED = Layout(
     without={"features": "its projector joins patches"},
 )
 LAYOUTS = {"clip": CLIP, "siglip": SIGLIP, "spread": SPREAD, "packed": PACKED}
-IN_THE_DECODER = {"fastv", "pyramiddrop", "sparsevlm", "transprune"}
+IN_THE_DECODER = {"corematching", "fastv", "pyramiddrop", "sparsevlm", "transprune"}
 CURED = {
     "aim": "aim:prune=false",
     "dart": "dart:at=embeddings:positions=none",

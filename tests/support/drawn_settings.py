@@ -21,7 +21,7 @@ LISTS = (
 
 @functools.cache
 def values(name: str) -> dict[str, tuple[Any, ...]]:
-    """By setting, what a method takes of the list while its other settings are the defaults; its choices among it.
+    """By setting, what a method takes of the list while its other settings are the defaults, and the default itself.
 
     Args:
         name: of the method.
@@ -31,7 +31,7 @@ def values(name: str) -> dict[str, tuple[Any, ...]]:
         base = kind()
     found = {}
     for setting in base.settings():
-        tried = (None, True, False, *choices.get(setting, ()), *NUMBERS, *LISTS)
+        tried = (None, True, False, *choices.get(setting, ()), *NUMBERS, *LISTS, getattr(base, setting))
         fine: dict[str, Any] = {}
         for value in tried:
             made = variant(base, **{setting: value})

@@ -68,10 +68,14 @@ def _text_attention(taps: DecoderTaps) -> Tensor | None:
     return taps.attend(taps.text, taps.visual)
 
 
-def _last_attention(taps: DecoderTaps) -> Tensor:
+def _last(taps: DecoderTaps) -> Tensor:
+    """The place of the prompt's last token, int64 `[B, 1]`."""
     batch, length = taps.here.shape
-    last = torch.full((batch, 1), length - 1, dtype=torch.int64, device=taps.here.device)
-    return taps.attend(last, taps.visual)[:, :, 0]
+    return torch.full((batch, 1), length - 1, dtype=torch.int64, device=taps.here.device)
+
+
+def _last_attention(taps: DecoderTaps) -> Tensor:
+    return taps.attend(_last(taps), taps.visual)[:, :, 0]
 
 
 def _attention_to_text(taps: DecoderTaps) -> Tensor:
@@ -101,10 +105,10 @@ def _normed(taps: DecoderTaps, places: Tensor) -> Tensor | None:
 
 
 def _activation_match(taps: DecoderTaps) -> Tensor | None:
-    if taps.text.shape[1] == 0 or taps.active is None:
+    if taps.active is None:
         return None
     # Sums of ones are exact in fp32 up to 2 ** 24 neurons; in pieces, since ones take four bytes each.
-    asked = taps.active(taps.text).float().transpose(1, 2)
+    asked = taps.active(torch.cat([taps.text, _last(taps)], 1)).float().transpose(1, 2)
     return torch.cat([taps.active(rows).float() @ asked for rows in taps.visual.split(256, 1)], 1)
 
 

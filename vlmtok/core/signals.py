@@ -24,7 +24,7 @@ the whole row, T text rows, H heads, d head width, C channels.
 | attention_logits | B, H, L, L | scaled and masked logits; dense |
 | key_norm, text_key_norm | B, N / B, T | L1 norm, over key-value heads and channels, of keys after rope; of that text |
 | normed, text_normed | B, N, C / B, T, C | what a layer gave, through the model's last norm; of that text |
-| activation_match | B, N, T | neurons of the layer's MLP that a token and a row of that text both have on |
+| activation_match | B, N, T + 1 | neurons of an MLP that a token has on, and a row of that text, or the prompt's last |
 
 A neuron is on where the input of the MLP's last projection is positive. Attention is softmax over all keys that the
 layer sees, then cut to the view's columns, not renormalised. Rows that the host hides as padding count in no mean, and

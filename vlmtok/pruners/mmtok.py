@@ -130,8 +130,8 @@ class MMTok(Method):
     deviations = (
         "The text is all that stands behind the picture, the prompt's template included; the release takes the "
         "question, for LLaVA without its most frequent words.",
-        "Tokens of padding come as a signal of yours; the release finds them for LLaVA-1.5. Where fewer others are "
-        "left than are kept, they follow, each once; the release repeats index 0.",
+        "Tokens of padding come as a signal of yours; the release finds them for LLaVA-1.5. Where too few others are "
+        "left, they follow, each once; the release repeats index 0.",
         "Each picture has its own budget; the release gives all pictures of a Qwen2.5-VL prompt one.",
         "Cosines are fp32; the release normalises in the model's dtype. A NaN token leaves the others alone.",
     )

@@ -173,10 +173,10 @@ def row_signals(
     if len(text):
         found["text_attention"] = (rows[:, text][:, :, columns], 2)
         found["text_key_norm"], found["text_normed"] = (norms[text], None), (states[text], None)
-        if modules is not None:
-            on = layer.neurons[now] > 0
-            found["activation_match"] = ((on[columns][:, None] & on[text][None]).sum(-1), 0)
     if modules is not None:
+        on = layer.neurons[now] > 0
+        asked = torch.cat([text, torch.tensor([len(on) - 1])])
+        found["activation_match"] = ((on[columns][:, None] & on[asked][None]).sum(-1), 0)
         stats = [(y.norm(dim=-1) / x.norm(dim=-1), F.cosine_similarity(x, y, dim=-1)) for x, y in modules]
         found["transition"] = (torch.stack([torch.stack(pair) for pair in stats])[:, :, now], None)
     return {name: (value.float(), axis) for name, (value, axis) in found.items()}
