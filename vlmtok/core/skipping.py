@@ -61,9 +61,7 @@ def asked(methods: Iterable[Method], layout: Layout) -> dict[int, frozenset[str]
     return dict(sorted(found.items()))
 
 
-def work(
-    skips: Mapping[int, frozenset[str]], layout: Layout, entries: Iterable[Entry]
-) -> dict[int, tuple[str, ...]]:
+def work(skips: Mapping[int, frozenset[str]], layout: Layout, entries: Iterable[Entry]) -> dict[int, tuple[str, ...]]:
     """Modules that run without visual tokens, by layer, as hooks are placed and MACs are counted.
 
     Args:

@@ -35,9 +35,9 @@ def skipped_layers(depth: int, interval: int, start: int | None = None, end: int
 class IMA(Method):
     """Keeps every token, and leaves the FFN, the attention or the whole block of every n-th layer out for visual ones.
 
-    A visual token passes such a layer as it is: what is left out adds nothing. Its keys and values are made all the same,
-    so that text looks at it and caches are those of the bare model. It holds for the prompt alone: generated tokens
-    run through everything.
+    What is left out adds nothing to a visual token: its residual connection alone is left. Its keys and values are made
+    all the same, so that text looks at it and caches are as long as those of the bare model. The prompt alone skips:
+    generated tokens run through everything.
 
     Algorithm:
         1. Layers i with ``start < i < end`` and ``i mod interval == 0`` skip.
@@ -61,8 +61,8 @@ class IMA(Method):
     deviations = (
         "Visual tokens alone skip, in prefill alone; the release skips for text too, and its modes choose between "
         "prefill, decode steps and both.",
-        "Every skipped part is an identity. The release adds the norm of the input where attention or a prompt's FFN is "
-        "skipped, and puts the input of that layer into the cache as keys and values.",
+        "Every skipped part is an identity. The release adds the norm of the input where attention or a prompt's FFN "
+        "is skipped, and caches that norm itself as keys and values of a skipped attention.",
         "A skipped block has keys and values of its own in the cache; the release repeats those of the layer before.",
         "parallel_attn and parallel_block are left out: they skip nothing.",
         "A visual token that ends its row is not skipped, since the answer is read from it.",

@@ -52,7 +52,7 @@ class LlamaLayer:
         skips: frozenset[str] = frozenset(),
         idle: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """Output, logits, and (in, out) of attention and MLP; the branches `skips` add nothing to the columns `idle`."""
+        """Output, logits, and (in, out) of attention and MLP; branches in `skips` add nothing to the columns `idle`."""
         x, mixed, logits = self.attend(h, positions, unseen)
         if "attn" in skips and idle is not None:
             mixed = torch.where(idle[:, None], 0.0, mixed)
