@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from .pruners.grid import Grid as Grid
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
+    from .pruners.ima import IMA as IMA
     from .pruners.mmtok import MMTok as MMTok
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random

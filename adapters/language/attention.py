@@ -60,6 +60,13 @@ class AttentionForm:
         found: nn.Module = getattr(self.attn, f"{which}_proj")
         return found
 
+    @property
+    def output(self) -> nn.Module:
+        """The projection of what the heads gave."""
+        found = _first(self.attn, _OUT)
+        assert found is not None
+        return found
+
     def heads(self, x: Tensor, which: str) -> Tensor:
         """What `projection` gave, `[B, L, H d]`, as q or k before rope, `[B, H, L, d]`."""
         width = self.attn.head_dim

@@ -97,6 +97,9 @@ class Call:
         drop_by_segment: the same by segment, as it held there.
         steps: sites that cut, the owners of the original columns behind each, and whose cut it was; for traces only.
         places: (first layer, where its columns stood) of each run of layers that see the same rows.
+        others: the tokens that are not visual, by columns, with the labels that they were found by.
+        narrowed: the same while a module runs on them alone, by layer and task.
+        whole: what entered such a module, by layer, where it is read.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
     """
 
@@ -121,6 +124,9 @@ class Call:
     drop_by_segment: dict[int, Tensor | None] = field(default_factory=dict)
     steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
     places: list[tuple[int, Snapshot]] = field(default_factory=list)
+    others: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+    narrowed: dict[tuple[int, str], Any] = field(default_factory=dict)
+    whole: dict[int, Tensor] = field(default_factory=dict)
     refusal: str | None = None
 
     def check_cut(self) -> None:

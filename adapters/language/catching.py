@@ -27,6 +27,9 @@ class Catcher:
     Args:
         attachment: takes the hooks.
         running: what each thread runs.
+
+    Attributes:
+        compared: layers of which inputs and outputs of branches are compared.
     """
 
     def __init__(self, attachment: Attachment, running: PerThread[DecoderRun]) -> None:
@@ -34,6 +37,7 @@ class Catcher:
         self.running = running
         self.attentions: dict[int, Arguments] = {}
         self.branches: dict[type, Arguments] = {}
+        self.compared: set[int] = set()
 
     def install(self, layer: int, block: nn.Module, needs: Collection[str]) -> None:
         """Places the hooks that signals of one layer need.
@@ -61,6 +65,7 @@ class Catcher:
                     f"decoder layer {layer}, a {type(block).__name__} of {hosts.library_of(block)}, is not known to be "
                     "a mixer and an MLP, whose inputs and outputs 'transition' compares"
                 )
+            self.compared.add(layer)
             for branch in found:
                 self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
                 put(branch, "post", self.tap_transition, layer)
@@ -97,7 +102,9 @@ class Catcher:
         caught = self._caught(layer)
         if caught is None:
             return
-        x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs)
+        call = self.running.mine().call
+        given = None if call is None else call.whole.pop(layer, None)  # the module may have run on some tokens alone
+        x = self.branches[type(module)].get(hosts.HIDDEN, args, kwargs) if given is None else given
         y = host_objects.branch_of(module, output, x)
         ratio, cosine = kernels.transition_stats(x.detach(), y.detach())
         caught.setdefault("transition", []).append(torch.stack([ratio, cosine], 1))

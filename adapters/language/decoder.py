@@ -34,6 +34,7 @@ from .projector import Projector
 from .segments import Segments, end_call
 from .signatures import Signatures
 from .sites import BY_LENGTH, BY_TEXT, Sites
+from .skipping import Skipper
 from .spec import VLMSpec
 from .stacking import Stacker
 
@@ -114,6 +115,7 @@ class Decoder:
         for cut, entries in self.points.items():
             needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
             catcher.install(cut - 1, lm.layers[cut - 1], needs)
+        Skipper(self.attachment, self.running, catcher.compared).install(lm)
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +179,7 @@ class Decoder:
             stream = uncut_past(self.owner, batch, held, incoming.mask)
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
         call.refusal = refusal_of(self.spec, self.core(), module, text, args, kwargs, incoming, held, cache)
-        if self.points:
+        if self.points or self.attachment.skips:
             check_checkpointing(module)
         counted = flat(positions)
         call.next, call.follows = counted.amax(-1) + 1, counted[:, -1] + 1

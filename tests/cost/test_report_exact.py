@@ -11,6 +11,7 @@ from support.hosts_of import with_cache
 import vlmtok
 from vlmtok import (
     AIM,
+    IMA,
     SCOPE,
     TCA,
     AveragePool,
@@ -133,6 +134,9 @@ LANGUAGE_METHODS = {
     "CrossGET": lambda: CrossGET.preset("llava", rv=2),
     "PiToMe and TransPrune": lambda: [PiToMe.preset("llava", ratio=0.8), TransPrune()],
     "three": lambda: [ToMe(r=2), ToDRE(keep=0.5, tau=1.0), FastV()],
+    "IMA": lambda: IMA(),
+    "IMA, attention": lambda: IMA(part="attn", interval=3),
+    "IMA and cuts": lambda: [IMA(part="block", interval=1), PiToMe.preset("llava", ratio=0.8), TransPrune(), FastV()],
 }
 
 
@@ -143,7 +147,9 @@ def test_generate_is_counted_exactly_prefill_and_each_step(method):
     assert report.passes == {"vision": 1, "decoder": 1, "decode steps": 3}
 
 
-@pytest.mark.parametrize("method", ["ToDRE", "TransPrune", "FastV", "SparseVLM", "PruMerge", "three"])
+@pytest.mark.parametrize(
+    "method", ["ToDRE", "TransPrune", "FastV", "SparseVLM", "PruMerge", "three", "IMA", "IMA and cuts"]
+)
 def test_a_plain_forward_is_counted_exactly(method):
     model = model_of("HF LLaVA")
     for mask in (True, False):
@@ -173,7 +179,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["Random", "TransPrune", "three"])
+@pytest.mark.parametrize("method", ["Random", "TransPrune", "three", "IMA and cuts"])
 def test_ways_to_generate_are_counted_exactly(way, method):
     model = model_of("HF LLaVA")
     # How many candidates prompt lookup accepts depends on what the model says.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -45,17 +45,22 @@ class Recorded:
         passes: calls in the language model, a list for each forward.
         tower: what happened in towers and before projectors, in order.
         reduced: how many answers in all left a token out, those in towers among them.
+        skips: branches that methods leave out for visual tokens, by decoder layer.
     """
 
     passes: list[list[Call]] = field(default_factory=list)
     tower: list[Event] = field(default_factory=list)
     reduced: int = 0
+    skips: dict[int, set[str]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def recorded(model: nn.Module, run: Compression) -> Iterator[Recorded]:
     """Notes what methods answer inside the block, and where: at a site that moved, the view shows the one asked for."""
     found, methods = Recorded(), run.methods
+    for method in methods:
+        for layer, part in method.skip(run.layout).items():
+            found.skips.setdefault(layer, set()).update(("ffn", "attn") if part == "block" else (part,))
     acts = {(id(entry.method), entry.asked): entry.site for entry in run._attachment.entries}
 
     def listen(method: Method) -> None:
@@ -115,7 +120,30 @@ def taken(row: Row, calls: Sequence[Call], renumber: bool) -> Row:
     return left
 
 
-def logits(asked: Oracle, row: Row, calls: Sequence[Call], layout: Layout) -> Tensor:
+@contextlib.contextmanager
+def idle(layer: nn.Module, branches: Collection[str], row: Row) -> Iterator[None]:
+    """Branches of a layer give zeros for the tokens of pictures, but for one that ends the row."""
+    visual = row.owner >= 0
+    visual[-1] = False
+
+    def silent(module: nn.Module, args: Any, output: Any) -> Any:
+        made = output[0] if isinstance(output, tuple) else output
+        made = torch.where(visual[:, None], 0.0, made.reshape(len(row), -1)).view(made.shape)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+    names = {"ffn": ("mlp", "feed_forward"), "attn": ("self_attn", "linear_attn", "conv")}
+    parts = [next(getattr(layer, name) for name in names[b] if hasattr(layer, name)) for b in branches]
+    handles = [part.register_forward_hook(silent) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits(
+    asked: Oracle, row: Row, calls: Sequence[Call], layout: Layout, skips: Mapping[int, Collection[str]]
+) -> Tensor:
     """Logits `[V]` behind a row, the calls taken where they were made."""
 
     def at(stage: str, layer: int | None = None, point: str = "end") -> None:
@@ -128,7 +156,8 @@ def logits(asked: Oracle, row: Row, calls: Sequence[Call], layout: Layout) -> Te
     row = asked.start(row)
     for index in range(len(asked.layers)):
         at("decoder", index, "start")
-        row = replace(row, hidden=asked.layer(index, row))
+        with idle(asked.layers[index], skips.get(index, ()), row):
+            row = replace(row, hidden=asked.layer(index, row))
         at("decoder", index, "end")
     return asked.head(row.hidden)
 
@@ -141,6 +170,7 @@ def said(
     passes: Sequence[Sequence[Call]],
     layout: Layout,
     steps: int,
+    skips: Mapping[int, Collection[str]],
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding by the oracle: tokens `[steps]` and logits `[steps, V]`.
 
@@ -151,11 +181,12 @@ def said(
         passes: calls of every step; one entry is that of a prompt of which a cache remembers the rest.
         layout: of the model.
         steps: tokens to write.
+        skips: branches that layers leave out for visual tokens.
     """
     written, rows = prompt.ids[:0], []
     for step in range(steps):
         row = asked.row(prompt, written, encoded)
-        rows.append(logits(asked, row, passes[min(step, len(passes) - 1)], layout))
+        rows.append(logits(asked, row, passes[min(step, len(passes) - 1)], layout, skips))
         written = torch.cat([written, rows[-1].argmax()[None]])
     return written, torch.stack(rows)
 

@@ -13,6 +13,7 @@ from support import models
 import vlmtok
 from vlmtok import (
     AIM,
+    IMA,
     SCOPE,
     TCA,
     AveragePool,
@@ -123,6 +124,9 @@ LANGUAGE_METHODS = {
     "CrossGET": lambda: CrossGET.preset("llava", rv=2),
     "two": lambda: [PiToMe.preset("llava", ratio=0.8), TransPrune()],
     "three": lambda: [ToMe(r=2), ToDRE(keep=0.5, tau=1.0), FastV()],
+    "IMA": lambda: IMA(),
+    "IMA, attention": lambda: IMA(part="attn", interval=3),
+    "IMA and cuts": lambda: [IMA(part="block", interval=1), PiToMe.preset("llava", ratio=0.8), TransPrune(), FastV()],
 }
 # Pattern of the rows, text around the pictures, rows of the batch.
 PROMPTS = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import drawn_settings
 from support.asking import HEADS, WIDTH, llava, tower
-from support.methods import METHODS
+from support.methods import METHODS, cuts
 from support.serving import counter, encoder, show
 
 import vlmtok
@@ -38,7 +38,10 @@ PACKED = Layout(
     without={"features": "its projector joins patches"},
 )
 LAYOUTS = {"clip": CLIP, "siglip": SIGLIP, "spread": SPREAD, "packed": PACKED}
-IN_THE_DECODER = {"corematching", "fastv", "pyramiddrop", "sparsevlm", "transprune"}
+IN_THE_DECODER = {
+    *("corematching", "fastv", "pyramiddrop", "sparsevlm", "transprune"),
+    *(name for name in METHODS if not cuts(name)),
+}
 CURED = {
     "aim": "aim:prune=false",
     "dart": "dart:at=embeddings:positions=none",

@@ -137,7 +137,7 @@ def idle(spec: str) -> list[Method]:
         reduce(view)
 
     for method in methods:
-        method.__dict__["reduce"], method.__dict__["insert"] = reduce, insert
+        method.__dict__.update(reduce=reduce, insert=insert, skip=lambda layout: {})
     return methods
 
 

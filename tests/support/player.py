@@ -106,6 +106,10 @@ class Player:
     def acts(self, stage: str) -> bool:
         return any(visit.site.stage == stage for visit in self.sites)
 
+    def skips(self, layer: int) -> frozenset[str]:
+        parts = {method.skip(self.layout).get(layer) for method in self.methods} - {None}
+        return frozenset({"ffn", "attn"} if "block" in parts else parts)
+
     def scope(self, visit: Visit) -> str:
         return visit.site.scope or visit.method.scope
 

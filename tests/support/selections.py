@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import vlmtok
-from vlmtok import Method
+from vlmtok import Layout, Method
 from vlmtok.errors import ParameterError, VlmtokError
 from vlmtok.kernels import dispatch
 
@@ -55,7 +55,7 @@ def _numbers(salt: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def choice(method: Method, nudge: float = 0.0) -> str:
-    """What a method keeps and joins at each of its sites, as a digest.
+    """What a method keeps, joins and leaves out at each of its sites, as a digest.
 
     Args:
         method: the method.
@@ -75,7 +75,17 @@ def choice(method: Method, nudge: float = 0.0) -> str:
                 break
             asking.leave(reduction, view.counts.n)
             found.append([str(view.site), None if reduction is None else _indices(reduction)])
+        found += _left_out(method, layout)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+
+
+def _left_out(method: Method, layout: Layout) -> list[Any]:
+    """What it leaves out for visual tokens, where it does that at all."""
+    try:
+        skips = method.skip(layout)
+    except VlmtokError as refusal:
+        return [str(refusal)]
+    return [sorted(skips.items())] if skips else []
 
 
 def _indices(reduction: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from .placing import looks_on, place, sample_count
 from .reduction import Reduction
 from .signals import Need
 from .site import POINTS, STAGES, Layout, Site
+from .skipping import asked, work
 from .view import Signal, TokenView
 
 UserSignal = Callable[[TokenView], Tensor]
@@ -76,6 +77,7 @@ class Attachment:
         methods: in list order.
         layout: what the model offers.
         entries: methods at their sites, in the order of the forward.
+        skips: modules of decoder layers that run without visual tokens, by layer, see `skipping`.
         memory: modules that methods built, by index; whoever attaches fills it in.
         owner: the dispatcher that placed it, by which a later `compress` finds its way.
         user: signals that the user gives.
@@ -109,6 +111,7 @@ class Attachment:
         self.between_graphs = False
         self.said: list[str] = []
         self.entries = self._resolve()
+        self.skips = work(asked(self.methods, layout), layout, self.entries)
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}

@@ -70,6 +70,21 @@ class Event:
     gone: int | None = None
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Work of a decoder layer that was left out for visual tokens.
+
+    Attributes:
+        layer: 0-based.
+        module: which one, of `vlmtok.core.skipping`.
+        tokens: of all rows together, for which it did not run.
+    """
+
+    layer: int
+    module: str
+    tokens: int
+
+
 @dataclass
 class Decoding:
     """Decode steps of so many rows, one token each, behind a call of the language model.
@@ -110,6 +125,7 @@ class StageRun:
         grids: frames, rows and columns of patches of each picture (towers that take any size), and
         told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
         mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
+        skips: what was left out for visual tokens (language models).
     """
 
     stage: str
@@ -128,6 +144,7 @@ class StageRun:
     grids: tuple[tuple[int, ...], ...] = ()
     told: torch.Tensor | None = None
     mixed: bool = False
+    skips: list[Skip] = field(default_factory=list)
 
     def read(self) -> None:
         """Reads what the host told, which waits for the device."""
@@ -162,7 +179,7 @@ class StageRun:
         """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, self.grids, *tables)
+        return (*shape, self.held, self.grids, tuple(self.skips), *tables)
 
 
 @dataclass

@@ -138,6 +138,20 @@ class Method(CommonSettings):
         """
         return []
 
+    def skip(self, layout: Layout) -> dict[int, str]:
+        """Work of decoder layers to leave out for visual tokens, in prefill only; the tokens stay.
+
+        A branch that is left out adds nothing: what enters it goes on as it is. Keys and values are made of every
+        token. The visual tokens are those that are still there, without one that ends its row.
+
+        Args:
+            layout: what the model offers.
+
+        Returns:
+            0-based layer to ``"ffn"``, ``"attn"`` or ``"block"`` (both); nothing by default.
+        """
+        return {}
+
     def insert(self, view: TokenView) -> Tensor | None:
         """Tokens to put at the end of the row for one block; asked at ``start`` sites.
 

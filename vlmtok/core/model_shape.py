@@ -85,6 +85,11 @@ class BlockShape:
         """MACs of one token in the key projection."""
         return self.width * self.kv_heads * self.head_width
 
+    @property
+    def output(self) -> int:
+        """MACs of one token in the output projection of attention."""
+        return self.width * self.heads * self.head_width
+
     def products(self, queries: int, keys: int) -> int:
         """MACs of QK^T and AV of one row, or of what stands in their place."""
         if self.mixer is not None:
@@ -120,10 +125,11 @@ class BlockShape:
         keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
         return weights + self.products(1, keys)
 
-    def macs(self, tokens: Tokens) -> int:
-        """MACs of one row."""
+    def macs(self, tokens: Tokens) -> float:
+        """MACs of one row, a mean over rows where `tokens` are."""
         weights = tokens.queries * (self.attn + self.beside) + tokens.mlp * self.mlp
-        return weights + self.products(tokens.queries, tokens.keys)
+        spared = tokens.no_query * self.q + tokens.no_output * self.output
+        return weights + self.products(tokens.queries, tokens.keys) - spared
 
 
 @dataclass(frozen=True)
@@ -304,11 +310,15 @@ class Tokens:
     Attributes:
         queries: tokens that enter, protected, inserted and padding included.
         keys: what attention sees, cached tokens included.
-        mlp: tokens of the MLP.
-        visual: reducible tokens that enter (a mean over rows, where they differ).
+        mlp: tokens of the MLP,
+        visual: reducible tokens that enter,
+        no_query: tokens of which no query is made, and
+        no_output: tokens that the output projection does not see; means over rows, where these differ.
     """
 
     queries: int
     keys: int
-    mlp: int
+    mlp: float
     visual: float
+    no_query: float = 0
+    no_output: float = 0

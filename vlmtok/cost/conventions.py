@@ -106,6 +106,11 @@ def _layers(shape: ModelShape, profiles: Profiles) -> tuple[int, list[tuple[Bloc
     return profile.rows, list(zip(shape.language.blocks, profile.layers))
 
 
+def _projected(n: float, tokens: Tokens) -> float:
+    """Rows that the four projections of an attention see together, of n tokens."""
+    return 4 * n - tokens.no_query - tokens.no_output
+
+
 @_register(
     "transprune",
     "MACs",
@@ -129,7 +134,7 @@ def transprune(shape: ModelShape, profiles: Profiles) -> float:
     total = 0.0
     for block, tokens in layers:
         n, d, m = tokens.visual, block.width, block.hidden
-        total += 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+        total += _projected(n, tokens) * d * d + 2 * n * n * d + 3 * (n - tokens.queries + tokens.mlp) * d * m
     return rows * total
 
 
@@ -175,7 +180,7 @@ def todre(shape: ModelShape, profiles: Profiles) -> float:
     total = 0.0
     for block, tokens in layers:
         n, d, m = tokens.queries, block.width, block.hidden
-        total += 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
+        total += _projected(n, tokens) * d * d + 2 * n * n * d + 2 * tokens.mlp * d * m
     return rows * total
 
 
@@ -212,7 +217,8 @@ def llm_viewer(shape: ModelShape, profiles: Profiles) -> float:
     """
     rows, layers = _layers(shape, profiles)
     elements = sum(
-        tokens.queries * (5 * block.heads * tokens.keys + (2 * 7 + 2 * 1 + 2) * block.width) for block, tokens in layers
+        tokens.queries * (5 * block.heads * tokens.keys + (2 * 7 + 2 * 1) * block.width) + 2 * tokens.mlp * block.width
+        for block, tokens in layers
     )
     return language(shape, profiles) + rows * elements
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..core.ledger import StageRun
 from ..core.model_shape import LATE, BlockShape, LanguageShape, Part, Tokens, TowerShape
 from ..core.site import layer_of
+from ..core.skipping import MLP, OUTPUT, QUERY
 
 
 # ---------------------------------------------------------------------- tokens of a pass
@@ -34,8 +35,8 @@ class Profile:
     left: int = 0
 
     def macs(self, blocks: Sequence[BlockShape]) -> int:
-        """MACs of the blocks."""
-        return self.rows * sum(block.macs(tokens) for block, tokens in zip(blocks, self.layers))
+        """MACs of the blocks; a whole number for each block, whatever the means over rows."""
+        return sum(round(self.rows * block.macs(tokens)) for block, tokens in zip(blocks, self.layers))
 
     def step_macs(self, blocks: Sequence[BlockShape], rows: int, first: int, steps: int, recorded: bool = False) -> int:
         """MACs of decode steps on the cache that this pass leaves.
@@ -122,8 +123,15 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
         few = late if block.late and 0 < late < columns else None
         entered, left = (run.entered, columns) if few is None else (few, few)
         bare.append(Tokens(entered, block.held(run.seen) + run.entered, entered, run.visual / run.rows))
-        layers.append(Tokens(left, block.held(past) + columns, left, visual))
+        spared = {skip.module: _each(skip.tokens, run.rows) for skip in run.skips if skip.layer == layer}
+        without = left - spared.get(MLP, 0), visual, spared.get(QUERY, 0), spared.get(OUTPUT, 0)
+        layers.append(Tokens(left, block.held(past) + columns, *without))
     return _pair(run, bare, layers, layers[-1].queries if layers else columns)
+
+
+def _each(tokens: int, rows: int) -> float:
+    """Tokens of a row, a whole number where all may have as many."""
+    return tokens / rows if tokens % rows else tokens // rows
 
 
 def _pair(run: StageRun, bare: list[Tokens], layers: list[Tokens], left: int) -> tuple[Profile, Profile]:

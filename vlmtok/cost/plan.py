@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..core.attachment import Attachment, Entry
-from ..core.ledger import Event, Group, StageRun
+from ..core.ledger import Event, Group, Skip, StageRun
 from ..core.model_shape import LanguageShape, ModelShape, PackedTowerShape, TowerShape
 from ..core.sequence import TowerRow
 from ..core.sight import Grid
-from ..core.site import Counts
+from ..core.site import Counts, layer_of
+from ..core.skipping import MIXER
 from ..errors import NotCounted, ParameterError
 from .flops import feature_tokens, tower_profiles
 from .packed import planned
@@ -240,9 +241,12 @@ class Planner:
             self._hand_over(run, rows, seen, shape.vision)
         rows.enter()
         inside = self.attachment.at("decoder")
+        layers = sorted(self.attachment.skips, reverse=True)  # those to come, the next one last
         for entry in (*self.attachment.at("projected"), *inside):
             if inside and entry is inside[0]:
                 rows.enter(hold=True)
+            while layers and entry in inside and layers[-1] < layer_of(entry.site.layer, entry.site.point):
+                self._skip(run, rows, layers.pop())
             names = {need.name for need in entry.needs}
             before, groups, cut, ragged = rows.length, [], False, False
             for group in rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH)):
@@ -259,8 +263,19 @@ class Planner:
             run.events.append(self._known(event))
             if cut and site.separators == "drop":
                 self._drop_separators(run, rows, [group for group, slots in groups if slots != group.n])
+        if layers and not inside:
+            rows.enter(hold=True)
+        while layers:
+            self._skip(run, rows, layers.pop())
         self.left = [picture.n for picture in rows.pictures]
         return run
+
+    def _skip(self, run: StageRun, rows: PlannedRows, layer: int) -> None:
+        """A layer that leaves work out for the visual tokens that are there."""
+        tokens = run.rows * sum(picture.n for picture in rows.pictures)
+        for module in self.attachment.skips[layer]:
+            if tokens and module != MIXER:
+                run.skips.append(Skip(layer, module, tokens))
 
     def _hand_over(self, run: StageRun, rows: PlannedRows, seen: StageRun, tower: TowerShape) -> None:
         """Placeholders that the tower's cuts emptied leave."""

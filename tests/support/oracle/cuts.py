@@ -88,6 +88,9 @@ class Decider(Protocol):
     def acts(self, stage: str) -> bool:
         """Whether anybody acts in this stage."""
 
+    def skips(self, layer: int) -> frozenset[str]:
+        """Branches (``ffn``, ``attn``) that a decoder layer leaves out for visual tokens."""
+
     def scope(self, visit: Any) -> str:
         """``picture`` or ``sample``."""
 

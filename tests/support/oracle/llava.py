@@ -116,7 +116,8 @@ class Llava:
 
         run.enter()
         visit_all("projected", None, "end")
-        if decider.acts("decoder"):
+        skips = [decider.skips(layer) for layer in range(len(self.layers))]
+        if decider.acts("decoder") or any(skips):
             if plan is not None and plan.done:
                 run.held = plan.held
             elif run.picture[-1] >= 0:
@@ -126,7 +127,8 @@ class Llava:
             visit_all("decoder", layer, "start", lambda part=part: part.attend(run.h, run.positions)[2])
             run.lengths.append(len(run.h))
             unseen = run.picture >= 0 if mask_from is not None and layer >= mask_from else None
-            run.h, logits, modules = part.run(run.h, run.positions, unseen)
+            idle = (run.picture >= 0) & (run.place != run.held)
+            run.h, logits, modules = part.run(run.h, run.positions, unseen, skips[layer], idle)
             visit_all("decoder", layer, "end", logits, modules)
         if plan is not None:
             plan.done, plan.held = True, run.held

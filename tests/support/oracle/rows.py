@@ -50,14 +50,25 @@ class LlamaLayer:
         logits = (q @ k.transpose(1, 2) * self.width**-0.5).masked_fill(blocked, float("-inf"))
         return x, attn.o_proj(flat(logits.softmax(-1) @ v).to(h.dtype)), logits
 
-    def run(self, h: Tensor, positions: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
-        """Output, logits, and (in, out) of attention and MLP."""
+    def run(
+        self,
+        h: Tensor,
+        positions: Tensor,
+        unseen: Tensor | None = None,
+        skips: frozenset[str] = frozenset(),
+        idle: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Output, logits, and (in, out) of attention and MLP; branches in `skips` add nothing to the columns `idle`."""
         x, mixed, logits = self.attend(h, positions, unseen)
+        if "attn" in skips and idle is not None:
+            mixed = torch.where(idle[:, None], 0.0, mixed)
         h = h + mixed
         z = rms_norm(h, self.module.post_attention_layernorm)
         mlp = self.module.mlp
         self.neurons = F.silu(mlp.gate_proj(z)) * mlp.up_proj(z)
         y = mlp.down_proj(self.neurons)
+        if "ffn" in skips and idle is not None:
+            y = torch.where(idle[:, None], 0.0, y)
         return h + y, logits, ((x, mixed), (z, y))
 
 
