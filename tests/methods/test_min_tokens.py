@@ -6,11 +6,12 @@ import pytest
 import torch
 from support.asking import Asking, dual, llava
 from support.matrix import spec_of
-from support.methods import METHODS
+from support.methods import METHODS, cuts
 from support.selections import mixed
 
 import vlmtok
 from vlmtok import Counts, Site, TokenView
+from vlmtok.core.attachment import Attachment
 from vlmtok.core.placing import looks_on
 from vlmtok.errors import ParameterError, VlmtokError
 from vlmtok.lab.tiny.families import FAMILIES
@@ -34,7 +35,7 @@ def asked(method):
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if cuts(name) and name != "recoverable"])
 def test_a_small_picture_is_left_whole(name):
     plain = vlmtok.parse_methods(spec_of(name))[0]
     visits = asked(replace(plain, min_tokens=N))
@@ -59,6 +60,11 @@ def test_it_is_a_setting_like_any_other(name):
             vlmtok.create_method(name, min_tokens=wrong)
     with pytest.raises(ParameterError, match="min_tokens"):
         made.min_tokens = -1
+
+
+def test_work_that_is_left_out_knows_no_pictures():
+    with pytest.raises(ParameterError, match="by layers and not by pictures"):
+        Attachment([vlmtok.IMA(min_tokens=9)], llava())
 
 
 def test_a_large_bound_makes_no_observer():

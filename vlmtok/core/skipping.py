@@ -47,6 +47,11 @@ def asked(methods: Iterable[Method], layout: Layout) -> dict[int, frozenset[str]
             raise ParameterError(f"{by}.skip must return a dict, got {type(answer).__name__}")
         if not answer:
             continue
+        if method.min_tokens:
+            raise ParameterError(
+                f"{method}: min_tokens={method.min_tokens} leaves small pictures whole where tokens leave; {by} leaves "
+                "work out for tokens that stay, by layers and not by pictures; min_tokens=0"
+            )
         depth = layout.stage("decoder", by).depth
         for layer, part in answer.items():
             if isinstance(layer, bool) or not isinstance(layer, int) or part not in PARTS:
