@@ -238,6 +238,21 @@ def test_method_equals_plain_loops(n, words, k, pivots, seed):
         assert reduction.keep[0].tolist() == expected
 
 
+@pytest.mark.parametrize("pivots", [(4, 4), (1, 3), (5, 2), (2, 0), (3, 9)])
+def test_pivots_of_picture_and_text_are_as_many_as_asked(pivots):
+    """Larger draws than those above: more tokens and words than pivots."""
+    hard = 0
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        x, text = torch.randn(1, 40, 6, generator=g), torch.randn(1, 7, 6, generator=g)
+        norm, text_norm = torch.rand(1, 40, generator=g), torch.rand(1, 7, generator=g)
+        expected = loops(x[0], norm[0].tolist(), text[0], text_norm[0].tolist(), 22, pivots)
+        if expected is not None:
+            hard += 1
+            assert DART(keep=22, pivots=pivots).reduce(view_of(x, norm, text, text_norm)).keep[0].tolist() == expected
+    assert hard > 6
+
+
 def test_quotas_are_shares_of_what_is_left():
     assert quotas(92, 8) == [12, 12, 12, 12, 11, 11, 11, 11]
     assert quotas(3, 8) == [1, 1, 1, 0, 0, 0, 0, 0]
