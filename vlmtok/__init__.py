@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .pruners.divprune import DivPrune as DivPrune
     from .pruners.fastv import FastV as FastV
     from .pruners.ima import IMA as IMA
+    from .pruners.learned import Learned as Learned
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
