@@ -142,10 +142,11 @@ class Learned(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep, "Learned")
         check_choice(self.positions, "Learned", "positions", (None, *POSITIONS))
-        if not (self.scorer is None or isinstance(self.scorer, (str, nn.Module))):
+        path = isinstance(self.scorer, str) and self.scorer.endswith(".safetensors")
+        if not (self.scorer is None or path or isinstance(self.scorer, nn.Module)):
             raise ParameterError(
                 f"Learned: scorer={self.scorer!r} is not possible; a module from [B, 1, N] to [B, N], a path to "
-                "weights, or None"
+                "weights (.safetensors), or None"
             )
 
     def sites(self, layout: Layout) -> list[Site]:
@@ -203,5 +204,5 @@ class Learned(Method):
 
     def __str__(self) -> str:
         if isinstance(self.scorer, nn.Module):
-            return str(dataclasses.replace(self, scorer=type(self.scorer).__name__))
+            return f"{dataclasses.replace(self, scorer=None)}:scorer={type(self.scorer).__name__}"
         return super().__str__()
