@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
     from .pruners.ima import IMA as IMA
+    from .pruners.learned import Learned as Learned
     from .pruners.mmtok import MMTok as MMTok
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random

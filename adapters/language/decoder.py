@@ -7,13 +7,16 @@ embeddings and mask, since hosts hand all layers the same ones. `generate()` is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.attachment import Attachment, Entry
 from ...core.hooks import replaying, weak
+from ...core.row_data import Group
 from ...core.rows import PromptRows
+from ...core.signals import AHEAD, DecoderTaps
 from ...core.site import layer_of
 from ...core.stream import ATTRIBUTE, Segment, Stream, attachment_number, file_stream, read_stream
 from ...core.threads import PerThread
@@ -37,6 +40,7 @@ from .sites import BY_LENGTH, BY_TEXT, Sites
 from .skipping import Skipper
 from .spec import VLMSpec
 from .stacking import Stacker
+from .taps import LayerTaps
 
 
 class Decoder:
@@ -90,7 +94,8 @@ class Decoder:
         flash = "flash" in implementation
         first = 0 if flash else min(self.points, default=self.depth)
         self.signatures = Signatures(self.spec, lm, self.probe, first)
-        self.segments.check(first)
+        looks_ahead = any(need.name in AHEAD for entry in self.attachment.at("projected") for need in entry.needs)
+        self.segments.check(0 if looks_ahead else first)
         self.projector.install(core)
         self.intake.install(core, model)
         put(lm, "pre", self.start)
@@ -128,7 +133,7 @@ class Decoder:
         if opened.pictures:
             rows = call.rows = self._rows(opened)
             changes = take_over(self.spec, rows, x, lambda role: text.get(role, args, kwargs))
-            x = self.sites.boundary(call, x)
+            x = self.sites.boundary(call, x, self._ahead)
             self.running.mine().last_rows = rows if self.attachment.trace else None
             call.width = x.shape[1]
             call.places = [(0, rows.snapshot())]
@@ -203,6 +208,19 @@ class Decoder:
         self.projector.carry(rows, opened.x.detach(), opened.incoming.encoded)
         call.top = top(rows)
         return rows
+
+    def _ahead(self, call: Call, x: Tensor) -> Callable[[Group], DecoderTaps]:
+        """What layer 0 would make of rows, for signals that are read in front of it.
+
+        Args:
+            call: a prefill with pictures.
+            x: `[B, L, C]`, its rows as they are.
+        """
+        past, lm = Segment(0) if call.stream is None else call.stream.segment(0), self.lm()
+        grown = x * float(getattr(lm, "embedding_multiplier", 1.0))  # Granite's text model does so before its layers
+        taps = LayerTaps(self.lm, self.segments, self.running, call, 0, lm.layers[0], grown, None, None, past)
+        taps.renumbered = True  # the host has made no position embeddings yet
+        return taps.ahead
 
     # ------------------------------------------------------------------ after the text model
     def finish(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...core.signals import DECODER_SIGNALS
+from ...core.signals import AHEAD, DECODER_SIGNALS
 from ...core.site import StageLayout
 from .attention import attention_form
 from .layer_parts import final_norm, last_map
@@ -27,8 +27,17 @@ def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
         for i, kind in enumerate(kinds)
         if kind in RECURRENT or attention_form(lm.layers[i]) is None
     }
+    given = frozenset({"text"}) if 0 in blind else frozenset({"text"}) | AHEAD
     return {
-        "projected": StageLayout(1, width, 0, 0, provides=frozenset({"text"}), renumbers=spec.positions == "1d"),
+        "projected": StageLayout(
+            1,
+            width,
+            0,
+            0,
+            provides=given,
+            renumbers=spec.positions == "1d",
+            why=f"decoder layer 0 has no attention rows, but {blind[0]}" if 0 in blind else "",
+        ),
         "decoder": StageLayout(
             depth,
             width,

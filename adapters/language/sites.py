@@ -50,12 +50,15 @@ class Sites:
         self.inside = bool(attachment.at("decoder") or attachment.skips)
 
     # ------------------------------------------------------------------ in front of the language model
-    def boundary(self, call: Call, x: Tensor) -> Tensor:
+    def boundary(
+        self, call: Call, x: Tensor, ahead: Callable[[Call, Tensor], Callable[[Group], DecoderTaps]]
+    ) -> Tensor:
         """What the tower and the projector left out goes, then methods act on the language model's input.
 
         Args:
             call: a prefill with pictures.
             x: `[B, S, C]`.
+            ahead: gives taps of decoder layer 0 for rows as they are, from what it would make of them.
 
         Returns:
             `[B, L, C]`; `call.moved` says whether it differs.
@@ -68,7 +71,7 @@ class Sites:
             x = self._hand_over(call, handover, x)
         rows.enter()
         for entry in self.projected:
-            x, _ = self.visit(call, entry, x, None)
+            x, _ = self.visit(call, entry, x, ahead(call, x))
         call.moved = x is not before
         if self.inside:
             rows.enter(hold=True)

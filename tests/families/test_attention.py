@@ -25,7 +25,7 @@ from .harness import batch
 
 @dataclass(eq=False)
 class Listen(Method):
-    """Cuts nothing and notes a signal before or after a layer."""
+    """Cuts nothing and notes a signal before or after a layer; in front of layer 0 it stands at the input."""
 
     layer: int = 1
     point: str = "end"
@@ -33,6 +33,8 @@ class Listen(Method):
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def sites(self, layout: Layout) -> list[Site]:
+        if (self.layer, self.point) == (0, "start"):
+            return [Site("projected", needs=(self.signal,), scope="sample")]
         return [Site("decoder", self.layer, self.point, (self.signal,), scope="sample")]
 
     def reduce(self, view: TokenView) -> None:
@@ -75,9 +77,9 @@ def test_attention_is_that_of_the_host(name, point):
     model = shared(name, "eager")
     layers = text_model(model).layers
     seen = 0.0
-    for layer in range(1, len(layers) - (point == "end")):
+    for layer in range(len(layers) - (point == "end")):
         if not hasattr(layers[layer], "self_attn"):
-            if layer + 1 + (point == "end") == len(layers):
+            if layer + 1 + (point == "end") == len(layers) or (layer, point) == (0, "start"):
                 continue
             seen += check(model, batch(name).inputs(), layer + 1, point, layer)
             continue
@@ -121,11 +123,13 @@ def test_a_rotary_function_that_is_missing_leaves_layers_without_rows(monkeypatc
 # ---------------------------------------------------------------------- behind cuts, chunks and pasts
 @dataclass(eq=False)
 class Halve(Method):
-    """Every second visual token leaves at the start of a layer."""
+    """Every second visual token leaves at the start of a layer, of layer 0 at the input."""
 
     layer: int = 1
 
     def sites(self, layout: Layout) -> list[Site]:
+        if self.layer == 0:
+            return [Site("projected", scope="sample")]
         return [Site("decoder", self.layer, "start", scope="sample")]
 
     def reduce(self, view: TokenView) -> Reduction:
@@ -191,7 +195,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize("point", ["start", "end"])
-@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", ALONE)
 def test_attention_behind_a_cut_and_behind_a_past(name, layer, point):
     """Windows, chunks and places count what is left; a sliding cache holds the last keys only."""
@@ -205,7 +209,7 @@ def test_attention_behind_a_cut_and_behind_a_past(name, layer, point):
         return
     pictures = "2S4S1" if "S" in family.shots else "3I2J1"
     picture, text = family.batch(pictures).inputs(mask=False), family.batch("^19").inputs(mask=False)
-    turns, cuts = ((picture,), (text, picture)), ((), (Halve(layer=1),), (Halve(layer=layer),))
+    turns, cuts = ((picture,), (text, picture)), ((), (Halve(layer=min(layer, 1)),), (Halve(layer=layer),))
     found = [compare(model, cut, Listen(layer=layer, point=point), turn) for cut in cuts for turn in turns]
     assert all(one.sum() > 1e-3 for one in found)
     assert found[0].shape != found[-1].shape
@@ -216,3 +220,11 @@ def test_families_of_another_kind_are_refused(name):
     for point, layer in (("start", 1), ("end", 1), ("start", 3)):
         with pytest.raises(MissingSignal, match="no attention rows can be derived"):
             vlmtok.compress(shared(name, "eager"), Listen(layer=layer, point=point))
+
+
+def test_a_first_layer_without_rows_is_not_looked_at_ahead():
+    for name, what in {"qwen3_5": "linear attention", "lfm2_vl": "a convolution"}.items():
+        with pytest.raises(
+            MissingSignal, match=f"'last_attention' at projected.*layer 0 has no attention rows, but {what}"
+        ):
+            vlmtok.compress(shared(name, "eager"), Listen(layer=0, point="start"))

@@ -9,6 +9,7 @@ from support.methods import METHODS
 
 import vlmtok
 from vlmtok.core.placing import looks_on, place
+from vlmtok.core.signals import DECODER_SIGNALS
 from vlmtok.core.site import STAGES, Counts
 from vlmtok.core.spec import counted_form
 from vlmtok.errors import VlmtokError
@@ -44,11 +45,16 @@ def cuts_between_layers(method):
     return any(site.stage == "decoder" and not looks_on(method, site, MODEL) for site in sites)
 
 
+def reads_layers(method):
+    """Whether a method decides on what layers of a language model compute, which engines do not show."""
+    return any(need in DECODER_SIGNALS for site in method.sites(MODEL) for need in site.needs)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_names_settings_that_can_be_served_where_its_defaults_cannot(name):
     method = vlmtok.create_method(name)
     if not method.counted:
-        inside = cuts_between_layers(method) or method.skip(MODEL)
+        inside = cuts_between_layers(method) or method.skip(MODEL) or reads_layers(method)
         assert refusal(method) is None or inside, f"{name} names none, and {refusal(method)}"
         return
     assert refusal(method) is not None, f"{name} names {method.counted!r}, and its defaults do"

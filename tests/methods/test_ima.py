@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import models, referee
+from support import asking, models, referee
 from support import skipping_by_hand as by_hand
 from support.checks import Print, assert_differs, assert_equal, assert_same
 from support.llava_by_oracle import ROWS, Top, assert_generates_as_the_oracle
@@ -16,6 +16,7 @@ from support.places import GOLDEN
 
 import vlmtok
 from vlmtok import IMA, Method, Site
+from vlmtok.core.attachment import Attachment
 from vlmtok.errors import ParameterError, SiteError, UnsupportedModel
 from vlmtok.pruners.ima import skipped_layers
 
@@ -281,3 +282,11 @@ def test_layers_of_an_unknown_form_are_refused():
         with pytest.raises(UnsupportedModel, match=words):
             vlmtok.compress(model, IMA())
         before.assert_still(model)
+
+
+def test_neurons_of_a_skipped_mlp_cannot_be_read():
+    """CoreMatching looks inside the MLP that would run without the tokens that it compares."""
+    layer = vlmtok.CoreMatching().sites(asking.llava())[0].layer
+    with pytest.raises(SiteError, match=f"reads the neurons of decoder layer {layer}"):
+        Attachment([vlmtok.CoreMatching(), vlmtok.IMA(interval=1)], asking.llava())
+    Attachment([vlmtok.CoreMatching(), vlmtok.IMA(interval=1, part="attn")], asking.llava())

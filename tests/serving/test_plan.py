@@ -42,6 +42,8 @@ IN_THE_DECODER = {
     *("corematching", "fastv", "pyramiddrop", "sparsevlm", "transprune"),
     *(name for name in METHODS if not cuts(name)),
 }
+READ_LAYERS = {"learned": "text_attention"}
+"""Methods that ask in front of the language model for what its layers compute, and what that is."""
 CURED = {
     "aim": "aim:prune=false",
     "dart": "dart:at=embeddings:positions=none",
@@ -55,7 +57,7 @@ SIDE = 9
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_is_served_cured_or_refused(name, layout):
-    if name not in IN_THE_DECODER and name not in CURED:
+    if name not in {*IN_THE_DECODER, *READ_LAYERS, *CURED}:
         made = plan(name, LAYOUTS[layout])
         assert made.spec == name and made.sites
         assert {site.stage for site in made.sites} <= {"vision", "features", "projected"}
@@ -64,6 +66,9 @@ def test_each_method_is_served_cured_or_refused(name, layout):
         plan(name, LAYOUTS[layout], engine="some engine")
     said = str(told.value)
     assert "some engine" in said
+    if name in READ_LAYERS:
+        assert isinstance(told.value, MissingSignal) and READ_LAYERS[name] in said and "is served" not in said
+        return
     if name in IN_THE_DECODER:
         assert isinstance(told.value, SiteError) and "a paged key-value cache has one length for all layers" in said
         assert "is served" not in said

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmtok import Method
 from vlmtok.core.placing import Placed, place
 from vlmtok.core.sequence import TowerRow
-from vlmtok.core.signals import DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps, tower_signals
+from vlmtok.core.signals import AHEAD, DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps, tower_signals
 from vlmtok.core.site import STAGES, Layout, StageLayout
 from vlmtok.core.view import TokenView
 
@@ -37,7 +37,7 @@ def llava(decoder: bool = True) -> Layout:
     stages = {
         "vision": tower(),
         "features": StageLayout(1, WIDTH, 0, 0, provides=frozenset({"protected"})),
-        "projected": StageLayout(1, WIDTH, 0, 0, provides=frozenset({"text"})),
+        "projected": StageLayout(1, WIDTH, 0, 0, provides=frozenset({"text"}) | (AHEAD if decoder else set())),
     }
     if not decoder:
         return Layout("an engine", stages, without={"decoder": "a paged cache has one length for all layers"})
@@ -128,7 +128,7 @@ class Asking:
             layer = at.site.layer if need.layer is None else need.layer
             where = replace(at.site, stage=stage, layer=layer, separators="keep")
             return lambda: TOWER_SIGNALS[need.name].make(self.tower_taps(str(where), stage, n))
-        if stage == "decoder":
+        if need.name in DECODER_SIGNALS:
             return lambda: DECODER_SIGNALS[need.name](self.decoder_taps(str(at.site), n))
         return lambda: self.fill(need.name, BATCH, WORDS, WIDTH)
 

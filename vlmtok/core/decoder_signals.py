@@ -133,3 +133,5 @@ BY_ATTENTION = frozenset(DECODER_SIGNALS) - {"transition", "normed", "text_norme
 """Signals that are derived from queries or keys, which not every layer has."""
 END_ONLY = frozenset({"transition", "activation_match"})
 """Signals that exist only at the end of a layer: they look at what it did."""
+AHEAD = frozenset({"text_attention", "last_attention"})
+"""Signals of decoder layer 0 that are shown in front of it, at ``projected``: computed ahead with its norm, q and k."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ParameterError, SiteError
-from .signals import DECODER_SIGNALS
+from .signals import BY_ATTENTION
 from .site import Layout
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ PARTS: dict[str, frozenset[str]] = {
     "block": frozenset({"ffn", "attn"}),
 }
 """What `Method.skip` may say of a layer, and the branches that this names."""
+
+NEURONS = "activation_match"
+"""The signal that is read off the inside of an MLP."""
 
 MLP, QUERY, OUTPUT, MIXER = "mlp", "query", "output", "mixer"
 """Modules by their task: an MLP, the projections of an attention, and what stands in an attention's place. The last one
@@ -73,13 +76,19 @@ def work(skips: Mapping[int, frozenset[str]], layout: Layout, entries: Iterable[
         skips: of `asked`.
         layout: of the model.
         entries: methods at their sites; those that read the queries of a layer have them made of every token.
+
+    Raises:
+        SiteError: a method reads the neurons of an MLP that runs without visual tokens.
     """
-    read = {
-        entry.site.layer
-        for entry in entries
-        if (entry.site.stage, entry.site.point) == ("decoder", "end")
-        and any(need.stage is None and need.name in DECODER_SIGNALS.keys() - {"transition"} for need in entry.needs)
-    }
+    inside = [e for e in entries if (e.site.stage, e.site.point) == ("decoder", "end")]
+    read = {e.site.layer for e in inside for need in e.needs if need.stage is None and need.name in BY_ATTENTION}
+    for entry in inside:
+        layer = entry.site.layer
+        if layer is not None and "ffn" in skips.get(layer, ()) and any(n.name == NEURONS for n in entry.needs):
+            raise SiteError(
+                f"{entry.method} reads the neurons of decoder layer {layer}, whose MLP another method leaves out for "
+                "visual tokens; let one of the two act at other layers"
+            )
     found = {}
     for layer, branches in skips.items():
         parts = [MLP] if "ffn" in branches else []

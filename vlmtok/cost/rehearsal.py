@@ -147,15 +147,12 @@ class Rehearsal:
             if event.method < 0:
                 continue
             for group in event.groups:
-                if event.stage == "projected":
-                    self.ask(event, group, width, self._projected(group, width))
-                    continue
                 layer = event.layer or 0
                 keys = profile.layers[layer].keys
-                if event.point == "start":  # the layer has not run: it will see what arrives here
+                if _ahead(event):  # the layer has not run: it will see what arrives here
                     keys += event.before - profile.layers[layer].queries
                 taps = self._decoder_taps(language.blocks[layer], event, group, keys)
-                self.ask(event, group, width, self._decoder_signals(taps, group))
+                self.ask(event, group, width, self._decoder_signals(taps, group, width))
 
     # ------------------------------------------------------------------ towers
     def _tower_visit(self, tower: TowerShape, layer: int, row: TowerRow, event: Event, met: int | None) -> TowerRow:
@@ -249,18 +246,12 @@ class Rehearsal:
         self.pending.clear()
 
     # ------------------------------------------------------------------ language models
-    def _projected(self, group: Group, width: int) -> Give:
+    def _decoder_signals(self, taps: DecoderTaps, group: Group, width: int) -> Give:
         def give(need: Need) -> Signal:
             if need.stage is not None:
                 return self.brought(need, group)
-            return empty(group.rows, group.text, width) if need.name == "text" and group.text else None
-
-        return give
-
-    def _decoder_signals(self, taps: DecoderTaps, group: Group) -> Give:
-        def give(need: Need) -> Signal:
-            if need.stage is not None:
-                return self.brought(need, group)
+            if need.name == "text" and group.text:
+                return empty(group.rows, group.text, width)
             if need.name not in DECODER_SIGNALS:
                 return None
             return lambda: self.spent(lambda: DECODER_SIGNALS[need.name](taps))
@@ -268,8 +259,8 @@ class Rehearsal:
         return give
 
     def _decoder_taps(self, block: BlockShape, event: Event, group: Group, keys: int) -> DecoderTaps:
-        """Taps of the layer that ran (``end``), or of the one to come, from its own projections (``start``)."""
-        ahead, batch, d = event.point == "start", self.run.rows, block.head_width
+        """Taps of the layer that ran (``end``), or of the one to come, from its own projections."""
+        ahead, batch, d = _ahead(event), self.run.rows, block.head_width
 
         def q(places: Tensor) -> Tensor:
             if not ahead:
@@ -366,3 +357,8 @@ class Rehearsal:
         if group.text not in notes:
             notes[group.text] = dict(next(iter(notes.values()), {}))
         return Memo(notes[group.text], (group.rows,))
+
+
+def _ahead(event: Event) -> bool:
+    """Whether a method of a language model saw what the layer to come would make of the rows."""
+    return event.stage == "projected" or event.point == "start"

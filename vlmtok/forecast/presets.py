@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 from ..core.model_shape import BlockShape, LanguageShape, ModelShape, Part, TowerShape
-from ..core.signals import DECODER_SIGNALS, PER_TOKEN, tower_signals
+from ..core.signals import AHEAD, DECODER_SIGNALS, PER_TOKEN, tower_signals
 from ..core.site import Layout, StageLayout
 from ..errors import ParameterError, hint
 from .published import PUBLISHED
@@ -41,7 +41,7 @@ def language_layout(language: LanguageShape) -> dict[str, StageLayout]:
     block, depth = language.blocks[0], language.depth
     points, signals = frozenset({"start", "end"}), frozenset(DECODER_SIGNALS)
     return {
-        "projected": StageLayout(1, block.width, 0, 0, provides=frozenset({"text"})),
+        "projected": StageLayout(1, block.width, 0, 0, provides=frozenset({"text"}) | AHEAD),
         "decoder": StageLayout(depth, block.width, block.heads, depth - 1, points, signals),
     }
 

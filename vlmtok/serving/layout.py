@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..core.signals import AHEAD
 from ..core.site import Layout
 
 ENGINE = "a serving engine"
 
 PAGED = "a paged key-value cache has one length for all layers, so that tokens leave before the first one or not at all"
+
+UNSEEN = "it shows nothing that layers of its language model compute"
 
 BEFORE = ("vision", "features", "projected")
 """Stages that are over before the language model begins, in order."""
@@ -22,9 +25,12 @@ def served_layout(layout: Layout, engine: str = ENGINE) -> Layout:
         engine: what runs it, for messages.
 
     Returns:
-        The layout without the decoder, and why it is missing.
+        The layout without the decoder, and why it is missing; nothing that layers compute is shown in front of them.
     """
     stages = {name: stage for name, stage in layout.stages.items() if name in BEFORE}
+    if "projected" in stages:  # an engine runs no layer ahead
+        shown = stages["projected"].provides - AHEAD
+        stages["projected"] = replace(stages["projected"], provides=shown, why=UNSEEN)
     return replace(
         layout, family=f"{layout.family} in {engine}", stages=stages, without={**layout.without, "decoder": PAGED}
     )

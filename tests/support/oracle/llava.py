@@ -94,9 +94,9 @@ class Llava:
         def visit_all(stage: str, layer: int | None, point: str, logits: Any = None, modules: Any = None) -> None:
             now = torch.arange(len(run.h))
             for visit in decider.visits(stage, layer, point):
-                if point == "start":
+                if callable(logits):  # those of the layer to come, for rows as they are
                     now = torch.arange(len(run.h))
-                seen = logits() if point == "start" else logits
+                seen = logits() if callable(logits) else logits
                 ready: list[tuple[Tensor, Cut]] = []
                 for picture, columns in run.units(decider.scope(visit)):
                     key = (stage, layer, point, visit.index, picture)
@@ -115,7 +115,7 @@ class Llava:
                     run.renumber()
 
         run.enter()
-        visit_all("projected", None, "end")
+        visit_all("projected", None, "end", lambda: self.layers[0].attend(run.h, run.positions)[2])
         skips = [decider.skips(layer) for layer in range(len(self.layers))]
         if decider.acts("decoder") or any(skips):
             if plan is not None and plan.done:
@@ -151,6 +151,10 @@ class Llava:
             text = run.text_behind(picture)
             if len(text):
                 signals["text"] = (run.h[text], None)
+            if logits is not None:
+                states = rms_norm(run.h, self.lm.norm)
+                ahead = row_signals(run, picture, columns, logits, now, None, self.layers[0], states)
+                signals |= {name: ahead[name] for name in ("text_attention", "last_attention") if name in ahead}
         elif logits is not None:
             states = rms_norm(run.h, self.lm.norm)
             signals = row_signals(run, picture, columns, logits, now, modules, self.layers[layer], states)
