@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .method import Method
 from .placing import looks_on, place, sample_count
 from .reduction import Reduction
-from .signals import Need
+from .signals import DECODER_SIGNALS, END_ONLY, Need
 from .site import POINTS, STAGES, Layout, Site
 from .skipping import asked, work
 from .view import Signal, TokenView
@@ -111,7 +111,7 @@ class Attachment:
         self.between_graphs = False
         self.said: list[str] = []
         self.entries = self._resolve()
-        self.skips = work(asked(self.methods, layout), layout, self.entries)
+        self.skips = work(asked(self.methods, layout), layout, self._read())
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}
@@ -163,6 +163,12 @@ class Attachment:
                     f"{method.spec_name()} acts on tokens that {untried}: no release does so, and what it costs in "
                     "quality on real weights is unknown"
                 )
+
+    def _read(self) -> set[int | None]:
+        """Decoder layers of which the queries that they made are read."""
+        rows = DECODER_SIGNALS.keys() - END_ONLY
+        behind = [entry for entry in self.entries if (entry.site.stage, entry.site.point) == ("decoder", "end")]
+        return {e.site.layer for e in behind if any(need.stage is None and need.name in rows for need in e.needs)}
 
     def at(self, stage: str, layer: int | None = None, point: str | None = None) -> list[Entry]:
         """Entries of a stage, a layer of it, or a point of that layer."""

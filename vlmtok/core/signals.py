@@ -22,10 +22,8 @@ the whole row, T text rows, H heads, d head width, C channels.
 | transition | B, 2, 2, L | (attention, MLP) x (norm ratio, cosine) of the modules' input and output |
 | attention_logits | B, H, L, L | scaled and masked logits; dense |
 
-At ``projected`` text_attention and last_attention are those of decoder layer 0, computed ahead.
-
-Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised. Rows that the
-host hides as padding count in no mean, and get none.
+Attention is softmax over all keys that the layer sees, then cut to the view's columns, not renormalised; at
+``projected`` it is that of decoder layer 0. Rows that the host hides as padding count in no mean, and get none.
 """
 
 from __future__ import annotations
@@ -364,7 +362,7 @@ DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
 END_ONLY = frozenset({"transition"})
 """Signals that exist only at the end of a layer: they look at what it did."""
 AHEAD = frozenset({"text_attention", "last_attention"})
-"""Signals of decoder layer 0 that are shown in front of it, at ``projected``: computed ahead with its norm, q and k."""
+"""Signals of decoder layer 0 that ``projected`` shows: computed ahead with its norm, q and k."""
 
 
 def check_stage(site: Site, layout: Layout, by: str) -> None:
