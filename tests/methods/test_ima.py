@@ -287,6 +287,6 @@ def test_layers_of_an_unknown_form_are_refused():
 def test_neurons_of_a_skipped_mlp_cannot_be_read():
     """CoreMatching looks inside the MLP that would run without the tokens that it compares."""
     layer = vlmtok.CoreMatching().sites(asking.llava())[0].layer
-    with pytest.raises(SiteError, match=f"reads the neurons of decoder layer {layer}"):
+    with pytest.raises(SiteError, match=f"a method reads the neurons of decoder layer {layer}"):
         Attachment([vlmtok.CoreMatching(), vlmtok.IMA(interval=1)], asking.llava())
     Attachment([vlmtok.CoreMatching(), vlmtok.IMA(interval=1, part="attn")], asking.llava())

@@ -1,5 +1,6 @@
 """`vlmtok.serving.plan`: what an engine can serve of every method, how much it leaves, and what it leaves."""
 
+import re
 import warnings
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,8 @@ IN_THE_DECODER = {
 }
 READ_LAYERS = {"learned": "text_attention"}
 """Methods that ask in front of the language model for what its layers compute, and what that is."""
+NEVER = {"tokencorr": "depends on the picture", "recoverable": "'relevance'|class token"}
+"""Methods that no setting makes servable, and why: content decides the number, or a signal is the user's."""
 CURED = {
     "aim": "aim:prune=false",
     "dart": "dart:at=embeddings:positions=none",
@@ -57,7 +60,7 @@ SIDE = 9
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_is_served_cured_or_refused(name, layout):
-    if name not in {*IN_THE_DECODER, *READ_LAYERS, *CURED}:
+    if name not in {*IN_THE_DECODER, *READ_LAYERS, *CURED, *NEVER}:
         made = plan(name, LAYOUTS[layout])
         assert made.spec == name and made.sites
         assert {site.stage for site in made.sites} <= {"vision", "features", "projected"}
@@ -65,6 +68,9 @@ def test_each_method_is_served_cured_or_refused(name, layout):
     with pytest.raises(VlmtokError) as told:
         plan(name, LAYOUTS[layout], engine="some engine")
     said = str(told.value)
+    if name in NEVER:
+        assert re.search(NEVER[name], said) and "is served" not in said
+        return
     assert "some engine" in said
     if name in READ_LAYERS:
         assert isinstance(told.value, MissingSignal) and READ_LAYERS[name] in said and "is served" not in said
@@ -131,7 +137,7 @@ def answer(ask, *of):
         return str(refusal)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in IN_THE_DECODER])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in {*IN_THE_DECODER, *NEVER}])
 @settings(max_examples=12)
 @given(data=st.data())
 def test_counts_are_those_of_a_dry_run(name, data):

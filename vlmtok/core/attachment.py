@@ -6,7 +6,7 @@ a handle that goes out of scope changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .method import Method
 from .placing import looks_on, place, sample_count
 from .reduction import Reduction
-from .signals import Need
+from .signals import BY_ATTENTION, NEURONS, Need
 from .site import POINTS, STAGES, Layout, Site
 from .skipping import asked, work
 from .view import Signal, TokenView
@@ -111,7 +111,7 @@ class Attachment:
         self.between_graphs = False
         self.said: list[str] = []
         self.entries = self._resolve()
-        self.skips = work(asked(self.methods, layout), layout, self.entries)
+        self.skips = work(asked(self.methods, layout), layout, self._read(BY_ATTENTION), self._read({NEURONS}))
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}
@@ -163,6 +163,11 @@ class Attachment:
                     f"{method.spec_name()} acts on tokens that {untried}: no release does so, and what it costs in "
                     "quality on real weights is unknown"
                 )
+
+    def _read(self, names: Collection[str]) -> set[int | None]:
+        """Decoder layers at whose ends methods ask for one of some signals of that layer."""
+        behind = [entry for entry in self.entries if (entry.site.stage, entry.site.point) == ("decoder", "end")]
+        return {e.site.layer for e in behind if any(need.stage is None and need.name in names for need in e.needs)}
 
     def at(self, stage: str, layer: int | None = None, point: str | None = None) -> list[Entry]:
         """Entries of a stage, a layer of it, or a point of that layer."""

@@ -131,7 +131,9 @@ DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
 }
 BY_ATTENTION = frozenset(DECODER_SIGNALS) - {"transition", "normed", "text_normed", "activation_match"}
 """Signals that are derived from queries or keys, which not every layer has."""
-END_ONLY = frozenset({"transition", "activation_match"})
+NEURONS = "activation_match"
+"""The signal that is read off the inside of an MLP."""
+END_ONLY = frozenset({"transition", NEURONS})
 """Signals that exist only at the end of a layer: they look at what it did."""
 AHEAD = frozenset({"text_attention", "last_attention"})
 """Signals of decoder layer 0 that are shown in front of it, at ``projected``: computed ahead with its norm, q and k."""

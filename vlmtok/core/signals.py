@@ -26,11 +26,9 @@ the whole row, T text rows, H heads, d head width, C channels.
 | normed, text_normed | B, N, C / B, T, C | what a layer gave, through the model's last norm; of that text |
 | activation_match | B, N, T + 1 | neurons of an MLP that a token has on, and a row of that text, or the prompt's last |
 
-At ``projected`` text_attention and last_attention are those of decoder layer 0, computed ahead.
-
 A neuron is on where the input of the MLP's last projection is positive. Attention is softmax over all keys that the
-layer sees, then cut to the view's columns, not renormalised. Rows that the host hides as padding count in no mean, and
-get none.
+layer sees, then cut to the view's columns, not renormalised; at ``projected`` it is that of decoder layer 0. Rows that
+the host hides as padding count in no mean, and get none.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MissingSignal, SiteError
-from .decoder_signals import AHEAD, BY_ATTENTION, DECODER_SIGNALS, END_ONLY, DecoderTaps
+from .decoder_signals import AHEAD, BY_ATTENTION, DECODER_SIGNALS, END_ONLY, NEURONS, DecoderTaps
 from .site import LAYERED, STAGES, Layout, Site, layer_of
 
 if TYPE_CHECKING:
@@ -57,6 +55,7 @@ __all__ = [
     "BY_ATTENTION",
     "DECODER_SIGNALS",
     "END_ONLY",
+    "NEURONS",
     "OF_OUTPUT",
     "PER_TOKEN",
     "TOWER_SIGNALS",

@@ -29,6 +29,9 @@ POSITIONS = ("keep", "renumber")
 
 SEPARATORS = ("keep", "drop")
 
+SKIPS = ("ffn", "attn", "block")
+"""What a decoder layer can leave out for visual tokens; a block is both branches."""
+
 
 @dataclass(frozen=True)
 class Site:

@@ -6,26 +6,14 @@ positions are those of the bare model; keys and values are made of every token, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ParameterError, SiteError
-from .signals import BY_ATTENTION
-from .site import Layout
+from .site import SKIPS, Layout
 
 if TYPE_CHECKING:
-    from .attachment import Entry
     from .method import Method
-
-PARTS: dict[str, frozenset[str]] = {
-    "ffn": frozenset({"ffn"}),
-    "attn": frozenset({"attn"}),
-    "block": frozenset({"ffn", "attn"}),
-}
-"""What `Method.skip` may say of a layer, and the branches that this names."""
-
-NEURONS = "activation_match"
-"""The signal that is read off the inside of an MLP."""
 
 MLP, QUERY, OUTPUT, MIXER = "mlp", "query", "output", "mixer"
 """Modules by their task: an MLP, the projections of an attention, and what stands in an attention's place. The last one
@@ -57,40 +45,40 @@ def asked(methods: Iterable[Method], layout: Layout) -> dict[int, frozenset[str]
             )
         depth = layout.stage("decoder", by).depth
         for layer, part in answer.items():
-            if isinstance(layer, bool) or not isinstance(layer, int) or part not in PARTS:
+            if isinstance(layer, bool) or not isinstance(layer, int) or part not in SKIPS:
                 raise ParameterError(
-                    f"{by}.skip: {layer!r}: {part!r} must be a layer and one of {', '.join(map(repr, PARTS))}"
+                    f"{by}.skip: {layer!r}: {part!r} must be a layer and one of {', '.join(map(repr, SKIPS))}"
                 )
             if not 0 <= layer < depth:
                 raise SiteError(
                     f"{by}: decoder layer {layer} does not exist; {layout.family} has layers 0 to {depth - 1}"
                 )
-            found[layer] = found.get(layer, frozenset()) | PARTS[part]
+            branches = {"ffn", "attn"} if part == "block" else {part}
+            found[layer] = found.get(layer, frozenset()) | branches
     return dict(sorted(found.items()))
 
 
-def work(skips: Mapping[int, frozenset[str]], layout: Layout, entries: Iterable[Entry]) -> dict[int, tuple[str, ...]]:
+def work(
+    skips: Mapping[int, frozenset[str]], layout: Layout, read: Collection[int | None], inside: Collection[int | None]
+) -> dict[int, tuple[str, ...]]:
     """Modules that run without visual tokens, by layer, as hooks are placed and MACs are counted.
 
     Args:
         skips: of `asked`.
         layout: of the model.
-        entries: methods at their sites; those that read the queries of a layer have them made of every token.
+        read: layers of which methods read queries; these are made of every token.
+        inside: layers of which methods read what happens inside the MLP.
 
     Raises:
-        SiteError: a method reads the neurons of an MLP that runs without visual tokens.
+        SiteError: that MLP would run without visual tokens.
     """
-    inside = [e for e in entries if (e.site.stage, e.site.point) == ("decoder", "end")]
-    read = {e.site.layer for e in inside for need in e.needs if need.stage is None and need.name in BY_ATTENTION}
-    for entry in inside:
-        layer = entry.site.layer
-        if layer is not None and "ffn" in skips.get(layer, ()) and any(n.name == NEURONS for n in entry.needs):
-            raise SiteError(
-                f"{entry.method} reads the neurons of decoder layer {layer}, whose MLP another method leaves out for "
-                "visual tokens; let one of the two act at other layers"
-            )
     found = {}
     for layer, branches in skips.items():
+        if "ffn" in branches and layer in inside:
+            raise SiteError(
+                f"a method reads the neurons of decoder layer {layer}, whose MLP another one leaves out for visual "
+                "tokens; let one of the two act at other layers"
+            )
         parts = [MLP] if "ffn" in branches else []
         if "attn" in branches:
             whole = [MIXER] if layer in layout.stages["decoder"].blind else [OUTPUT]

@@ -8,8 +8,7 @@ from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.settings import check_choice, check_range
-from ..core.site import Counts, Layout, Site
-from ..core.skipping import PARTS
+from ..core.site import SKIPS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import SiteError
 
@@ -75,7 +74,7 @@ class IMA(Method):
     end: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.part, "IMA", "part", tuple(PARTS))
+        check_choice(self.part, "IMA", "part", SKIPS)
         check_range(self.interval, "IMA", "interval", 1, kind=int)
         for name, least in (("start", -1), ("end", 0)):
             if getattr(self, name) is not None:
