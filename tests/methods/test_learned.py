@@ -259,7 +259,7 @@ def test_gradients_reach_attention_and_labels_are_of_the_right_columns(recipe):
 
 
 def test_training_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch):
-    """Cut off behind epoch 59, of which nothing lies on disk but the state of epoch 50, it ends as if it had not been."""
+    """Cut off behind epoch 59, with the state of epoch 50 on disk, it ends as if it had not been."""
     data = {"attention": drawn(40, 24), "right": torch.ones(40, dtype=torch.bool)}
     data["right"][7] = False
     data["relevance"] = F.pad(data["attention"], (1, 0))[:, :-1]  # the neighbour's: a convolution can tell
