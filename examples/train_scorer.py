@@ -238,7 +238,7 @@ class Given(vlmtok.Method):
         return self.keep
 
 
-def measure(model: Checkpoint, test: Exam, labels: Tensor, net: ConvScorer, results: Path, seed: int) -> None:
+def measure(model: Checkpoint, test: Exam, labels: Tensor, net: ConvScorer, results: Path, run: dict[str, int]) -> None:
     """Shares right with what each way keeps, a row of the CSV each; rows that are there are not measured again.
 
     Args:
@@ -247,7 +247,7 @@ def measure(model: Checkpoint, test: Exam, labels: Tensor, net: ConvScorer, resu
         labels: `[Q, 144]` of them, the upper bound.
         net: the trained scorer.
         results: the CSV.
-        seed: of the run, for its rows.
+        run: what the rows belong to, in columns of the CSV; rows of another run go.
     """
     ways: dict[str, Callable[[int], vlmtok.Method]] = {
         "random": lambda keep: vlmtok.Random(keep=keep),
@@ -256,13 +256,11 @@ def measure(model: Checkpoint, test: Exam, labels: Tensor, net: ConvScorer, resu
         "trained": lambda keep: vlmtok.Learned(keep=keep, scorer=net),
         "labels": lambda keep: Given(keep),
     }
-    columns = ["method", "tokens", "questions", "seed", *QUESTION_TYPES, "all"]
+    columns = ["method", "tokens", *run, *QUESTION_TYPES, "all"]
     rows: list[dict[str, Any]] = []
     if results.exists():
         with results.open(newline="") as file:
-            rows = [
-                row for row in csv.DictReader(file) if (row["questions"], row["seed"]) == (str(len(test)), str(seed))
-            ]
+            rows = [row for row in csv.DictReader(file) if all(row.get(name) == str(run[name]) for name in run)]
     there = {(row["method"], int(row["tokens"])) for row in rows}
     for name, way in ways.items():
         for tokens in BUDGETS:
@@ -280,7 +278,7 @@ def measure(model: Checkpoint, test: Exam, labels: Tensor, net: ConvScorer, resu
             with vlmtok.compress(model.model, way(tokens), **given):
                 right = score(test, answer)
             figures = {kind: f"{right[kind]:.4f}" for kind in (*QUESTION_TYPES, "all")}
-            rows.append({"method": name, "tokens": tokens, "questions": len(test), "seed": seed, **figures})
+            rows.append({"method": name, "tokens": tokens, **run, **figures})
             logger.info("%s with %d of %d tokens: %.1f %%", name, tokens, TOKENS, 100 * right["all"])
             with results.open("w", newline="") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
@@ -313,7 +311,8 @@ def main() -> None:
     save_file(net.state_dict(), work / "scorer.safetensors")
     test = exam(args.exam, "scorer", args.seed)
     labels = label(eager, test, work, "exam")["relevance"]
-    measure(Checkpoint(FOLDER), test, labels, net, args.results, args.seed)
+    run = {"trained_on": args.questions, "epochs": args.epochs, "questions": args.exam, "seed": args.seed}
+    measure(Checkpoint(FOLDER), test, labels, net, args.results, run)
     logger.info("done in %.1f minutes; weights in %s", (time.time() - began) / 60, work / "scorer.safetensors")
 
 
