@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import recoverable_by_hand
 from torch import Tensor
 
 import vlmtok
-from vlmtok import Method
+from vlmtok import Method, TokenView
 from vlmtok.core.settings import keep_count
+from vlmtok.errors import SiteError
 
 from .build import FAMILIES, shared
 from .canvas import placed, projections_of, real_crops
@@ -129,16 +132,61 @@ def scope(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) ->
     return {i: x[i] for i in kept}
 
 
+def vispruner(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
+    """VisPruner on one part by loops: the best by score, and of the rest those without near duplicates."""
+    k = keep_count(0.5, len(x))
+    order = score.argsort(descending=True, stable=True).tolist()
+    unit = F.normalize(x.double(), dim=-1)
+    kept, others = order[: int(0.5 * k)], order[int(0.5 * k) :]
+    while len(others) > k - len(kept):
+        first, second = others[0::2], others[1::2]
+        nearest = {i: max(float(unit[i] @ unit[j]) for j in second) for i in first}
+        leave = min(8, len(others) - k + len(kept), len(first))
+        others = sorted(first, key=lambda i: -nearest[i])[leave:] + second
+    return {i: x[i] for i in [*kept, *others]}
+
+
+def relevance(view: TokenView) -> Tensor:
+    """Of a user: it tells tokens apart by themselves."""
+    return relevance_of(view.tokens)
+
+
+def relevance_of(x: Tensor) -> Tensor:
+    """The same of tokens `[..., C]`."""
+    return 0.01 * (x.float() @ torch.linspace(-1.0, 1.0, x.shape[-1])) ** 3
+
+
+def recoverable(x: Tensor, score: Tensor, flat: Tensor, keys: Tensor, wide: Tensor) -> Slots:
+    """Recoverable Compression on one part by loops: slots are where their tokens are."""
+    made = recoverable_by_hand.recovered(x, flat, wide, relevance_of(x))
+    assert made.margin > 1e-6
+    return {place: token.float() for place, token in made.slots.items()}
+
+
 METHODS = {
     "visionzip": (visionzip, {"keep": 0.5}, "feature"),
     "prumerge": (prumerge, {}, "-1"),
     "scope": (scope, {"keep": 0.5}, "feature"),
+    "vispruner": (vispruner, {"keep": 0.5}, "feature"),
+    "recoverable": (recoverable, {}, "-1"),
 }
+MERGING = {"visionzip", "prumerge", "recoverable"}
+CLASSED = {"llava_next", *PREFIX}
+"""Towers with a class token."""
+GIVEN = {"recoverable": {"signals": {"relevance": relevance}}}
+"""What a user gives beside a method."""
 
 
 @torch.no_grad()
 def assert_answers(
-    name: str, prompt: Prompt, method: Method, asked: Oracle, encoded: object, hidden: Tensor, stays: Tensor
+    name: str,
+    prompt: Prompt,
+    method: Method,
+    asked: Oracle,
+    encoded: object,
+    hidden: Tensor,
+    stays: Tensor,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
     """Answers of a method are the oracle's on the columns that stay, with a cache and without.
 
@@ -150,6 +198,7 @@ def assert_answers(
         encoded: what it made of the prompt's pictures.
         hidden: `[S, C]`, the prompt's columns when all is merged.
         stays: bool `[S]`, those that stay.
+        given: what a user gives `vlmtok.compress` beside the method.
     """
     family, model = FAMILIES[name], shared(name)
     written, rows = prompt.ids[:0], []
@@ -162,7 +211,7 @@ def assert_answers(
             row = replace(row, positions=torch.arange(len(row))[None])
         rows.append(asked.logits(row, ()))
         written = torch.cat([written, rows[-1].argmax()[None]])
-    with vlmtok.compress(model, method, trace=True) as run:
+    with vlmtok.compress(model, method, trace=True, **(given or {})) as run:
         for options in ({}, {"use_cache": False}):
             tokens, logits = generate(model, family.collect(prompt).inputs(), **options)
             assert (logits[0] - torch.stack(rows)).abs().max() <= NOISE
@@ -177,7 +226,7 @@ def assert_batch(name: str, which: str, method: str) -> None:
     """A batch's answers are those of its rows, left padding and different pictures in the rows included."""
     family, model = FAMILIES[name], shared(name)
     batch = family.batch(*getattr(family, which))
-    with vlmtok.compress(model, method):
+    with vlmtok.compress(model, method, **GIVEN.get(method, {})):
         tokens, logits = generate(model, batch.inputs())
         for i, prompt in enumerate(batch.prompts):
             alone, one = generate(model, family.collect(prompt).inputs())
@@ -199,6 +248,10 @@ def assert_batch(name: str, which: str, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, separators: str) -> None:
     """Answers equal the oracle's on the tokens that loops keep and merge, with a cache and without."""
+    if method == "recoverable" and name not in CLASSED:
+        with pytest.raises(SiteError, match="class token"):
+            vlmtok.compress(shared(name), method, **GIVEN[method])
+        return
     family, model = FAMILIES[name], shared(name)
     by_loops, settings, layer = METHODS[method]
     prompt = family.prompt(pattern, 3)
@@ -226,9 +279,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
                     merged += not torch.equal(token, before[place])
                     stays[columns[place]] = True
                     hidden[columns[place]] = token
-    assert bool(merged) == (method != "scope") and not stays.all()
+    assert bool(merged) == (method in MERGING) and not stays.all()
     made = vlmtok.create_method(method, separators=separators, **settings)
-    assert_answers(name, prompt, made, asked, encoded, hidden, stays)
+    assert_answers(name, prompt, made, asked, encoded, hidden, stays, GIVEN.get(method))
 
 
 @pytest.mark.parametrize(
@@ -241,3 +294,9 @@ def test_tokens_are_those_of_plain_loops(name: str, pattern: str, method: str, s
 def test_a_batch_equals_its_rows(name: str, which: str, method: str) -> None:
     """Left padding, different pictures in the rows, beams."""
     assert_batch(name, which, method)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSED))
+def test_a_batch_with_a_signal_of_the_users_equals_its_rows(name: str) -> None:
+    """The same where the method needs what the user gives, row by row."""
+    assert_batch(name, "several", "recoverable")

@@ -134,8 +134,11 @@ def everything_equal(method, nan_at=None, n=12):
         )
         with torch.no_grad():
             reduction = s.method.reduce(view)
-        if reduction is not None and reduction.slots < n:
-            assert s.method.count(view.counts) in (None, reduction.slots)
-            found.append((sorted(reduction.keep[0].tolist()), n))
+        if reduction is None:
+            continue
+        assert s.method.count(view.counts) in (None, reduction.slots)
+        kept = reduction.keep[0] if reduction.valid is None else reduction.keep[0][reduction.valid[0]]
+        if len(kept) < n:
+            found.append((sorted(kept.tolist()), n))
     assert found, f"{method} cut nothing"
     return found

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import drawn_settings
-from support.asking import Asking, dual, empty, llava
+from support.asking import USER, Asking, dual, empty, llava
 from support.methods import METHODS
 
 import vlmtok
@@ -67,7 +67,7 @@ def placed(method, layout):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            place(method, layout)
+            place(method, layout, USER)
     except VlmtokError:
         return False
     return True

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 from support import drawn_settings
-from support.asking import llava
+from support.asking import USER, llava
 from support.methods import METHODS
 
 import vlmtok
@@ -50,11 +50,16 @@ def reads_layers(method):
     return any(need in DECODER_SIGNALS for site in method.sites(MODEL) for need in site.needs)
 
 
+def asks_the_user(method):
+    """Whether a method decides on a signal that no model gives, and engines have no way to be given."""
+    return any(need in USER for site in method.sites(MODEL) for need in site.needs)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_names_settings_that_can_be_served_where_its_defaults_cannot(name):
     method = vlmtok.create_method(name)
     if not method.counted:
-        inside = cuts_between_layers(method) or method.skip(MODEL) or reads_layers(method)
+        inside = cuts_between_layers(method) or method.skip(MODEL) or reads_layers(method) or asks_the_user(method)
         assert refusal(method) is None or inside, f"{name} names none, and {refusal(method)}"
         return
     assert refusal(method) is not None, f"{name} names {method.counted!r}, and its defaults do"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.asking import llava
 from support.decoder_by_hand import golden, golden_names
@@ -86,6 +86,38 @@ def test_no_grid_is_refused_in_words_unless_there_are_no_anchors():
     with pytest.raises(ParameterError, match="30 tokens at features form no single grid"):
         HiPrune(keep=20, alpha=0.5).reduce(view(score, score, None))
     assert HiPrune(keep=20, alpha=0.0).reduce(view(score, score, None)).slots == 20
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 7),
+    columns=st.integers(2, 7),
+    share=st.floats(0.05, 0.95),
+    alpha=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    edges=st.sampled_from(EDGES),
+    seed=st.integers(0, 99),
+)
+def test_choice_by_plain_loops(rows, columns, share, alpha, edges, seed):
+    """Batches, odd grids, and as many anchors as fit with their neighbours."""
+    n, g = rows * columns, torch.Generator().manual_seed(seed)
+    middle, last, k = torch.rand(2, n, generator=g), torch.rand(2, n, generator=g), max(1, int(share * n))
+    made = HiPrune(keep=k, alpha=alpha, edges=edges).reduce(view(middle, last, (rows, columns)))
+    for row in range(2):
+        marked: set[int] = set()
+        for at in sorted(range(n), key=lambda i: -middle[row, i].item())[: min(round(k * alpha / 5), k // 5)]:
+            r, c = divmod(at, columns)
+            around = [(r, c), (r, c - 1), (r, c + 1), (r - 1, c), (r + 1, c)]
+            if edges == "wrap":
+                marked |= {min(max(i * columns + j, 0), n - 1) for i, j in around}
+            else:
+                marked |= {i * columns + j for i, j in around if 0 <= i < rows and 0 <= j < columns}
+        others = sorted(set(range(n)) - marked, key=lambda i: -last[row, i].item())
+        assert made.keep[row].tolist() == sorted([*marked, *others[: k - len(marked)]])
+
+
+def test_as_many_anchors_as_fit():
+    """round(3 * 1.0 / 5) is one anchor, which with its neighbours would be five of three."""
+    assert [anchors_of(k, 1.0) for k in (3, 4, 5, 8, 9, 10)] == [0, 0, 1, 1, 1, 2]
 
 
 def test_alpha_of_one_and_nan():

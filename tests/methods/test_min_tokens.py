@@ -35,7 +35,7 @@ def asked(method):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if cuts(name) and name != "recoverable"])
+@pytest.mark.parametrize("name", [name for name in METHODS if cuts(name)])
 def test_a_small_picture_is_left_whole(name):
     plain = vlmtok.parse_methods(spec_of(name))[0]
     visits = asked(replace(plain, min_tokens=N))

@@ -79,6 +79,20 @@ def test_tokens_that_cannot_be_normalised_compare_as_nothing():
     x[0, 3], x[0, 4] = 0.0, float("nan")
     kept = VisPruner(keep=10, important=0.5).reduce(view(x, torch.rand(1, 2, 20))).keep
     assert kept.shape == (1, 10) and len(set(kept[0].tolist())) == 10
+    # Dealt into 0, 1, 2 and 3, 4, 5: token 2 is like 3 and leaves; 0 and 1 are nearest to those of no direction, at 0.
+    against = F.normalize(torch.tensor([[[1.0, 0.0], [0.9, 0.1], [-1.0, 0.1], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]))
+    against[0, 5] = float("nan")
+    dealt = torch.tensor([[0, 3, 1, 4, 2, 5]])
+    assert without_duplicates(against, dealt, 5).tolist() == [[0, 1, 3, 4, 5]]
+
+
+def test_the_important_ones_are_cut_off_not_rounded():
+    """23 at 0.5 are 11.5: the twelfth by attention takes its chance with the others."""
+    x = torch.randn(1, 40, 6, generator=torch.Generator().manual_seed(0))
+    score = torch.arange(40.0, 0, -1)[None]
+    x[0, 11] = x[0, 12]  # a near duplicate in the other half, so that it leaves in the first round
+    kept = VisPruner(keep=23, important=0.5).reduce(view(x, score[:, None])).keep[0].tolist()
+    assert kept[:11] == list(range(11)) and 11 not in kept
 
 
 def test_received_attention_stands_in_for_the_class_token():

@@ -21,6 +21,8 @@ DEPTH, LAYERS = 4, 16
 """Blocks of towers, layers of the language model."""
 FRAMES = 4
 """Of views that are clips."""
+USER = frozenset({"relevance"})
+"""Signals that only a user can give, one number a token."""
 
 Fill = Callable[..., Tensor]
 """From a name and a shape to a tensor."""
@@ -65,7 +67,7 @@ class Asking:
 
     def __init__(self, method: Method, layout: Layout, fill: Fill) -> None:
         self.method, self.layout, self.fill = method, layout, fill
-        self.places = sorted(place(method, layout)[0], key=lambda one: (STAGES.index(one.site.stage), one.key))
+        self.places = sorted(place(method, layout, USER)[0], key=lambda one: (STAGES.index(one.site.stage), one.key))
         self.state: dict[str, Tensor] = {}
         self.row: dict[str, Any] = {}
         self.memory = method.build(layout)
@@ -123,6 +125,8 @@ class Asking:
     # ------------------------------------------------------------------ signals
     def signal(self, at: Placed, need: Need, n: int) -> Callable[[], Tensor | None]:
         """A signal of a site, derived as the core derives it."""
+        if need.key in USER:
+            return lambda: self.fill(need.name, BATCH, n)
         stage = need.stage or at.site.stage
         if stage in ("vision", "text"):
             layer = at.site.layer if need.layer is None else need.layer

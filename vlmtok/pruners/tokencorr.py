@@ -12,7 +12,7 @@ from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import ranked
-from ..core.settings import check_choice, check_layer, check_range
+from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
 from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 
@@ -42,14 +42,16 @@ def local_and_global(shallow: Tensor, deep: Tensor, count: Tensor) -> Tensor:
     Args:
         shallow: `[B, N]`.
         deep: `[B, N]`.
-        count: int64 `[B]`, how many in all.
+        count: int64 `[B]`, how many in all, at most N.
 
     Returns:
-        bool `[B, N]`.
+        bool `[B, N]`, `count` of each row; the lowest index wins a tie, NaN loses.
     """
     first = ranked(shallow).argsort(dim=1) < (count // 2)[:, None]
-    rest = ranked(torch.where(first, float("-inf"), deep.float())).argsort(dim=1)
-    return first | (rest < (count - count // 2)[:, None])
+    order = ranked(deep)
+    # Those of the first half go behind NaN, so that none is counted twice.
+    order = order.gather(1, first.gather(1, order).long().argsort(dim=1, stable=True))
+    return first | (order.argsort(dim=1) < (count - count // 2)[:, None])
 
 
 @register_method
@@ -67,6 +69,8 @@ class TokenCorr(Method):
         4. They keep the order of the picture.
 
     Args:
+        keep: None lets each crop's density decide, so that rows are ragged; a share (float) or count (int) of tokens
+            fixes it.
         threshold: cosine of the tower's last keys (mean over heads) above which two patches are alike.
         counterparts: other patches that must be alike.
         shallow: 0-based tower layer of the local half, negative from the end; None is a quarter of the depth.
@@ -79,18 +83,23 @@ class TokenCorr(Method):
     code = ""
     parity = "approximate: no public code; the paper's abstract only"
     deviations = (
-        "Threshold, counterparts, layers and rounding are assumed.",
+        "Threshold, counterparts, layers and rounding are assumed; a fixed `keep` is ours.",
         "The paper samples tokens by their attention; here those of highest attention stay, so that runs are alike.",
         "DocOwl, the paper's model, is no family here; crops of LLaVA-NeXT and InternVL are what it is for.",
     )
     scope = "part"
+    budget_parameter = "keep"
+    counted = "keep=0.34"  # the paper's mean compression is about 66 percent
 
+    keep: float | int | None = None
     threshold: float = 0.8
     counterparts: int = 1
     shallow: int | None = None
     separators: str = "drop"
 
     def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep, "TokenCorr")
         check_range(self.threshold, "TokenCorr", "threshold", -1, 1)
         check_range(self.counterparts, "TokenCorr", "counterparts", 1, kind=int)
         check_layer(self.shallow, "TokenCorr", "shallow")
@@ -115,20 +124,25 @@ class TokenCorr(Method):
         return name, layout.feature_stage("TokenCorr", [name, "keys"])
 
     def reduce(self, view: TokenView) -> Reduction | None:
-        """As many tokens of each row as its patches differ; slots in the order of the tokens."""
-        n = view.counts.n
-        if n < 2:
+        """As many tokens of each row as its patches differ, or as `keep` says; slots in the order of the tokens."""
+        n, k = view.counts.n, self.count(view.counts)
+        if k == n:
             return None
         shallow, deep = (_mean(view.signal(name)) for name in view.site.needs[:2])
-        density = 1.0 - repeated(view.signal(LAST), self.threshold, self.counterparts).double().mean(1)
-        count = (density * n + 0.5).floor().to(torch.int64).clamp(1, n)
+        if k is None:
+            density = 1.0 - repeated(view.signal(LAST), self.threshold, self.counterparts).double().mean(1)
+            count = (density * n + 0.5).floor().to(torch.int64).clamp(1, n)
+        else:
+            count = torch.full((shallow.shape[0],), k, dtype=torch.int64, device=shallow.device)
         chosen = local_and_global(shallow, deep, count)
         place = torch.arange(n, device=chosen.device)
         slots = torch.where(chosen, place, n + place).sort(dim=1).values
-        return Reduction(slots % n, valid=slots < n)
+        return Reduction(slots % n, valid=slots < n) if k is None else Reduction(slots[:, :k])
 
     def count(self, counts: Counts) -> int | None:
-        """It depends on the picture."""
+        """As `keep` says; None where the picture decides."""
+        if self.keep is not None:
+            return keep_count(self.keep, counts.n)
         return None if counts.n > 1 else counts.n
 
 
