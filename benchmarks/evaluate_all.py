@@ -7,8 +7,8 @@ their tables to `benchmarks/results/eval/TASK.csv`, of which `vlmtok recommend` 
 
     python benchmarks/evaluate_all.py --add FOLDER ...
 
-adds the tables that `vlmtok eval TASK --methods NEW --no-baselines --out FOLDER` wrote, of methods that came since; rows
-of the same method and budget are replaced.
+adds the tables that `vlmtok eval TASK --methods NEW --no-baselines --out FOLDER` wrote, of methods that came since;
+rows of the same method and budget are replaced.
 """
 
 from __future__ import annotations
