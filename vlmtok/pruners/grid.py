@@ -61,6 +61,10 @@ class Grid(Method):
     paper = "baseline (uniform sampling)"
     parity = "no reference"
 
+    caveats = (
+        "Small things fall between the cells: with a quarter of scenes-llava's tokens 40 % of small objects and 12 % of "
+        "fine print are found (300 questions), hardly more than by a random quarter (41 and 5 %).",
+    )
     scope = "part"
     budget_parameter = "keep"
 

@@ -101,8 +101,8 @@ class VisPruner(ScoredByTower):
         "With several crops a picture, similarities are those of projected tokens; the release takes tower features.",
     )
     caveats = (
-        "Counting suffers first: a quarter of scenes-llava's tokens answers print, tables and charts as all do, and 8 of "
-        "25 questions that count to nine (all: 23); a tenth answers none of them (300 questions of scenes-vqa).",
+        "Counting suffers first: a quarter of scenes-llava's tokens answers print, tables and charts as all do, and 8 "
+        "of 25 questions that count to nine (all: 23); a tenth answers none of them (300 questions of scenes-vqa).",
     )
     aliases = (
         Alias("visual_token_num", "keep", "the released code"),
