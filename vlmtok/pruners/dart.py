@@ -141,8 +141,8 @@ class DART(Method):
         Alias("max_num_trunction", "keep", "the released code"),
     )
     caveats = (
-        "On embeddings it loses what it keeps inside: with a quarter of scenes-llava's tokens, averaged over layers, 97 % "
-        "of 300 questions are right in the decoder form, 93 % at the input, where tables fall to 20 of 25.",
+        "On embeddings it loses what it keeps inside: with a quarter of scenes-llava's tokens, averaged over layers, "
+        "97 % of 300 questions are right in the decoder form, 93 % at the input, where tables fall to 20 of 25.",
     )
     budget_parameter = "keep"
     counted = "at=embeddings:positions=none"

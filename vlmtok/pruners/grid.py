@@ -62,8 +62,8 @@ class Grid(Method):
     parity = "no reference"
 
     caveats = (
-        "Small things fall between the cells: with a quarter of scenes-llava's tokens 40 % of small objects and 12 % of "
-        "fine print are found (300 questions), hardly more than by a random quarter (41 and 5 %).",
+        "Small things fall between the cells: with a quarter of scenes-llava's tokens 40 % of small objects and 12 % "
+        "of fine print are found (300 questions), hardly more than by a random quarter (41 and 5 %).",
     )
     scope = "part"
     budget_parameter = "keep"
