@@ -13,7 +13,9 @@ from vlmtok.pruners.grid import evenly, spread_cells
 
 
 def kept(n, grid, **settings):
-    return UniformGrid(**settings).reduce(TokenView(torch.zeros(1, n, 2), Site("projected"), grid=grid)).keep[0].tolist()
+    return (
+        UniformGrid(**settings).reduce(TokenView(torch.zeros(1, n, 2), Site("projected"), grid=grid)).keep[0].tolist()
+    )
 
 
 def test_a_quarter_is_every_second_cell_both_ways():
