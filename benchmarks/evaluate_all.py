@@ -4,6 +4,11 @@
 
 runs `vlmtok eval` for groups of methods side by side, each resumable in a folder of its own below `--work`, and joins
 their tables to `benchmarks/results/eval/TASK.csv`, of which `vlmtok recommend` reads a copy.
+
+    python benchmarks/evaluate_all.py --add FOLDER ...
+
+adds the tables that `vlmtok eval TASK --methods NEW --no-baselines --out FOLDER` wrote, of methods that came since;
+rows of the same method and budget are replaced.
 """
 
 from __future__ import annotations
@@ -72,19 +77,47 @@ def join(task: str, folders: Iterable[Path]) -> None:
     rows: list[dict[str, str]] = []
     columns: list[str] = []
     for folder in folders:
-        with open(folder / f"{task}.csv", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns += [name for name in reader.fieldnames or () if name not in columns]
-            rows += [row for row in reader if row not in rows]
+        for row in _read(folder / f"{task}.csv"):
+            columns += [name for name in row if name not in columns]
+            rows += [] if row in rows else [row]
     order = {name: i for i, name in enumerate(("none", "random", "downsample"))}
     places = {row["asked"]: i for i, row in enumerate(sorted(rows, key=lambda row: row["asked"]))}
     rows.sort(key=lambda row: (order.get(row["asked"], 3), places[row["asked"]], -float(row["keep"])))
     for folder in (RESULTS, SHIPPED):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{task}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        _write(folder / f"{task}.csv", columns, rows)
+
+
+def added(task: str, folders: Iterable[Path]) -> None:
+    """Joins tables of further methods to the committed one, whose row of the uncompressed model stays."""
+    import tempfile
+
+    committed = RESULTS / f"{task}.csv"
+    with tempfile.TemporaryDirectory() as room:
+        parts = [Path(room) / str(i) for i, _ in enumerate((committed, *folders))]
+        tables = [_read(committed), *(_read(folder / f"{task}.csv") for folder in folders)]
+        newer = {(row["asked"], row["keep"]) for table in tables[1:] for row in table}
+        for part, table in zip(parts, tables):
+            first = table is tables[0]
+            kept = [row for row in table if (row["asked"] == "none") == first or row["asked"] != "none"]
+            kept = [
+                row for row in kept if not first or row["asked"] == "none" or (row["asked"], row["keep"]) not in newer
+            ]
+            part.mkdir()
+            _write(part / f"{task}.csv", list(tables[0][0]), kept)
+        join(task, parts)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -97,7 +130,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--limit", type=int, help="questions; for a trial")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "eval")
+    parser.add_argument("--add", type=Path, nargs="+", help="folders of sweeps of methods that came since")
     args = parser.parse_args()
+    if args.add:
+        for task in KEEPS:
+            folders = [folder for folder in args.add if (folder / f"{task}.csv").is_file()]
+            if folders:
+                added(task, folders)
+        return
     for task in args.tasks:
         parts = groups(task, args.jobs)
         folders = [args.work / f"{task}-{i}" for i in range(len(parts))]

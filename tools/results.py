@@ -50,6 +50,13 @@ class Results:
         row = self.by.get((way, keep, kind))
         return None if row is None or row["quality"] is None else 100 * row["quality"]
 
+    def fewer(self, way: str) -> int | None:
+        """Questions that a way answered, where they are not as many as the uncompressed model did."""
+        asked = {
+            int(row["questions"]) for row in self.rows if (row["asked"], row["kind"]) == (way, "all") and row["quality"]
+        }
+        return min(asked) if asked and min(asked) < int(self.by["none", 1.0, "all"]["questions"]) else None
+
     def ways(self) -> list[str]:
         """What was set to the budgets and ran at one of them at least, best first at the middle one."""
         middle = self.keeps[len(self.keeps) // 2]
@@ -68,9 +75,10 @@ def cell(value: float | None, missing: str = "-") -> str:
     return missing if value is None else f"{value:.1f}"
 
 
-def label(way: str) -> str:
-    """A way's name in a table; baselines stand out."""
-    return f"**{way}**" if way in ("random", "downsample") else f"`{way}`"
+def label(way: str, asked: int | None = None) -> str:
+    """A way's name in a table; baselines stand out, and so does one that answered fewer questions than the others."""
+    name = f"**{way}**" if way in ("random", "downsample") else f"`{way}`"
+    return name if asked is None else f"{name} ({asked})"
 
 
 def readme() -> str:
@@ -97,7 +105,7 @@ def overall(task: str) -> str:
             known = row is not None and row["difference"] is not None
             gaps.append(f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}" if known else "-")  # type: ignore[index]
         shares = [cell(found.quality(way, keep)) for keep in found.keeps]
-        lines.append([label(way), *shares, *(["", *gaps[1:]] if way == "none" else gaps)])
+        lines.append([label(way, found.fewer(way)), *shares, *(["", *gaps[1:]] if way == "none" else gaps)])
     return table(head, lines)
 
 
@@ -105,7 +113,7 @@ def kinds(task: str, keep: float) -> str:
     """Every way at one budget by kind of question."""
     found = Results(task)
     columns = [kind for kind in found.kinds if kind != "all"]
-    ran = [(label(way), way, keep) for way in found.ways() if found.quality(way, keep) is not None]
+    ran = [(label(way, found.fewer(way)), way, keep) for way in found.ways() if found.quality(way, keep) is not None]
     lines = [
         [name, *(cell(found.quality(way, share, kind)) for kind in columns)]
         for name, way, share in [("none", "none", 1.0), *ran]

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from .pruners.evs import EVS as EVS
     from .pruners.fastervlm import FasterVLM as FasterVLM
     from .pruners.fastv import FastV as FastV
-    from .pruners.grid import Grid as Grid
+    from .pruners.grid import UniformGrid as UniformGrid
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
     from .pruners.ima import IMA as IMA

@@ -199,7 +199,7 @@ class Segments:
         return call.gathered[key][1]
 
     def own_rotary(self, call: Call, segment: Segment, layer: int, hidden: Tensor) -> Any:
-        """Position embeddings of a layer at positions that a cut renumbered.
+        """Position embeddings of a layer at positions that a cut renumbered, or before the host has made any.
 
         Args:
             call: this call.
@@ -208,6 +208,7 @@ class Segments:
             hidden: `[B, L, C]`, its input.
         """
         positions = _positions(call, segment)
+        positions = positions[-3:] if positions.dim() == 3 else positions  # `generate` puts places in the row in front
         rotary = self.lm().rotary_emb
         return rotary(hidden, positions, self.kinds[layer]) if self.typed else rotary(hidden, positions)
 

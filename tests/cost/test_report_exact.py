@@ -18,6 +18,7 @@ from vlmtok import (
     CrossGET,
     DivPrune,
     FastV,
+    Learned,
     PiToMe,
     PruMerge,
     PyramidDrop,
@@ -29,6 +30,7 @@ from vlmtok import (
     VisionZip,
 )
 from vlmtok.cost.lines import Line, Span
+from vlmtok.pruners.learned import ConvScorer
 
 pytestmark = pytest.mark.usefixtures("counted_paths")
 
@@ -134,6 +136,8 @@ LANGUAGE_METHODS = {
     "CrossGET": lambda: CrossGET.preset("llava", rv=2),
     "PiToMe and TransPrune": lambda: [PiToMe.preset("llava", ratio=0.8), TransPrune()],
     "three": lambda: [ToMe(r=2), ToDRE(keep=0.5, tau=1.0), FastV()],
+    "Learned": lambda: Learned(keep=0.3, scorer=ConvScorer((4, 8), 5)),
+    "Learned behind a cut": lambda: [DivPrune(keep=0.7), Learned()],
     "IMA": lambda: IMA(),
     "IMA, attention": lambda: IMA(part="attn", interval=3),
     "IMA and cuts": lambda: [IMA(part="block", interval=1), PiToMe.preset("llava", ratio=0.8), TransPrune(), FastV()],
@@ -148,7 +152,7 @@ def test_generate_is_counted_exactly_prefill_and_each_step(method):
 
 
 @pytest.mark.parametrize(
-    "method", ["ToDRE", "TransPrune", "FastV", "SparseVLM", "PruMerge", "three", "IMA", "IMA and cuts"]
+    "method", ["ToDRE", "TransPrune", "FastV", "SparseVLM", "PruMerge", "three", "Learned", "IMA", "IMA and cuts"]
 )
 def test_a_plain_forward_is_counted_exactly(method):
     model = model_of("HF LLaVA")

@@ -222,6 +222,23 @@ def test_families_of_another_kind_are_refused(name):
             vlmtok.compress(shared(name, "eager"), Listen(layer=layer, point=point))
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in FAMILIES if FAMILIES[n].positions == "mrope" and not n.startswith("qwen3_5")]
+)
+def test_ahead_of_the_first_layer_generate_shows_what_a_forward_does(name):
+    """`generate` hands M-RoPE models one row of positions more."""
+    model, inputs, found = shared(name, "eager"), batch(name).inputs(), []
+    for call in (model, functools.partial(model.generate, max_new_tokens=1, do_sample=False)):
+        listen = Listen(layer=0, point="start")
+        with torch.no_grad(), vlmtok.compress(model, listen):
+            call(**inputs)
+        found.append(listen.seen)
+    assert len(found[0]) == len(found[1]) > 1
+    for one, other in zip(*found):
+        assert torch.equal(one[0], other[0]) and one[1].sum() > 1e-3
+        torch.testing.assert_close(one[1], other[1], atol=1e-6, rtol=1e-5)
+
+
 def test_a_first_layer_without_rows_is_not_looked_at_ahead():
     for name, what in {"qwen3_5": "linear attention", "lfm2_vl": "a convolution"}.items():
         with pytest.raises(

@@ -20,6 +20,7 @@ from vlmtok import (
     CrossGET,
     DivPrune,
     FastV,
+    Learned,
     PiToMe,
     PruMerge,
     PyramidDrop,
@@ -35,6 +36,7 @@ from vlmtok.core.model_shape import ModelShape
 from vlmtok.errors import MissingSignal, ParameterError, SiteError
 from vlmtok.forecast.presets import preset
 from vlmtok.loading import LoadError
+from vlmtok.pruners.learned import ConvScorer
 
 LLAVA = "llava-1.5-7b"
 
@@ -124,6 +126,8 @@ LANGUAGE_METHODS = {
     "CrossGET": lambda: CrossGET.preset("llava", rv=2),
     "two": lambda: [PiToMe.preset("llava", ratio=0.8), TransPrune()],
     "three": lambda: [ToMe(r=2), ToDRE(keep=0.5, tau=1.0), FastV()],
+    "Learned": lambda: Learned(keep=0.3, scorer=ConvScorer((4, 8), 5)),
+    "Learned behind a cut": lambda: [DivPrune(keep=0.7), Learned()],
     "IMA": lambda: IMA(),
     "IMA, attention": lambda: IMA(part="attn", interval=3),
     "IMA and cuts": lambda: [IMA(part="block", interval=1), PiToMe.preset("llava", ratio=0.8), TransPrune(), FastV()],

@@ -192,8 +192,8 @@ def test_lmms_eval_is_the_business_of_its_wing_and_nobody_asks_that():
 
 # ---------------------------------------------------------------------- words
 METHOD_CLASSES = {vlmtok.method_class(name).__name__ for name in vlmtok.list_methods()}
-NAMES = set(vlmtok.list_methods()) - {"scope", "random"}
-"""Names in the registry; those two are words of the contract and of the standard library too."""
+NAMES = set(vlmtok.list_methods()) - {"scope", "grid", "random"}
+"""Names in the registry; those three are words of the contract and of the standard library too."""
 ROLES = {role for role in vars(hosts).values() if isinstance(role, Role)}
 PLAIN = {"x", "query", "input", "config", "rope", "cache"}
 """Names of hosts' arguments that are words of ours too."""

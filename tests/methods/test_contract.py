@@ -23,6 +23,7 @@ KEEP_ALL = {
     "cdpruner": "cdpruner:keep=1.0",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:keep=1.0",
+    "learned": "learned:keep=1.0",
     "pyramiddrop": "pyramiddrop:ratios=(1.0;1.0;1.0)",
     "random": "random:keep=1.0",
     "scope": "scope:keep=1.0",

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtok import Grid, Site, TokenView
+from vlmtok import Site, TokenView, UniformGrid
 from vlmtok.errors import ParameterError
 from vlmtok.pruners.grid import evenly, spread_cells
 
 
 def kept(n, grid, **settings):
-    return Grid(**settings).reduce(TokenView(torch.zeros(1, n, 2), Site("projected"), grid=grid)).keep[0].tolist()
+    return UniformGrid(**settings).reduce(TokenView(torch.zeros(1, n, 2), Site("projected"), grid=grid)).keep[0].tolist()
 
 
 def test_a_quarter_is_every_second_cell_both_ways():
@@ -47,4 +47,4 @@ def test_places_are_even(n, k):
 def test_settings():
     for wrong in ({"keep": 0}, {"separators": "all"}, {"positions": "none"}):
         with pytest.raises(ParameterError):
-            Grid(**wrong)
+            UniformGrid(**wrong)

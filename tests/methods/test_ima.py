@@ -153,6 +153,12 @@ def test_with_cuts_generate_equals_the_oracle(stack):
     assert_generates_as_the_oracle(llava(), models.Batch.of(*ROWS), STACKS[stack])
 
 
+def test_a_cut_that_leaves_the_padded_length_moves_what_is_visual():
+    """The longest row has no picture: rows stay as long as they were, and their visual tokens stand elsewhere."""
+    methods = [IMA("ffn", 1, -1), Top(0.25, "decoder", 3)]
+    assert_generates_as_the_oracle(llava(), models.Batch.of("^2I2", "99999"), methods)
+
+
 @pytest.mark.parametrize("stack", ["cut in front", "cuts at skipped layers", "transitions"])
 def test_with_cuts_uncached_generation_equals_the_oracle(stack):
     assert_generates_as_the_oracle(llava(), models.Batch.of("^3I5", "2I2"), STACKS[stack], cached=False)

@@ -33,6 +33,7 @@ SPECS = {name: SMALL.get(name) or str(counted_form(vlmtok.create_method(name))) 
 WHY_NOT = (
     "paged key-value cache|does not offer|cannot give|does not give|marks among|cannot be divided|whole grid|"
     "in front of its projector|time of a clip|positions=renumber|is larger than the grid|how many tokens of a crop"
+    "|depends on the picture|class token"
 )
 """What is refused is refused for one of these reasons."""
 ROWS = [(name, which) for name in serving.NAMES for which in ("bare", *SPECS)]

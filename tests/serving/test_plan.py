@@ -45,13 +45,14 @@ IN_THE_DECODER = {
 }
 READ_LAYERS = {"learned": "text_attention"}
 """Methods that ask in front of the language model for what its layers compute, and what that is."""
-NEVER = {"tokencorr": "depends on the picture", "recoverable": "'relevance'|class token"}
-"""Methods that no setting makes servable, and why: content decides the number, or a signal is the user's."""
+NEVER = {"recoverable": "'relevance'|class token"}
+"""Methods that no setting makes servable, and why: a signal is the user's."""
 CURED = {
     "aim": "aim:prune=false",
     "dart": "dart:at=embeddings:positions=none",
     "todre": "todre:tau=none",
     "prumerge": "prumerge:keep=0.055",
+    "tokencorr": "tokencorr:keep=0.34",
 }
 """Methods whose defaults cannot be served, and the settings that can."""
 SIDE = 9

@@ -57,6 +57,9 @@ class Method(CommonSettings):
     """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
     """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Signals that only a user can give, and without which it does not run: `compress(..., signals={name: ...})`.
+    Estimates and what is told of a method take them for given."""
     joins_cuts: ClassVar[bool] = False
     """Whether cuts of a schedule that fall on one layer, since layers before it have no attention rows, are one: the
     last of them. They are refused otherwise."""

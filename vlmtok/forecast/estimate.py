@@ -133,7 +133,9 @@ def attach(shape: ModelShape, method: Any, counts: Any = None, signals: Iterable
     Raises:
         SiteError: no site is left.
     """
-    attachment = Attachment(as_methods(method), shape.layout, dict.fromkeys(signals, _absent))
+    methods = as_methods(method)
+    given = [*signals, *(name for one in methods for name in one.wants)]
+    attachment = Attachment(methods, shape.layout, dict.fromkeys(given, absent))
     if not attachment.entries:
         names = " + ".join(map(str, attachment.methods))
         raise SiteError(f"{names} has nothing to do on {shape.layout.family}: no site is left")
@@ -147,7 +149,7 @@ def attach(shape: ModelShape, method: Any, counts: Any = None, signals: Iterable
     return attachment
 
 
-def _absent(view: TokenView) -> Tensor:
+def absent(view: TokenView) -> Tensor:
     """The user's signal in an estimate: nobody calls it."""
     raise ParameterError("an estimate has no data")
 

@@ -19,6 +19,7 @@ from ..core.registry import create_method, list_methods, method_class
 from ..core.settings import choices_noted, format_value
 from ..core.site import STAGES, Layout
 from ..errors import VlmtokError
+from ..forecast.estimate import absent
 from ..forecast.presets import preset
 from .family_table import ADAPTERS, families
 
@@ -63,6 +64,11 @@ KINDS: dict[str, Kind] = {
 """Columns of the tables."""
 
 
+def _attached(method: Method, layout: Layout) -> Attachment:
+    """A method on a model, with the signals that it wants of a user."""
+    return Attachment([method], layout, dict.fromkeys(method.wants, absent))
+
+
 def refusal(method: Method, layout: Layout) -> str | None:
     """Why a method does not run on a model, or None where it does.
 
@@ -71,7 +77,7 @@ def refusal(method: Method, layout: Layout) -> str | None:
         layout: what the model offers.
     """
     try:
-        entries = Attachment([method], layout).entries
+        entries = _attached(method, layout).entries
     except VlmtokError as problem:
         return str(problem)
     return None if entries else f"{type(method).__name__} has nothing to do there"
@@ -263,7 +269,7 @@ def sites(method: Method, layout: Layout) -> tuple[str, list[dict[str, Any]]]:
             "positions": "" if looks_on(method, visit.asked, layout) else layout.positions_at(visit.site),
             "needs": list(visit.site.needs),
         }
-        for visit in Attachment([method], layout).entries
+        for visit in _attached(method, layout).entries
     ]
 
 
@@ -299,7 +305,7 @@ def said_of(method: Method, layout: Layout) -> list[str]:
         method: it runs on the model.
         layout: what the model offers.
     """
-    return Attachment([method], layout).said
+    return _attached(method, layout).said
 
 
 def remarks(method: Method, layout: Layout) -> list[str]:
@@ -312,7 +318,7 @@ def remarks(method: Method, layout: Layout) -> list[str]:
     Raises:
         VlmtokError: it does not run there.
     """
-    return Attachment([method], layout).said
+    return _attached(method, layout).said
 
 
 def limits(found: Entry) -> str:

@@ -165,6 +165,7 @@ class Recoverable(Method):
         "The question's relevance comes from you; the release runs a second CLIP on a prompt that is padded.",
     )
     scope = "part"
+    wants = ("relevance",)
 
     neighbours: int = 32
     weight: float = 50.0

@@ -140,6 +140,10 @@ class DART(Method):
         share_that_goes("reduction_ratio", "keep", "DART", "the released code"),
         Alias("max_num_trunction", "keep", "the released code"),
     )
+    caveats = (
+        "On embeddings it loses what it keeps inside: with a quarter of scenes-llava's tokens, averaged over layers, "
+        "97 % of 300 questions are right in the decoder form, 93 % at the input, where tables fall to 20 of 25.",
+    )
     budget_parameter = "keep"
     counted = "at=embeddings:positions=none"
 

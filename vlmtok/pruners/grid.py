@@ -42,7 +42,7 @@ def spread_cells(rows: int, columns: int, k: int) -> list[int]:
 
 @register_method
 @dataclass(eq=False)
-class Grid(Method):
+class UniformGrid(Method):
     """Keeps cells evenly apart in each crop's or frame's grid, whatever they show.
 
     What a method must beat that looks at its tokens: uniform sampling costs nothing and misses nothing that is large.
@@ -58,9 +58,14 @@ class Grid(Method):
         positions: ``"renumber"`` or ``"keep"`` position ids; None is the model's default.
     """
 
+    name = "grid"
     paper = "baseline (uniform sampling)"
     parity = "no reference"
 
+    caveats = (
+        "Small things fall between the cells: with a quarter of scenes-llava's tokens 40 % of small objects and 12 % "
+        "of fine print are found (300 questions), hardly more than by a random quarter (41 and 5 %).",
+    )
     scope = "part"
     budget_parameter = "keep"
 
@@ -69,13 +74,13 @@ class Grid(Method):
     positions: str | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep, "Grid")
-        check_choice(self.separators, "Grid", "separators", SEPARATORS)
-        check_choice(self.positions, "Grid", "positions", (None, *POSITIONS))
+        check_keep(self.keep, "UniformGrid")
+        check_choice(self.separators, "UniformGrid", "separators", SEPARATORS)
+        check_choice(self.positions, "UniformGrid", "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """The language model's input."""
-        layout.stage("projected", "Grid")
+        layout.stage("projected", "UniformGrid")
         return [Site("projected", positions=self.positions, separators=self.separators)]
 
     def reduce(self, view: TokenView) -> Reduction | None:

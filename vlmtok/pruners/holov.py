@@ -152,6 +152,8 @@ class HoloV(Method):
     caveats = (
         "The variance cancels: a run's score is its mean attention times 1 + alpha, whatever its tokens are, so quotas "
         "are those of alpha = 0 (of 200 random pictures none changes between 0, 0.09 and 100).",
+        "With a quarter of scenes-llava's tokens 69 % of 300 questions are right, 75 % by the same attention without "
+        "quotas (`fastervlm`).",
     )
     aliases = (Alias("prune_rate", "keep", "the released code"), Alias("num_patches", "runs", "the released code"))
     budget_parameter = "keep"

@@ -66,6 +66,11 @@ class IMA(Method):
         "parallel_attn and parallel_block are left out: they skip nothing.",
         "A visual token that ends its row is not skipped, since the answer is read from it.",
     )
+    caveats = (
+        "FFNs are free to skip where it was measured, attention is not: on scenes-llava every second layer without its "
+        "FFN answers 300 questions as the whole model does, for 11 % fewer MACs in all; without the block 92 % (99 %), "
+        "and counting to nine falls from 23 to 10 of 25.",
+    )
     scope = "sample"
 
     part: str = "ffn"

@@ -137,6 +137,10 @@ class MMTok(Method):
     )
     scope = "part"
     aliases = (Alias("k", "keep"),)
+    caveats = (
+        "With a tenth of scenes-llava's tokens print and charts are read as with all, and none of 25 questions that "
+        "count to nine is right (all: 23); 81 % of 300 questions in all, DivPrune 96 %.",
+    )
     budget_parameter = "keep"
 
     keep: float | int = 0.111

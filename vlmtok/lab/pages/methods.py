@@ -63,7 +63,8 @@ def method_page(entry: Entry, measured: Measured) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    budget = method_class(entry.name).budget_parameter
+    cls = method_class(entry.name)
+    budget = cls.budget_parameter
     rows = [
         ("in spec strings", f"`{entry.name}`"),
         ("paper", paper(entry)),
@@ -72,6 +73,7 @@ def _facts(entry: Entry) -> str:
         ("one view row is", f"a {entry.scope}"),
         ("`vlmtok.budget` moves", f"`{budget}`" if budget else "nothing"),
         ("compared with its release", parity(entry)),
+        *[("wants of you the signal", ", ".join(f"`{name}`" for name in wants)) for wants in [cls.wants] if wants],
     ]
     return table(("", ""), [(name, text) for name, text in rows if text])
 
