@@ -79,11 +79,9 @@ def test_tokens_that_cannot_be_normalised_compare_as_nothing():
     x[0, 3], x[0, 4] = 0.0, float("nan")
     kept = VisPruner(keep=10, important=0.5).reduce(view(x, torch.rand(1, 2, 20))).keep
     assert kept.shape == (1, 10) and len(set(kept[0].tolist())) == 10
-    # Dealt into 0, 1, 2 and 3, 4, 5: token 2 is like 3 and leaves; 0 and 1 are nearest to those of no direction, at 0.
-    against = F.normalize(torch.tensor([[[1.0, 0.0], [0.9, 0.1], [-1.0, 0.1], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]))
-    against[0, 5] = float("nan")
-    dealt = torch.tensor([[0, 3, 1, 4, 2, 5]])
-    assert without_duplicates(against, dealt, 5).tolist() == [[0, 1, 3, 4, 5]]
+    # Dealt into 0, 1 and 2, 3: beside NaN both of the first are nearest to it, at 0, and the earlier one leaves.
+    against = torch.tensor([[[1.0, 0.0], [0.5, 0.8], [-1.0, 0.0], [float("nan"), 0.0]]])
+    assert without_duplicates(against, torch.tensor([[0, 2, 1, 3]]), 3).tolist() == [[1, 2, 3]]
 
 
 def test_the_important_ones_are_cut_off_not_rounded():
