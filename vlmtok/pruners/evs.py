@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +9,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
-from ..core.clips import by_frame, check_clip_settings, clip_scope, tokens_that_stay, whole_clip
-from ..core.method import Method
+from ..core.clips import ClipMethod, by_frame
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
-from ..core.settings import check_choice
-from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.site import Counts
 from ..core.view import TokenView
 
 FIRST = 255.0
@@ -41,7 +38,7 @@ def change_of_cells(clip: Tensor) -> Tensor:
 
 @register_method
 @dataclass(eq=False)
-class EVS(Method):
+class EVS(ClipMethod):
     """Keeps a clip's first frame and, over all others, the cells that changed most since the frame before.
 
     It acts on clips at the language model's input and leaves pictures alone. The number that stays is that of the
@@ -62,44 +59,31 @@ class EVS(Method):
 
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference (NVIDIA, 2025)"
     arxiv = "2510.14624"
-    code = "https://github.com/vllm-project/vllm (video pruning; the authors' own is not public)"
+    code = "https://github.com/vllm-project/vllm"
     parity = "index-exact with vLLM's and transformers' selection (evs_*)"
     deviations = (
         "Cosines are computed in fp32; engines use the model's dtype, and in bf16 cells that barely change are kept "
         "by their order in time alone: counts are equal, sets are not.",
         "A token with NaN loses; engines keep it before the first frame.",
         "Each clip is one clip; transformers' own takes all clips of a call for one.",
-        "The paper's own count keeps the first frame on top of the share; all engines keep it inside.",
+        "The authors' own code is not public: this is what engines run. The paper keeps the first frame on top of the share, "
+        "all engines inside.",
     )
     aliases = (Alias("video_pruning_rate", "rate", "vLLM and SGLang"), Alias("q", "rate"))
-    budget_parameter = "rate"
 
     rate: float = 0.75
     frames: str = "clips"
     positions: str | None = None
 
-    def __post_init__(self) -> None:
-        check_clip_settings(self.rate, self.frames, "EVS")
-        check_choice(self.positions, "EVS", "positions", (None, *POSITIONS))
-
-    def sites(self, layout: Layout) -> list[Site]:
-        """The language model's input."""
-        layout.stage("projected", "EVS")
-        return [Site("projected", positions=self.positions, scope=clip_scope(self.frames))]
-
     def reduce(self, view: TokenView) -> Reduction | None:
         """The largest changes; None for pictures."""
         k = self.count(view.counts)
-        clip = whole_clip(view.counts, self.frames, "EVS")
+        clip = self.whole_clip(view.counts)
         if clip is None or k == view.counts.n:
             return None
         return Reduction(keep_top(change_of_cells(by_frame(view, clip)).flatten(1), k))
 
     def count(self, counts: Counts) -> int:
         """As engines count; all of a picture."""
-        clip = whole_clip(counts, self.frames, "EVS")
-        return counts.n if clip is None else max(clip[1], tokens_that_stay(counts.n, self.rate))
-
-    def at_level(self, level: float, layout: Layout, tokens: int) -> EVS:
-        """The rate that leaves this share."""
-        return dataclasses.replace(self, rate=min(1.0 - level, 1.0 - 1e-9))
+        clip = self.whole_clip(counts)
+        return counts.n if clip is None else max(clip[1], self.tokens_that_stay(counts.n))

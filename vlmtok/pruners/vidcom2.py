@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias, rest_of
-from ..core.clips import by_frame, check_clip_settings, clip_scope, tokens_that_stay, whole_clip
-from ..core.method import Method
+from ..core.clips import ClipMethod, by_frame
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.settings import check_choice, check_keep
-from ..core.site import POSITIONS, Counts, Layout, Site
+from ..core.site import Counts
 from ..core.view import TokenView
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -75,7 +73,7 @@ def _share_that_stays(value: Any, settings: Mapping[str, Any]) -> float:
 
 @register_method
 @dataclass(eq=False)
-class VidCom2(Method):
+class VidCom2(ClipMethod):
     """Keeps, of each frame of a clip, the tokens least like the clip and the frame; unusual frames keep more of theirs.
 
     It acts on clips at the language model's input and leaves pictures alone.
@@ -117,7 +115,6 @@ class VidCom2(Method):
         Alias("q", "rate", "vLLM"),
         Alias("R_RATIO", "rate", "the released code", "1 - R_RATIO", _share_that_stays),
     )
-    budget_parameter = "rate"
 
     rate: float = 0.75
     counts: str = "exact"
@@ -125,19 +122,13 @@ class VidCom2(Method):
     positions: str | None = None
 
     def __post_init__(self) -> None:
-        check_clip_settings(self.rate, self.frames, "VidCom2")
+        super().__post_init__()
         check_choice(self.counts, "VidCom2", "counts", COUNTS)
-        check_choice(self.positions, "VidCom2", "positions", (None, *POSITIONS))
-
-    def sites(self, layout: Layout) -> list[Site]:
-        """The language model's input."""
-        layout.stage("projected", "VidCom2")
-        return [Site("projected", positions=self.positions, scope=clip_scope(self.frames))]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Budgets of the frames, then the least redundant tokens of each; None for pictures."""
         k = self.count(view.counts)
-        shape = whole_clip(view.counts, self.frames, "VidCom2")
+        shape = self.whole_clip(view.counts)
         if shape is None or k == view.counts.n:
             return None
         bad = view.tokens.isnan().any(-1)
@@ -162,13 +153,9 @@ class VidCom2(Method):
 
     def count(self, counts: Counts) -> int | None:
         """As vLLM counts; all of a picture; None where the release's rounding decides."""
-        shape = whole_clip(counts, self.frames, "VidCom2")
+        shape = self.whole_clip(counts)
         if shape is None or self.rate == 0:
             return counts.n
         if self.counts == "released":
             return None
-        return min(counts.n, max(shape[0], tokens_that_stay(counts.n, self.rate)))
-
-    def at_level(self, level: float, layout: Layout, tokens: int) -> VidCom2:
-        """The rate that leaves this share."""
-        return dataclasses.replace(self, rate=min(1.0 - level, 1.0 - 1e-9))
+        return min(counts.n, max(shape[0], self.tokens_that_stay(counts.n)))
