@@ -66,8 +66,8 @@ class EVS(ClipMethod):
         "by their order in time alone: counts are equal, sets are not.",
         "A token with NaN loses; engines keep it before the first frame.",
         "Each clip is one clip; transformers' own takes all clips of a call for one.",
-        "The authors' own code is not public: this is what engines run. The paper keeps the first frame on top of the share, "
-        "all engines inside.",
+        "The authors' own code is not public: this is what engines run. The paper keeps the first frame on top of the "
+        "share, engines inside it.",
     )
     aliases = (Alias("video_pruning_rate", "rate", "vLLM and SGLang"), Alias("q", "rate"))
 
