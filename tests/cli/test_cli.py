@@ -79,6 +79,14 @@ def test_run_alone_compares_the_embedded_checkpoint(vlmtok_, tmp_path):
     assert os.listdir(tmp_path) == ["overlay.png"]
 
 
+def test_run_of_methods_that_leave_nothing_or_work_out(vlmtok_, tmp_path):
+    """Work that is left out for tokens that stay is a result; a method that did nothing at all is none."""
+    done = vlmtok_("run", "--method", "ima", "--overlay", tmp_path / "overlay.png")
+    assert done.exit_code == 0 and "fewer" in done.output and "no token leaves" in done.output
+    done = vlmtok_("run", "--method", "evs", "--overlay", tmp_path / "overlay.png")
+    assert done.exit_code != 0 and "EVS takes tokens of clips alone" in " ".join(done.output.split())
+
+
 def test_run_writes_a_page(vlmtok_, tmp_path, monkeypatch):
     words = ("run", "--max-new-tokens", 2, "--rounds", 1, "--html", "page.html")
     result = vlmtok_(*words)

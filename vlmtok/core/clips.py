@@ -42,6 +42,13 @@ class ClipMethod(Method):
         scope = "clip" if self.frames == "clips" else "sample"
         return [Site("projected", positions=self.positions, scope=scope)]
 
+    def remarks(self, layout: Layout) -> list[str]:
+        """That pictures stay."""
+        by = type(self).__name__
+        if self.frames == "pictures":
+            return [f"{by} takes the pictures of a prompt, in order, for the frames of one clip"]
+        return [f"{by} takes tokens of clips alone; pictures stay as they are"]
+
     def at_level(self, level: float, layout: Layout, tokens: int) -> Method:
         """The rate that leaves this share."""
         settings: dict[str, Any] = {"rate": min(1.0 - level, 1.0 - 1e-9)}

@@ -39,6 +39,13 @@ class ReportData:
     _runs: tuple[StageRun, ...] = field(default=(), repr=False)
 
     @property
+    def reduced(self) -> bool:
+        """Whether anything was left out: tokens at a site, or work of a layer for tokens that stay."""
+        visits = [(site.before, site.after) for site in self.sites]
+        cut = any(a is not None and b is not None and a.low < b for b, a in visits)
+        return cut or any(run.skips for run in self._runs)
+
+    @property
     def total(self) -> Line | None:
         """All lines together: MACs of the model before, of the model with signals and methods after.
 
