@@ -17,6 +17,7 @@ from support.matrix import COUNTED, FLOOR, expected_families, spec_of
 from torch import Tensor
 
 import vlmtok
+from vlmtok.core.clips import ClipMethod
 from vlmtok.lab.tiny import released
 
 from .build import FAMILIES, TOWER_ONLY
@@ -43,6 +44,8 @@ PAIRS = [(name, method) for method, row in TABLE.items() for name, said in row.i
 PAIRS.sort()  # by family, so that a worker builds few models
 IN_TOWER = [(name, method) for name, method in PAIRS if name in TOWER_ONLY]
 IN_ROWS = [pair for pair in PAIRS if pair not in IN_TOWER]
+ON_PICTURES = [pair for pair in IN_ROWS if not issubclass(vlmtok.method_class(pair[1]), ClipMethod)]
+"""Methods that take tokens of clips alone have loops of their own, in `test_clips`."""
 
 
 @functools.cache
@@ -82,7 +85,7 @@ def replay_of(model: Any, run: Any, events: Any) -> Replay:
     return Replay(model, events, stage.num_prefix, stage.last, stage.depth, proportional)
 
 
-@pytest.mark.parametrize(("name", "method"), IN_ROWS, ids=[" on ".join(pair[::-1]) for pair in IN_ROWS])
+@pytest.mark.parametrize(("name", "method"), ON_PICTURES, ids=[" on ".join(pair[::-1]) for pair in ON_PICTURES])
 def test_a_pair_that_attaches_equals_the_oracle(name: str, method: str) -> None:
     model, asked = released.shared(name), oracle(name, released.shared(name, "eager"))
     methods, rows = vlmtok.parse_methods(SETTINGS.get((name, method)) or spec_of(method)), batch(name)
