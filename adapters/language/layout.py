@@ -58,4 +58,5 @@ def _lacks(lm: Any) -> dict[str, dict[int, str]]:
     maps = {i: last_map(block) for i, block in enumerate(lm.layers)}
     mixed = {i: found for i, found in maps.items() if isinstance(found, str)}
     unnormed = {} if final_norm(lm) is not None else dict.fromkeys(maps, "a last norm of unknown form")
-    return {"activation_match": mixed, "normed": unnormed, "text_normed": unnormed}
+    lacking = {"activation_match": mixed, "normed": unnormed, "text_normed": unnormed}
+    return {name: layers for name, layers in lacking.items() if layers}

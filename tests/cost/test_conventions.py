@@ -18,12 +18,12 @@ PARTS = (Part("pool", 7, 3), Part("head", 11))
 
 def _transprune(b, t):
     d, m, n = b.width, b.hidden, t.visual
-    return n * d * (4 * d + 2 * n + 3 * m)
+    return n * d * (4 * d + 2 * n) + 3 * (n - t.queries + t.mlp) * d * m
 
 
 def _todre(b, t):
     d, m, n = b.width, b.hidden, t.queries
-    return n * d * (4 * d + 2 * n + 2 * m)
+    return n * d * (4 * d + 2 * n) + 2 * t.mlp * d * m
 
 
 def _language(b, t):
@@ -34,7 +34,7 @@ def _language(b, t):
 
 def _llm_viewer(b, t):
     n, d = t.queries, b.width
-    return _language(b, t) + 5 * n * t.keys * b.heads + 14 * n * d + 2 * n * d + 2 * n * d
+    return _language(b, t) + 5 * n * t.keys * b.heads + 14 * n * d + 2 * n * d + 2 * t.mlp * d
 
 
 def _pitome(b, t):

@@ -259,10 +259,10 @@ def test_a_cut_in_front_is_refused_in_words(name):
 
 @pytest.mark.parametrize("name", FRAMES_AS_PICTURES)
 def test_frames_written_as_pictures(name):
-    """``frames="pictures"``: the pictures of a prompt are one clip; unequal ones are refused in words."""
+    """``source="pictures"``: the pictures of a prompt are one clip; unequal ones are refused in words."""
     family, model = FAMILIES[name], model_of(name)
     inputs = family.collect(family.prompt("2I3I1I4", 5)).inputs()
-    with vlmtok.compress(model, EVS(rate=0.5, frames="pictures"), trace=True) as run:
+    with vlmtok.compress(model, EVS(rate=0.5, source="pictures"), trace=True) as run:
         generate(model, inputs, 1)
         kept = [one.kept for one in run.trace().pictures]
     size = len(family.prompt("2I3I1I4", 5).pictures[0].columns)

@@ -179,7 +179,7 @@ def test_frames_equal_the_report_of_such_a_clip(name, spec, frames, folder, load
 
     model = loaded(name)
     if name == "internvl" and ":rate=" in spec:
-        spec += ":frames=pictures"  # its processor writes frames so
+        spec += ":source=pictures"  # its processor writes frames so
     clip = numpy.stack([numpy.asarray(checkpoints.picture(64, 48))] * frames)
     made = model.processor(
         videos=[clip], text=[f"what color {CLIPS[name]} is ?"], do_sample_frames=False, return_tensors="pt"

@@ -89,12 +89,12 @@ def test_pictures_stay_and_broken_clips_are_refused():
     with pytest.raises(ParameterError, match="clip of 4 frames has 11 tokens"):
         EVS().reduce(TokenView(x[:, :11], Site("projected"), frames=4))
     with pytest.raises(ParameterError, match="not of one size"):
-        EVS(frames="pictures").reduce(view(x, 0, "sample"))
+        EVS(source="pictures").reduce(view(x, 0, "sample"))
 
 
 def test_settings():
     assert parse_methods("evs:video_pruning_rate=0.5")[0].rate == 0.5
-    for wrong in ({"rate": 1.0}, {"rate": -0.1}, {"frames": "all"}, {"positions": "none"}, {"rate": "half"}):
+    for wrong in ({"rate": 1.0}, {"rate": -0.1}, {"source": "all"}, {"positions": "none"}, {"rate": "half"}):
         with pytest.raises(ParameterError):
             EVS(**wrong)
     counts = Counts(Site("projected"), 100, 100, frames=20, cells=5)

@@ -118,7 +118,7 @@ def test_pictures_stay_and_broken_clips_are_refused():
 
 def test_settings():
     assert parse_methods("vidcom2:R_RATIO=0.25")[0].rate == 0.75
-    for wrong in ({"rate": 1.0}, {"counts": "all"}, {"frames": "all"}, {"positions": "none"}):
+    for wrong in ({"rate": 1.0}, {"counts": "all"}, {"source": "all"}, {"positions": "none"}):
         with pytest.raises(ParameterError):
             VidCom2(**wrong)
     counts = Counts(Site("projected"), 100, 100, frames=20, cells=5)

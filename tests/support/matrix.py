@@ -37,8 +37,8 @@ SPECS = {
     "tca": "tca:ratio=0.6:update=false",
     "todre": "todre:keep=0.5:tau=0.6",
     "sparsevlm": "sparsevlm:tokens=192",
-    "evs": "evs:frames=pictures",
-    "vidcom2": "vidcom2:frames=pictures",
+    "evs": "evs:source=pictures",
+    "vidcom2": "vidcom2:source=pictures",
 }
 """Settings for methods whose defaults do nothing on small models without clips, or learn from what they see."""
 

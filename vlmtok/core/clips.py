@@ -13,7 +13,7 @@ from .settings import check_choice, check_range
 from .site import POSITIONS, Counts, Layout, Site
 from .view import TokenView
 
-FRAMES = ("clips", "pictures")
+SOURCES = ("clips", "pictures")
 """What makes up a clip: the host's own clips, or all pictures of a prompt in their order, where processors write the
 frames of a video as pictures (InternVL, SmolVLM)."""
 
@@ -23,7 +23,7 @@ class ClipMethod(Method):
 
     budget_parameter = "rate"
     rate: float
-    frames: str
+    source: str
     positions: str | None
 
     def __post_init__(self) -> None:
@@ -33,19 +33,19 @@ class ClipMethod(Method):
             raise ParameterError(
                 f"{by}: rate={self.rate!r} is not possible; it is the share of a clip that goes, in [0, 1)"
             )
-        check_choice(self.frames, by, "frames", FRAMES)
+        check_choice(self.source, by, "source", SOURCES)
         check_choice(self.positions, by, "positions", (None, *POSITIONS))
 
     def sites(self, layout: Layout) -> list[Site]:
         """The language model's input."""
         layout.stage("projected", type(self).__name__)
-        scope = "clip" if self.frames == "clips" else "sample"
+        scope = "clip" if self.source == "clips" else "sample"
         return [Site("projected", positions=self.positions, scope=scope)]
 
     def remarks(self, layout: Layout) -> list[str]:
         """That pictures stay."""
         by = type(self).__name__
-        if self.frames == "pictures":
+        if self.source == "pictures":
             return [f"{by} takes the pictures of a prompt, in order, for the frames of one clip"]
         return [f"{by} takes tokens of clips alone; pictures stay as they are"]
 
@@ -74,10 +74,10 @@ class ClipMethod(Method):
                 f"{by} compares frames cell by cell, and this clip of {counts.frames} frames has {counts.n} tokens, "
                 f"which are no {counts.frames} whole frames: put {by} in front of methods that cut"
             )
-        if self.frames == "pictures":
+        if self.source == "pictures":
             raise ParameterError(
-                f"{by}: frames='pictures' takes the pictures of a prompt for frames of one clip, and these (together "
-                f"{counts.n} tokens) are not of one size, or are clips themselves; frames='clips' takes clips alone"
+                f"{by}: source='pictures' takes the pictures of a prompt for frames of one clip, and these (together "
+                f"{counts.n} tokens) are not of one size, or are clips themselves; source='clips' takes clips alone"
             )
         return None
 

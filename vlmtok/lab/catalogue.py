@@ -69,15 +69,16 @@ def _attached(method: Method, layout: Layout) -> Attachment:
     return Attachment([method], layout, dict.fromkeys(method.wants, absent))
 
 
-def refusal(method: Method, layout: Layout) -> str | None:
+def refusal(method: Method, layout: Layout, given: bool = False) -> str | None:
     """Why a method does not run on a model, or None where it does.
 
     Args:
         method: the method.
         layout: what the model offers.
+        given: whether a user gives the signals that it wants.
     """
     try:
-        entries = _attached(method, layout).entries
+        entries = (_attached(method, layout) if given else Attachment([method], layout)).entries
     except VlmtokError as problem:
         return str(problem)
     return None if entries else f"{type(method).__name__} has nothing to do there"
@@ -91,7 +92,7 @@ def kinds_of(name: str) -> tuple[str, ...]:
         name: of the method.
     """
     method = method_class(name)()
-    return tuple(kind.name for kind in KINDS.values() if refusal(method, kind.layout()) is None)
+    return tuple(kind.name for kind in KINDS.values() if refusal(method, kind.layout(), given=True) is None)
 
 
 def adapters_of(name: str) -> dict[str, tuple[str, ...]]:
@@ -119,7 +120,7 @@ def stages_of(name: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
         site.stage
         for method in made
         for layout in layouts
-        if refusal(method, layout) is None
+        if refusal(method, layout, given=True) is None
         for site in method.sites(layout)
     }
     return tuple(sorted(found, key=STAGES.index))

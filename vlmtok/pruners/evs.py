@@ -51,7 +51,7 @@ class EVS(ClipMethod):
 
     Args:
         rate: share of a clip that goes, in [0, 1); the engines' ``video_pruning_rate``.
-        frames: ``"clips"``, what the host calls a clip, or ``"pictures"``: all pictures of a prompt, in order, are
+        source: ``"clips"``, what the host calls a clip, or ``"pictures"``: all pictures of a prompt, in order, are
             frames of one clip (InternVL's and SmolVLM's processors write videos so).
         positions: ``"keep"`` or ``"renumber"`` position ids; None is the model's default: kept where they are places
             in time and picture (M-RoPE).
@@ -72,7 +72,7 @@ class EVS(ClipMethod):
     aliases = (Alias("video_pruning_rate", "rate", "vLLM and SGLang"), Alias("q", "rate"))
 
     rate: float = 0.75
-    frames: str = "clips"
+    source: str = "clips"
     positions: str | None = None
 
     def reduce(self, view: TokenView) -> Reduction | None:

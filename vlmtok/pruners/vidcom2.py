@@ -92,7 +92,7 @@ class VidCom2(ClipMethod):
         rate: share of a clip that goes, in [0, 1).
         counts: ``"exact"``, the number that vLLM keeps, known beforehand, or ``"released"``, the paper's code, whose
             number depends on the clip.
-        frames: ``"clips"``, what the host calls a clip, or ``"pictures"``: all pictures of a prompt, in order, are
+        source: ``"clips"``, what the host calls a clip, or ``"pictures"``: all pictures of a prompt, in order, are
             frames of one clip (InternVL's and SmolVLM's processors write videos so).
         positions: ``"keep"`` or ``"renumber"`` position ids; None is the model's default: kept where they are places
             in time and picture (M-RoPE).
@@ -118,7 +118,7 @@ class VidCom2(ClipMethod):
 
     rate: float = 0.75
     counts: str = "exact"
-    frames: str = "clips"
+    source: str = "clips"
     positions: str | None = None
 
     def __post_init__(self) -> None:

@@ -148,7 +148,7 @@ def _places(entry: Entry) -> str:
     said = f"With its defaults on `{shown.shape}`:"
     runs = []
     for kind in KINDS.values():
-        why = refusal(method, kind.layout())
+        why = refusal(method, kind.layout(), given=True)
         runs.append((kind.name, f"{kind.what} (`{kind.shape}`)", "yes" if why is None else f"no: {first_clause(why)}"))
     return "\n\n".join(
         (
