@@ -178,6 +178,8 @@ def test_the_catalogue_agrees_with_what_runs(row):
         "open_clip VisionTransformer": "tower",
     }[row]
     for name in list_methods():
+        if method_class(name).wants:  # shown as it is with the signals that it wants of a user
+            continue
         assert (kind in catalogue.kinds_of(name)) == matrix[name][row].startswith("runs"), (name, matrix[name][row])
 
 

@@ -121,8 +121,8 @@ class DART(Method):
     arxiv = "2502.11494"
     code = "https://github.com/ZichenWen1/DART"
     parity = (
-        "order-exact with the released selection, for the order of pivots that it walks and for ours; end to end 1e-4 on "
-        "a Llama, greedy tokens equal; index-exact with TensorRT-Edge-LLM's test reference "
+        "order-exact with the released selection, for the order of pivots that it walks and for ours; end to end 1e-4 "
+        "on a Llama, greedy tokens equal; index-exact with TensorRT-Edge-LLM's test reference "
         "(dart_dec_*, dart_e2e_*, dart_emb_*, dart_x_*)"
     )
     deviations = (

@@ -55,7 +55,7 @@ class IMA(Method):
     arxiv = "2405.16700"
     code = "https://github.com/mshukor/ima-lmms"
     parity = (
-        "what a skipped layer does is ours, an identity; which layers skip equals the released schedule (ima_schedule.*)"
+        "what a skipped layer does is ours, an identity; layers that skip equal the release's schedule (ima_schedule.*)"
     )
     deviations = (
         "Visual tokens alone skip, in prefill alone; the release skips for text too, and its modes choose between "
