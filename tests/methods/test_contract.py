@@ -21,6 +21,7 @@ from vlmtok.errors import VlmtokError
 KEEP_ALL = {
     "averagepool": "averagepool:output_size=(4;4)",
     "cdpruner": "cdpruner:keep=1.0",
+    **{name: f"{name}:keep=1.0" for name in ("dart", "fastervlm", "grid", "hiprune", "holov", "mmtok", "vispruner")},
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:keep=1.0",
     "learned": "learned:keep=1.0",

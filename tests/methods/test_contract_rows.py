@@ -102,6 +102,8 @@ def test_reduce_runs_on_meta_tensors(method, model):
             state=on_meta(s.state),
             row=on_meta(s.row),
             memory=None if memory is None else copy.deepcopy(memory).to("meta"),
+            frames=view.frames,
+            cells=view.cells,
         )
         with torch.no_grad():
             found = s.method.reduce(again)

@@ -118,7 +118,7 @@ def test_settings(tmp_path):
         load_scorer(str(other))
     with_module = Learned(keep=0.25, scorer=seeded())
     assert str(with_module) == "learned:keep=0.25:scorer=ConvScorer"
-    assert with_module.settings() == {"keep": 0.25, "scorer": "ConvScorer", "positions": None}
+    assert with_module.settings() == {"keep": 0.25, "scorer": "ConvScorer", "positions": None, "min_tokens": 0}
 
 
 # ---------------------------------------------------------------------- the network

@@ -164,6 +164,7 @@ class Player:
             state=self._state(visit, moment),
             row=self.rows.setdefault(key, {}),
             memory=self.built.get(visit.index),
+            frames=moment.frames,
         )
         for need in visit.site.needs:
             if need in self.user:

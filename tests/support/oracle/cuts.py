@@ -62,6 +62,7 @@ class Moment:
         grid: of the patches, or None.
         columns: int64 [N], places in the whole row.
         unit: row and picture (-1: all of the row).
+        frames: pictures of the row where all are alike, for what takes them for a clip.
     """
 
     stage: str
@@ -77,6 +78,7 @@ class Moment:
     grid: tuple[int, int] | None = None
     columns: Tensor | None = None
     unit: tuple[int, int] = (0, -1)
+    frames: int = 0
 
 
 class Decider(Protocol):

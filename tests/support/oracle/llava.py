@@ -173,6 +173,7 @@ class Llava:
             grid=self.vision.grid if stage == "projected" and picture >= 0 else None,
             columns=columns,
             unit=(run.row, picture),
+            frames=len(run.entered) if picture < 0 and len(set(run.entered.values())) == 1 else 0,
         )
 
     # ------------------------------------------------------------------ generation
