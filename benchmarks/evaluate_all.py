@@ -72,12 +72,12 @@ def run(task: str, group: tuple[list[str], list[str], bool], folder: Path, args:
         subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads})
 
 
-def join(task: str, folders: Iterable[Path]) -> None:
-    """Joins the tables; the uncompressed model is in all of them, once in the result."""
+def join(task: str, tables: Iterable[list[dict[str, str]]]) -> None:
+    """Joins tables; the uncompressed model is in all of them, once in the result."""
     rows: list[dict[str, str]] = []
     columns: list[str] = []
-    for folder in folders:
-        for row in _read(folder / f"{task}.csv"):
+    for table in tables:
+        for row in table:
             columns += [name for name in row if name not in columns]
             rows += [] if row in rows else [row]
     order = {name: i for i, name in enumerate(("none", "random", "downsample"))}
@@ -90,22 +90,10 @@ def join(task: str, folders: Iterable[Path]) -> None:
 
 def added(task: str, folders: Iterable[Path]) -> None:
     """Joins tables of further methods to the committed one, whose row of the uncompressed model stays."""
-    import tempfile
-
-    committed = RESULTS / f"{task}.csv"
-    with tempfile.TemporaryDirectory() as room:
-        parts = [Path(room) / str(i) for i, _ in enumerate((committed, *folders))]
-        tables = [_read(committed), *(_read(folder / f"{task}.csv") for folder in folders)]
-        newer = {(row["asked"], row["keep"]) for table in tables[1:] for row in table}
-        for part, table in zip(parts, tables):
-            first = table is tables[0]
-            kept = [row for row in table if (row["asked"] == "none") == first or row["asked"] != "none"]
-            kept = [
-                row for row in kept if not first or row["asked"] == "none" or (row["asked"], row["keep"]) not in newer
-            ]
-            part.mkdir()
-            _write(part / f"{task}.csv", list(tables[0][0]), kept)
-        join(task, parts)
+    committed = _read(RESULTS / f"{task}.csv")
+    further = [[row for row in _read(folder / f"{task}.csv") if row["asked"] != "none"] for folder in folders]
+    newer = {(row["asked"], row["keep"]) for table in further for row in table}
+    join(task, [[row for row in committed if (row["asked"], row["keep"]) not in newer], *further])
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -145,7 +133,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run, [task] * len(parts), parts, folders, [args] * len(parts)))
-        join(task, folders)
+        join(task, [_read(folder / f"{task}.csv") for folder in folders])
 
 
 if __name__ == "__main__":

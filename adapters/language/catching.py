@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...core.attachment import Attachment
 from ...core.hooks import replaying
-from ...core.signals import BY_ATTENTION, DECODER_SIGNALS
+from ...core.signals import BY_ATTENTION, DECODER_SIGNALS, NEURONS
 from ...core.threads import PerThread
 from ...errors import UnsupportedModel
 from .. import host_objects, hosts
@@ -69,7 +69,7 @@ class Catcher:
             for branch in found:
                 self.branches[type(branch)] = Arguments(branch, [hosts.HIDDEN])
                 put(branch, "post", self.tap_transition, layer)
-        if "activation_match" in wanted:
+        if NEURONS in wanted:
             reader = last_map(block)
             assert not isinstance(reader, str)  # the layout offers the signal at layers with one only
             put(reader, "pre", self.tap_active, layer)

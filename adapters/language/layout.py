@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...core.signals import AHEAD, DECODER_SIGNALS
+from ...core.signals import AHEAD, DECODER_SIGNALS, NEURONS
 from ...core.site import StageLayout
 from .attention import attention_form
 from .layer_parts import final_norm, last_map
@@ -58,5 +58,5 @@ def _lacks(lm: Any) -> dict[str, dict[int, str]]:
     maps = {i: last_map(block) for i, block in enumerate(lm.layers)}
     mixed = {i: found for i, found in maps.items() if isinstance(found, str)}
     unnormed = {} if final_norm(lm) is not None else dict.fromkeys(maps, "a last norm of unknown form")
-    lacking = {"activation_match": mixed, "normed": unnormed, "text_normed": unnormed}
+    lacking = {NEURONS: mixed, "normed": unnormed, "text_normed": unnormed}
     return {name: layers for name, layers in lacking.items() if layers}

@@ -17,7 +17,7 @@ from ...core.reduction import Reduction
 from ...core.row_data import ColumnMap, Group
 from ...core.row_state import RowNotes, TokenState
 from ...core.rows import PromptRows
-from ...core.signals import DECODER_SIGNALS, DecoderTaps, Need
+from ...core.signals import AHEAD, DECODER_SIGNALS, NEURONS, DecoderTaps, Need
 from ...core.site import layer_of
 from ...core.view import Signal, TokenView
 from .call import Call, top
@@ -25,7 +25,7 @@ from .handover import Handover, carry_signals
 from .projector import Projector
 from .spec import VLMSpec
 
-BY_TEXT = frozenset({"text", "text_attention", "attention_to_text", "text_key_norm", "text_normed", "activation_match"})
+BY_TEXT = frozenset({"text", "text_attention", "attention_to_text", "text_key_norm", "text_normed", NEURONS})
 """Signals whose view rows must agree in T."""
 BY_LENGTH = frozenset(DECODER_SIGNALS)
 """Signals whose view rows must agree in L."""
@@ -71,7 +71,8 @@ class Sites:
             x = self._hand_over(call, handover, x)
         rows.enter()
         for entry in self.projected:
-            x, _ = self.visit(call, entry, x, ahead(call, x))
+            asked = any(need.name in AHEAD for need in entry.needs)
+            x, _ = self.visit(call, entry, x, ahead(call, x) if asked else None)
         call.moved = x is not before
         if self.inside:
             rows.enter(hold=True)

@@ -117,6 +117,8 @@ def _of_text(make: Callable[[DecoderTaps, Tensor], Tensor | None]) -> Callable[[
     return lambda taps: make(taps, taps.text) if taps.text.shape[1] else None
 
 
+NEURONS = "activation_match"
+"""The signal that is read off the inside of an MLP."""
 DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
     "text_attention": _text_attention,
     "last_attention": _last_attention,
@@ -127,13 +129,11 @@ DECODER_SIGNALS: dict[str, Callable[[DecoderTaps], Tensor | None]] = {
     "text_key_norm": _of_text(DecoderTaps.key_norms),
     "normed": lambda taps: _normed(taps, taps.visual),
     "text_normed": _of_text(_normed),
-    "activation_match": _activation_match,
+    NEURONS: _activation_match,
 }
-BY_ATTENTION = frozenset(DECODER_SIGNALS) - {"transition", "normed", "text_normed", "activation_match"}
-"""Signals that are derived from queries or keys, which not every layer has."""
-NEURONS = "activation_match"
-"""The signal that is read off the inside of an MLP."""
 END_ONLY = frozenset({"transition", NEURONS})
 """Signals that exist only at the end of a layer: they look at what it did."""
+BY_ATTENTION = frozenset(DECODER_SIGNALS) - END_ONLY - {"normed", "text_normed"}
+"""Signals that are derived from queries or keys, which not every layer has."""
 AHEAD = frozenset({"text_attention", "last_attention"})
 """Signals of decoder layer 0 that are shown in front of it, at ``projected``: computed ahead with its norm, q and k."""

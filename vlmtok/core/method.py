@@ -56,7 +56,7 @@ class Method(CommonSettings):
     aliases: ClassVar[tuple[Alias, ...]] = ()
     """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
-    """What one view row is: ``picture``, ``part`` (crop or frame) or ``sample``; a site may override it."""
+    """What one view row is (`site.SCOPES`): ``picture``, ``part`` (crop or frame), ``clip``; a site may say another."""
     wants: ClassVar[tuple[str, ...]] = ()
     """Signals that only a user can give, and without which it does not run: `compress(..., signals={name: ...})`.
     Estimates and what is told of a method take them for given."""

@@ -36,6 +36,21 @@ def keep_top(score: Tensor, k: int) -> Tensor:
     return ranked(score)[:, :k].sort(dim=1).values
 
 
+def chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of a choice as slots: those that stay in the order in which they stand, then the others.
+
+    Args:
+        chosen: bool `[B, N]`; rows may keep different numbers.
+
+    Returns:
+        int64 `[B, N]`, all tokens, and bool `[B, N]`, which of them stay.
+    """
+    n = chosen.shape[1]
+    place = torch.arange(n, device=chosen.device)
+    slots = torch.where(chosen, place, n + place).sort(dim=1).values
+    return slots % n, slots < n
+
+
 def greedy_coverage(table: Tensor, k: int, weight: Tensor | None = None, late: Tensor | None = None) -> Tensor:
     """Greedy choice of k tokens by what they add to the coverage of targets.
 

@@ -12,6 +12,7 @@ from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import ranked
 from ..core.settings import check_choice, check_flag, check_keep, check_range
 from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
@@ -19,6 +20,11 @@ from ..core.view import TokenView
 CLASSED = tuple(f"{name}@vision:-1" for name in ("protected_queries", "protected_keys", "keys_full"))
 LATE = ("flat_attention@vision:-1", "turned_keys_full@vision:-1")
 """What a class token's scores are made of, and scores and keys of towers without one, and behind the projector."""
+
+
+def stage_of(by: str, layout: Layout) -> str:
+    """Where `by` takes tokens of a family: what the projector gets, or what it made, with what `LATE` names."""
+    return layout.feature_stage(by, [name.partition("@")[0] for name in LATE])
 
 
 def class_scores(query: Tensor, keys: Tensor, protected_keys: Tensor) -> Tensor:
@@ -47,12 +53,12 @@ def outlier_count(score: Tensor) -> Tensor:
         int64 `[B]`, at most N // 4.
     """
     n = score.shape[1]
-    ranked = score.sort(dim=1).values
+    rising = score.sort(dim=1).values
 
     def quantile(q: float) -> Tensor:
         place = q * (n - 1)
         low = int(place)
-        a, b = ranked[:, low], ranked[:, min(low + 1, n - 1)]
+        a, b = rising[:, low], rising[:, min(low + 1, n - 1)]
         return a + (b - a) * (place - low)
 
     first, third = quantile(0.25), quantile(0.75)
@@ -73,8 +79,7 @@ def adaptive_choice(score: Tensor, count: Tensor, plus: bool = False) -> tuple[T
         NaN loses.
     """
     n = score.shape[1]
-    score = torch.where(score.isnan(), float("-inf"), score.float())
-    order = score.argsort(dim=1, descending=True, stable=True)
+    order = ranked(score)
     if not plus:
         return order, count
     place = torch.arange(n, device=score.device)
@@ -208,14 +213,14 @@ class PruMerge(Method):
 
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets, or what it made, with projections of the tower's last layer."""
-        stage = layout.feature_stage("PruMerge", [name.partition("@")[0] for name in LATE])
+        stage = stage_of("PruMerge", layout)
         if stage == "projected":
             return [Site(stage, needs=LATE, separators=self.separators)]
         return [Site(stage, needs=CLASSED if layout.gives("vision", "cls_attention") else LATE)]
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took where that is not the papers', and who scores where no class token does."""
-        stage = layout.feature_stage("PruMerge", [name.partition("@")[0] for name in LATE])
+        stage = stage_of("PruMerge", layout)
         said = layout.said_of_stage("PruMerge", stage)
         if not layout.gives("vision", "cls_attention"):
             said.append(

@@ -16,7 +16,7 @@ from ..core.settings import check_choice, check_range
 from ..core.site import SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import ParameterError, SiteError
-from .prumerge import CLASSED, LATE, class_scores, in_order
+from .prumerge import CLASSED, LATE, class_scores, in_order, stage_of
 
 OUTLYING = 1.5
 """Local outlier factor above which a value is an outlier, at either side."""
@@ -187,16 +187,14 @@ class Recoverable(Method):
             raise SiteError(
                 f"Recoverable compares patches with a class token, which the tower of {layout.family} lacks"
             )
-        stage = layout.feature_stage("Recoverable", [name.partition("@")[0] for name in LATE])
+        stage = stage_of("Recoverable", layout)
         separators = self.separators if stage == "projected" else "keep"
         needs = LATE if stage == "projected" else CLASSED
         return [Site(stage, needs=(*needs, "relevance"), separators=separators)]
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took where that is not the papers'."""
-        return layout.said_of_stage(
-            "Recoverable", layout.feature_stage("Recoverable", [name.partition("@")[0] for name in LATE])
-        )
+        return layout.said_of_stage("Recoverable", stage_of("Recoverable", layout))
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Kept tokens, centres and the merged rest; by their places where it acts behind the projector."""

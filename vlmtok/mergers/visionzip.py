@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
-from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts, Layout, Site
+from ..core.tower_scores import ScoredByTower
 from ..core.view import TokenView
 from ..errors import ParameterError, SiteError
 
@@ -77,7 +77,7 @@ def _together(value: Any, settings: Mapping[str, Any]) -> int:
 
 @register_method
 @dataclass(eq=False)
-class VisionZip(Method):
+class VisionZip(ScoredByTower):
     """Shortens each crop to dominant tokens and contextual ones, before the projector; the text plays no part.
 
     Dominant tokens are the class token, which then goes on to the language model, and the patches it attends to most,
@@ -122,6 +122,7 @@ class VisionZip(Method):
         "together, as scope='sample' does.",
     )
     aliases = (Alias("dominant", "keep", formula="dominant + contextual", convert=_together),)
+    beside = ("turned_keys",)
     budget_parameter = "keep"
 
     keep: float | int = 0.111
@@ -145,7 +146,7 @@ class VisionZip(Method):
 
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets, or what it made where that reaches the language model with its attention."""
-        score, stage = self._place(layout)
+        score, stage = self.place(layout)
         if stage == "projected":
             return [Site(stage, needs=(f"{score}@vision:feature", TURNED), separators=self.separators)]
         if self.scope == "sample":
@@ -158,13 +159,8 @@ class VisionZip(Method):
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took where that is not the papers'."""
-        said = layout.said_of_stage("VisionZip", self._place(layout)[1])
+        said = super().remarks(layout)
         return [*said, "VisionZip chooses from all pictures of a prompt together"] if self.scope == "sample" else said
-
-    @staticmethod
-    def _place(layout: Layout) -> tuple[str, str]:
-        score = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        return score, layout.feature_stage("VisionZip", [score, "turned_keys"])
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """Slots: the class token, dominant patches, contextual tokens; behind the projector in the picture's order."""

@@ -13,6 +13,7 @@ from ..core.aliases import Alias, share_that_goes
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import ranked
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
@@ -33,9 +34,7 @@ def largest(norm: Tensor, count: int) -> Tensor:
     Returns:
         int64 `[B, count]`; equal norms go to the lowest index, NaN comes last.
     """
-    norm = norm.float()
-    norm = torch.where(norm.isnan(), float("-inf"), norm)
-    return norm.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return ranked(norm)[:, :count]
 
 
 def quotas(wanted: int, pivots: int) -> list[int]:

@@ -10,7 +10,7 @@ from ..core.registry import register_method
 from ..core.selection import keep_top
 from ..core.settings import check_choice, check_keep, keep_count
 from ..core.site import SEPARATORS, Counts
-from ..core.tower_scores import ScoredByTower
+from ..core.tower_scores import ScoredByTower, tower_attention
 from ..core.view import TokenView
 
 
@@ -58,7 +58,7 @@ class FasterVLM(ScoredByTower):
     def reduce(self, view: TokenView) -> Reduction | None:
         """The tokens of highest attention."""
         k = self.count(view.counts)
-        return None if k == view.counts.n else Reduction(keep_top(self.attention(view), k))
+        return None if k == view.counts.n else Reduction(keep_top(tower_attention(view), k))
 
     def count(self, counts: Counts) -> int:
         """As `keep` says."""

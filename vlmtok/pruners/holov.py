@@ -12,9 +12,10 @@ from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.selection import ranked
+from ..core.selection import chosen_first, ranked
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts, Layout, Site
+from ..core.tower_scores import tower_attention
 from ..core.view import TokenView
 from ..errors import SiteError
 
@@ -189,18 +190,14 @@ class HoloV(Method):
         k, n = self.count(view.counts), view.counts.n
         if k == n:
             return None
-        name = "cls_attention@vision:feature"
-        attention = (
-            view.signal(name).float().mean(1) if view.has(name) else view.signal("received_attention@vision:feature")
-        )
+        attention = tower_attention(view)
         bad = attention.isnan() | view.tokens.isnan().any(-1)
         tokens = torch.where(bad.unsqueeze(-1), 0.0, view.tokens)
         sizes = run_sizes(n, self.runs)
         score = run_scores(tokens, torch.where(bad, 0.0, attention.float()), sizes, self.alpha)
         quota = handed_on(*quotas_of(score, k), sizes, k)
         chosen = most_attended(torch.where(bad, float("-inf"), attention.float()), sizes, quota)
-        place = torch.arange(n, device=chosen.device)
-        return Reduction(torch.where(chosen, place, n).sort(dim=1).values[:, :k])
+        return Reduction(chosen_first(chosen)[0][:, :k])
 
     def count(self, counts: Counts) -> int:
         """As `keep` says."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.selection import ranked
+from ..core.selection import chosen_first, ranked
 from ..core.settings import check_choice, check_keep, check_layer, check_range, keep_count
 from ..core.site import SEPARATORS, Counts, Layout, Site
+from ..core.tower_scores import ScoredByTower
 from ..core.view import TokenView
 
 LAST = "keys@vision:-1"
@@ -56,7 +56,7 @@ def local_and_global(shallow: Tensor, deep: Tensor, count: Tensor) -> Tensor:
 
 @register_method
 @dataclass(eq=False)
-class TokenCorr(Method):
+class TokenCorr(ScoredByTower):
     """Keeps fewer tokens of crops whose patches repeat: approximate, since the paper's code is not public.
 
     Made for documents in many crops, where most of a crop is blank. Everything below that the abstract does not say is
@@ -92,7 +92,7 @@ class TokenCorr(Method):
         "(threshold=0.8), 84.9 % against 98.3 % at 23 (threshold=0.85); Random answers 37.8 and 63.7 %. Counts by "
         "density do not help there: the same numbers fixed by keep answer 73.0 and 86.1 %.",
     )
-    scope = "part"
+    beside = ("keys",)
     budget_parameter = "keep"
     counted = "keep=0.34"  # the paper's mean compression is about 66 percent
 
@@ -112,7 +112,7 @@ class TokenCorr(Method):
 
     def sites(self, layout: Layout) -> list[Site]:
         """What the projector gets, or what it made where that reaches the language model with its attention."""
-        name, stage = self._place(layout)
+        name, stage = self.place(layout)
         layer = layout.stages["vision"].depth // 4 if self.shallow is None else self.shallow
         separators = self.separators if stage == "projected" else "keep"
         needs = (f"{name}@vision:{layer}", f"{name}@vision:-1", LAST)
@@ -120,13 +120,7 @@ class TokenCorr(Method):
 
     def remarks(self, layout: Layout) -> list[str]:
         """Which stage it took, and that it is approximate."""
-        said = layout.said_of_stage("TokenCorr", self._place(layout)[1])
-        return [*said, "TokenCorr is approximate: the paper's code is not public"]
-
-    @staticmethod
-    def _place(layout: Layout) -> tuple[str, str]:
-        name = "cls_attention" if layout.gives("vision", "cls_attention") else "received_attention"
-        return name, layout.feature_stage("TokenCorr", [name, "keys"])
+        return [*super().remarks(layout), "TokenCorr is approximate: the paper's code is not public"]
 
     def reduce(self, view: TokenView) -> Reduction | None:
         """As many tokens of each row as its patches differ, or as `keep` says; slots in the order of the tokens."""
@@ -140,9 +134,8 @@ class TokenCorr(Method):
         else:
             count = torch.full((shallow.shape[0],), k, dtype=torch.int64, device=shallow.device)
         chosen = local_and_global(shallow, deep, count)
-        place = torch.arange(n, device=chosen.device)
-        slots = torch.where(chosen, place, n + place).sort(dim=1).values
-        return Reduction(slots % n, valid=slots < n) if k is None else Reduction(slots[:, :k])
+        slots, valid = chosen_first(chosen)
+        return Reduction(slots, valid=valid) if k is None else Reduction(slots[:, :k])
 
     def count(self, counts: Counts) -> int | None:
         """As `keep` says; None where the picture decides."""

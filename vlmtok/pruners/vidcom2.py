@@ -14,6 +14,7 @@ from ..core.aliases import Alias, rest_of
 from ..core.clips import ClipMethod, by_frame
 from ..core.reduction import Reduction
 from ..core.registry import register_method
+from ..core.selection import chosen_first
 from ..core.settings import check_choice, check_keep
 from ..core.site import Counts
 from ..core.view import TokenView
@@ -147,9 +148,8 @@ class VidCom2(ClipMethod):
     def _ragged(self, chosen: Tensor, shape: tuple[int, int]) -> Reduction:
         n = chosen.shape[1]
         most = min(n, int((1.0 - self.rate) * n + shape[0] / 2) + shape[0])
-        place = torch.arange(n, device=chosen.device)
-        slots = torch.where(chosen, place, n + place).sort(dim=1).values[:, :most]
-        return Reduction(slots % n, valid=slots < n)
+        slots, valid = chosen_first(chosen)
+        return Reduction(slots[:, :most], valid=valid[:, :most])
 
     def count(self, counts: Counts) -> int | None:
         """As vLLM counts; all of a picture; None where the release's rounding decides."""

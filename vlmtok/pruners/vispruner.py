@@ -14,7 +14,7 @@ from ..core.registry import register_method
 from ..core.selection import ranked
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts
-from ..core.tower_scores import ScoredByTower
+from ..core.tower_scores import ScoredByTower, tower_attention
 from ..core.view import TokenView
 
 STEP = 8
@@ -125,7 +125,7 @@ class VisPruner(ScoredByTower):
         if k == view.counts.n:
             return None
         # The release cuts off the product in floating point.
-        pair = important_and_diverse(self.attention(view), view.tokens, k, int(k * self.important))
+        pair = important_and_diverse(tower_attention(view), view.tokens, k, int(k * self.important))
         return Reduction(torch.cat(pair, 1).sort(dim=1).values)
 
     def count(self, counts: Counts) -> int:
