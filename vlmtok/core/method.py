@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ParameterError
@@ -56,7 +56,8 @@ class Method(CommonSettings):
     aliases: ClassVar[tuple[Alias, ...]] = ()
     """Names that the paper and its code have for parameters; read in spec strings, never written."""
     scope: ClassVar[str] = "picture"
-    """What one view row is (`site.SCOPES`): ``picture``, ``part`` (crop or frame), ``clip``; a site may say another."""
+    """What one view row is (`site.SCOPES`): ``picture``, ``part`` (crop or frame), ``clip``, ``head`` (of a cache); a
+    site may say another."""
     wants: ClassVar[tuple[str, ...]] = ()
     """Signals that only a user can give, and without which it does not run: `compress(..., signals={name: ...})`.
     Estimates and what is told of a method take them for given."""
@@ -64,7 +65,10 @@ class Method(CommonSettings):
     """Whether cuts of a schedule that fall on one layer, since layers before it have no attention rows, are one: the
     last of them. They are refused otherwise."""
     proportional: bool = False
-    """Whether attention logits get + log(size) in towers after a merge."""
+    """Whether attention logits get + log(size) after a merge, in towers and on merged entries of a cache."""
+    merge_keys: ClassVar[str] = "kept"
+    """What becomes of keys where entries of a cache merge: ``kept``, the key of the entry that represents the slot, or
+    ``weighted``, the same mean as of values (turned by different positions, keys of one token are not alike)."""
     pooling: str | None = None
     """What a merged token counts in a head that pools a tower's tokens, of `POOLINGS`; None leaves it: ``"size"``."""
     budget_parameter: ClassVar[str] = ""
@@ -154,6 +158,15 @@ class Method(CommonSettings):
             0-based layer to ``"ffn"``, ``"attn"`` or ``"block"`` (both); nothing by default.
         """
         return {}
+
+    def plan(self, views: Sequence[TokenView]) -> None:
+        """Looks at all layers of the cache at once, before `reduce` is asked of any: a budget over layers.
+
+        Args:
+            views: of the same view rows at all ``cache`` sites of the method, in the order of the layers. Their tokens
+                have no data (they are on the meta device): a plan goes by signals and counts. All of them share one
+                `row`, which the views of `reduce` show again; what the plan decides is written there.
+        """
 
     def insert(self, view: TokenView) -> Tensor | None:
         """Tokens to put at the end of the row for one block; asked at ``start`` sites.

@@ -10,17 +10,19 @@ from ..errors import SiteError
 
 T = TypeVar("T")
 
-STAGES = ("vision", "features", "projected", "decoder", "text")
-"""Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder)."""
+STAGES = ("vision", "features", "projected", "decoder", "cache", "text")
+"""Stages in the order in which a forward passes them (``text`` is the text tower of a dual encoder). At ``cache``
+entries of the key-value cache leave, behind the prefill that brought them."""
 
-LAYERED = ("vision", "decoder", "text")
+LAYERED = ("vision", "decoder", "cache", "text")
 """Stages that have layers; the others are a single moment."""
 
 POINTS = ("start", "mid", "end")
 
-SCOPES = ("picture", "part", "sample", "frame", "clip")
+SCOPES = ("picture", "part", "sample", "frame", "clip", "head")
 """What one view row is: a picture or clip with its separators; a crop or frame; all of a prompt; a frame of a clip, or
-a whole picture; a picture or clip without its separators, in whose order frames lie one behind the other."""
+a whole picture; a picture or clip without its separators, in whose order frames lie one behind the other; one key-value
+head of a picture (at ``cache`` alone)."""
 
 BUDGET_SCOPES = ("picture", "frame", "part", "sample")
 """Scopes that a `keep` can be meant for, where a method lets the user say."""
@@ -38,7 +40,7 @@ class Site:
     """A place where a method acts or observes.
 
     Attributes:
-        stage: ``vision``, ``features``, ``projected``, ``decoder`` or ``text``.
+        stage: ``vision``, ``features``, ``projected``, ``decoder``, ``cache`` or ``text``.
         layer: 0-based block; None for ``features`` and ``projected``.
         point: ``start``, ``mid`` (between attention and MLP, towers only) or ``end`` of the block.
         needs: signals, by name (``"keys"``) or with a place (``"cls_attention@vision:-1"``).
@@ -47,6 +49,9 @@ class Site:
         scope: what one view row is; None means the method's.
         separators: what becomes of the tokens that a host puts between rows of patches (newlines) when their picture is
             cut here: ``keep`` or, at ``projected`` alone, ``drop``.
+        every: at ``cache``, decode steps after which the method is asked again; 0 asks it behind the prefill alone.
+        window: at ``cache``, last rows of the prompt (and of what is written) that ``recent_mass`` sums over.
+        forget: in the decoder, whether entries of tokens that leave here leave the caches of the layers before, too.
     """
 
     stage: str
@@ -56,6 +61,9 @@ class Site:
     positions: str | None = None
     scope: str | None = None
     separators: str = "keep"
+    every: int = 0
+    window: int = 0
+    forget: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -72,6 +80,14 @@ class Site:
             raise SiteError(f"separators {self.separators!r}: one of {', '.join(SEPARATORS)}")
         if self.separators == "drop" and self.stage != "projected":
             raise SiteError(f"separators='drop' is for the stage 'projected'; at {self} there are none")
+        if self.forget and self.stage != "decoder":
+            raise SiteError(f"forget is for the stage 'decoder'; at {self} no layer before holds entries")
+        cached = {"every": self.every, "window": self.window, "scope='head'": self.scope == "head"}
+        for name, value in cached.items():
+            if value and (self.stage != "cache" or value < 0):
+                raise SiteError(f"{name} at {self}: it is a number from 0 on, and for the stage 'cache' alone")
+        if self.stage == "cache" and (self.point != "end" or self.positions is not None):
+            raise SiteError(f"{self}: entries leave a cache at the end, and keep their positions")
 
     def __str__(self) -> str:
         return self.stage if self.layer is None else f"{self.stage} layer {self.layer} {self.point}"
@@ -303,9 +319,34 @@ class Layout:
         """
         if site.stage in ("vision", "features"):
             return "renumber" if "features" in self.stages else "keep"
+        if site.stage == "cache":
+            return "keep"
         if site.positions is not None:
             return site.positions
         return "renumber" if site.stage == "projected" and self.stages["projected"].renumbers else "keep"
+
+    def cached_layers(self, layers: Any = None, by: str = "this method") -> list[int]:
+        """Layers of the language model whose caches can lose entries.
+
+        Args:
+            layers: None for all of them, an int, or several; negatives count from the end.
+            by: who asks, for the error.
+
+        Returns:
+            Ascending 0-based layers. Layers that were not asked for by number, and keep no keys of their own for all
+            that came, are left out.
+
+        Raises:
+            SiteError: a layer does not exist, or keeps no such keys; or none does.
+        """
+        blind = self.stage("cache", by).blind
+        found = self.layers("cache", layers, by)
+        if layers is None:
+            found = [layer for layer in found if layer not in blind]
+        for layer in found:
+            if layer in blind:
+                raise SiteError(f"{by}: layer {layer} of {self.family} has no entries that can leave: {blind[layer]}")
+        return found
 
     def layers(self, stage: str, layers: Any = None, by: str = "this method") -> list[int]:
         """Resolves a `layers` parameter: None for all that matter, an int, or several; negatives count from the end.
