@@ -50,12 +50,15 @@ class Event:
         layer: of the site, or None.
         point: of the site.
         method: index of the method in its list.
-        kind: ``cut``, ``observe`` (nothing reduced) or ``insert``.
-        before: tokens of a whole row before, padding included.
-        after: tokens of a whole row after.
+        kind: ``cut``, ``observe`` (nothing reduced), ``insert``, or ``forget`` (at ``cache``: entries that left the
+            caches of layers before a cut of the method, with the tokens that it dropped).
+        before: tokens of a whole row before, padding included; at ``cache`` entries of a row that the layer held, past
+            included.
+        after: the same after.
         groups: the batched calls.
         ragged: whether the rows may differ in what they keep.
-        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell.
+        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell. At ``cache``
+            entries of each head.
     """
 
     stage: str
@@ -68,6 +71,13 @@ class Event:
     groups: tuple[Group, ...] = ()
     ragged: bool = False
     gone: int | None = None
+
+    @property
+    def reaches(self) -> int | None:
+        """The first layer of a language model that gets the row as it left it; None at ``cache``: no row changes."""
+        if self.stage == "cache":
+            return None
+        return layer_of(self.layer, self.point) if self.stage == "decoder" else 0
 
 
 @dataclass(frozen=True)
@@ -163,12 +173,17 @@ class StageRun:
 
     def reaching(self, layer: int) -> int:
         """Tokens of a row that reach a layer of a language model, padding included."""
-
-        def before(event: Event) -> bool:
-            return event.stage != "decoder" or layer_of(event.layer, event.point) <= layer
-
-        left = [event.after for event in self.events if before(event)]
+        left = [event.after for event in self.events if event.reaches is not None and event.reaches <= layer]
         return left[-1] if left else self.entered
+
+    def before(self, layer: int) -> int:
+        """Entries of a row that a layer's cache held before, padding included."""
+        return max(self.held, default=(0, self.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
+
+    def keeps(self, layer: int) -> int:
+        """Entries of a row that a layer's cache keeps behind it, padding included; of a window as if it saw all."""
+        left = [event.after for event in self.events if event.stage == "cache" and event.layer == layer]
+        return left[-1] if left else self.before(layer) + self.reaching(layer)
 
     @property
     def steps(self) -> int:
@@ -315,7 +330,7 @@ class Ledger:
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.reaching(layer)
+        joined = past - run.keeps(layer)
         last = run.decodings[-1] if run.decodings else None
         if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
             last = Decoding(rows, joined, recorded=recorded)

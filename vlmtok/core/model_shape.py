@@ -101,7 +101,7 @@ class BlockShape:
         return min(tokens, self.window - 1) if self.window else tokens
 
     def cached(self, tokens: int) -> int:
-        """Bytes of the layer's cache behind so many tokens of one row."""
+        """Bytes of the layer's cache with the entries of so many tokens of one row."""
         if self.mixer is not None:
             return self.mixer.state if tokens else 0
         return self.held(tokens) * self.kv_bytes
@@ -110,7 +110,7 @@ class BlockShape:
         """MACs of decode steps of one row.
 
         Args:
-            held: tokens that the layer's cache held behind the prefill.
+            held: entries that the layer's cache kept behind the prefill.
             first: tokens that joined it since.
             steps: how many.
             recorded: see `vlmtok.core.mixers.ShortConv.step`.
@@ -314,6 +314,7 @@ class Tokens:
         visual: reducible tokens that enter,
         no_query: tokens of which no query is made, and
         no_output: tokens that the output projection does not see; means over rows, where these differ.
+        held: entries that the layer's cache keeps behind the call, padding included; 0 where there is no cache.
     """
 
     queries: int
@@ -322,3 +323,4 @@ class Tokens:
     visual: float
     no_query: float = 0
     no_output: float = 0
+    held: int = 0
