@@ -8,110 +8,12 @@ from dataclasses import astuple, dataclass, field
 import torch
 
 from ..kernels import ran
-from .site import layer_of
+from .events import Decoding, Event, Group, Mass, Skip
+
+__all__ = ["Books", "Decoding", "Event", "Group", "Ledger", "Mass", "Skip", "StageRun"]
 
 MOST_UNREAD = 1024
 """Closed passes whose grids may still lie on a device."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One batched call of `reduce`.
-
-    Attributes:
-        rows: view rows.
-        n: tokens of each that arrived.
-        slots: slots of each that stayed.
-        entered: tokens of each when it entered the stage.
-        text: text rows behind the view's first token (language models).
-        length: length of the whole row, padding left out (language models) or not (towers).
-        mixed: whether some of that text stands before some of the view's tokens.
-        frames: frames of a clip that each is; 0 where it is none.
-        cells: tokens of each frame while they are whole; else 0.
-    """
-
-    rows: int
-    n: int
-    slots: int
-    entered: int
-    text: int = 0
-    length: int = 0
-    mixed: bool = False
-    frames: int = 0
-    cells: int = 0
-
-
-@dataclass(frozen=True)
-class Event:
-    """One visit of a method to a site.
-
-    Attributes:
-        stage: of the site.
-        layer: of the site, or None.
-        point: of the site.
-        method: index of the method in its list.
-        kind: ``cut``, ``observe`` (nothing reduced), ``insert``, or ``forget`` (at ``cache``: entries that left the
-            caches of layers before a cut of the method, with the tokens that it dropped).
-        before: tokens of a whole row before, padding included; at ``cache`` entries of a row that the layer held, past
-            included.
-        after: the same after.
-        groups: the batched calls.
-        ragged: whether the rows may differ in what they keep.
-        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell. At ``cache``
-            entries of each head.
-    """
-
-    stage: str
-    layer: int | None
-    point: str
-    method: int
-    kind: str
-    before: int
-    after: int
-    groups: tuple[Group, ...] = ()
-    ragged: bool = False
-    gone: int | None = None
-
-    @property
-    def reaches(self) -> int | None:
-        """The first layer of a language model that gets the row as it left it; None at ``cache``: no row changes."""
-        if self.stage == "cache":
-            return None
-        return layer_of(self.layer, self.point) if self.stage == "decoder" else 0
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Work of a decoder layer that was left out for visual tokens.
-
-    Attributes:
-        layer: 0-based.
-        module: which one, of `vlmtok.core.skipping`.
-        tokens: of all rows together, for which it did not run.
-    """
-
-    layer: int
-    module: str
-    tokens: int
-
-
-@dataclass
-class Decoding:
-    """Decode steps of so many rows, one token each, behind a call of the language model.
-
-    Attributes:
-        rows: rows of each step.
-        first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
-        steps: how many.
-        head: rows that the language model's head saw in all of them.
-        recorded: whether the cache kept what it could drop, for drafts that are taken back.
-    """
-
-    rows: int
-    first: int = 0
-    steps: int = 0
-    head: int = 0
-    recorded: bool = False
 
 
 @dataclass
@@ -136,6 +38,7 @@ class StageRun:
         told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
         mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
         skips: what was left out for visual tokens (language models).
+        masses: what was summed for methods at the key-value cache (language models).
     """
 
     stage: str
@@ -155,6 +58,7 @@ class StageRun:
     told: torch.Tensor | None = None
     mixed: bool = False
     skips: list[Skip] = field(default_factory=list)
+    masses: list[Mass] = field(default_factory=list)
 
     def read(self) -> None:
         """Reads what the host told, which waits for the device."""
@@ -194,7 +98,7 @@ class StageRun:
         """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, self.grids, tuple(self.skips), *tables)
+        return (*shape, self.held, self.grids, tuple(self.skips), tuple(self.masses), *tables)
 
 
 @dataclass
@@ -314,6 +218,8 @@ class Ledger:
     def visit(self, run: StageRun, event: Event) -> None:
         """Books one visit."""
         run.events.append(event)
+        if event.kind == "forget":
+            return  # nobody was asked there
         key = (event.stage, event.layer, event.point, event.method)
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1

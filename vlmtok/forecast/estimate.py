@@ -15,7 +15,8 @@ from ..core.model_shape import ModelShape
 from ..core.settings import check_choice
 from ..core.spec import as_methods
 from ..core.view import TokenView
-from ..cost.plan import Past, check_counts, plan
+from ..cost.past import Past, check_counts
+from ..cost.plan import plan
 from ..cost.report import Report
 from ..errors import ParameterError, SiteError
 from ..guard import guarded

@@ -32,5 +32,8 @@ def served_layout(layout: Layout, engine: str = ENGINE) -> Layout:
         shown = stages["projected"].provides - AHEAD
         stages["projected"] = replace(stages["projected"], provides=shown, why=UNSEEN)
     return replace(
-        layout, family=f"{layout.family} in {engine}", stages=stages, without={**layout.without, "decoder": PAGED}
+        layout,
+        family=f"{layout.family} in {engine}",
+        stages=stages,
+        without={**layout.without, "decoder": PAGED, "cache": PAGED},
     )
