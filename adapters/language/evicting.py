@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.attachment import Attachment
-from ...core.cache_signals import mass
+from ...core.cache_signals import mass, summed
 from ...core.eviction import Entries, Piece, evicted, staying
 from ...core.hooks import replaying
-from ...core.ledger import Event
+from ...core.ledger import Event, Mass
 from ...core.pictures import PAD
 from ...core.rows import PromptRows
 from ...core.signals import MASSES
@@ -154,7 +154,10 @@ class Evictor:
         table = torch.zeros(rows.batch, rows.length, keys.shape[1], dtype=torch.float32, device=keys.device)
         taps = LayerTaps(self.lm, self.segments, self.running, call, layer + 1, None, hidden, None, None, Segment(0))
         for group in rows.groups("sample", by_text=True, by_length=True):
-            found = mass(name, taps.behind(group), keys.shape[1], window)
+            tapped = taps.behind(group)
+            found, queries = mass(name, tapped, keys.shape[1], window), summed(name, tapped, window).shape[1]
+            if queries and call.run is not None:
+                call.run.masses.append(Mass(layer, len(group.units), queries, keys.shape[2]))
             columns = rows.valid_columns(group)
             if columns is None:
                 columns = torch.arange(rows.length, device=keys.device).expand(len(group.units), -1)

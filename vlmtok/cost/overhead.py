@@ -53,4 +53,4 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
         else:
             again.tower()
         own = counted() - again.signals - again.elsewhere
-    return Overhead(again.signals, own, tuple(dict.fromkeys(again.notes)))
+    return Overhead(again.signals, own, tuple(dict.fromkeys(again.said())))

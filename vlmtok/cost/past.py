@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..core.attachment import Attachment
 from ..core.ledger import Event, StageRun
@@ -36,8 +36,16 @@ class Past:
         def key(event: Event) -> Key:
             return (event.stage, event.layer, event.point, event.method - first if event.method >= 0 else -1)
 
-        asked = {run.stage: [event for event in run.events if event.kind != "forget"] for run in runs}
-        return cls(events={stage: {key(event): event for event in events} for stage, events in asked.items()})
+        return cls(events={run.stage: {key(event): event for event in _chosen(run)} for run in runs})
+
+
+def _chosen(run: StageRun) -> Iterator[Event]:
+    """Visits of methods; entries that left a cache with tokens of later layers are none, and nobody chose them."""
+    lost = {event.layer: (event.gone or 0) // run.rows for event in run.events if event.kind == "forget"}
+    for event in run.events:
+        if event.kind != "forget":
+            apart = lost.get(event.layer, 0) if event.stage == "cache" else 0
+            yield replace(event, before=event.before - apart)
 
 
 def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:

@@ -229,18 +229,19 @@ class Planner:
                 cache.follow(whole, rows, layer_of(site.layer, site.point), entry)
             if run.events[-1].kind == "cut" and site.separators == "drop":
                 self._drop_separators(run, rows, [group for group, slots in groups if slots != group.n])
-        if (layers or cache.acts) and not inside:
-            rows.enter(hold=True)
+        if not inside:
+            if layers:
+                rows.enter(hold=True)
             cache.enter(rows)
         while layers:
             self._skip(run, rows, layers.pop())
         self.left = [picture.n for picture in rows.pictures]
         if cache.acts:
             run.masses += cache.masses(prompt.batch)
-            run.events += cache.forgotten(prompt.batch)
             for layer, entry in cache.entries.items():
                 held = cache.rows[layer]
                 self._visit(run, entry, held, held.groups(entry.scope), cache.lengths[layer])
+            run.events += cache.forgotten(prompt.batch)
         return run
 
     def _visit(

@@ -32,7 +32,7 @@ class PlannedCache:
         self._saw: list[PlannedRows] = []
         self._depth = depth
         self.lengths = [0] * depth
-        self._lost: dict[int, int] = {}
+        self._lost: dict[int, tuple[int, int]] = {}
         self._open = set(attachment.layout.cached_layers()) if follows else set()
 
     def enter(self, rows: PlannedRows) -> None:
@@ -54,10 +54,10 @@ class PlannedCache:
         for layer in range(first, len(self.rows)):
             self.rows[layer], self._saw[layer], self.lengths[layer] = rows.copy(), rows.copy(), rows.length
         if entry.site.forget and rows.length < before.length:
-            for layer in sorted(self._open):
-                if layer < first and layer < len(self.rows):
-                    self.rows[layer].lose(before, rows)
-                    self._lost[layer] = entry.index
+            for layer in (layer for layer in self._open if layer < first):
+                self.rows[layer].lose(before, rows)
+                lost = self._lost.get(layer, (0, 0))[1]
+                self._lost[layer] = entry.index, lost + before.length - rows.length
 
     def masses(self, batch: int) -> Iterator[Mass]:
         """Attention that is summed for methods while layers run; each layer saw all of its row."""
@@ -70,12 +70,10 @@ class PlannedCache:
                     "recent_mass": min(entry.site.window, length),
                 }
                 asked = {need.name for need in entry.needs} & MASSES
-                yield from (Mass(layer, batch, taken[name], length) for name in sorted(asked))
+                yield from (Mass(layer, batch, taken[name], length) for name in sorted(asked) if taken[name])
 
     def forgotten(self, batch: int) -> Iterator[Event]:
-        """Layers that lose entries with later cuts, and of which no method chooses."""
-        for layer, index in sorted(self._lost.items()):
-            if layer not in self.entries:
-                before, after = self.lengths[layer], self.rows[layer].length
-                gone = batch * (before - after)
-                yield Event("cache", layer, "end", index, "forget", before, after, (), True, gone)
+        """Layers that lost entries with later cuts; asked once methods have chosen, too."""
+        for layer, (index, lost) in sorted(self._lost.items()):
+            before, after = self.lengths[layer], self.rows[layer].length
+            yield Event("cache", layer, "end", index, "forget", before, after, (), True, batch * lost)

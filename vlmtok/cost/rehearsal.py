@@ -15,6 +15,7 @@ from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import BlockShape, ModelShape, TowerShape
 from ..core.sequence import TowerRow
 from ..core.signals import DECODER_SIGNALS, OF_OUTPUT, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
+from ..core.site import Site, named, runs_of_layers
 from ..core.view import Signal, TokenView
 from ..kernels import dispatch, exact
 from .cache_rehearsal import ask_caches
@@ -45,7 +46,8 @@ class Rehearsal:
     Attributes:
         signals: MACs of signals so far.
         elsewhere: MACs that only gave a signal its shape here; they are booked where it is made.
-        notes: what could not be counted.
+        notes: what could not be counted, and
+        failed: methods that do not run without data, with what they raised and where.
     """
 
     def __init__(self, attachment: Attachment, shape: ModelShape, run: StageRun, counted: Callable[[], int]) -> None:
@@ -56,6 +58,7 @@ class Rehearsal:
         self.signals = 0
         self.elsewhere = 0
         self.notes: list[str] = []
+        self.failed: dict[tuple[str, str], list[Site]] = {}
         self.states: dict[int, dict[str, Any]] = {}
         self.rows: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
         self.memory = {i: on_meta(attachment.remember(i)) for i in range(len(attachment.methods))}
@@ -278,7 +281,16 @@ class Rehearsal:
             with exact(view.tokens.device):
                 ask()
         except Exception as problem:  # a method of a third party may do anything
-            self.notes.append(f"{name} does not run without data at {entry.site}, its cost there is missing: {problem}")
+            self.failed.setdefault((name, str(problem)), []).append(entry.site)
+
+    def said(self) -> list[str]:
+        """What could not be counted, and why; layers in which a method fails alike are one."""
+        found = list(self.notes)
+        for (name, problem), sites in self.failed.items():
+            once = list(dict.fromkeys(sites))
+            places = ", ".join(named(run) for run in runs_of_layers(once, lambda site: site, lambda site: None))
+            found.append(f"{name} does not run without data at {places}, its cost there is missing: {problem}")
+        return found
 
     def view(self, entry: Entry, group: Group, width: int, give: Give) -> TokenView:
         """A view without data.
