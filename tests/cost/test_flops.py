@@ -96,11 +96,9 @@ def test_entries_that_leave_a_cache_shorten_no_row_and_are_held_no_more():
     ]
     bare, after = decoder_profiles(run, blocks)
     assert run.columns == 30 and [run.reaching(layer) for layer in range(4)] == [30, 30, 24, 24]
-    assert [dataclasses.replace(one, held=0) for one in after.layers] == [
-        dataclasses.replace(one, held=0) for one in seen.layers
-    ]
-    assert [one.held for one in seen.layers] == [39, 39, 7, 31] and [one.held for one in after.layers] == [21, 39, 7, 20]
-    assert [one.held for one in bare.layers] == [47, 47, 7, 47] and after.left == 24
+    assert all(dataclasses.replace(a, held=b.held) == b for a, b in zip(after.layers, seen.layers))
+    found = [[one.held for one in profile.layers] for profile in (bare, seen, after)]
+    assert found == [[47, 47, 7, 47], [39, 39, 7, 31], [21, 39, 7, 20]] and after.left == 24
     assert after.cached(blocks) == 2 * 3 * (21 + 39 + 7 + 20) and after.peak(blocks) == 2 * 3 * (39 + 39 + 7 + 31)
     assert after.macs(blocks) == seen.macs(blocks)
     steps = after.step_macs(blocks, rows=2, first=1, steps=2)

@@ -40,12 +40,17 @@ class Past:
 
 
 def _chosen(run: StageRun) -> Iterator[Event]:
-    """Visits of methods; entries that left a cache with tokens of later layers are none, and nobody chose them."""
+    """Visits of methods that tell what stayed of a view row.
+
+    Entries that left a cache with tokens of later layers are no visit, and nobody chose them. How many of several view
+    rows stayed in a row that keeps as many as its content says is not booked.
+    """
     lost = {event.layer: (event.gone or 0) // run.rows for event in run.events if event.kind == "forget"}
     for event in run.events:
-        if event.kind != "forget":
-            apart = lost.get(event.layer, 0) if event.stage == "cache" else 0
-            yield replace(event, before=event.before - apart)
+        if event.stage != "cache":
+            yield event
+        elif event.kind != "forget" and not (event.ragged and sum(group.rows for group in event.groups) > run.rows):
+            yield replace(event, before=event.before - lost.get(event.layer, 0))
 
 
 def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
