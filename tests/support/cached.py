@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlmtok import FastV, Method, Reduction, Site
+from vlmtok.core.signals import ENTRIES
 
 
 @dataclass(eq=False)
@@ -16,7 +17,7 @@ class Held(Method):
     Attributes:
         keep: share that stays; of every second layer, as `odd` says.
         odd: share that stays of layers with odd numbers; None means `keep`.
-        by: a mass.
+        by: a mass; of entries it is their length.
         of: scope of its sites.
         window: of ``recent_mass``.
         layers: of which caches; None means all.
@@ -52,6 +53,7 @@ class Held(Method):
 
     def reduce(self, view):
         mass = view.signal(self.by)
+        mass = mass.float().norm(dim=-1) if self.by in ENTRIES else mass
         score = mass if mass.dim() == 2 else mass.mean(1)
         own = view.tokens.float() @ view.tokens.float().transpose(1, 2)
         assert view.signal("values_cached").shape[-2] == own.shape[1]

@@ -27,7 +27,8 @@ class BlockShape:
         beside: MACs of one token in what stands beside attention and MLP.
         kv_bytes: bytes that the cache takes for one token; 0 where the layer keeps no keys.
         gated: whether the query projection gives a gate of the same width.
-        shared: whether keys and values are those of an earlier layer.
+        shared: whether keys and values are those of an earlier layer, and
+        source: which layer's, where that is known.
         late: whether it runs for the tokens alone whose logits are wanted.
         mixer: what it has in the place of attention, or None; `attn` counts the weights of that then.
     """
@@ -44,6 +45,7 @@ class BlockShape:
     kv_bytes: int = 0
     gated: bool = False
     shared: bool = False
+    source: int | None = None
     late: bool = False
     mixer: Mixer | None = None
 

@@ -126,8 +126,9 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
         bare.append(Tokens(entered, keys, entered, run.visual / run.rows, held=block.held(keys)))
         spared = {skip.module: _each(skip.tokens, run.rows) for skip in run.skips if skip.layer == layer}
         without = left - spared.get(MLP, 0), visual, spared.get(QUERY, 0), spared.get(OUTPUT, 0)
-        keys = block.held(run.before(layer)) + columns
-        layers.append(Tokens(left, keys, *without, held=block.held(run.keeps(layer))))
+        holder = layer if block.source is None else block.source
+        keys = block.held(run.before(holder)) + columns
+        layers.append(Tokens(left, keys, *without, held=block.held(run.keeps(holder))))
     return _pair(run, bare, layers, layers[-1].queries if layers else columns)
 
 
