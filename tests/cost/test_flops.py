@@ -137,6 +137,37 @@ def test_the_ledger_keeps_the_prefill_behind_later_calls_and_totals_all():
     assert ledger.passes == {"decoder": 2, "continued": 1} and ledger.steps == 4
 
 
+def test_entries_that_leave_while_an_answer_is_written_are_seen_until_then():
+    """Each step sees what is there in front of it; steps behind a later turn count from that turn."""
+    ledger, blocks = Ledger(), (BlockShape.of(4, 8, 2),) * 2
+    run = ledger.begin(StageRun("decoder", 1, 20, pictures=1))
+    ledger.visit(run, Event("cache", 0, "end", 0, "cut", 20, 12, (Group(1, 10, 2, 10),)))
+    held, seen = [12, 20], [[], []]
+    for number in range(1, 10):
+        for layer in (0, 1):
+            seen[layer].append(held[layer] + 1)
+        ledger.step(1, held[0])
+        held = [n + 1 for n in held]
+        for layer, every in ((0, 3), (1, 4)):
+            if number % every == 0:
+                event = Event("cache", layer, "end", 0, "cut", held[layer], held[layer] - 2, (Group(1, 4, 2, 10),))
+                ledger.visit(None, event)
+                held[layer] -= 2
+    assert run.decodings == [Decoding(1, 0, 9)] and [run.keeps(layer) for layer in (0, 1)] == [12, 20]
+    assert run.losses(0) == [(3, 2), (6, 2), (9, 2)] and run.losses(1) == [(4, 2), (8, 2)]
+    profile = decoder_profiles(run, blocks)[1]
+    weights = 2 * (blocks[0].attn + blocks[0].mlp)
+    for first, steps in ((0, 9), (0, 1), (2, 1), (3, 1), (2, 5), (5, 4)):
+        products = sum(2 * 4 * sum(keys[first : first + steps]) for keys in seen)
+        assert profile.step_macs(blocks, 1, first, steps) == steps * weights + products
+    ledger.begin(StageRun("decoder", 1, 5, past=held[0], seen=29, held=((0, held[0]), (1, held[1]))))
+    ledger.step(1, held[0] + 5)
+    ledger.visit(None, Event("cache", 1, "end", 0, "cut", held[1] + 6, held[1] + 4, (Group(1, 4, 2, 10),)))
+    ledger.step(1, held[0] + 6)
+    later = ledger.last["continued"]
+    assert later.decodings == [Decoding(1, 0, 2)] and (later.losses(0), later.losses(1)) == ([], [(1, 2)])
+
+
 def test_steps_behind_entries_that_left_begin_where_the_cache_stands():
     ledger = Ledger()
     run = ledger.begin(StageRun("decoder", 2, 20, past=4, pictures=2, seen=4))

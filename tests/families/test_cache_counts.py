@@ -13,7 +13,6 @@ import vlmtok
 from .harness import batch, generate
 from .test_counts import COUNTED, built, held_to_the_counter
 
-
 WITHOUT_ROWS = ("muse_glimmer", "muse_spark", "step3p7", "lfm3_vl")
 """Families of which some layer's attention is of a form that shows no rows; entries are there all the same."""
 

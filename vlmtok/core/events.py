@@ -52,6 +52,7 @@ class Event:
         ragged: whether the rows may differ in what they keep.
         gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell. At ``cache``
             entries of each head.
+        written: at ``cache``, tokens of a row that were written behind the pass when they left; 0 right behind it.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Event:
     groups: tuple[Group, ...] = ()
     ragged: bool = False
     gone: int | None = None
+    written: int = 0
 
     @property
     def reaches(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
@@ -86,8 +86,15 @@ class StageRun:
 
     def keeps(self, layer: int) -> int:
         """Entries of a row that a layer's cache keeps behind it, padding included; of a window as if it saw all."""
-        left = [event.after for event in self.events if event.stage == "cache" and event.layer == layer]
+        left = [event.after for event in self._evictions(layer) if not event.written]
         return left[-1] if left else self.before(layer) + self.reaching(layer)
+
+    def losses(self, layer: int) -> list[tuple[int, int]]:
+        """What left a layer's cache in decode steps: tokens written until then, and entries of a row, in order."""
+        return [(event.written, event.before - event.after) for event in self._evictions(layer) if event.written]
+
+    def _evictions(self, layer: int) -> list[Event]:
+        return [event for event in self.events if event.stage == "cache" and event.layer == layer]
 
     @property
     def steps(self) -> int:
@@ -215,9 +222,18 @@ class Ledger:
             books.before, books.encoded = None, None
         return run
 
-    def visit(self, run: StageRun, event: Event) -> None:
-        """Books one visit."""
-        run.events.append(event)
+    def visit(self, run: StageRun | None, event: Event) -> None:
+        """Books one visit.
+
+        Args:
+            run: the pass; None for the decode step that ran last.
+            event: the visit.
+        """
+        if run is not None:
+            run.events.append(event)
+        elif self.mine.decoder is not None and self.mine.decoder.decodings:
+            step = self.mine.decoder.decodings[-1]
+            self.mine.decoder.events.append(replace(event, written=step.first + step.steps))
         if event.kind == "forget":
             return  # nobody was asked there
         key = (event.stage, event.layer, event.point, event.method)
@@ -236,7 +252,7 @@ class Ledger:
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.keeps(layer)
+        joined = past - run.keeps(layer) + sum(lost for _, lost in run.losses(layer))
         last = run.decodings[-1] if run.decodings else None
         if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
             last = Decoding(rows, joined, recorded=recorded)

@@ -120,12 +120,14 @@ class BlockShape:
         weights = steps * (self.attn + self.mlp + self.beside)
         if self.mixer is not None:
             return weights + steps * self.mixer.step(recorded)
-        # A step sees what it adds itself; the sum over steps of how many tokens that is.
+        return weights + self.products(1, self.seen(held, first, steps))
+
+    def seen(self, held: int, first: int, steps: int) -> int:
+        """Keys that decode steps of one row see, their own included, all steps together; arguments as of `step`."""
         low, high = held + first + 1, held + first + steps
         cap = self.window or high
         rising = max(min(high, cap) - low + 1, 0)
-        keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
-        return weights + self.products(1, keys)
+        return rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
 
     def macs(self, tokens: Tokens) -> float:
         """MACs of one row, a mean over rows where `tokens` are."""

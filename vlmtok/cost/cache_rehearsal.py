@@ -14,6 +14,7 @@ from ..core.method import Method
 from ..core.model_shape import BlockShape
 from ..core.signals import ENTRIES, Need
 from ..core.view import Signal, TokenView
+from .flops import decoder_profiles
 from .meta import empty
 
 if TYPE_CHECKING:
@@ -25,15 +26,34 @@ def ask_caches(again: Rehearsal) -> None:
     language = again.shape.language
     assert language is not None
     for mass in again.run.masses:
-        block = language.blocks[mass.layer]
-        q = partial(empty, mass.rows, block.heads, mass.queries, block.head_width)
-        k = partial(empty, mass.rows, block.kv_heads, mass.keys, block.head_width)
-        again.spent(lambda q=q, k=k: kernels.attention_rows(q(), k(), scale=1.0))  # type: ignore[misc]
+        _sum(again, language.blocks[mass.layer], mass.rows, mass.queries, mass.keys)
+    _follow(again, language.blocks)
     events = [event for event in again.run.events if event.stage == "cache" and event.groups]
-    for index in dict.fromkeys(event.method for event in events):
-        own = [event for event in events if event.method == index]
+    for index, written in dict.fromkeys((event.method, event.written) for event in events):
+        own = [event for event in events if (event.method, event.written) == (index, written)]
         for number in range(max(len(event.groups) for event in own)):
             _ask(again, [event for event in own if number < len(event.groups)], number, language.blocks)
+
+
+def _sum(again: Rehearsal, block: BlockShape, rows: int, queries: int, keys: int) -> None:
+    """Attention of some rows, of which columns are summed: a second product of queries and keys."""
+    q = empty(rows, block.heads, queries, block.head_width)
+    k = empty(rows, block.kv_heads, keys, block.head_width)
+    again.spent(lambda: kernels.attention_rows(q, k, scale=1.0))
+
+
+def _follow(again: Rehearsal, blocks: Sequence[BlockShape]) -> None:
+    """Sums that go on in decode steps, of methods that are asked again while an answer is written."""
+    summed = {mass.layer for mass in again.run.masses}
+    tracked = {entry.site.layer or 0 for entry in again.attachment.at("cache") if entry.site.every} & summed
+    if not tracked or not again.run.decodings:
+        return
+    profile = decoder_profiles(again.run, blocks)[1]
+    for layer in sorted(tracked):
+        for part in again.run.decodings:
+            # Steps see one key more each time: what all of them see is the same product.
+            for stretch in profile.stretches(layer, part.first, part.steps):
+                _sum(again, blocks[layer], part.rows, 1, blocks[layer].seen(*stretch))
 
 
 def _ask(again: Rehearsal, events: Sequence[Event], number: int, blocks: Sequence[BlockShape]) -> None:

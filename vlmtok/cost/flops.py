@@ -8,8 +8,8 @@ under the math backend of attention: over all keys, masked ones and padding incl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..core.ledger import StageRun
 from ..core.model_shape import LATE, BlockShape, LanguageShape, Part, Tokens, TowerShape
@@ -26,12 +26,14 @@ class Profile:
         layers: one for each block.
         entered: tokens of a row before the first block.
         left: tokens of a row behind the last block.
+        losses: of language models, what leaves a layer's cache while decode steps run, see `StageRun.losses`.
     """
 
     rows: int
     layers: tuple[Tokens, ...] = ()
     entered: int = 0
     left: int = 0
+    losses: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def macs(self, blocks: Sequence[BlockShape]) -> int:
         """MACs of the blocks; a whole number for each block, whatever the means over rows."""
@@ -47,8 +49,32 @@ class Profile:
             steps: how many.
             recorded: see `vlmtok.core.ledger.Decoding`.
         """
-        layers = zip(blocks, self.layers)
-        return rows * sum(block.step(tokens.held, first, steps, recorded) for block, tokens in layers)
+        return rows * sum(
+            block.step(*stretch, recorded)
+            for layer, block in enumerate(blocks)
+            for stretch in self.stretches(layer, first, steps)
+        )
+
+    def stretches(self, layer: int, first: int, steps: int) -> Iterator[tuple[int, int, int]]:
+        """Decode steps between which nothing leaves a layer's cache.
+
+        Args:
+            layer: 0-based.
+            first: tokens that joined the cache before.
+            steps: how many.
+
+        Yields:
+            Entries that the cache would hold behind the pass without what left since; tokens that joined it before;
+            steps.
+        """
+        held, end = self.layers[layer].held, first + steps
+        for written, lost in self.losses.get(layer, ()):
+            if first < written < end:
+                yield held, first, written - first
+                first = written
+            if written <= first:
+                held -= lost
+        yield held, first, end - first
 
     def cached(self, blocks: Sequence[BlockShape]) -> int:
         """Bytes of what the caches of all layers keep behind the pass, all rows; padding takes as much as entries."""
@@ -129,7 +155,9 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
         holder = layer if block.source is None else block.source
         keys = block.held(run.before(holder)) + columns
         layers.append(Tokens(left, keys, *without, held=block.held(run.keeps(holder))))
-    return _pair(run, bare, layers, layers[-1].queries if layers else columns)
+    whole, ran = _pair(run, bare, layers, layers[-1].queries if layers else columns)
+    holders = [layer if block.source is None else block.source for layer, block in enumerate(blocks)]
+    return whole, replace(ran, losses={layer: run.losses(holder) for layer, holder in enumerate(holders)})
 
 
 def _each(tokens: int, rows: int) -> float:

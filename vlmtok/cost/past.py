@@ -49,7 +49,11 @@ def _chosen(run: StageRun) -> Iterator[Event]:
     for event in run.events:
         if event.stage != "cache":
             yield event
-        elif event.kind != "forget" and not (event.ragged and sum(group.rows for group in event.groups) > run.rows):
+        elif (
+            event.kind != "forget"
+            and not event.written
+            and not (event.ragged and sum(group.rows for group in event.groups) > run.rows)
+        ):
             yield replace(event, before=event.before - lost.get(event.layer, 0))
 
 
