@@ -47,13 +47,10 @@ def _chosen(run: StageRun) -> Iterator[Event]:
     """
     lost = {event.layer: (event.gone or 0) // run.rows for event in run.events if event.kind == "forget"}
     for event in run.events:
+        several = event.ragged and sum(group.rows for group in event.groups) > run.rows
         if event.stage != "cache":
             yield event
-        elif (
-            event.kind != "forget"
-            and not event.written
-            and not (event.ragged and sum(group.rows for group in event.groups) > run.rows)
-        ):
+        elif event.kind != "forget" and not event.written and not several:
             yield replace(event, before=event.before - lost.get(event.layer, 0))
 
 

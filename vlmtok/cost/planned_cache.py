@@ -69,8 +69,10 @@ class PlannedCache:
                     "text_mass": sample.text,
                     "recent_mass": min(entry.site.window, length),
                 }
-                asked = {need.name for need in entry.needs} & MASSES
-                yield from (Mass(layer, batch, taken[name], length) for name in sorted(asked) if taken[name])
+                asked = sorted({need.name for need in entry.needs} & MASSES)
+                if entry.site.every and "recent_mass" in asked:  # once more, row by row: later ones take their place
+                    asked.append("recent_mass")
+                yield from (Mass(layer, batch, taken[name], length) for name in asked if taken[name])
 
     def forgotten(self, batch: int) -> Iterator[Event]:
         """Layers that lost entries with later cuts; asked once methods have chosen, too."""
