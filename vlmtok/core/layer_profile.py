@@ -1,4 +1,4 @@
-"""Layer profiles: which share of its entries each layer of a language model keeps, as files, and as numbers of entries."""
+"""Layer profiles: which share of its entries each layer of a language model keeps, as files and in entries."""
 
 from __future__ import annotations
 

@@ -186,8 +186,8 @@ class PrefixKV(ScoredCache):
         "The level is found by sorting, so that it always ends; the release's bisection never does where counts jump "
         "by more than its tolerance, as those of identical layers do.",
         "Tokens that are generated get their true positions; the release counts them by what layer 0's cache holds.",
-        "Nothing leaves while it decodes. The release then lets one entry a layer go at a fixed place, without a score, "
-        "so that all but the 25 newest of what comes goes.",
+        "Nothing leaves while it decodes. The release then lets one entry a layer go at a fixed place, by no score, so "
+        "that all but the 25 newest of what comes goes.",
         "A profile holds shares that stay, and is scaled to keep; the release's hold shares that go, one for each "
         "budget. How it averages samples is not in the code.",
         "Batches go row by row; scores are fp32. Equal scores go to the lowest index, the release's to any.",
