@@ -38,7 +38,7 @@ def refusal(method):
 
 
 def cuts_between_layers(method):
-    """Whether a method lets tokens leave between layers of a language model, or entries of their caches."""
+    """Whether a method lets tokens leave between layers of a language model, or entries of their cache."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sites = method.sites(MODEL)

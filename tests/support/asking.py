@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmtok import Method
+from vlmtok.core.cache_signals import CACHE_SIGNALS, ENTRIES, MASSES
 from vlmtok.core.placing import Placed, place
 from vlmtok.core.sequence import TowerRow
 from vlmtok.core.signals import AHEAD, DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps, tower_signals
@@ -23,9 +24,6 @@ FRAMES = 4
 """Of views that are clips."""
 USER = frozenset({"relevance"})
 """Signals that only a user can give, one number a token."""
-ENTRIES = frozenset({"keys_cached", "values_cached"})
-MASSES = frozenset({"attention_mass", "attention_rows", "text_mass", "recent_mass"})
-"""Signals of caches: with a vector an entry, and with a number."""
 
 Fill = Callable[..., Tensor]
 """From a name and a shape to a tensor."""
@@ -49,7 +47,7 @@ def llava(decoder: bool = True) -> Layout:
         return Layout("an engine", stages, without={"decoder": why, "cache": why})
     signals = frozenset(DECODER_SIGNALS)
     layers = StageLayout(LAYERS, WIDTH, HEADS, LAYERS - 1, frozenset({"start", "end"}), signals)
-    caches = StageLayout(LAYERS, WIDTH, HEADS, LAYERS - 1, provides=ENTRIES | MASSES)
+    caches = StageLayout(LAYERS, WIDTH, HEADS, LAYERS - 1, provides=CACHE_SIGNALS)
     return Layout("LLaVA by hand", {**stages, "decoder": layers, "cache": caches})
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from vlmtok import Site, TokenView
+from vlmtok.core.cache_signals import CACHE_SIGNALS
 from vlmtok.core.site import Layout, StageLayout
-
-SIGNALS = frozenset({"attention_mass", "attention_rows", "text_mass", "recent_mass", "keys_cached", "values_cached"})
 
 
 def layout(depth=4, blind=None, heads=2, width=16):
     """A language model whose caches can lose entries, but for those of some layers."""
-    caches = StageLayout(depth, width, heads, depth - 1, provides=SIGNALS, blind=blind or {})
+    caches = StageLayout(depth, width, heads, depth - 1, provides=CACHE_SIGNALS, blind=blind or {})
     return Layout("caches by hand", {"cache": caches})
 
 

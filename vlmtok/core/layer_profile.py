@@ -151,8 +151,7 @@ def read_profile(path: str | os.PathLike[str], by: str = "read_profile") -> Laye
     if not isinstance(held, Mapping):
         raise ParameterError(
             f"{by}: the profile {os.fspath(path)!r} holds a {type(held).__name__}, not an object with 'shares', the "
-            "share of its entries that each layer keeps (a list of shares that go, as PrefixKV's release has them, "
-            "becomes one by 1 - share)"
+            "share of its entries that each layer keeps (of released lists, which hold shares that go, 1 - share)"
         )
     return _of_mapping(held, by, repr(os.fspath(path)))
 
