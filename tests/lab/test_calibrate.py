@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.caches import kept
 from support.checks import Print, Subject, watched
+from support.hosts_of import CACHE_NAMES
 from support.models import Batch
 
 import vlmtok
@@ -13,7 +14,8 @@ from vlmtok.lab.calibrate import _over_depth
 
 SPEC = "prefixkv:keep=0.4"
 PROMPTS = (("^3I5",), ("^1I2I5", "6"), ("^2I2", "2I1I4"))
-SAMPLES = [Batch.of(*rows).inputs() for rows in PROMPTS]
+BATCHES = [Batch.of(*rows) for rows in PROMPTS]
+SAMPLES = [batch.inputs() for batch in BATCHES]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,10 @@ def test_it_is_the_mean_of_what_each_prompt_keeps(model):
     profile = vlmtok.calibrate(model, SPEC, SAMPLES)
     before.assert_still(model)
     alone = []
-    for row in (row for rows in PROMPTS for row in rows if "I" in row):
+    for one in (batch.alone(row) for batch in BATCHES for row, shown in enumerate(batch.pixels) if shown is not None):
         (method,) = vlmtok.parse_methods(SPEC)
         with watched([method]) as seen, vlmtok.compress(model, method), torch.no_grad():
-            model.generate(**Batch.of(row).inputs(), max_new_tokens=1)
+            model.generate(**one.inputs(), max_new_tokens=1)
         alone.append([len(kept(s.reduction, n)[0]) / n for s in seen for n in [s.view.tokens.shape[1]]])
     depth = model.config.text_config.num_hidden_layers
     assert profile.samples == len(alone) == 4 and len(profile.shares) == depth
@@ -45,7 +47,8 @@ def test_a_file_of_it_says_beforehand_what_stays(model, tmp_path):
     profile.save(path)
     batch = Batch.of("^3I5")
     with vlmtok.compress(model, f"{SPEC}:profile={path}") as run, torch.no_grad():
-        cache = model.generate(**batch.inputs(), max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        out = model.generate(**batch.inputs(), max_new_tokens=1, return_dict_in_generate=True)
+    cache = next(out[name] for name in CACHE_NAMES if name in out)
     text = batch.inputs()["input_ids"].shape[1] - 16
     held = [layer.keys.shape[2] - text for layer in cache.layers]
     assert held == list(profile.entries(0.4, 16, len(cache.layers))) and len(set(held)) > 1
