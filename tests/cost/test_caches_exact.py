@@ -65,6 +65,28 @@ def test_ways_to_generate_are_counted_exactly(method, way):
         assert 2 * run.report(total=True).macs.after.low == counter.get_total_flops()
 
 
+WRITING = {
+    "each step": lambda: Held(0.8, every=1),
+    "every second, heads": lambda: Held(0.7, odd=0.9, every=2, of="head"),
+    "text": lambda: Held(0.7, every=2, by="text_mass", layers=(0, 1, 5)),
+    "window": lambda: Held(0.7, every=2, by="recent_mass", window=3),
+    "entries alone": lambda: Held(0.7, every=1, by="keys_cached"),
+    "planned": lambda: Planned(0.8, every=3),
+    "behind a cut": lambda: [FastV(keep=0.6), Held(0.8, every=2)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("method", WRITING)
+def test_entries_that_leave_while_an_answer_is_written_are_counted_exactly(method, options):
+    model = model_of("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, WRITING[method]()) as run:
+        with referee.counter() as counter:
+            generating(model, 7, **options)()
+        report = run.report(total=True)
+        assert 2 * report.macs.after.low == counter.get_total_flops() and report.macs.after.fixed
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_tensors_before_and_behind(method):
     """Slots that padding takes are in; rows of different lengths are as long as the longest of a layer."""
@@ -132,11 +154,11 @@ def test_a_later_turn_sees_what_segments_hold():
     def turns():
         cache = DynamicCache(config=model.config.text_config)
         model(**inputs, **with_cache(model, cache), logits_to_keep=1)
-        model(input_ids=later, **with_cache(model, cache), logits_to_keep=2)
+        model(input_ids=later, **with_cache(model, cache), logits_to_keep=1)
         model(input_ids=later[:, :1], **with_cache(model, cache))
         return cache
 
-    for made in METHODS.values():
+    for made in (*METHODS.values(), *WRITING.values()):
         with torch.no_grad(), vlmtok.compress(model, made()) as run:
             with referee.counter() as counter:
                 turns()

@@ -23,6 +23,7 @@ class Held(Method):
         layers: of which caches; None means all.
         ragged: whether rows mark fewer entries than they have slots.
         told: whether the count is known beforehand.
+        every: decode steps after which it is asked again.
     """
 
     budget_parameter = "keep"
@@ -35,11 +36,14 @@ class Held(Method):
     layers: tuple[int, ...] | None = None
     ragged: bool = False
     told: bool = True
+    every: int = 0
 
     def sites(self, layout):
         needs = (self.by, "values_cached")
         layers = layout.cached_layers(self.layers)
-        return [Site("cache", layer, needs=needs, scope=self.of, window=self.window) for layer in layers]
+        return [
+            Site("cache", layer, needs=needs, scope=self.of, window=self.window, every=self.every) for layer in layers
+        ]
 
     def left(self, layer, n):
         share = self.keep if self.odd is None or layer % 2 == 0 else self.odd
