@@ -186,3 +186,37 @@ def test_a_tower_has_no_cache_to_choose_from():
 
     with pytest.raises(SiteError, match="stage 'cache', which vit-b-16 does not offer"):
         estimate("vit-b-16", Named())
+
+
+# ---------------------------------------------------------------------- what layers keep together
+@dataclass(eq=False)
+class Together(Planned):
+    """Of which it is known what all layers keep, and not how many each does."""
+
+    def together(self, counts):
+        assert [one.layer for one in counts] == list(range(LAYERS)) and counts[0].depth == LAYERS
+        return round(self.keep * sum(one.n for one in counts))
+
+
+def test_bytes_are_known_where_layers_keep_a_number_together():
+    report = estimate(LLAVA, [FastV(K=2, keep=0.5), Together(0.37)])
+    total = round(0.37 * (2 * VISUAL + 30 * VISUAL // 2))
+    assert report.cache.after == Span(*[_bytes(32 * TEXT, total)] * 2) and not report.open
+    assert report.step.after.fixed and report.macs.after.fixed
+    held = [line.held.low - TEXT for line in report.layers if line.stage == "decoder"]
+    assert sum(held) == total and all(
+        abs(n - 0.37 * (VISUAL if i < 2 else VISUAL // 2)) < 1 for i, n in enumerate(held)
+    )
+    assert any("Together: what caches keep together is known, how much each" in note for note in report.notes)
+    made = budget(Together(), LLAVA, kv_bytes=0.4)
+    assert abs(made.budget.reached - 0.4 * made.budget.bare) <= 0.01 * 0.4 * made.budget.bare
+
+
+def test_prefixkv_can_be_set_to_bytes_without_a_profile():
+    made = budget("prefixkv", LLAVA, kv_bytes=0.3)
+    assert abs(estimate(LLAVA, made).cache.share.high - 0.3) < 0.003
+
+
+def test_layers_that_content_decides_are_one_in_the_note():
+    note = next(note for note in estimate(LLAVA, Held(told=False)).notes if "depends on content" in note)
+    assert note.startswith("Held at cache layers 0 - 31 end depends on content: figures go")

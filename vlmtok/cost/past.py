@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ..core.attachment import Attachment
 from ..core.ledger import Event, StageRun
+from ..core.site import Site, named, runs_of_layers
 from ..errors import ParameterError
 
 Key = tuple[str, int | None, str, int]
@@ -21,13 +22,25 @@ class Past:
         fixed: slots of a view row, by site (as ``str(site)`` writes it); they win over `Method.count`.
         events: what a run recorded, by stage of the run and site.
         nothing: take the bound at which nothing is dropped; else everything is.
-        met: sites at which one of the bounds was taken.
+        met: methods and sites at which one of the bounds was taken.
+        evenly: methods of which it is known what all layers' caches keep together, and was dealt out evenly.
     """
 
     fixed: Mapping[str, int] = field(default_factory=dict)
     events: Mapping[str, Mapping[Key, Event]] = field(default_factory=dict)
     nothing: bool = True
-    met: list[str] = field(default_factory=list)
+    met: list[tuple[str, Site]] = field(default_factory=list)
+    evenly: set[str] = field(default_factory=set)
+
+    def met_at(self) -> str:
+        """Methods and sites of `met`, in words; layers that follow each other are one."""
+        found = list(dict.fromkeys(self.met))
+        runs = [
+            (name, run)
+            for name in dict.fromkeys(name for name, _ in found)
+            for run in runs_of_layers([site for by, site in found if by == name], lambda site: site, lambda site: None)
+        ]
+        return ", ".join(f"{name} at {named(run)}" for name, run in runs)
 
     @classmethod
     def of(cls, runs: Iterable[StageRun], first: int = 0) -> Past:

@@ -6,7 +6,7 @@ what a run recorded, or one of two bounds: nothing dropped, or everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..core.attachment import Attachment, Entry
@@ -238,14 +238,22 @@ class Planner:
         self.left = [picture.n for picture in rows.pictures]
         if cache.acts:
             run.masses += cache.masses(prompt.batch)
+            dealt = cache.dealt()
             for layer, entry in cache.entries.items():
                 held = cache.rows[layer]
-                self._visit(run, entry, held, held.groups(entry.scope), cache.lengths[layer])
+                shown = held.groups(entry.scope)
+                self._visit(run, entry, held, shown, cache.lengths[layer], dealt.get(layer))
             run.events += cache.forgotten(prompt.batch)
         return run
 
     def _visit(
-        self, run: StageRun, entry: Entry, rows: PlannedRows, shown: list[PlannedGroup], before: int
+        self,
+        run: StageRun,
+        entry: Entry,
+        rows: PlannedRows,
+        shown: list[PlannedGroup],
+        before: int,
+        dealt: Sequence[int | None] | None = None,
     ) -> list[tuple[PlannedGroup, int]]:
         """Asks a method for each of its view rows, cuts what it cuts, and books it.
 
@@ -255,14 +263,15 @@ class Planner:
             rows: the rows there; what a layer's cache holds of them, at ``cache``.
             shown: their view rows.
             before: tokens of a row before.
+            dealt: slots of each view row, where its method only knows what all layers keep together.
 
         Returns:
             The view rows, each with what was left of it.
         """
         groups, cut, ragged = [], False, False
-        for group in shown:
+        for group, known in zip(shown, dealt or [None] * len(shown)):
             of = (group.n, group.entered, group.grid, (group.frames, group.cells))
-            slots, kind = self._slots(run, entry, *of)
+            slots, kind = self._slots(run, entry, *of, dealt=known)
             ragged = ragged or self._counts(entry, *of) is None
             groups.append((group, slots))
             cut = cut or kind == "cut"
@@ -320,9 +329,16 @@ class Planner:
         return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid, *clip))
 
     def _slots(
-        self, run: StageRun, entry: Entry, n: int, entered: int, grid: Grid | None = None, clip: Clip = NO_CLIP
+        self,
+        run: StageRun,
+        entry: Entry,
+        n: int,
+        entered: int,
+        grid: Grid | None = None,
+        clip: Clip = NO_CLIP,
+        dealt: int | None = None,
     ) -> tuple[int, str]:
-        """Slots of a view row, and the kind of the visit."""
+        """Slots of a view row, and the kind of the visit; `dealt` is its part of what all layers keep together."""
         site = entry.site
         fixed = self.past.fixed.get(str(site))
         count = fixed if fixed is not None else self._counts(entry, n, entered, grid, clip)
@@ -333,7 +349,10 @@ class Planner:
             known = left_of(recorded, n, entered, stretches or apart)
             if known is not None and recorded is not None:
                 return known, recorded.kind
-            self.past.met.append(f"{type(entry.method).__name__} at {site}")
+            if dealt is not None:
+                self.past.evenly.add(type(entry.method).__name__)
+                return dealt, "observe" if dealt == n else "cut"
+            self.past.met.append((type(entry.method).__name__, site))
             # A language model can go on without pictures.
             least = 0 if site.stage in ("decoder", "cache") else min(n, 1)
             count = n if self.past.nothing else least

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Mass
 from ..core.signals import MASSES
-from .planned_rows import PlannedRows
+from ..core.site import Counts
+from .planned_rows import PlannedGroup, PlannedRows, share
 
 
 class PlannedCache:
@@ -58,6 +59,27 @@ class PlannedCache:
                 self.rows[layer].lose(before, rows)
                 lost = self._lost.get(layer, (0, 0))[1]
                 self._lost[layer] = entry.index, lost + before.length - rows.length
+
+    def dealt(self) -> dict[int, list[int | None]]:
+        """By layer, slots of each view row where its method says what all layers keep together: evenly is assumed."""
+        layers: dict[int, list[int]] = {}
+        for layer, entry in self.entries.items():
+            layers.setdefault(entry.index, []).append(layer)
+        found: dict[int, list[int | None]] = {}
+        for own in layers.values():
+            groups = {layer: self.rows[layer].groups(self.entries[layer].scope) for layer in own}
+            found.update({layer: [None] * len(groups[layer]) for layer in own})
+            for number in range(min(map(len, groups.values()))):
+                views = [groups[layer][number] for layer in own]
+                counts = [self._counts(self.entries[layer], view) for layer, view in zip(own, views)]
+                total = self.entries[own[0]].method.together(counts)
+                parts = [] if total is None else share(total, [view.n for view in views])
+                for layer, slots in zip(own, parts):
+                    found[layer][number] = slots
+        return found
+
+    def _counts(self, entry: Entry, view: PlannedGroup) -> Counts:
+        return Counts(entry.asked, view.n, view.entered, 0, self._depth, view.grid, view.frames, view.cells)
 
     def masses(self, batch: int) -> Iterator[Mass]:
         """Attention that is summed for methods while layers run; each layer saw all of its row."""
