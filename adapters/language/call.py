@@ -136,6 +136,8 @@ class Call:
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
         brought: by layer, what methods are to see of its cache behind the call.
         cuts: cuts between layers, where caches of earlier layers are to follow some.
+        held: by layer from whose cache entries left, bool `[B, 1 or Hkv, n]`, which of those before it holds on, alone
+            or in others; for traces only.
     """
 
     cache: Any
@@ -165,6 +167,7 @@ class Call:
     refusal: str | None = None
     brought: dict[int, Brought] = field(default_factory=dict)
     cuts: list[LayerCut] = field(default_factory=list)
+    held: dict[int, Tensor] = field(default_factory=dict)
 
     def check_cut(self) -> None:
         """Before rows are cut.
@@ -204,7 +207,9 @@ class DecoderRun:
         held: columns that its cache held before it.
         muted: while a layer's modules are called for signals, out of turn.
         last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was.
+        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was, and
+        cached: fp32 `[layers, B, S]`, share of heads in which each original column is held behind the prefill (see
+            `holding`), or None where nothing acts on caches.
     """
 
     call: Call | None = None
@@ -212,6 +217,7 @@ class DecoderRun:
     muted: bool = False
     last_rows: PromptRows | None = None
     steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
+    cached: Tensor | None = None
 
 
 def flat(positions: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ class Decoder:
             self.intake.tower_sizes(),
             self.attachment.trace,
         )
-        running.steps, running.last_rows = call.steps, None
+        running.steps, running.last_rows, running.cached = call.steps, None, None
         self.projector.carry(rows, opened.x.detach(), opened.incoming.encoded)
         call.top = top(rows)
         return rows
@@ -266,6 +266,8 @@ class Decoder:
                 self.evictor.apply(call, stream, leaving)
             if call.cache is not None:
                 file_stream(call.cache, stream)
+        if rows is not None and self.attachment.trace:
+            running.cached = self.evictor.shares(call)
         if rows is None or (rows.length == call.columns and not call.moved):
             return None
         if hidden.shape[1] != rows.length:

@@ -29,6 +29,9 @@ from ...errors import CacheError, VlmtokWarning
 from .. import host_objects
 from .cache_views import CacheViews, Seen
 from .call import Brought, Call, DecoderRun
+from .holding import held_with, shares_held
+from .layout import sources
+from .masks import RECURRENT
 from .segments import Segments
 from .taps import LayerTaps
 
@@ -263,6 +266,21 @@ class Evictor:
             self._book(call, leaving[layer], layer, segment.length, max(left))
             segment.length, segment.bias, segment.blocks = max(left), now.bias, now.blocks
             segment.valid = now.valid if min(left) < max(left) else None
+            if self.attachment.trace:
+                call.held[layer] = held_with(stay[layer], leaving[layer].pieces)
+
+    def shares(self, call: Call) -> Tensor | None:
+        """For traces, behind `apply`: `shares_held` of a prefill; None where nothing acts on its cache."""
+        if not self.acts or call.cache is None:
+            return None
+        kinds, lm = self.segments.kinds, self.lm()
+        lengths: list[int | None] = [None] * len(kinds)
+        for layer in set(range(len(kinds))) - set(sources(lm.config, kinds)):
+            if layer in call.held:
+                lengths[layer] = call.held[layer].shape[2]
+            elif kinds[layer] not in RECURRENT:
+                lengths[layer] = host_objects.entries_in(lm.layers[layer], call.cache, layer)[0].shape[2]
+        return shares_held(call.places, lengths, call.held)
 
     def _held(self, call: Call, stream: Stream, layer: int) -> Entries:
         keys, values = host_objects.entries_in(self.lm().layers[layer], call.cache, layer)
