@@ -96,6 +96,12 @@ class Evictor:
         """Whether anything can leave a cache."""
         return bool(self.entries) or self.follows
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Methods that act on caches, each once."""
+        forgetting = [entry for entry in self.attachment.at("decoder") if entry.site.forget]
+        return tuple(dict.fromkeys(entry.method.spec_name() for entry in [*forgetting, *self.attachment.at("cache")]))
+
     def reads(self, layer: int) -> bool:
         """Whether a method asks for attention that the entries of a layer received."""
         entry = self.entries.get(layer)

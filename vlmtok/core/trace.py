@@ -43,6 +43,7 @@ class PictureTrace(Shown):
         cached: fp32 `[decoder layers, patches]`, share of the key-value heads in whose cache of that layer the patch's
             entry is held behind the prefill, alone or in an entry that it joined: 0 where it left there or did not
             reach the layer, NaN where a layer keeps no entries of its own. None where nothing acts on caches.
+        cached_by: names of the methods that act on caches.
     """
 
     owner: Tensor
@@ -55,6 +56,7 @@ class PictureTrace(Shown):
     prefix: int = 0
     methods: tuple[str, ...] = ()
     cached: Tensor | None = None
+    cached_by: tuple[str, ...] = ()
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
@@ -376,6 +378,7 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
         cached = None if running.cached is None else entries(running.cached)
-        made = PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods, cached=cached)
-        found.append(made)
+        by = () if cached is None else decoder.evictor.names
+        made = PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods)
+        found.append(replace(made, cached=cached, cached_by=by))
     return found

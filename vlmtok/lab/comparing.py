@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
+from dataclasses import replace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,5 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
         steps.append((site, torch.cat([torch.where(owner < 0, -1, owner + start) for owner, start in held])))
     methods, tables = trace[0].methods, [piece.cached for piece in trace.pictures if piece.cached is not None]
     cached = torch.cat(tables, 1) if len(tables) == len(trace) else None
-    return PictureTrace(
-        torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods, cached=cached
-    )
+    made = PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods)
+    return replace(made, cached=cached, cached_by=trace[0].cached_by)
