@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .mergers.aim import AIM as AIM
     from .mergers.averagepool import AveragePool as AveragePool
     from .mergers.crossget import CrossGET as CrossGET
+    from .mergers.ems_style import EMSStyle as EMSStyle
     from .mergers.pitome import PiToMe as PiToMe
     from .mergers.prumerge import PruMerge as PruMerge
     from .mergers.recoverable import Recoverable as Recoverable
@@ -80,11 +81,16 @@ if TYPE_CHECKING:
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
     from .pruners.ima import IMA as IMA
+    from .pruners.kv_norm import KVNorm as KVNorm
+    from .pruners.kv_random import KVRandom as KVRandom
     from .pruners.learned import Learned as Learned
     from .pruners.mmtok import MMTok as MMTok
+    from .pruners.prefixkv import PrefixKV as PrefixKV
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
+    from .pruners.snapkv import SnapKV as SnapKV
+    from .pruners.streaming import Streaming as Streaming
     from .pruners.todre import ToDRE as ToDRE
     from .pruners.tokencorr import TokenCorr as TokenCorr
     from .pruners.transprune import TransPrune as TransPrune
