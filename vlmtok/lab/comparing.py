@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from dataclasses import replace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch

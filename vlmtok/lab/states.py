@@ -18,7 +18,7 @@ PLACES = {
 }
 """By stage, where a cut was."""
 
-CACHES = "key-value caches, behind the prefill"
+CACHES = "key-value caches"
 """Where entries leave them."""
 
 POINTS = {"start": "in front of layer", "mid": "inside layer", "end": "behind layer"}
@@ -60,7 +60,7 @@ class State:
         by = f" ({self.method})" if self.method else ""
         if self.held is not None:
             mean = float(self.held.mean()) if self.held.numel() else 0.0
-            return f"{self.label}{by}: a patch is held in {mean:.1f} of {self.layers} layers on average"
+            return f"{self.label}{by}: patches held in {mean:.1f} of {self.layers} layers on average"
         return f"{self.label}{by}: {self.tokens} of {self.owner.numel()} tokens"
 
 
