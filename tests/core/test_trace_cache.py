@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.hosts_of import cache_name, cache_of
 from support.models import IMAGE, PLACEHOLDERS, llava
 from vlmtok.adapters.language.holding import held_with
 
@@ -139,6 +140,40 @@ def test_nothing_is_said_where_nothing_acts_on_a_cache(model):
         held = run.trace()[0].cached
         model(input_ids=torch.arange(5, 9)[None])  # no pictures: the last ones still are the last ones
         assert torch.equal(run.trace()[0].cached, held)
+
+
+@torch.no_grad()
+def test_columns_are_counted_behind_what_the_cache_held(model):
+    """A picture that comes on a filled cache; keys tell which of its entries are there."""
+    given, held = inputs(1), {}
+    for stays in (True, False):
+        with vlmtok.compress(model, Every(3, layers=(1, 2), stays=stays), trace=True) as run:
+            cache = model(input_ids=torch.arange(5, 12)[None], use_cache=True)
+            cache = cache_of(model(**given, **{cache_name(model.forward): cache_of(cache)}))
+            held[stays] = [layer.keys for layer in cache.layers]
+            trace = run.trace()
+    first = 7 + 4
+    for layer, (whole, now) in enumerate(zip(*held.values())):
+        there = [
+            float((now == whole[:, :, first + patch, None]).all(-1).any(-1).float().mean())
+            for patch in range(PLACEHOLDERS)
+        ]
+        assert trace[0].cached[layer].tolist() == there and (sum(there) < PLACEHOLDERS) == (layer in (1, 2))
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_leaves_nothing_of_the_one_before(model):
+    def fail(*args):
+        raise RuntimeError("out of patience")
+
+    with vlmtok.compress(model, Every(), trace=True) as run:
+        model(**inputs())
+        assert run.trace()[0].cached is not None
+        hook = model.model.language_model.layers[3].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of patience"):
+            model(**inputs())
+        hook.remove()
+        assert run.trace()[0].cached is None
 
 
 def test_it_is_told_in_one_line(model):
