@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .compression import Compression as Compression
     from .compression import compress as compress
     from .compression import remove as remove
+    from .core.layer_profile import LayerProfile as LayerProfile
     from .core.method import Method as Method
     from .core.reduction import Reduction as Reduction
     from .core.registry import create_method as create_method
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .evaluation.table import Evaluation as Evaluation
     from .forecast.budget import budget as budget
     from .forecast.estimate import estimate as estimate
+    from .lab.calibrate import calibrate as calibrate
     from .lab.compare import compare as compare
     from .lab.comparison import Comparison as Comparison
     from .lab.explore import explore as explore
