@@ -15,18 +15,16 @@ def held_with(stay: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """Entries that a layer holds on, alone or in another one that they joined.
 
     Args:
-        stay: bool `[B, 1 or Hkv, n]`, from `eviction.staying`.
+        stay: bool `[B, n]`, from `eviction.staying`; rows may be heads.
         pieces: what methods answered, by which it was made.
 
     Returns:
-        bool, the same shape.
+        bool `[B, n]`.
     """
-    held = stay.clone()
-    heads = torch.arange(stay.shape[1], device=stay.device)[None, :, None]
     for piece in pieces:
-        owner = piece.reduction.assignment(piece.columns.shape[1]).unflatten(0, (len(piece.index), -1))
-        held[piece.index[:, None, None], heads, piece.columns[:, None]] = (owner >= 0).expand(-1, stay.shape[1], -1)
-    return held
+        owner = piece.reduction.assignment(piece.columns.shape[1])
+        stay = stay.index_put((piece.index[:, None], piece.columns), owner >= 0)
+    return stay
 
 
 def shares_held(
@@ -38,7 +36,8 @@ def shares_held(
         places: (first layer, where its columns stood) of each run of layers that saw the same rows, with owners.
         lengths: entries of each layer's cache behind the forward, before any left; None where it keeps none of its
             own.
-        held: from `held_with`, of layers from whose cache entries leave; others hold what reached them.
+        held: bool `[B, 1 or Hkv, n]`, from `held_with`, of layers from whose cache entries leave; others hold what
+            reached them.
 
     Returns:
         fp32 `[layers, B, S]`; NaN in layers that keep no entries.
