@@ -29,6 +29,7 @@ from .catching import Catcher
 from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
 from .evicting import Evictor
+from .holding import shares_held
 from .intake import Intake
 from .layers import Layers
 from .layout import sources
@@ -268,7 +269,8 @@ class Decoder:
             if call.cache is not None:
                 file_stream(call.cache, stream)
         if rows is not None and self.attachment.trace:
-            running.cached = self.evictor.shares(call)
+            kinds = self.segments.kinds
+            running.cached = shares_held(call, self.lm(), kinds, self.sources) if self.evictor.acts else None
         if rows is None or (rows.length == call.columns and not call.moved):
             return None
         if hidden.shape[1] != rows.length:

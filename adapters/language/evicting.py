@@ -28,9 +28,7 @@ from .cache_tracking import VALID, grown, seen_now, tables_of
 from .cache_views import CacheViews, Seen
 from .cache_watch import CacheWatch
 from .call import Call, DecoderRun
-from .holding import held_with, shares_held
-from .layout import sources
-from .masks import RECURRENT
+from .holding import held_with
 from .segments import Segments
 
 
@@ -310,19 +308,6 @@ class Evictor:
                     "entry, or give the prompt some text"
                 )
         return left, before
-
-    def shares(self, call: Call) -> Tensor | None:
-        """For traces, behind `apply`: `shares_held` of a prefill; None where nothing acts on its cache."""
-        if not self.acts or call.cache is None:
-            return None
-        kinds, lm = self.segments.kinds, self.lm()
-        lengths: list[int | None] = [None] * len(kinds)
-        for layer in set(range(len(kinds))) - set(sources(lm.config, kinds)):
-            if layer in call.held:
-                lengths[layer] = call.held[layer].shape[2]
-            elif kinds[layer] not in RECURRENT:
-                lengths[layer] = self._entries(call, layer)[0].shape[2]
-        return shares_held(call.places, lengths, call.held)
 
     def _held(self, call: Call, stream: Stream, layer: int, part: Leaving) -> Entries:
         past = stream.segment(layer)
