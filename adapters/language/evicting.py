@@ -28,6 +28,7 @@ from .cache_tracking import VALID, grown, seen_now, tables_of
 from .cache_views import CacheViews, Seen
 from .cache_watch import CacheWatch
 from .call import Call, DecoderRun
+from .holding import held_with
 from .segments import Segments
 
 
@@ -97,6 +98,12 @@ class Evictor:
     def acts(self) -> bool:
         """Whether anything can leave a cache."""
         return bool(self.entries) or self.follows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Methods that act on caches, each once."""
+        forgetting = [entry for entry in self.attachment.at("decoder") if entry.site.forget]
+        return tuple(dict.fromkeys(entry.method.spec_name() for entry in [*forgetting, *self.attachment.at("cache")]))
 
     def check(self, cache: Any) -> None:
         """Before a prefill with pictures.
@@ -270,6 +277,8 @@ class Evictor:
             if part.changes:
                 length = max(left[layer])
                 now = evicted(held[layer], part.pieces, stay[layer][0], length)
+                if self.attachment.trace and call.rows is not None:
+                    call.held[layer] = held_with(stay[layer][0], part.pieces).unflatten(0, (-1, part.heads))
                 now = now.joined(part.heads) if part.heads > 1 else now
                 cache_layers.put_entries(call.cache, layer, now.keys, now.values)
                 gone = sum(before[layer]) - sum(left[layer])
