@@ -1,0 +1,103 @@
+"""Methods of the cache stage whose choice is easily said: `Rule` as a method, and merges of neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtok import Counts, Layout, Method, Reduction, Site, TokenView
+
+from .cache_choices import Rule
+
+NEEDS = {
+    "stride": (),
+    "above": ("attention_mass",),
+    "mean_mass": ("attention_mass", "attention_rows"),
+    "key_norm": ("keys_cached",),
+}
+
+
+@dataclass(eq=False)
+class Held(Method):
+    """Keeps entries of caches by a `Rule`."""
+
+    rule: Rule = field(default_factory=Rule)
+    heads = 0
+
+    def sites(self, layout: Layout) -> list[Site]:
+        self.heads = layout.stages["cache"].heads
+        needs = NEEDS.get(self.rule.by, (self.rule.by,))
+        layers = layout.cached_layers(self.rule.layers, "held")
+        scope, window = self.rule.scope, self.rule.window
+        return [Site("cache", layer, needs=needs, scope=scope, window=window) for layer in layers]
+
+    def score(self, view: TokenView) -> Tensor:
+        """`[B, N]`: of each head in scope ``head``, else the mean of heads."""
+        if self.rule.by == "key_norm":
+            found = -view.signal("keys_cached").float().norm(dim=-1)
+        elif self.rule.by == "mean_mass":
+            found = view.signal("attention_mass") / view.signal("attention_rows")
+        else:
+            found = view.signal(NEEDS.get(self.rule.by, (self.rule.by,))[0])
+        return found if self.rule.scope == "head" else found.mean(1)
+
+    def reduce(self, view: TokenView) -> Reduction | None:
+        rows, n, _ = view.tokens.shape
+        layer = view.site.layer
+        if layer in self.rule.spared:
+            return None
+        if self.rule.by == "stride":
+            each = self.heads if self.rule.scope == "head" else 1
+            kept = [self.rule.places(n, layer, row % each) for row in range(rows)]
+            return Reduction(torch.tensor(kept, dtype=torch.int64, device=view.tokens.device).reshape(rows, -1))
+        score = self.score(view)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        if self.rule.by == "above":
+            return Reduction(order, valid=(score > score.mean(1, keepdim=True)).gather(1, order))
+        return Reduction(order[:, : self.rule.count(n)])
+
+    def count(self, counts: Counts) -> int | None:
+        if self.rule.by == "above":
+            return None
+        return counts.n if counts.site.layer in self.rule.spared else self.rule.count(counts.n)
+
+
+@dataclass(eq=False)
+class Pairs(Method):
+    """Every second entry of a cache joins the one before it.
+
+    Args:
+        scope_of: what one view row is.
+        keys: what becomes of keys.
+        proportional: whether merged entries weigh log(size) more.
+        weights: (of the kept, of the joined) instead of the mean.
+        layers: where.
+    """
+
+    scope_of: str = "picture"
+    keys: str = "kept"
+    proportional: bool = False
+    weights: tuple[float, float] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.merge_keys = self.keys
+
+    def sites(self, layout: Layout) -> list[Site]:
+        return [Site("cache", layer, scope=self.scope_of) for layer in layout.cached_layers(self.layers, "pairs")]
+
+    def reduce(self, view: TokenView) -> Reduction:
+        rows, n, _ = view.tokens.shape
+        even, odd = torch.arange(0, n, 2).expand(rows, -1), torch.arange(1, n, 2).expand(rows, -1)
+        given: dict[str, Any] = {}
+        if self.weights is not None:
+            whole = torch.ones(even.shape)
+            whole[:, : odd.shape[1]] = self.weights[0]
+            given = {"keep_weight": whole, "src_weight": torch.full(odd.shape, self.weights[1])}
+        return Reduction(even, odd, odd // 2, **given)
+
+    def count(self, counts: Counts) -> int:
+        return (counts.n + 1) // 2
