@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.ledger import StageRun
 from ...core.method import Method
+from ...core.row_data import ColumnMap
 from ...core.rows import Picture, PromptRows, Snapshot
 from ...core.site import Site
 from ...core.stream import Stream
@@ -71,6 +72,38 @@ class SegmentCall:
     masks: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """What a call brought to the cache of one layer.
+
+    Attributes:
+        rows: the rows as that layer had them.
+        masses: by signal and window, fp32 `[B, L, Hkv]`, attention that each column received.
+    """
+
+    rows: PromptRows
+    masses: dict[tuple[str, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCut:
+    """A cut between layers.
+
+    Attributes:
+        layer: the first one behind it.
+        method: whose it was.
+        forget: whether entries of what it dropped leave the caches of earlier layers.
+        moved: how columns moved.
+        gone: tokens that left all rows together.
+    """
+
+    layer: int
+    method: int
+    forget: bool
+    moved: ColumnMap
+    gone: int
+
+
 @dataclass
 class Call:
     """One forward of the text model.
@@ -101,6 +134,8 @@ class Call:
         narrowed: the same while a module runs on them alone, by layer and task.
         whole: what entered such a module, by layer, where it is read.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
+        brought: by layer, what methods are to see of its cache behind the call.
+        cuts: cuts between layers, where caches of earlier layers are to follow some.
     """
 
     cache: Any
@@ -128,6 +163,8 @@ class Call:
     narrowed: dict[tuple[int, str], Any] = field(default_factory=dict)
     whole: dict[int, Tensor] = field(default_factory=dict)
     refusal: str | None = None
+    brought: dict[int, Brought] = field(default_factory=dict)
+    cuts: list[LayerCut] = field(default_factory=list)
 
     def check_cut(self) -> None:
         """Before rows are cut.

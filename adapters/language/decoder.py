@@ -28,8 +28,10 @@ from .call import BLOCKS, Call, DecoderRun, Opened, flat, top
 from .catching import Catcher
 from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
+from .evicting import Evictor
 from .intake import Intake
 from .layers import Layers
+from .layout import sources
 from .masks import RECURRENT, layer_kinds
 from .opening import book, positions_of, refusal_of, uncut_past
 from .prefill_rows import prefill_rows, take_over
@@ -79,6 +81,8 @@ class Decoder:
         self.intake = Intake(attachment, spec, core, self.projector)
         self.sites = Sites(attachment, spec, self.projector, self.depth)
         self.segments = Segments(spec, self.lm, kinds)
+        self.evictor = Evictor(attachment, self.lm, self.segments, self.running)
+        self.sources = sources(lm.config, kinds)
         self.points: dict[int, list[Entry]] = {}
         for entry in attachment.at("decoder"):
             self.points.setdefault(layer_of(entry.site.layer, entry.site.point), []).append(entry)
@@ -87,12 +91,24 @@ class Decoder:
     def _install(self, core: nn.Module, lm: Any, model: nn.Module) -> None:
         put = self.attachment.hook
         implementation = str(getattr(lm.config, "_attn_implementation", ""))
-        if self.points and implementation not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
+        if (self.points or self.evictor.acts) and implementation not in (
+            "sdpa",
+            "eager",
+            "flash_attention_2",
+            "flash_attention_3",
+        ):
             raise UnsupportedModel(
-                f"cuts inside the language model are known with sdpa, eager and flash attention, not {implementation!r}"
+                "cuts inside the language model and of its cache are known "
+                f"with sdpa, eager and flash attention, not {implementation!r}"
             )
         flash = "flash" in implementation
-        first = 0 if flash else min(self.points, default=self.depth)
+        first = 0 if flash or self.evictor.weighs else min(self.points, default=self.depth)
+        if self.evictor.acts:  # layer 0 goes by what the text model gets
+            first = min(first, 1)
+        if flash and self.evictor.weighs:
+            raise UnsupportedModel(
+                f"{self.evictor.weighs} adds log(size) to attention, which {implementation!r} cannot; use sdpa or eager"
+            )
         self.signatures = Signatures(self.spec, lm, self.probe, first)
         looks_ahead = any(need.name in AHEAD for entry in self.attachment.at("projected") for need in entry.needs)
         self.segments.check(0 if looks_ahead else first)
@@ -110,6 +126,8 @@ class Decoder:
             self.running,
             self.signatures.layers,
             flash,
+            self.sources,
+            self.evictor.follows,
         )
         put(lm.layers[self.probe], "pre", layers.check_cache, self.probe)
         if self.spec.deepstack is not None:
@@ -117,10 +135,16 @@ class Decoder:
         for layer in range(first, self.depth):
             put(lm.layers[layer], "pre", layers.layer, layer)
         catcher = Catcher(self.attachment, self.running)
-        for cut, entries in self.points.items():
-            needs = {need.name for e in entries if e.site.point == "end" for need in e.needs if need.stage is None}
-            catcher.install(cut - 1, lm.layers[cut - 1], needs)
+        for layer, block in enumerate(lm.layers):
+            catcher.install(layer, block, self._caught(layer))
+        self.evictor.install(lm.layers)
         Skipper(self.attachment, self.running, catcher.compared).install(lm)
+
+    def _caught(self, layer: int) -> set[str]:
+        """Signals that methods read of what a layer did."""
+        behind = [entry for entry in self.points.get(layer + 1, ()) if entry.site.point == "end"]
+        needs = {need.name for entry in behind for need in entry.needs if need.stage is None}
+        return needs | ({"last_attention"} if self.evictor.reads(layer) else set())
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,6 +207,8 @@ class Decoder:
         if stream is None and held:
             stream = uncut_past(self.owner, batch, held, incoming.mask)
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
+        if pictures:
+            self.evictor.check(cache)
         call.refusal = refusal_of(self.spec, self.core(), module, text, args, kwargs, incoming, held, cache)
         if self.points or self.attachment.skips:
             check_checkpointing(module)
@@ -231,8 +257,13 @@ class Decoder:
             return None
         stream, rows = call.stream, call.rows
         hidden = host_objects.hidden_of(module, output)
+        leaving = self.evictor.decide(call)
+        if leaving and stream is None:
+            stream = call.stream = Stream(self.owner, hidden.shape[0], segments={0: Segment(0)})
         if stream is not None:
             end_call(call, stream, hidden.device)
+            if leaving:
+                self.evictor.apply(call, stream, leaving)
             if call.cache is not None:
                 file_stream(call.cache, stream)
         if rows is None or (rows.length == call.columns and not call.moved):

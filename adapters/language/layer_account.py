@@ -39,9 +39,7 @@ def layer_shape(layer: nn.Module, config: Any, kind: str, size: int) -> BlockSha
         return None
     (mlp,) = parts.values()
     mixer = mixer_of(mixing, size)
-    block = block_shape(
-        mixing, mlp, int(config.hidden_size), int(config.num_attention_heads), _kv_heads(mixing, config)
-    )
+    block = block_shape(mixing, mlp, int(config.hidden_size), int(config.num_attention_heads), kv_heads(mixing, config))
     if experts is not None:
         found = mixture(experts, router, (), config)
         block = block if found is None else replace(block, mlp=block.mlp + found[0], hidden=block.hidden + found[1])
@@ -71,7 +69,7 @@ def _attending(block: BlockShape, attn: Any, config: Any, kind: str, size: int) 
     )
 
 
-def _kv_heads(attn: Any, config: Any) -> int:
+def kv_heads(attn: Any, config: Any) -> int:
     """Heads of keys and values: as the attention has them, for configurations may name several numbers."""
     outputs = getattr(getattr(attn, "k_proj", None), "out_features", None)
     if outputs is not None and hasattr(attn, "head_dim"):

@@ -17,7 +17,7 @@ from ...core.stream import Segment, Stream
 from ...core.threads import PerThread
 from .. import host_objects, hosts
 from ..hosts import Arguments
-from .call import Call, DecoderRun
+from .call import Call, DecoderRun, LayerCut
 from .checks import check_hidden, check_layer
 from .segments import Segments, begin_segment
 from .sites import Sites
@@ -38,6 +38,8 @@ class Layers:
         running: what each thread runs.
         arguments: of the layers.
         flash: whether the attention reads positions.
+        sources: layers that read keys of another one, and which.
+        follows: whether caches follow cuts of this call.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Layers:
         running: PerThread[DecoderRun],
         arguments: Mapping[int, Arguments],
         flash: bool,
+        sources: Mapping[int, int],
+        follows: bool,
     ) -> None:
         self.spec = spec
         self.lm = lm
@@ -61,6 +65,8 @@ class Layers:
         self.running = running
         self.arguments = arguments
         self.flash = flash
+        self.sources = sources
+        self.follows = follows
 
     def check_cache(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
@@ -96,8 +102,9 @@ class Layers:
             check_hidden(module, call, hidden)
             check_layer(module, arguments.called(args, kwargs), arguments.names, self.spec, hidden)
             hidden = self._cut(call, layer, module, hidden, rotary, arguments.get(hosts.MASK, args, kwargs))
-        segment = None if call.stream is None else call.stream.segment(layer)
-        if segment is None or segment.first == 0:
+        holder = self.sources.get(layer, layer)
+        segment = None if call.stream is None else call.stream.segment(holder)
+        if segment is None or (segment.first == 0 and segment.bias is None):
             if self.flash and call.moved:
                 return arguments.put(args, kwargs, {hosts.POSITIONS: None})  # gaps would read as packed sequences
             return None
@@ -106,7 +113,7 @@ class Layers:
         changes = {
             hosts.HIDDEN: hidden,
             hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
-            hosts.MASK: self.segments.mask(call, segment, layer, hidden),
+            hosts.MASK: self.segments.mask(call, segment, holder, hidden),
             hosts.POSITIONS: None,
         }
         for role in self.spec.layer_args:
@@ -147,9 +154,13 @@ class Layers:
         drop, shortened = call.position_drop, False
         for entry in self.points[layer]:
             derive = taps.ahead if entry.site.point == "start" else taps.behind
+            held = sum(rows.lengths)
             hidden, moved = self.sites.visit(call, entry, hidden, derive)
             if moved is not None:
                 shortened = True
+                if self.follows:
+                    gone = held - sum(rows.lengths)
+                    call.cuts.append(LayerCut(layer, entry.index, entry.site.forget, moved, gone))
                 taps.follow(hidden, moved, call.position_drop is not drop)
                 call.input_columns = (
                     moved.source if call.input_columns is None else call.input_columns.gather(1, moved.source)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...core.signals import AHEAD, DECODER_SIGNALS, NEURONS
+from ...core.signals import AHEAD, CACHE_SIGNALS, DECODER_SIGNALS, MASSES, NEURONS
 from ...core.site import StageLayout
 from .attention import attention_form
+from .layer_account import kv_heads
 from .layer_parts import final_norm, last_map
 from .masks import RECURRENT, layer_kinds
 from .spec import VLMSpec
@@ -50,7 +51,54 @@ def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
             last_cut=None if spec.last_cut is None else spec.last_cut(config),
             renumbers=spec.positions == "1d",
         ),
+        "cache": _cache(lm, kinds),
     }
+
+
+def _cache(lm: Any, kinds: list[str]) -> StageLayout:
+    """The key-value cache: layers that hold entries of all that came, each its own."""
+    config, depth = lm.config, len(kinds)
+    read = sources(config, kinds)
+    without = {i: _held(kind, read.get(i)) for i, kind in enumerate(kinds)}
+    blind = {i: why for i, why in without.items() if why}
+    open_to_cuts = [i for i in range(depth) if i not in blind]
+    attention = getattr(lm.layers[open_to_cuts[0]], "self_attn", None) if open_to_cuts else None
+    heads = kv_heads(attention, config)
+    width = heads * int(getattr(attention, "head_dim", int(config.hidden_size) // int(config.num_attention_heads)))
+    unknown = {i: "an attention of unknown form" for i in open_to_cuts if attention_form(lm.layers[i]) is None}
+    return StageLayout(
+        depth,
+        width,
+        heads,
+        depth - 1,
+        provides=CACHE_SIGNALS,
+        blind=blind,
+        lacks=dict.fromkeys(MASSES, unknown) if unknown else {},
+        whole="" if open_to_cuts else f"no layer's entries can leave: {blind[0]}",
+    )
+
+
+def _held(kind: str, source: int | None) -> str:
+    """Why entries of a layer cannot leave; empty where they can."""
+    if kind in RECURRENT:
+        return f"it has no entry for each token, but {RECURRENT[kind]}"
+    if source is not None:
+        return f"it reads the entries of layer {source}"
+    if kind != "full_attention":
+        return f"it holds a window of entries alone ({kind})"
+    return ""
+
+
+def sources(config: Any, kinds: list[str]) -> dict[int, int]:
+    """Layers that keep no keys of their own, and the layer whose keys each reads.
+
+    Args:
+        config: of the text model.
+        kinds: type of each layer.
+    """
+    first = len(kinds) - int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    storing = {kind: i for i, kind in enumerate(kinds[:first])}  # the last one of each type
+    return {i: storing[kinds[i]] for i in range(first, len(kinds)) if kinds[i] in storing}
 
 
 def _lacks(lm: Any) -> dict[str, dict[int, str]]:

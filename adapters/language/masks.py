@@ -86,6 +86,26 @@ def build_mask(
     return make(**hosts.named(make, {role: values[role] for role in given}))
 
 
+def weighed(mask: Tensor, bias: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """A mask with what is added to the logits of merged entries.
+
+    Args:
+        mask: bool or floating `[B, 1, L, K]`, as `build_mask` makes it when it must be explicit.
+        bias: fp32 `[B, Hkv, past]`, of the entries that the cache held; new ones get none.
+        dtype: of the mask to make.
+        heads: of queries.
+
+    Returns:
+        `[B, heads, L, K]`.
+    """
+    added = torch.nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[2]))
+    added = added.repeat_interleave(heads // bias.shape[1], 1)[:, :, None].to(dtype)
+    least = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask, added, least)
+    return torch.where(mask <= least, least, mask.to(dtype) + added)
+
+
 def _recipe(kind: str, rule: BlockRule | None) -> tuple[Callable[..., Any] | None, list[Role]]:
     """The host's function for a layer type, and what it is handed; None where layers keep no keys.
 

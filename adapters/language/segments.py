@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...core.stream import Segment, Stream
 from ...errors import UnsupportedModel
 from .. import hosts
 from ..hosts import Role
 from .call import BLOCKS, HOST, Call, Incoming, SegmentCall
-from .masks import block_ids, build_mask, check_mask
+from .masks import block_ids, build_mask, check_mask, weighed
 from .rotary import gather_rotary, last_of
 from .spec import VLMSpec
 
@@ -147,9 +148,11 @@ class Segments:
                 layer,
                 part.blocks,
                 self.rule,
-                explicit=hidden.shape[1] != count,
+                explicit=hidden.shape[1] != count or segment.bias is not None,
             )
         mask = part.masks[kind]
+        if segment.bias is not None:
+            mask = weighed(mask, segment.bias, hidden.dtype, self.lm().config.num_attention_heads)
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] != hidden.shape[1]:
             return mask[:, :, -hidden.shape[1] :]
         return mask
@@ -258,6 +261,8 @@ def end_call(call: Call, stream: Stream, device: torch.device) -> None:
         segment.blocks = segment.extended_blocks(count, blocks, stream.rows, device)
         segment.valid = valid
         segment.length += count
+        if segment.bias is not None:
+            segment.bias = F.pad(segment.bias, (0, count))
         drop = call.drop_by_segment.get(first, call.position_drop)
         if drop is not None:
             segment.shift = drop if segment.shift is None else segment.shift + drop

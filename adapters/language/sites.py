@@ -227,16 +227,21 @@ class Sites:
         return view
 
 
+def carried_signal(need: Need, rows: PromptRows, group: Group) -> Signal:
+    """A signal of the tower at a group's tokens."""
+    carried = rows.carried.get(f"{need.name}@{need.layer}")
+    if carried is None:
+        return None
+    table, axis = carried
+    if axis is None:
+        return table[rows.of_pictures(group)]
+    return lambda: rows.gather(table, group).movedim(1, axis)
+
+
 def _signal(need: Need, x: Tensor, rows: PromptRows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:
     """What a view gets under a need: from the tower, of the text, or of a decoder layer."""
     if need.stage is not None:
-        carried = rows.carried.get(f"{need.name}@{need.layer}")
-        if carried is None:
-            return None
-        table, axis = carried
-        if axis is None:
-            return table[rows.of_pictures(group)]
-        return lambda: rows.gather(table, group).movedim(1, axis)
+        return carried_signal(need, rows, group)
     if need.name == "text":
 
         def text() -> Tensor | None:

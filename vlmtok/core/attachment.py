@@ -129,6 +129,12 @@ class Attachment:
             self.said += [*moved, *method.remarks(self.layout)]
             self._say_untried(method, sites)
         entries.sort(key=Entry.order)
+        for first, second in pairwise(entry for entry in entries if entry.site.stage == "cache"):
+            if first.site.layer == second.site.layer:
+                raise SiteError(
+                    f"{first.method} and {second.method} both act at {first.site}; one method chooses what a layer's "
+                    "cache holds: give them different layers"
+                )
         features = [entry for entry in entries if entry.site.stage == "features"]
         for first, second in pairwise(features):
             if sample_count(first.method, first.asked, self.layout) is None:
@@ -256,7 +262,8 @@ class Attachment:
         if not isinstance(reduction, Reduction):
             raise ParameterError(f"{by}.reduce must return a Reduction or None, got {type(reduction).__name__}")
         batch, n, _ = view.tokens.shape
-        least = 0 if entry.site.stage == "decoder" else 1  # a language model can go on without pictures
+        # A language model can go on without pictures.
+        least = 0 if entry.site.stage in ("decoder", "cache") else 1
         if reduction.keep.shape[0] != batch or reduction.slots < least:
             raise ParameterError(
                 f"{by} at {entry.site}: keep must be [B = {batch}, K >= {least}], got {list(reduction.keep.shape)}"
@@ -265,6 +272,8 @@ class Attachment:
             raise ParameterError(f"{by} at {entry.site}: {reduction.slots} slots of {n} tokens")
         if reduction.valid is not None and entry.site.stage == "vision":
             raise ParameterError(f"{by} at {entry.site}: towers take no ragged reductions (valid)")
+        if reduction.valid is not None and entry.scope == "head":
+            raise ParameterError(f"{by} at {entry.site}: heads of a layer keep equally many entries (no valid)")
         return reduction
 
     def bind_user(self, view: TokenView, signals: MutableMapping[str, Signal]) -> None:

@@ -260,10 +260,10 @@ class Method(CommonSettings):
 
 
 def setting_fields(cls: type[Method]) -> list[dataclasses.Field[Any]]:
-    """The settings of a class of methods as fields: its own, then those that every method has."""
-    common = {item.name for item in dataclasses.fields(CommonSettings)}
+    """The settings of a class of methods as fields: its own, then those that it shares with others."""
     found = [item for item in dataclasses.fields(cls) if item.init] if dataclasses.is_dataclass(cls) else []
-    return sorted(found, key=lambda item: item.name in common)
+    common = {item.name for item in dataclasses.fields(CommonSettings)}
+    return sorted(found, key=lambda item: (item.kw_only, item.name in common))
 
 
 _WHOLE: dict[str, Callable[[Any], Any]] = {

@@ -89,7 +89,7 @@ def place(method: Method, layout: Layout, user: frozenset[str] = frozenset()) ->
         MissingSignal: a signal that the model cannot give.
     """
     by = type(method).__name__
-    sites = method.sites(layout)
+    sites = _sites(method, layout)
     if len({_key(site) for site in sites}) != len(sites):
         raise SiteError(f"{by} names the same site twice: {', '.join(map(str, sites))}")
     try:
@@ -111,6 +111,19 @@ def place(method: Method, layout: Layout, user: frozenset[str] = frozenset()) ->
         if one not in joined
     ]
     return kept, _said(method.spec_name(), kept, joined, layout)
+
+
+def _sites(method: Method, layout: Layout) -> list[Site]:
+    """The sites of a method, with what it says of caches in front of them."""
+    sites = method.sites(layout)
+    if not getattr(method, "forget", False):
+        return sites
+    if not any(site.stage == "decoder" for site in sites):
+        raise SiteError(
+            f"{method}: forget=True is for tokens that leave between layers, and none does with these settings"
+        )
+    layout.stage("cache", type(method).__name__)
+    return [replace(site, forget=True) if site.stage == "decoder" else site for site in sites]
 
 
 def _key(site: Site) -> tuple[str, int, int]:

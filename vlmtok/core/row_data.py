@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ class Group:
     grid: tuple[int, int] | None
     frames: int = 0
     cells: int = 0
+
+    def only(self, rows: Sequence[int]) -> Group:
+        """Some of the view rows."""
+        if len(rows) == len(self.units):
+            return self
+        at = torch.tensor(rows, device=self.index.device)
+        return replace(self, units=[self.units[row] for row in rows], index=self.index[at], columns=self.columns[at])
 
 
 @dataclass(frozen=True, eq=False)

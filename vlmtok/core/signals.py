@@ -25,10 +25,16 @@ the whole row, T text rows, H heads, d head width, C channels.
 | key_norm, text_key_norm | B, N / B, T | L1 norm, over key-value heads and channels, of keys after rope; of that text |
 | normed, text_normed | B, N, C / B, T, C | what a layer gave, through the model's last norm; of that text |
 | activation_match | B, N, T + 1 | neurons of an MLP that a token has on, and a row of that text, or the prompt's last |
+| attention_mass | B, Hkv, N | sum of the attention that an entry of a cache received, over all rows of the prompt |
+| text_mass | B, Hkv, N | the same over rows of text behind the row's first picture |
+| recent_mass | B, Hkv, N | the same over the last ``site.window`` rows of the prompt |
+| attention_rows | B, Hkv, N | rows of the prompt that stand at or behind the entry, its own included |
+| keys_cached, values_cached | B, Hkv, N, d | entries as the cache holds them, keys after rope |
 
 A neuron is on where the input of the MLP's last projection is positive. Attention is softmax over all keys that the
 layer sees, then cut to the view's columns, not renormalised; at ``projected`` it is that of decoder layer 0. Rows that
-the host hides as padding count in no mean, and get none.
+the host hides as padding count in no mean, and get none. Those of caches are averaged over the heads that share keys;
+in a view of scope ``head`` they are B, N and B, N, d.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MissingSignal, SiteError
+from .cache_signals import CACHE_SIGNALS, ENTRIES, MASSES
 from .decoder_signals import AHEAD, BY_ATTENTION, DECODER_SIGNALS, END_ONLY, NEURONS, DecoderTaps
 from .site import LAYERED, STAGES, Layout, Site, layer_of
 
@@ -53,8 +60,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AHEAD",
     "BY_ATTENTION",
+    "CACHE_SIGNALS",
     "DECODER_SIGNALS",
     "END_ONLY",
+    "ENTRIES",
+    "MASSES",
     "NEURONS",
     "OF_OUTPUT",
     "PER_TOKEN",
@@ -142,7 +152,7 @@ def resolve_need(text: str, site: Site, layout: Layout, user: frozenset[str], by
     same = site.stage == stage and site.layer is not None
     if STAGES.index(stage) > STAGES.index(site.stage) or (same and (layer > (site.layer or 0))):
         raise MissingSignal(f"{by} needs {text!r} at {site}, where that layer has not run yet")
-    if stage == "decoder":
+    if stage in ("decoder", "cache"):
         raise MissingSignal(f"{by} needs {text!r} at {site}, but a decoder layer shows it at that layer only")
     return Need(text, name, stage, layer)
 
@@ -351,6 +361,8 @@ def check_stage(site: Site, layout: Layout, by: str) -> None:
         raise SiteError(f"{by}: {site} does not exist; {layout.family} has layers 0 to {stage.depth - 1} there")
     if site.point not in stage.points:
         raise SiteError(f"{by}: {site} is not possible; {layout.family} offers {', '.join(sorted(stage.points))}")
+    if site.stage == "cache" and layer in stage.blind:
+        raise SiteError(f"{by}: {site} has no entries that can leave: {stage.blind[layer]}")
     if site.stage == "decoder":
         if layer == 0 and site.point == "start":
             raise SiteError(

@@ -35,6 +35,7 @@ class Segment:
         blocks: int64 `[B, length]`, which bidirectional block each column belongs to (-1 none), or None.
         shift: int64 `[B]`, how far its positions lie below the host's, or None while they are the host's.
         renumbered: whether its positions differ from those at the language model's input.
+        bias: fp32 `[B, Hkv, length]`, what is added to logits of merged entries, or None.
     """
 
     first: int
@@ -43,6 +44,7 @@ class Segment:
     blocks: Tensor | None = None
     shift: Tensor | None = None
     renumbered: bool = False
+    bias: Tensor | None = None
 
     def extended(self, count: int, valid: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
         """Validity of cached and new columns together, bool `[B, length + count]`, or None where all are real."""
@@ -63,7 +65,7 @@ class Segment:
 
     def copy(self, first: int) -> Segment:
         """The same past for later layers."""
-        return Segment(first, self.length, self.valid, self.blocks, self.shift, self.renumbered)
+        return Segment(first, self.length, self.valid, self.blocks, self.shift, self.renumbered, self.bias)
 
 
 @dataclass(eq=False)
@@ -110,6 +112,8 @@ class Stream:
                 segment.valid = segment.valid[:, : segment.length]
             if segment.blocks is not None:
                 segment.blocks = segment.blocks[:, : segment.length]
+            if segment.bias is not None:
+                segment.bias = segment.bias[..., : segment.length]
         self.seen -= count
         if self.next is not None and self.follows is not None:
             self.next, self.follows = self.next - count, self.follows - count

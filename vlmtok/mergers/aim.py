@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.aliases import Alias
+from ..core.between_layers import DropsBetweenLayers
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -97,7 +98,7 @@ _PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "vicuna": {"first": 13, "las
 
 @register_method
 @dataclass(eq=False)
-class AIM(Method):
+class AIM(DropsBetweenLayers):
     """Merges similar tokens of each picture or frame before the decoder, then prunes them step by step inside it.
 
     Inside, a token's importance is a PageRank on the layer's own attention. It needs all attention logits of the

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
+from ..core.between_layers import DropsBetweenLayers
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -144,7 +145,7 @@ def prune_and_recycle(x: Tensor, relevance: Tensor, k: int, noise: Tensor | None
 
 @register_method
 @dataclass(eq=False)
-class SparseVLM(Method):
+class SparseVLM(DropsBetweenLayers):
     """Prunes visual tokens at three decoder layers by the attention of chosen text tokens, and recycles some.
 
     The raters are chosen once, from the embeddings at the language model's input: text tokens that the picture cares

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.method import Method
+from ..core.between_layers import DropsBetweenLayers
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
@@ -52,7 +52,7 @@ def core_tokens(score: Tensor) -> Tensor:
 
 @register_method
 @dataclass(eq=False)
-class CoreMatching(Method):
+class CoreMatching(DropsBetweenLayers):
     """Keeps the visual tokens whose active neurons match those of a token of the question, inside the language model.
 
     A neuron is on where the input of the MLP's last projection is positive. How many tokens stay follows from the

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias, share_that_goes
-from ..core.method import Method
+from ..core.between_layers import DropsBetweenLayers
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import ranked
@@ -88,7 +88,7 @@ def spread(x: Tensor, pivots: Tensor, quotas: Sequence[int], taken: Tensor) -> T
 
 @register_method
 @dataclass(eq=False)
-class DART(Method):
+class DART(DropsBetweenLayers):
     """Keeps the visual tokens that resemble a few pivots least: those of large keys among picture and text.
 
     No attention is read. Inside the language model (``at="decoder"``) keys after rope and states behind the model's

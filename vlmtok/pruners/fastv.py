@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.aliases import Alias, share_that_goes
-from ..core.method import Method
+from ..core.between_layers import DropsBetweenLayers
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
@@ -30,7 +30,7 @@ def last_row_score(last_attention: Tensor) -> Tensor:
 
 @register_method
 @dataclass(eq=False)
-class FastV(Method):
+class FastV(DropsBetweenLayers):
     """Drops visual tokens once, after the first K decoder layers, by the attention of the prompt's last token.
 
     The score is the softmax attention of layer K - 1 (0-based) as that layer computed it; layer K is the first that

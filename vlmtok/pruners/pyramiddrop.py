@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..core.aliases import Alias
+from ..core.between_layers import DropsBetweenLayers
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -31,7 +32,7 @@ def _powers(value: Any, settings: Mapping[str, Any]) -> tuple[float, ...]:
 
 @register_method
 @dataclass(eq=False)
-class PyramidDrop(Method):
+class PyramidDrop(DropsBetweenLayers):
     """Cuts the decoder into stages and keeps fewer visual tokens in each, by the attention of the last prompt token.
 
     The score at a cut is computed with the norm, queries and keys of the layer that comes next. All pictures of a

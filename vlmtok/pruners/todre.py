@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
+from ..core.between_layers import DropsBetweenLayers
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -113,7 +114,7 @@ def pivot_of(x: Tensor, how: str | int, valid: Tensor, attention: Tensor | None 
 
 @register_method
 @dataclass(eq=False)
-class ToDRE(Method):
+class ToDRE(DropsBetweenLayers):
     """Stage 1 keeps k diverse tokens of each picture before the language model; stage 2 drops the rest late in it.
 
     Stage 2 looks once, at one late decoder layer: where text pays less than `tau` of its attention to vision, and

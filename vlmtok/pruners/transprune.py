@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.method import Method
+from ..core.between_layers import DropsBetweenLayers
 from ..core.reduction import Reduction
 from ..core.registry import register_method
 from ..core.selection import keep_top
@@ -75,7 +75,7 @@ def _share(score: Tensor) -> Tensor:
 
 @register_method
 @dataclass(eq=False)
-class TransPrune(Method):
+class TransPrune(DropsBetweenLayers):
     """Prunes visual tokens in three steps inside the language model, by token transition and instruction attention.
 
     Transition variation (how much attention and MLP scale and turn a token) is summed up from layer to layer;

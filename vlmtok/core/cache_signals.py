@@ -1,0 +1,46 @@
+"""Signals of a key-value cache: attention mass that its entries received, and the entries; the table is in `signals`.
+
+A mass is a column sum over rows of queries. It is made in chunks of rows while a layer's queries are at hand, so that
+neither queries nor a square of attention outlive the layer: what stays is one number for each entry and key-value head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .decoder_signals import DecoderTaps
+
+MASSES = frozenset({"attention_mass", "text_mass", "recent_mass"})
+"""Signals that are sums over rows of queries, made while the layer runs."""
+ENTRIES = frozenset({"keys_cached", "values_cached"})
+"""What the cache holds."""
+CACHE_SIGNALS = MASSES | ENTRIES | {"attention_rows"}
+CHUNK = 128
+"""Rows of queries whose attention is held at a time."""
+
+
+def mass(name: str, taps: DecoderTaps, kv_heads: int, window: int = 0) -> Tensor:
+    """Attention that each token of the row received from some rows.
+
+    Args:
+        name: one of `MASSES`.
+        taps: of a layer that ran.
+        kv_heads: Hkv; heads that share keys are averaged.
+        window: of ``recent_mass``: how many of the last rows.
+
+    Returns:
+        fp32 `[B, Hkv, L]`, after softmax over all that the layer saw.
+    """
+    batch, length = taps.here.shape
+    rows = taps.text
+    if name != "text_mass":
+        first = 0 if name == "attention_mass" else max(length - window, 0)
+        rows = torch.arange(first, length, device=taps.here.device).expand(batch, -1)
+    k = taps.k()
+    total = torch.zeros(batch, kv_heads, k.shape[2], dtype=torch.float32, device=k.device)
+    for part in rows.split(CHUNK, 1) if rows.shape[1] else ():
+        attention = kernels.attention_rows(taps.q(part), k, scale=taps.scale, bias=taps.bias(part), cap=taps.cap)
+        total += attention.sum(2).unflatten(1, (kv_heads, -1)).mean(2)
+    return total.gather(2, taps.here[:, None, :].expand(-1, kv_heads, -1))
