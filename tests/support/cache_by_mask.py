@@ -54,7 +54,9 @@ def storing_layers(model: nn.Module) -> dict[int, list[int]]:
 
 def for_readers(model: nn.Module, gone: Gone) -> Gone:
     """The tables of layers that store keys, for every layer that reads them."""
-    return {reader: gone[layer] for layer, readers in storing_layers(model).items() if layer in gone for reader in readers}
+    return {
+        reader: gone[layer] for layer, readers in storing_layers(model).items() if layer in gone for reader in readers
+    }
 
 
 class _Masks:

@@ -26,7 +26,8 @@ class Rule:
     Attributes:
         by: ``stride`` (places, moved on from layer to layer and from head to head), a signal whose best stay
             (``attention_mass``, ``text_mass``, ``recent_mass``, ``mean_mass``: mass over the rows that could see an
-            entry, ``key_norm``: the smallest), or ``above``: every entry whose mass is above its unit's mean.
+            entry, ``key_sum`` and ``value_norm`` of what is cached), or ``above``: every entry whose mass is above its
+            unit's mean.
         keep: share; rounds half up.
         scope: what one unit is.
         layers: where; None for every full-attention layer that keeps keys.
@@ -78,8 +79,10 @@ class Heard:
             window: see `Rule`.
         """
         keys = self.keys[layer][row]
-        if by == "key_norm":
-            return -keys[:, columns].norm(dim=-1)
+        if by == "key_sum":
+            return keys[:, columns].sum(-1)
+        if by == "value_norm":
+            return self.values[layer][row][:, columns].norm(dim=-1)
         weights, length = self.rows[layer][row].float(), self.rows[layer].shape[-1]
         asking = self.real[row].clone()
         if by == "text_mass":
@@ -95,9 +98,9 @@ class Heard:
 
 @torch.no_grad()
 def heard(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Heard:
-    """What a prefill of the bare model shows, with eager attention."""
+    """What a prefill of the bare model shows, with eager attention; `generate` sets the positions of padded rows."""
     with attention_rows(model) as rows:
-        out = model(**inputs, use_cache=True, **options)
+        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **options)
     held = cache_of(out).layers
     found = Heard(rows=rows)
     for layer in storing_layers(model):
@@ -107,13 +110,22 @@ def heard(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Hea
     return found
 
 
-def units_of(prompt: Any, scope: str) -> list[Tensor]:
-    """Columns of each unit of a prompt of `tests.families`, unpadded; separators of parts and clips belong to none."""
+def units_of(prompt: Any, scope: str, by_run: bool = False) -> list[Tensor]:
+    """Columns of each unit of a prompt of `tests.families`, unpadded; separators of parts and clips belong to none.
+
+    Args:
+        prompt: of a row.
+        scope: what one unit is.
+        by_run: whether nothing tells the runs of a picture from pictures of their own.
+    """
     found: list[Tensor] = []
     if scope == "sample":
         return [torch.cat([p.columns for p in prompt.pictures])] if prompt.pictures else []
     for picture in prompt.pictures:
         shot, columns = picture.shot, picture.columns
+        if by_run and not shot.video:
+            found += picture.runs()
+            continue
         parts = torch.tensor(shot.parts or shot.crops or (0,) * len(columns))
         if scope in ("picture", "head"):
             found.append(columns)
@@ -189,7 +201,9 @@ def gone_of(
     return table
 
 
-def gone_in(rule: Rule, model: nn.Module, batch: Any, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def gone_in(
+    rule: Rule, model: nn.Module, batch: Any, inputs: Mapping[str, Tensor], by_run: bool = False
+) -> dict[int, Tensor]:
     """What left the caches of a batch of `tests.families`.
 
     Args:
@@ -197,11 +211,12 @@ def gone_in(rule: Rule, model: nn.Module, batch: Any, inputs: Mapping[str, Tenso
         model: with eager attention.
         batch: the prompts.
         inputs: the same, as the host takes them.
+        by_run: see `units_of`.
     """
     length = inputs["input_ids"].shape[1]
     units, visual = [], []
     for prompt in batch.prompts:
         moved = length - len(prompt.ids)
-        units.append([columns + moved for columns in units_of(prompt, rule.scope)])
+        units.append([columns + moved for columns in units_of(prompt, rule.scope, by_run)])
         visual.append((prompt.owner >= 0).nonzero()[:, 0] + moved)
     return gone_of(rule, heard(model, inputs), units, visual, list(storing_layers(model)))

@@ -16,7 +16,8 @@ NEEDS = {
     "stride": (),
     "above": ("attention_mass",),
     "mean_mass": ("attention_mass", "attention_rows"),
-    "key_norm": ("keys_cached",),
+    "key_sum": ("keys_cached",),
+    "value_norm": ("values_cached",),
 }
 
 
@@ -36,8 +37,10 @@ class Held(Method):
 
     def score(self, view: TokenView) -> Tensor:
         """`[B, N]`: of each head in scope ``head``, else the mean of heads."""
-        if self.rule.by == "key_norm":
-            found = -view.signal("keys_cached").float().norm(dim=-1)
+        if self.rule.by == "key_sum":
+            found = view.signal("keys_cached").float().sum(-1)
+        elif self.rule.by == "value_norm":
+            found = view.signal("values_cached").float().norm(dim=-1)
         elif self.rule.by == "mean_mass":
             found = view.signal("attention_mass") / view.signal("attention_rows")
         else:
