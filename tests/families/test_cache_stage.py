@@ -1,4 +1,4 @@
-"""Entries that left caches, in every family: what is generated equals the host without a cache, told what not to see."""
+"""Entries that left caches, in every family: what is generated equals the host, cache-free, told what not to see."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_crops_and_separators(name, scope):
 # ---------------------------------------------------------------------- layers
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_whose_entries_can_leave(name):
-    """Full attention, and keys of their own: windows, recurrent layers and readers of others' keys are not among them."""
+    """Full attention and keys of their own: no windows, recurrent layers or readers of others' keys are among them."""
     model = shared(name, FAMILIES[name].attentions[0])
     layout = adapter_for(model).layout()
     storing = by_mask.storing_layers(model)

@@ -41,7 +41,7 @@ def kinds_of(model: nn.Module) -> list[str]:
 
 
 def storing_layers(model: nn.Module) -> dict[int, list[int]]:
-    """Full-attention layers that keep keys, and all layers that read them (itself and, with shared keys, later ones)."""
+    """Full-attention layers that keep keys, and the layers that read them: itself and, with shared keys, later ones."""
     kinds = kinds_of(model)
     shared = int(getattr(text_model(model).config, "num_kv_shared_layers", 0) or 0)
     own = len(kinds) - shared

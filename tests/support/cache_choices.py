@@ -129,9 +129,7 @@ def units_of(prompt: Any, scope: str, by_run: bool = False) -> list[Tensor]:
         parts = torch.tensor(shot.parts or shot.crops or (0,) * len(columns))
         if scope in ("picture", "head"):
             found.append(columns)
-        elif scope == "clip":
-            found.append(columns[parts >= 0])
-        elif scope == "frame" and not shot.video:
+        elif scope == "clip" or (scope == "frame" and not shot.video):
             found.append(columns[parts >= 0])
         elif scope == "frame" and shot.grids:
             sizes = [rows * width for frames, rows, width in shot.grids for _ in range(frames)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,3 +105,30 @@ class Pairs(Method):
 
     def count(self, counts: Counts) -> int:
         return (counts.n + 1) // 2
+
+
+@dataclass(eq=False)
+class Planned(Method):
+    """Half of the entries stay, from a place on that is the layer's rank by mass on the first entry of the view."""
+
+    def sites(self, layout: Layout) -> list[Site]:
+        needs = ("attention_mass",)
+        return [Site("cache", layer, needs=needs, scope="head") for layer in layout.cached_layers(None, "planned")]
+
+    def plan(self, views: Sequence[TokenView]) -> None:
+        layers = [view.site.layer for view in views]
+        assert layers == sorted(layers)
+        assert all(view.tokens.device.type == "meta" and view.row is views[0].row for view in views)
+        first = torch.stack([view.signal("attention_mass")[:, 0] for view in views], 1)  # [rows, layers]
+        order = first.argsort(dim=1, descending=True, stable=True)
+        views[0].row["rank"] = order.argsort(dim=1)
+        views[0].row["layers"] = torch.tensor(layers).expand(len(first), -1)
+
+    def reduce(self, view: TokenView) -> Reduction:
+        rows, n, _ = view.tokens.shape
+        at = (view.row["layers"] == view.site.layer).int().argmax(1, keepdim=True)
+        start = view.row["rank"].gather(1, at)
+        return Reduction(((torch.arange(n // 2) + start) % n).sort(dim=1).values)
+
+    def count(self, counts: Counts) -> int:
+        return counts.n // 2

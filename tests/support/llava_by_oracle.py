@@ -23,15 +23,26 @@ ROWS = ("^3I5", "2I2", "^2I1I4", "6", "^4I", "^1II3")
 class Top(vlmtok.Random):
     """Keeps the longest tokens, wherever it is put; slots fall in length if `ordered` is off."""
 
-    def __init__(self, keep, stage="projected", layer=2, point="start", positions=None, scope="picture", ordered=True):
+    def __init__(
+        self,
+        keep,
+        stage="projected",
+        layer=2,
+        point="start",
+        positions=None,
+        scope="picture",
+        ordered=True,
+        forget=False,
+    ):
         super().__init__(keep=keep)
         self.place = (stage, layer, point, positions, scope, ordered)
+        self.forget = forget
 
     def sites(self, layout):
         stage, layer, point, positions, scope, _ = self.place
         if stage in ("projected", "features"):
             return [Site(stage, positions=positions, scope=scope)]
-        return [Site(stage, layer, point, positions=positions, scope=scope)]
+        return [Site(stage, layer, point, positions=positions, scope=scope, forget=self.forget)]
 
     def reduce(self, view):
         best = view.tokens.float().norm(dim=-1).argsort(dim=1, descending=True, stable=True)
