@@ -78,11 +78,11 @@ class Brought:
 
     Attributes:
         rows: the rows as that layer had them.
-        masses: by signal and window, fp32 `[B, L, Hkv]`, attention that each column received.
+        masses: by signal, fp32 `[B, L, Hkv, ...]`, attention that each column received.
     """
 
     rows: PromptRows
-    masses: dict[tuple[str, int], Tensor]
+    masses: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +135,8 @@ class Call:
         whole: what entered such a module, by layer, where it is read.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
         brought: by layer, what methods are to see of its cache behind the call.
+        tracked: whether caches are watched that lose entries while the answer is written.
+        attended: by layer, the attention of the rows of such a call, see `cache_watch`.
         cuts: cuts between layers, where caches of earlier layers are to follow some.
     """
 
@@ -164,6 +166,8 @@ class Call:
     whole: dict[int, Tensor] = field(default_factory=dict)
     refusal: str | None = None
     brought: dict[int, Brought] = field(default_factory=dict)
+    tracked: bool = False
+    attended: dict[int, Tensor] = field(default_factory=dict)
     cuts: list[LayerCut] = field(default_factory=list)
 
     def check_cut(self) -> None:

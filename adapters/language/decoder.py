@@ -137,14 +137,14 @@ class Decoder:
         catcher = Catcher(self.attachment, self.running)
         for layer, block in enumerate(lm.layers):
             catcher.install(layer, block, self._caught(layer))
-        self.evictor.install(lm.layers)
+        self.evictor.watch.install(lm.layers)
         Skipper(self.attachment, self.running, catcher.compared).install(lm)
 
     def _caught(self, layer: int) -> set[str]:
         """Signals that methods read of what a layer did."""
         behind = [entry for entry in self.points.get(layer + 1, ()) if entry.site.point == "end"]
         needs = {need.name for entry in behind for need in entry.needs if need.stage is None}
-        return needs | ({"last_attention"} if self.evictor.reads(layer) else set())
+        return needs | ({"last_attention"} if self.evictor.watch.reads(layer) else set())
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,6 +209,7 @@ class Decoder:
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
         if pictures:
             self.evictor.check(cache)
+        self.evictor.follow(call, incoming.drafts, bool(pictures))
         call.refusal = refusal_of(self.spec, self.core(), module, text, args, kwargs, incoming, held, cache)
         if self.points or self.attachment.skips:
             check_checkpointing(module)

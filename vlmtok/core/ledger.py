@@ -56,6 +56,7 @@ class Event:
         groups: the batched calls.
         ragged: whether the rows may differ in what they keep.
         gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell.
+        written: tokens that were written behind the prefill before (entries of caches).
     """
 
     stage: str
@@ -68,6 +69,7 @@ class Event:
     groups: tuple[Group, ...] = ()
     ragged: bool = False
     gone: int | None = None
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -296,9 +298,16 @@ class Ledger:
             books.before, books.encoded = None, None
         return run
 
-    def visit(self, run: StageRun, event: Event) -> None:
-        """Books one visit."""
-        run.events.append(event)
+    def visit(self, run: StageRun | None, event: Event) -> None:
+        """Books one visit.
+
+        Args:
+            run: the pass; None for the last prefill of this thread.
+            event: the visit.
+        """
+        run = run or self.mine.decoder
+        if run is not None:
+            run.events.append(event)
         key = (event.stage, event.layer, event.point, event.method)
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
