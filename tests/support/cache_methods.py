@@ -30,9 +30,9 @@ class Held(Method):
     heads = 0
 
     def sites(self, layout: Layout) -> list[Site]:
-        self.heads = layout.stages["cache"].heads
         needs = NEEDS.get(self.rule.by, (self.rule.by,))
         layers = layout.cached_layers(self.rule.layers, "held")
+        self.heads = layout.stages["cache"].heads
         scope, window = self.rule.scope, self.rule.window
         return [Site("cache", layer, needs=needs, scope=scope, window=window) for layer in layers]
 

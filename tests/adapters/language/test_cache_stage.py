@@ -101,10 +101,11 @@ EVERY = {
 
 # ---------------------------------------------------------------------- oracles
 def units(batch, length, scope):
-    """Padded columns of each unit of each row, and of all visual tokens of each row."""
+    """Padded columns of each unit of each row, and of all visual tokens of each row; what ends a prompt stays."""
     found, visual = [], []
     for row in batch.rows:
         columns = (row == models.IMAGE).nonzero()[:, 0] + length - len(row)
+        columns = columns[columns < length - 1]
         visual.append(columns)
         parts = (columns,) if scope == "sample" else columns.split(models.PLACEHOLDERS)
         found.append([part for part in parts if len(part)])

@@ -86,7 +86,7 @@ def evict(
             scope = decider.scope(visit)
             for picture in new if scope != "sample" else [-1] * bool(new):
                 mine = seen.picture >= 0 if picture < 0 else seen.picture == picture
-                mine = mine & (seen.place != run.held)
+                mine = mine & (seen.place != until - 1)  # what ends the prompt stays
                 for other in set(run.began) - set(new):
                     mine = mine & (seen.picture != other)
                 columns = (mine & ~torch.isin(seen.place, lost[layer])).nonzero()[:, 0]
