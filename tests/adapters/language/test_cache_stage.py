@@ -105,8 +105,8 @@ def units(batch, length, scope):
     found, visual = [], []
     for row in batch.rows:
         columns = (row == models.IMAGE).nonzero()[:, 0] + length - len(row)
-        columns = columns[columns < length - 1]
         visual.append(columns)
+        columns = columns[columns < length - 1]
         parts = (columns,) if scope == "sample" else columns.split(models.PLACEHOLDERS)
         found.append([part for part in parts if len(part)])
     return found, visual

@@ -79,6 +79,7 @@ def evict(
         dropped: cuts that caches follow.
     """
     new = [picture for picture, began in run.began.items() if began >= first]
+    ends = int(shown[0].place[-1])
     lost = [_lost(layer, seen, dropped) for layer, seen in enumerate(shown)]
     cases: dict[tuple[int, str, int], list[tuple[Any, Moment, Tensor]]] = {}
     for layer, seen in enumerate(shown):
@@ -86,7 +87,7 @@ def evict(
             scope = decider.scope(visit)
             for picture in new if scope != "sample" else [-1] * bool(new):
                 mine = seen.picture >= 0 if picture < 0 else seen.picture == picture
-                mine = mine & (seen.place != until - 1)  # what ends the prompt stays
+                mine = mine & (seen.place != ends)  # what ends the prompt stays
                 for other in set(run.began) - set(new):
                     mine = mine & (seen.picture != other)
                 columns = (mine & ~torch.isin(seen.place, lost[layer])).nonzero()[:, 0]
