@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .compression import Compression as Compression
     from .compression import compress as compress
     from .compression import remove as remove
+    from .core.layer_profile import LayerProfile as LayerProfile
     from .core.method import Method as Method
     from .core.reduction import Reduction as Reduction
     from .core.registry import create_method as create_method
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .evaluation.table import Evaluation as Evaluation
     from .forecast.budget import budget as budget
     from .forecast.estimate import estimate as estimate
+    from .lab.calibrate import calibrate as calibrate
     from .lab.compare import compare as compare
     from .lab.comparison import Comparison as Comparison
     from .lab.explore import explore as explore
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .mergers.aim import AIM as AIM
     from .mergers.averagepool import AveragePool as AveragePool
     from .mergers.crossget import CrossGET as CrossGET
+    from .mergers.ems_style import EMSStyle as EMSStyle
     from .mergers.pitome import PiToMe as PiToMe
     from .mergers.prumerge import PruMerge as PruMerge
     from .mergers.recoverable import Recoverable as Recoverable
@@ -80,11 +83,16 @@ if TYPE_CHECKING:
     from .pruners.hiprune import HiPrune as HiPrune
     from .pruners.holov import HoloV as HoloV
     from .pruners.ima import IMA as IMA
+    from .pruners.kv_norm import KVNorm as KVNorm
+    from .pruners.kv_random import KVRandom as KVRandom
     from .pruners.learned import Learned as Learned
     from .pruners.mmtok import MMTok as MMTok
+    from .pruners.prefixkv import PrefixKV as PrefixKV
     from .pruners.pyramiddrop import PyramidDrop as PyramidDrop
     from .pruners.random import Random as Random
     from .pruners.scope import SCOPE as SCOPE
+    from .pruners.snapkv import SnapKV as SnapKV
+    from .pruners.streaming import Streaming as Streaming
     from .pruners.todre import ToDRE as ToDRE
     from .pruners.tokencorr import TokenCorr as TokenCorr
     from .pruners.transprune import TransPrune as TransPrune

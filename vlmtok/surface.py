@@ -23,7 +23,9 @@ HOME: dict[str, str] = {
     "recommend": "evaluation.recommend",
     # try and show
     "Comparison": "lab.comparison",
+    "LayerProfile": "core.layer_profile",
     "Matrix": "lab.matrix",
+    "calibrate": "lab.calibrate",
     "compare": "lab.compare",
     "explore": "lab.explore",
     "load": "loading",

@@ -138,6 +138,8 @@ class Call:
         tracked: whether caches are watched that lose entries while the answer is written.
         attended: by layer, the attention of the rows of such a call, see `cache_watch`.
         cuts: cuts between layers, where caches of earlier layers are to follow some.
+        held: by layer from whose cache entries left, bool `[B, 1 or Hkv, n]`, which of those before it holds on, alone
+            or in others; for traces only.
     """
 
     cache: Any
@@ -169,6 +171,7 @@ class Call:
     tracked: bool = False
     attended: dict[int, Tensor] = field(default_factory=dict)
     cuts: list[LayerCut] = field(default_factory=list)
+    held: dict[int, Tensor] = field(default_factory=dict)
 
     def check_cut(self) -> None:
         """Before rows are cut.
@@ -208,7 +211,9 @@ class DecoderRun:
         held: columns that its cache held before it.
         muted: while a layer's modules are called for signals, out of turn.
         last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was.
+        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was, and
+        cached: fp32 `[layers, B, S]`, share of heads in which each original column is held behind the prefill (see
+            `holding`), or None where nothing acts on caches.
     """
 
     call: Call | None = None
@@ -216,6 +221,7 @@ class DecoderRun:
     muted: bool = False
     last_rows: PromptRows | None = None
     steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
+    cached: Tensor | None = None
 
 
 def flat(positions: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .catching import Catcher
 from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
 from .evicting import Evictor
+from .holding import shares_held
 from .intake import Intake
 from .layers import Layers
 from .layout import sources
@@ -231,7 +232,7 @@ class Decoder:
             self.intake.tower_sizes(),
             self.attachment.trace,
         )
-        running.steps, running.last_rows = call.steps, None
+        running.steps, running.last_rows, running.cached = call.steps, None, None
         self.projector.carry(rows, opened.x.detach(), opened.incoming.encoded)
         call.top = top(rows)
         return rows
@@ -267,6 +268,9 @@ class Decoder:
                 self.evictor.apply(call, stream, leaving)
             if call.cache is not None:
                 file_stream(call.cache, stream)
+        if rows is not None and self.attachment.trace:
+            kinds = self.segments.kinds
+            running.cached = shares_held(call, self.lm(), kinds, self.sources) if self.evictor.acts else None
         if rows is None or (rows.length == call.columns and not call.moved):
             return None
         if hidden.shape[1] != rows.length:

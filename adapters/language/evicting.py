@@ -28,6 +28,7 @@ from .cache_tracking import VALID, grown, seen_now, tables_of
 from .cache_views import CacheViews, Seen
 from .cache_watch import CacheWatch
 from .call import Call, DecoderRun
+from .holding import held_with
 from .segments import Segments
 
 
@@ -97,6 +98,12 @@ class Evictor:
     def acts(self) -> bool:
         """Whether anything can leave a cache."""
         return bool(self.entries) or self.follows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Methods that act on caches, each once."""
+        forgetting = [entry for entry in self.attachment.at("decoder") if entry.site.forget]
+        return tuple(dict.fromkeys(entry.method.spec_name() for entry in [*forgetting, *self.attachment.at("cache")]))
 
     def check(self, cache: Any) -> None:
         """Before a prefill with pictures.
@@ -227,8 +234,7 @@ class Evictor:
             part = found.get(layer, Leaving([]))
             found[layer] = replace(part, pieces=pieces, event=event, heads=seen[layer].heads)
             if not found[layer].changes:
-                written = 0 if call.stream is None or call.rows is not None else call.stream.written + call.columns
-                self.attachment.ledger.visit(call.run, replace(event, written=written))
+                self.attachment.ledger.visit(call.run, event)
 
     @property
     def _blind(self) -> Mapping[int, str]:
@@ -271,10 +277,12 @@ class Evictor:
             if part.changes:
                 length = max(left[layer])
                 now = evicted(held[layer], part.pieces, stay[layer][0], length)
+                if self.attachment.trace and call.rows is not None:
+                    call.held[layer] = held_with(stay[layer][0], part.pieces).unflatten(0, (-1, part.heads))
                 now = now.joined(part.heads) if part.heads > 1 else now
                 cache_layers.put_entries(call.cache, layer, now.keys, now.values)
                 gone = sum(before[layer]) - sum(left[layer])
-                self._book(call, stream, part, layer, segment.length, length, gone // part.heads)
+                self._book(call, part, layer, segment.length, length, gone // part.heads)
                 segment.length, segment.bias, segment.blocks = length, now.bias, now.blocks
                 segment.valid = now.valid if min(left[layer]) < length else None
             if part.tables is not None:
@@ -314,13 +322,12 @@ class Evictor:
         lost = part.lost.repeat_interleave(part.heads, 0)
         return F.pad(lost, (held.keys.shape[2] - lost.shape[1], 0))
 
-    def _book(self, call: Call, stream: Stream, part: Leaving, layer: int, before: int, after: int, gone: int) -> None:
+    def _book(self, call: Call, part: Leaving, layer: int, before: int, after: int, gone: int) -> None:
         book = self.attachment.ledger.visit
         if part.lost is not None:
             book(call.run, Event("cache", layer, "end", part.by, "forget", before, after, (), True, part.gone))
         if part.event is not None:
-            event = replace(part.event, before=before, after=after, gone=gone if part.event.ragged else None)
-            book(call.run, replace(event, written=stream.written if call.rows is None else 0))
+            book(call.run, replace(part.event, before=before, after=after, gone=gone if part.event.ragged else None))
 
 
 def lost_below(call: Call, layers: Iterable[int]) -> dict[int, Leaving]:

@@ -58,6 +58,7 @@ READ = [
     ("evs:q=0.5", "evs:rate=0.5"),
     ("vidcom2:video_pruning_rate=0.5", "vidcom2:rate=0.5"),
     ("vidcom2:q=0.5", "vidcom2:rate=0.5"),
+    ("prefixkv:ratio=0.8", "prefixkv:keep=0.2"),
     ("vidcom2:R_RATIO=0.1", "vidcom2:rate=0.9"),
 ]
 

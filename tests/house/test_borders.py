@@ -82,7 +82,8 @@ ROOMS = {
 """Modules and packages whose wing is not the second word of their name; the longest that fits counts."""
 
 CORE_FOR_METHODS = {f"vlmtok.core.{room}" for room in (
-    "aliases", "clips", "method", "reduction", "registry", "selection", "settings", "site", "tower_scores", "view",
+    "aliases", "between_layers", "cache_scores", "clips", "layer_profile", "method", "reduction", "registry",
+    "selection", "settings", "site", "tower_scores", "view",
 )}  # fmt: skip
 """What methods see of the core: the contract, and nothing of what carries it."""
 

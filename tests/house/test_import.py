@@ -78,12 +78,13 @@ def test_models_are_recognised_without_importing_their_library():
 
 
 PUBLIC = """
-AIM AveragePool CDPruner Comparison Compression CoreMatching Counts CrossGET DART DivPrune EVS Evaluation FastV
-FasterVLM HiPrune HoloV IMA Layout Learned MMTok Matrix Method PiToMe PruMerge PyramidDrop Random Recommendation
-Recoverable Reduction Report Reports SCOPE Site SparseVLM StageLayout Sweep TCA ToDRE ToMe TokenCorr TokenView Trace
-TransPrune UniformGrid VidCom2 VisPruner VisionZip __version__ adapters budget compare compress create_method errors
-estimate evaluate explore keep_count kernels lab list_methods load loading matrix method_class overlay parse_methods
-recommend register_method remove serving sweep zero_shot
+AIM AveragePool CDPruner Comparison Compression CoreMatching Counts CrossGET DART DivPrune EMSStyle EVS Evaluation
+FastV FasterVLM HiPrune HoloV IMA KVNorm KVRandom LayerProfile Layout Learned MMTok Matrix Method PiToMe PrefixKV
+PruMerge PyramidDrop Random Recommendation Recoverable Reduction Report Reports SCOPE Site SnapKV SparseVLM
+StageLayout Streaming Sweep TCA ToDRE ToMe TokenCorr TokenView Trace TransPrune UniformGrid VidCom2 VisPruner
+VisionZip __version__ adapters budget calibrate compare compress create_method errors estimate evaluate explore
+keep_count kernels lab list_methods load loading matrix method_class overlay parse_methods recommend register_method
+remove serving sweep zero_shot
 """
 
 

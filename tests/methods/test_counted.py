@@ -38,11 +38,11 @@ def refusal(method):
 
 
 def cuts_between_layers(method):
-    """Whether a method lets tokens leave between layers of a language model."""
+    """Whether a method lets tokens leave between layers of a language model, or entries of their cache."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sites = method.sites(MODEL)
-    return any(site.stage == "decoder" and not looks_on(method, site, MODEL) for site in sites)
+    return any(site.stage in ("decoder", "cache") and not looks_on(method, site, MODEL) for site in sites)
 
 
 def reads_layers(method):

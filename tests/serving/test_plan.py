@@ -41,6 +41,7 @@ PACKED = Layout(
 LAYOUTS = {"clip": CLIP, "siglip": SIGLIP, "spread": SPREAD, "packed": PACKED}
 IN_THE_DECODER = {
     *("corematching", "fastv", "pyramiddrop", "sparsevlm", "transprune"),
+    *("ems_style", "kv_norm", "kv_random", "prefixkv", "snapkv", "streaming"),
     *(name for name in METHODS if not cuts(name)),
 }
 READ_LAYERS = {"learned": "text_attention"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmtok import Method
+from vlmtok.core.cache_signals import CACHE_SIGNALS, ENTRIES, MASSES
 from vlmtok.core.placing import Placed, place
 from vlmtok.core.sequence import TowerRow
 from vlmtok.core.signals import AHEAD, DECODER_SIGNALS, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps, tower_signals
@@ -42,10 +43,12 @@ def llava(decoder: bool = True) -> Layout:
         "projected": StageLayout(1, WIDTH, 0, 0, provides=frozenset({"text"}) | (AHEAD if decoder else set())),
     }
     if not decoder:
-        return Layout("an engine", stages, without={"decoder": "a paged cache has one length for all layers"})
+        why = "a paged cache has one length for all layers"
+        return Layout("an engine", stages, without={"decoder": why, "cache": why})
     signals = frozenset(DECODER_SIGNALS)
     layers = StageLayout(LAYERS, WIDTH, HEADS, LAYERS - 1, frozenset({"start", "end"}), signals)
-    return Layout("LLaVA by hand", {**stages, "decoder": layers})
+    caches = StageLayout(LAYERS, WIDTH, HEADS, LAYERS - 1, provides=CACHE_SIGNALS)
+    return Layout("LLaVA by hand", {**stages, "decoder": layers, "cache": caches})
 
 
 def dual() -> Layout:
@@ -77,7 +80,8 @@ class Asking:
         self.inserted = self.outputs = 0
 
     def views(self, n: int, grid: tuple[int, int] | None) -> Iterator[TokenView]:
-        """A view of each site; what stays at one is what the next one shows.
+        """A view of each site; what stays at one is what the next one shows. Caches lose entries layer by layer, all of
+        what is there, and behind a plan over all of them.
 
         Args:
             n: tokens that enter.
@@ -87,36 +91,41 @@ class Asking:
         for at in self.places:
             if at.site.stage != stage:
                 stage, entered = at.site.stage, n
+                if stage == "cache":
+                    caches = [one for one in self.places if one.site.stage == stage]
+                    self.method.plan([self.view(one, n, entered, grid, planned=True) for one in caches])
             view = self.view(at, n, entered, grid)
             if at.site.point == "start":
                 added = self.method.insert(view)
                 self.inserted += 0 if added is None else added.shape[1]
             yield view
-            n = self.left
+            n = n if stage == "cache" else self.left
 
     def leave(self, reduction: Any, n: int) -> None:
         """Notes what a site left of n tokens."""
         self.left = n if reduction is None else reduction.slots
-        if reduction is not None:
+        if reduction is not None and self.block[0] != "cache":
             self.state = {name: reduction.gather(value, 1) for name, value in self.state.items()}
 
-    def view(self, at: Placed, n: int, entered: int, grid: tuple[int, int] | None) -> TokenView:
-        """What the method is shown at a site."""
+    def view(self, at: Placed, n: int, entered: int, grid: tuple[int, int] | None, planned: bool = False) -> TokenView:
+        """What the method is shown at a site; while it plans, the tokens have no data."""
         if (at.site.stage, at.site.layer) != self.block:
             self.block, self.outputs, self.inserted = (at.site.stage, at.site.layer), self.inserted, 0
         stage = self.layout.stages[at.site.stage]
         text = at.site.stage == "text"
-        clip = (at.asked.scope or self.method.scope) in ("clip", "sample") and n == entered and n % FRAMES == 0
+        scope = at.asked.scope or self.method.scope
+        rows, width = (BATCH * HEADS, WIDTH // HEADS) if scope == "head" else (BATCH, WIDTH)
+        clip = scope in ("clip", "sample") and n == entered and n % FRAMES == 0
         return TokenView(
-            self.fill(f"tokens of {at.site}", BATCH, n, WIDTH),
+            (empty if planned else self.fill)(f"tokens of {at.site}", rows, n, width),
             at.asked,
-            size=torch.ones_like(self.fill("size", BATCH, n)),
+            size=torch.ones_like(self.fill("size", rows, n)),
             num_prefix=stage.num_prefix,
             depth=stage.depth,
             grid=None if text else grid,
             entered=entered,
             signals={need.key: self.signal(at, need, n) for need in at.needs},
-            state=self.state,
+            state={} if at.site.stage == "cache" else self.state,
             row=self.row,
             memory=self.memory,
             frames=FRAMES if clip else 0,
@@ -128,6 +137,8 @@ class Asking:
         if need.key in USER:
             return lambda: self.fill(need.name, BATCH, n)
         stage = need.stage or at.site.stage
+        if stage == "cache":
+            return lambda: self.cached(at, need.name, n)
         if stage in ("vision", "text"):
             layer = at.site.layer if need.layer is None else need.layer
             where = replace(at.site, stage=stage, layer=layer, separators="keep")
@@ -135,6 +146,16 @@ class Asking:
         if need.name in DECODER_SIGNALS:
             return lambda: DECODER_SIGNALS[need.name](self.decoder_taps(str(at.site), n))
         return lambda: self.fill(need.name, BATCH, WORDS, WIDTH)
+
+    def cached(self, at: Placed, name: str, n: int) -> Tensor:
+        """A signal of a layer's cache: of a word, n tokens and the text behind them, the last rows looking at all."""
+        shape = (BATCH, HEADS, n, WIDTH // HEADS) if name in ENTRIES else (BATCH, HEADS, n)
+        value = self.fill(f"{name} of {at.site}", *shape)
+        if name == "attention_rows":
+            value = torch.arange(n + WORDS, WORDS, -1, device=value.device).float().expand(shape)
+        elif name in MASSES:
+            value = value.abs()
+        return value.flatten(0, 1) if (at.asked.scope or self.method.scope) == "head" else value
 
     def tower_taps(self, where: str, stage: str, n: int) -> TowerTaps:
         """Taps of a block that saw n tokens."""

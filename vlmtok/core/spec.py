@@ -17,7 +17,7 @@ from .registry import create_method, list_methods
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 
-_WORD = re.compile(r"[A-Za-z_][\w./@-]*$")
+_WORD = re.compile(r"(?:\.{0,2}/|[A-Za-z_])[\w./@-]*$")
 
 
 @guarded

@@ -25,12 +25,12 @@ def served_layout(layout: Layout, engine: str = ENGINE) -> Layout:
         engine: what runs it, for messages.
 
     Returns:
-        The layout without the decoder, and why it is missing; nothing that layers compute is shown in front of them.
+        The layout without the decoder and its cache, and why they are missing; nothing that layers compute is shown in
+        front of them.
     """
     stages = {name: stage for name, stage in layout.stages.items() if name in BEFORE}
     if "projected" in stages:  # an engine runs no layer ahead
         shown = stages["projected"].provides - AHEAD
         stages["projected"] = replace(stages["projected"], provides=shown, why=UNSEEN)
-    return replace(
-        layout, family=f"{layout.family} in {engine}", stages=stages, without={**layout.without, "decoder": PAGED}
-    )
+    without = {**layout.without, "decoder": PAGED, "cache": PAGED}
+    return replace(layout, family=f"{layout.family} in {engine}", stages=stages, without=without)
