@@ -256,7 +256,10 @@ class Uneven(Held):
 def test_heads_that_keep_different_numbers_are_refused():
     model, batch = llava(), Batch.of("^3I5")
     bare = generated(model, batch)[1]
-    with vlmtok.compress(model, Uneven(Rule(scope="head"))), pytest.raises((vlmtok.errors.ParameterError, vlmtok.errors.PassError), match="head"):
+    with (
+        vlmtok.compress(model, Uneven(Rule(scope="head"))),
+        pytest.raises((vlmtok.errors.ParameterError, vlmtok.errors.PassError), match="head"),
+    ):
         generated(model, batch)
     assert_same(generated(model, batch)[1], bare)
 
