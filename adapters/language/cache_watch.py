@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...core.attachment import Attachment, Entry
-from ...core.cache_signals import mass, recent_rows
+from ...core.cache_signals import mass, recent_rows, summed
 from ...core.hooks import replaying
+from ...core.ledger import Mass
 from ...core.signals import MASSES
 from ...core.stream import Segment
 from ...core.threads import PerThread
@@ -99,6 +100,8 @@ class CacheWatch:
         for group in rows.groups("sample", by_text=True, by_length=True):
             of = taps.behind(group)
             found = recent_rows(of, heads, window) if name == RECENT else mass(name, of, heads, window)
+            queries = summed("recent_mass" if name == RECENT else name, of, window).shape[1]
+            _book(call, layer, len(group.units), queries, keys.shape[2])
             columns = rows.valid_columns(group)
             if columns is None:
                 columns = torch.arange(rows.length, device=keys.device).expand(len(group.units), -1)
@@ -123,7 +126,14 @@ class CacheWatch:
         real = segment.extended(count, new, batch, k.device)
         bias = logits_of_mask(caught["mask"], columns, k.shape[2], real)
         scale = float(form.attn.scaling)
+        _book(call, layer, batch, rows, k.shape[2])
         attention = kernels.attention_rows(q, k, scale=scale, bias=bias, cap=form.cap)
         if new is not None:
             attention = attention * new[:, None, -rows:, None]
         return attention.unflatten(1, (k.shape[1], heads // k.shape[1])).mean(2).permute(0, 3, 1, 2)
+
+
+def _book(call: Call, layer: int, rows: int, queries: int, keys: int) -> None:
+    """Notes what was summed; decode steps have no page of their own, and are counted by their number."""
+    if call.run is not None and queries:
+        call.run.masses.append(Mass(layer, rows, queries, keys))

@@ -234,8 +234,7 @@ class Evictor:
             part = found.get(layer, Leaving([]))
             found[layer] = replace(part, pieces=pieces, event=event, heads=seen[layer].heads)
             if not found[layer].changes:
-                written = 0 if call.stream is None or call.rows is not None else call.stream.written + call.columns
-                self.attachment.ledger.visit(call.run, replace(event, written=written))
+                self.attachment.ledger.visit(call.run, event)
 
     @property
     def _blind(self) -> Mapping[int, str]:
@@ -283,7 +282,7 @@ class Evictor:
                 now = now.joined(part.heads) if part.heads > 1 else now
                 cache_layers.put_entries(call.cache, layer, now.keys, now.values)
                 gone = sum(before[layer]) - sum(left[layer])
-                self._book(call, stream, part, layer, segment.length, length, gone // part.heads)
+                self._book(call, part, layer, segment.length, length, gone // part.heads)
                 segment.length, segment.bias, segment.blocks = length, now.bias, now.blocks
                 segment.valid = now.valid if min(left[layer]) < length else None
             if part.tables is not None:
@@ -323,13 +322,12 @@ class Evictor:
         lost = part.lost.repeat_interleave(part.heads, 0)
         return F.pad(lost, (held.keys.shape[2] - lost.shape[1], 0))
 
-    def _book(self, call: Call, stream: Stream, part: Leaving, layer: int, before: int, after: int, gone: int) -> None:
+    def _book(self, call: Call, part: Leaving, layer: int, before: int, after: int, gone: int) -> None:
         book = self.attachment.ledger.visit
         if part.lost is not None:
             book(call.run, Event("cache", layer, "end", part.by, "forget", before, after, (), True, part.gone))
         if part.event is not None:
-            event = replace(part.event, before=before, after=after, gone=gone if part.event.ragged else None)
-            book(call.run, replace(event, written=stream.written if call.rows is None else 0))
+            book(call.run, replace(part.event, before=before, after=after, gone=gone if part.event.ragged else None))
 
 
 def lost_below(call: Call, layers: Iterable[int]) -> dict[int, Leaving]:

@@ -22,6 +22,15 @@ CHUNK = 128
 """Rows of queries whose attention is held at a time."""
 
 
+def summed(name: str, taps: DecoderTaps, window: int = 0) -> Tensor:
+    """Rows of queries that a mass is a sum over, int64 `[B, R]`; arguments as those of `mass`."""
+    if name == "text_mass":
+        return taps.text
+    batch, length = taps.here.shape
+    first = 0 if name == "attention_mass" else max(length - window, 0)
+    return torch.arange(first, length, device=taps.here.device).expand(batch, -1)
+
+
 def mass(name: str, taps: DecoderTaps, kv_heads: int, window: int = 0) -> Tensor:
     """Attention that each token of the row received from some rows.
 
@@ -34,13 +43,8 @@ def mass(name: str, taps: DecoderTaps, kv_heads: int, window: int = 0) -> Tensor
     Returns:
         fp32 `[B, Hkv, L]`, after softmax over all that the layer saw.
     """
-    batch, length = taps.here.shape
-    rows = taps.text
-    if name != "text_mass":
-        first = 0 if name == "attention_mass" else max(length - window, 0)
-        rows = torch.arange(first, length, device=taps.here.device).expand(batch, -1)
-    k = taps.k()
-    total = torch.zeros(batch, kv_heads, k.shape[2], dtype=torch.float32, device=k.device)
+    rows, k = summed(name, taps, window), taps.k()
+    total = torch.zeros(rows.shape[0], kv_heads, k.shape[2], dtype=torch.float32, device=k.device)
     for part in rows.split(CHUNK, 1) if rows.shape[1] else ():
         total += _attention(taps, part, k).sum(2).unflatten(1, (kv_heads, -1)).mean(2)
     return total.gather(2, taps.here[:, None, :].expand(-1, kv_heads, -1))
@@ -57,8 +61,7 @@ def recent_rows(taps: DecoderTaps, kv_heads: int, window: int) -> Tensor:
     Returns:
         fp32 `[B, Hkv, L, w]`.
     """
-    batch, length = taps.here.shape
-    rows = torch.arange(max(length - window, 0), length, device=taps.here.device).expand(batch, -1)
+    rows = summed("recent_mass", taps, window)
     found = _attention(taps, rows, taps.k()).unflatten(1, (kv_heads, -1)).mean(2)
     here = taps.here[:, None, None, :].expand(-1, kv_heads, rows.shape[1], -1)
     return F.pad(found.gather(3, here).transpose(2, 3), (window - rows.shape[1], 0))

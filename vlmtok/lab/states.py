@@ -15,6 +15,7 @@ PLACES = {
     "features": "between tower and projector",
     "projected": "in front of the language model",
     "decoder": "language model",
+    "cache": "key-value cache",
 }
 """By stage, where a cut was."""
 
@@ -68,6 +69,8 @@ def place_of(site: Site) -> str:
     """A site in words; layers are 0-based, as everywhere."""
     if site.layer is None:
         return PLACES[site.stage]
+    if site.stage == "cache":
+        return f"{PLACES['cache']} of layer {site.layer}"
     return f"{PLACES.get(site.stage, site.stage)}, {POINTS[site.point]} {site.layer}"
 
 
