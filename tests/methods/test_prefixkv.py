@@ -71,6 +71,11 @@ def test_the_released_bisection_ends_where_layers_are_alike():
     assert abs(int(bisected(alike, 0.53).sum()) - 0.53 * alike.numel()) >= TOLERANCE
 
 
+def test_the_first_prefix_that_reaches_a_level_counts():
+    """One that equals it reaches it."""
+    assert bisected(torch.ones(1, 16), 0.5).tolist() == [8]
+
+
 # ---------------------------------------------------------------------- our level
 def by_halvings(masses, total):
     """Sixty halvings of the level, then what is missing to the layers whose next entry is the largest."""
@@ -136,6 +141,12 @@ def test_identical_layers_end_and_share_evenly():
     assert found.tolist() == [[9, 9, 8, 8, 8]] * 2
     flat = levelled([torch.ones(1, 16), torch.zeros(1, 16), torch.full((1, 16), 1e-30)], 24)
     assert flat.tolist() == [[8, 8, 8]]  # a layer without mass is one whose entries are alike
+
+
+def test_of_layers_that_reach_a_level_together_the_larger_share_goes_first():
+    """Half is held by the first entry of both; then come 3 of 10 and 5 of 10."""
+    given_masses = [torch.tensor([[5.0, 3.0, 2.0]]), torch.tensor([[5.0, 5.0]])]
+    assert [levelled(given_masses, total).tolist() for total in (2, 3, 4)] == [[[1, 1]], [[1, 2]], [[2, 2]]]
 
 
 def test_a_layer_of_one_heavy_entry_keeps_few():
