@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -134,38 +134,6 @@ def entries_in(module: Host, cache: Any, layer: int) -> tuple[Tensor, Tensor]:
     if not isinstance(values, Tensor) or values.dim() != 4 or values.shape[:3] != keys.shape[:3]:
         raise changed(module, f"its cached values are {_described(values)} and no [B, H, L, d] like its keys")
     return keys, values
-
-
-def put_entries(cache: Any, layer: int, keys: Tensor, values: Tensor) -> None:
-    """Puts others in the place of what `entries_in` gave."""
-    held = cache.layers[layer]
-    held.keys, held.values = keys, values
-
-
-def why_entries_stay(cache: Any, layers: Iterable[int]) -> str | None:
-    """Why entries cannot leave some layers of a cache by taking them out of its tensors, or None where they can.
-
-    Args:
-        cache: of a call.
-        layers: whose entries are to leave.
-    """
-    import transformers
-
-    kind = getattr(getattr(transformers, "cache_utils", None), "DynamicLayer", None)
-    name = type(cache).__name__
-    if kind is None:
-        return f"transformers {version_of('transformers')} has no DynamicLayer, the layer of a cache that grows freely"
-    held = getattr(cache, "layers", None)
-    if not isinstance(held, list):
-        return f"{name} is not made of layers"
-    if getattr(cache, "offloading", False):
-        return f"{name} moves its layers to the CPU while others run (offloading)"
-    future = getattr(cache, "layer_class_to_replicate", None)
-    for layer in layers:
-        found = type(held[layer]) if layer < len(held) else future
-        if found is not None and found is not kind:
-            return f"layer {layer} of {name} is a {found.__name__}, which holds entries in another form"
-    return None
 
 
 # ---------------------------------------------------------------------- outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from ...core.method import Method
 from ...core.reduction import Reduction
 from ...core.row_data import Group
 from ...core.rows import PromptRows
-from ...core.signals import MASSES, Need
+from ...core.signals import Need
 from ...core.view import Signal, TokenView
 from ...kernels.exact import exact
-from .call import Brought
 from .sites import carried_signal
 
 Answer = tuple[list[Piece], Event]
@@ -29,28 +28,65 @@ Answer = tuple[list[Piece], Event]
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The cache of one layer as its method sees it.
+    """The cache of one layer as its method sees it; in scope ``head`` every head is a row of it.
 
     Attributes:
         entry: the method at its site.
-        rows: the rows of the call as the layer had them, without what left since.
-        brought: what was noted while the layer ran.
-        keys: `[B, Hkv, past + L, d]`.
+        rows: the columns of the call as the layer had them, or all that the cache holds; without what left since.
+        masses: by signal, fp32 `[B, L, H, ...]`, attention that each of these columns received.
+        keys: `[B, H, past + L, d]`.
         values: the same.
-        past: columns that the cache held before the call.
+        heads: rows that are heads of one.
     """
 
     entry: Entry
     rows: PromptRows
-    brought: Brought
+    masses: dict[str, Tensor]
     keys: Tensor
     values: Tensor
-    past: int
+    heads: int = 1
+
+    @classmethod
+    def of(cls, entry: Entry, rows: PromptRows, masses: dict[str, Tensor], keys: Tensor, values: Tensor) -> Seen:
+        """A layer's cache, whose heads become rows where the method asks for that."""
+        if entry.scope != "head":
+            return cls(entry, rows, masses, keys, values)
+        heads = keys.shape[1]
+        apart = {name: table.transpose(1, 2).flatten(0, 1).unsqueeze(2) for name, table in masses.items()}
+        keys, values = (table.flatten(0, 1).unsqueeze(1) for table in (keys, values))
+        return cls(entry, _by_head(rows, heads), apart, keys, values, heads)
+
+    @property
+    def past(self) -> int:
+        """Columns that the cache held before those of `rows`."""
+        return self.keys.shape[2] - self.rows.length
 
     def entries(self, table: Tensor, group: Group) -> Tensor:
-        """Keys or values of a group, `[G, Hkv, N, d]`."""
+        """Keys or values of a group, `[G, H, N, d]`."""
         head = torch.arange(table.shape[1], device=table.device)[None, :, None]
         return table[group.index[:, None, None], head, self.past + group.columns[:, None]]
+
+
+def _by_head(rows: PromptRows, heads: int) -> PromptRows:
+    """The same rows for every head, side by side."""
+
+    def each(table: Tensor | None) -> Any:
+        return None if table is None else table.repeat_interleave(heads, 0)
+
+    return PromptRows(
+        rows.batch * heads,
+        rows.length,
+        [length for length in rows.lengths for _ in range(heads)],
+        [replace(p, row=p.row * heads + head) for p in rows.pictures for head in range(heads)],
+        each(rows.label),
+        each(rows.part),
+        each(rows.valid),
+        each(rows.place),
+        rows.positions,
+        each(rows.size),
+        carried={name: (each(table), axis) for name, (table, axis) in rows.carried.items()},
+        drafts=rows.drafts,
+    )
 
 
 class CacheViews:
@@ -89,7 +125,7 @@ class CacheViews:
                     reduction = None
                 slots = group.n if reduction is None else reduction.slots
                 of = (group.entered, group.text, group.length, group.mixed, group.frames, group.cells)
-                booked[layer].append(Booked(len(group.units), group.n, slots, *of))
+                booked[layer].append(Booked(len(group.units) // seen[layer].heads, group.n, slots, *of))
                 if reduction is not None:
                     pieces[layer].append(self._piece(seen[layer], group, reduction))
         return {layer: (pieces[layer], self._event(seen[layer], pieces[layer], booked[layer])) for layer in seen}
@@ -105,8 +141,6 @@ class CacheViews:
     def _piece(seen: Seen, group: Group, reduction: Reduction) -> Piece:
         method = seen.entry.method
         size = None if seen.rows.size is None else seen.rows.gather(seen.rows.size, group)
-        if size is not None and seen.entry.scope == "head":
-            size = size.repeat_interleave(seen.keys.shape[1], 0)
         columns = seen.past + group.columns
         return Piece(group.index, columns, reduction, size, method.merge_keys == "weighted", method.proportional)
 
@@ -152,29 +186,22 @@ class CacheViews:
             data: whether tokens are shown, or their shape alone.
         """
         entry, rows, values = seen.entry, seen.rows, seen.values
-        apart, heads = entry.scope == "head", values.shape[1]
-
-        def each(table: Tensor) -> Tensor:
-            return table.repeat_interleave(heads, 0) if apart else table
-
-        times = heads if apart else 1
         if data:
-            held = seen.entries(values, group).detach()
-            tokens = held.flatten(0, 1) if apart else held.transpose(1, 2).flatten(2)
+            tokens = seen.entries(values, group).detach().transpose(1, 2).flatten(2)
         else:
-            shape = (len(group.units) * times, group.n, values.shape[3] * (heads // times))
+            shape = (len(group.units), group.n, values.shape[1] * values.shape[3])
             tokens = torch.empty(shape, dtype=values.dtype, device="meta")
-        signals: dict[str, Signal] = {need.key: self._signal(need, seen, group) for need in entry.needs}
+        signals: dict[str, Signal] = {need.key: _signal(need, seen, group) for need in entry.needs}
         view = TokenView(
             tokens,
             entry.asked,
-            size=None if rows.size is None else each(rows.gather(rows.size, group)),
+            size=None if rows.size is None else rows.gather(rows.size, group),
             depth=self.depth,
             grid=group.grid,
-            part=None if rows.part is None else each(rows.gather(rows.part, group)),
+            part=None if rows.part is None else rows.gather(rows.part, group),
             picture=rows.gather(rows.label, group) if entry.scope == "sample" else None,
             entered=group.entered,
-            columns=each(rows.relative(group, group.columns)),
+            columns=rows.relative(group, group.columns),
             signals=signals,
             row=notes,
             memory=self.attachment.remember(entry.index),
@@ -184,35 +211,25 @@ class CacheViews:
         self.attachment.bind_user(view, signals)
         return view
 
-    def _signal(self, need: Need, seen: Seen, group: Group) -> Signal:
-        """What a view gets under a need; heads are view rows in scope ``head``."""
-        rows, heads = seen.rows, seen.keys.shape[1]
-        apart = seen.entry.scope == "head"
 
-        def by_head(made: Tensor) -> Tensor:
-            """`[G, Hkv, N, ...]` as the scope has it."""
-            return made.flatten(0, 1) if apart else made
+def _signal(need: Need, seen: Seen, group: Group) -> Signal:
+    """What a view gets under a need; where heads are rows there is no axis of heads."""
+    rows = seen.rows
 
-        if need.stage is not None:
-            carried = carried_signal(need, rows, group)
-            if carried is None or not apart:
-                return carried
-            return lambda: _made(carried).repeat_interleave(heads, 0)
-        if need.name in MASSES:
-            window = seen.entry.site.window if need.name == "recent_mass" else 0
-            table = seen.brought.masses[need.name, window]
-            return lambda: by_head(rows.gather(table, group).transpose(1, 2))
-        if need.name == "attention_rows":
-            left = group.length - rows.drafts - rows.relative(group, group.columns)
-            return lambda: by_head(left.float()[:, None].expand(-1, heads, -1))
-        held = {"keys_cached": seen.keys, "values_cached": seen.values}.get(need.name)
-        return None if held is None else lambda: by_head(seen.entries(held, group).detach())
+    def shown(made: Tensor) -> Tensor:
+        """Of `[G, H, N, ...]`."""
+        return made.squeeze(1) if seen.entry.scope == "head" else made
 
-
-def _made(signal: Signal) -> Tensor:
-    made = signal() if callable(signal) else signal
-    assert made is not None  # what is carried exists
-    return made
+    if need.stage is not None:
+        return carried_signal(need, rows, group)
+    if need.name in seen.masses:
+        table = seen.masses[need.name]
+        return lambda: shown(rows.gather(table, group).transpose(1, 2).expand(-1, seen.keys.shape[1], -1))
+    if need.name == "attention_rows":
+        left = group.length - rows.drafts - rows.relative(group, group.columns)
+        return lambda: shown(left.float()[:, None].expand(-1, seen.keys.shape[1], -1))
+    held = {"keys_cached": seen.keys, "values_cached": seen.values}.get(need.name)
+    return None if held is None else lambda: shown(seen.entries(held, group).detach())
 
 
 def _plans(method: Method) -> bool:

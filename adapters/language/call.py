@@ -78,11 +78,11 @@ class Brought:
 
     Attributes:
         rows: the rows as that layer had them.
-        masses: by signal and window, fp32 `[B, L, Hkv]`, attention that each column received.
+        masses: by signal, fp32 `[B, L, Hkv, ...]`, attention that each column received.
     """
 
     rows: PromptRows
-    masses: dict[tuple[str, int], Tensor]
+    masses: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,11 @@ class Call:
         whole: what entered such a module, by layer, where it is read.
         refusal: why the rows of this call cannot be cut, or None; a call in which nothing is cut may go on.
         brought: by layer, what methods are to see of its cache behind the call.
+        tracked: whether caches are watched that lose entries while the answer is written.
+        attended: by layer, the attention of the rows of such a call, see `cache_watch`.
         cuts: cuts between layers, where caches of earlier layers are to follow some.
+        held: by layer from whose cache entries left, bool `[B, 1 or Hkv, n]`, which of those before it holds on, alone
+            or in others; for traces only.
     """
 
     cache: Any
@@ -164,7 +168,10 @@ class Call:
     whole: dict[int, Tensor] = field(default_factory=dict)
     refusal: str | None = None
     brought: dict[int, Brought] = field(default_factory=dict)
+    tracked: bool = False
+    attended: dict[int, Tensor] = field(default_factory=dict)
     cuts: list[LayerCut] = field(default_factory=list)
+    held: dict[int, Tensor] = field(default_factory=dict)
 
     def check_cut(self) -> None:
         """Before rows are cut.
@@ -204,7 +211,9 @@ class DecoderRun:
         held: columns that its cache held before it.
         muted: while a layer's modules are called for signals, out of turn.
         last_rows: of the last prefill with pictures; kept only for traces, and
-        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was.
+        steps: the sites that cut them, the owners of the original columns behind each, and whose cut it was, and
+        cached: fp32 `[layers, B, S]`, share of heads in which each original column is held behind the prefill (see
+            `holding`), or None where nothing acts on caches.
     """
 
     call: Call | None = None
@@ -212,6 +221,7 @@ class DecoderRun:
     muted: bool = False
     last_rows: PromptRows | None = None
     steps: list[tuple[Site, Tensor, Method]] = field(default_factory=list)
+    cached: Tensor | None = None
 
 
 def flat(positions: Tensor) -> Tensor:

@@ -116,8 +116,9 @@ class Catcher:
             caught["active"] = hosts.first_tensor(module, args, kwargs).detach() > 0
 
     def _caught(self, layer: int) -> dict[str, Any] | None:
-        """Where taps of this layer go, while a prefill with pictures runs."""
+        """Where taps of this layer go, while a prefill with pictures runs, or a call behind one that caches watch."""
         running = self.running.mine()
-        if running.call is None or running.call.rows is None or running.muted or replaying():
+        call = running.call
+        if call is None or running.muted or replaying() or (call.rows is None and not call.tracked):
             return None
-        return running.call.taps.setdefault(layer, {})
+        return call.taps.setdefault(layer, {})

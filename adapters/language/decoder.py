@@ -29,6 +29,7 @@ from .catching import Catcher
 from .checks import check_call, check_checkpointing, check_start
 from .closing import restore_recorded
 from .evicting import Evictor
+from .holding import shares_held
 from .intake import Intake
 from .layers import Layers
 from .layout import sources
@@ -137,14 +138,14 @@ class Decoder:
         catcher = Catcher(self.attachment, self.running)
         for layer, block in enumerate(lm.layers):
             catcher.install(layer, block, self._caught(layer))
-        self.evictor.install(lm.layers)
+        self.evictor.watch.install(lm.layers)
         Skipper(self.attachment, self.running, catcher.compared).install(lm)
 
     def _caught(self, layer: int) -> set[str]:
         """Signals that methods read of what a layer did."""
         behind = [entry for entry in self.points.get(layer + 1, ()) if entry.site.point == "end"]
         needs = {need.name for entry in behind for need in entry.needs if need.stage is None}
-        return needs | ({"last_attention"} if self.evictor.reads(layer) else set())
+        return needs | ({"last_attention"} if self.evictor.watch.reads(layer) else set())
 
     # ------------------------------------------------------------------ the text model
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,6 +210,7 @@ class Decoder:
         call = running.call = Call(cache, stream, None, columns, run, positions, width=columns)
         if pictures:
             self.evictor.check(cache)
+        self.evictor.follow(call, incoming.drafts, bool(pictures))
         call.refusal = refusal_of(self.spec, self.core(), module, text, args, kwargs, incoming, held, cache)
         if self.points or self.attachment.skips:
             check_checkpointing(module)
@@ -230,7 +232,7 @@ class Decoder:
             self.intake.tower_sizes(),
             self.attachment.trace,
         )
-        running.steps, running.last_rows = call.steps, None
+        running.steps, running.last_rows, running.cached = call.steps, None, None
         self.projector.carry(rows, opened.x.detach(), opened.incoming.encoded)
         call.top = top(rows)
         return rows
@@ -266,6 +268,9 @@ class Decoder:
                 self.evictor.apply(call, stream, leaving)
             if call.cache is not None:
                 file_stream(call.cache, stream)
+        if rows is not None and self.attachment.trace:
+            kinds = self.segments.kinds
+            running.cached = shares_held(call, self.lm(), kinds, self.sources) if self.evictor.acts else None
         if rows is None or (rows.length == call.columns and not call.moved):
             return None
         if hidden.shape[1] != rows.length:

@@ -1,7 +1,7 @@
-"""Entries leave the key-value cache behind a prefill: what methods see of a layer's cache, and what they leave.
+"""Entries leave the key-value cache behind a prefill, and behind decode steps where a method asks for that.
 
-While a layer runs, the attention that its columns receive is summed. Behind the forward all methods decide, then all
-layers change, so that an error leaves the cache as it was. Text stays; so do entries of pictures of earlier calls.
+All methods decide, then all layers change, so that an error leaves the cache as it was. Text stays; so do entries of
+pictures of earlier calls.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.attachment import Attachment
-from ...core.cache_signals import mass
 from ...core.eviction import Entries, Piece, evicted, staying
-from ...core.hooks import replaying
 from ...core.ledger import Event
 from ...core.pictures import PAD
 from ...core.rows import PromptRows
-from ...core.signals import MASSES
 from ...core.stream import Segment, Stream
 from ...core.threads import PerThread
 from ...errors import CacheError, VlmtokWarning
-from .. import host_objects
+from .. import cache_layers, host_objects
+from .cache_tracking import VALID, grown, seen_now, tables_of
 from .cache_views import CacheViews, Seen
-from .call import Brought, Call, DecoderRun
+from .cache_watch import CacheWatch
+from .call import Call, DecoderRun
+from .holding import held_with
 from .segments import Segments
-from .taps import LayerTaps
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,8 @@ class Leaving:
         lost: bool `[B, L]`, columns of the rows of this call that leave with tokens of later layers, or None.
         by: the method that cut them there last.
         gone: how many these are, of all rows together.
+        heads: rows of `pieces` that are heads of one.
+        tables: what is to be known of each entry from now on.
     """
 
     pieces: list[Piece]
@@ -50,6 +51,8 @@ class Leaving:
     lost: Tensor | None = None
     by: int = -1
     gone: int = 0
+    heads: int = 1
+    tables: dict[str, Tensor] | None = None
 
     @property
     def changes(self) -> bool:
@@ -69,6 +72,8 @@ class Evictor:
     Attributes:
         entries: methods by the layer of whose cache they choose.
         follows: whether entries of tokens that leave between layers leave the caches before, too.
+        tracked: layers of which entries leave while the answer is written.
+        watch: notes what layers do to entries.
     """
 
     def __init__(
@@ -77,9 +82,10 @@ class Evictor:
         self.attachment = attachment
         self.lm = lm
         self.segments = segments
-        self.running = running
         self.entries = {entry.site.layer or 0: entry for entry in attachment.at("cache")}
         self.follows = any(entry.site.forget for entry in attachment.at("decoder"))
+        self.tracked = [layer for layer, entry in self.entries.items() if entry.site.every]
+        self.watch = CacheWatch(attachment, lm, segments, running, self.entries)
         self.views = CacheViews(attachment, len(segments.kinds))
         self.warned = False
 
@@ -93,16 +99,11 @@ class Evictor:
         """Whether anything can leave a cache."""
         return bool(self.entries) or self.follows
 
-    def reads(self, layer: int) -> bool:
-        """Whether a method asks for attention that the entries of a layer received."""
-        entry = self.entries.get(layer)
-        return entry is not None and any(need.name in MASSES for need in entry.needs)
-
-    def install(self, layers: Iterable[nn.Module]) -> None:
-        """Hooks behind the layers whose caches methods see."""
-        for layer, block in enumerate(layers):
-            if layer in self.entries:
-                self.attachment.hook(block, "post", self.after, layer)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Methods that act on caches, each once."""
+        forgetting = [entry for entry in self.attachment.at("decoder") if entry.site.forget]
+        return tuple(dict.fromkeys(entry.method.spec_name() for entry in [*forgetting, *self.attachment.at("cache")]))
 
     def check(self, cache: Any) -> None:
         """Before a prefill with pictures.
@@ -117,50 +118,42 @@ class Evictor:
             return
         layers = range(len(self.segments.kinds)) if self.follows else self.entries
         blind = self.attachment.layout.stages["cache"].blind
-        why = host_objects.why_entries_stay(cache, [layer for layer in layers if layer not in blind])
+        why = cache_layers.why_entries_stay(cache, [layer for layer in layers if layer not in blind])
         if why is not None:
             raise CacheError(
                 f"entries cannot leave this cache: {why}; use the default cache (leave cache_implementation out)"
             )
 
-    # ------------------------------------------------------------------ while layers run
-    def after(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Layer hook: the rows as this layer had them, and the attention that they received."""
-        running = self.running.mine()
-        call = running.call
-        if call is None or call.rows is None or call.cache is None or running.muted or replaying():
+    def follow(self, call: Call, drafts: int, pictures: bool) -> None:
+        """Before a call: what travels with tracked caches becomes part of the past.
+
+        Args:
+            call: it.
+            drafts: last columns that hold drafts of speculative decoding.
+            pictures: whether the call brings some.
+
+        Raises:
+            CacheError: tracked caches take no drafts, and no second prompt with pictures.
+        """
+        if not self.tracked:
             return
-        rows, entry = call.rows, self.entries[layer]
-        shot = replace(rows, pictures=[replace(picture) for picture in rows.pictures], carried=dict(rows.carried))
-        masses = {}
-        for need in entry.needs:
-            if need.name in MASSES:
-                key = (need.name, entry.site.window if need.name == "recent_mass" else 0)
-                masses[key] = self._mass(*key, call, layer, module, host_objects.hidden_of(module, output))
-        if not self.keeps_taps(layer):
-            call.taps.pop(layer, None)
-        call.brought[layer] = Brought(shot, masses)
-
-    def keeps_taps(self, layer: int) -> bool:
-        """Whether a method at the end of a layer reads its taps, too."""
-        return any(entry.site.point == "end" for entry in self.attachment.at("decoder", layer))
-
-    @torch.no_grad()
-    def _mass(self, name: str, window: int, call: Call, layer: int, module: Any, hidden: Tensor) -> Tensor:
-        """A mass of `cache_signals`, fp32 `[B, L, Hkv]`; padding and drafts give none and get none."""
-        rows = call.rows
-        assert rows is not None
-        keys = host_objects.keys_in(module, call.cache, layer)
-        table = torch.zeros(rows.batch, rows.length, keys.shape[1], dtype=torch.float32, device=keys.device)
-        taps = LayerTaps(self.lm, self.segments, self.running, call, layer + 1, None, hidden, None, None, Segment(0))
-        for group in rows.groups("sample", by_text=True, by_length=True):
-            found = mass(name, taps.behind(group), keys.shape[1], window)
-            columns = rows.valid_columns(group)
-            if columns is None:
-                columns = torch.arange(rows.length, device=keys.device).expand(len(group.units), -1)
-            columns = columns[:, : found.shape[2]]
-            table[group.index[:, None], columns] = found.transpose(1, 2)
-        return table
+        if drafts:
+            raise CacheError(
+                "a method drops entries while the answer is written (every=), and assisted decoding takes drafts back "
+                "from a cache; use no assistant and no prompt lookup, or every=0"
+            )
+        stream = call.stream
+        if stream is None or not stream.pictures:
+            return
+        if pictures:
+            raise CacheError(
+                "entries leave this cache while the answer is written (every=), and a second prompt with pictures came "
+                "on it; start with a fresh cache, or use every=0"
+            )
+        call.tracked = True
+        for layer in self.tracked:
+            valid = cache_layers.tables_in(call.cache, layer).get(VALID)
+            stream.segments[layer].valid = valid
 
     # ------------------------------------------------------------------ behind the forward
     def decide(self, call: Call) -> dict[int, Leaving]:
@@ -175,27 +168,15 @@ class Evictor:
         Raises:
             CacheError: entries cannot be taken out of the cache.
         """
-        if call.rows is None or not self.acts:
+        if not self.acts or (call.rows is None and not call.tracked):
             return {}
         if call.cache is None:
             self._say_uncached()
             return {}
         self.check(call.cache)
-        found = self._lost(call)
-        seen: dict[int, Seen] = {}
-        for layer, entry in self.entries.items():
-            brought = call.brought.get(layer)
-            if brought is not None:
-                keys, values = host_objects.entries_in(self.lm().layers[layer], call.cache, layer)
-                rows = _without(brought.rows, found[layer].lost if layer in found else None)
-                seen[layer] = Seen(entry, rows, brought, keys, values, keys.shape[2] - brought.rows.length)
-        for layer, (pieces, event) in self.views.ask(seen).items():
-            found[layer] = replace(found.get(layer, Leaving([])), pieces=pieces, event=event)
-            if not found[layer].changes and call.run is not None:
-                self.attachment.ledger.visit(call.run, event)
-        call.brought.clear()
-        leaving = {layer: part for layer, part in found.items() if part.changes}
-        if leaving:
+        found = self._written(call) if call.rows is None else self._brought(call)
+        leaving = {layer: part for layer, part in found.items() if part.changes or part.tables is not None}
+        if any(part.changes for part in leaving.values()):
             call.check_cut()
         return leaving
 
@@ -209,28 +190,65 @@ class Evictor:
                 stacklevel=2,
             )
 
-    def _lost(self, call: Call) -> dict[int, Leaving]:
-        """Columns, by layer, whose tokens left in later layers at cuts that caches follow."""
-        blind = self.attachment.layout.stages["cache"].blind
-        found = {}
-        for layer in (layer for layer in range(len(self.segments.kinds)) if layer not in blind):
-            later = [cut for cut in call.cuts if cut.layer > layer]
-            followed = [cut for cut in later if cut.forget]
-            gone = sum(cut.gone for cut in followed)
-            if not gone:
-                continue
-            length = [shot.length for first, shot in call.places if first <= layer][-1]
-            at = torch.arange(length, device=later[0].moved.source.device).expand(len(later[0].moved.source), -1)
-            lost = torch.zeros_like(at, dtype=torch.bool)
-            for cut in later:
-                left = at.gather(1, cut.moved.source)
-                if cut.forget:
-                    real = torch.ones_like(left) if cut.moved.valid is None else cut.moved.valid.to(left.dtype)
-                    stays = torch.zeros_like(lost, dtype=left.dtype).scatter_add(1, left, real) > 0
-                    lost = lost | (torch.zeros_like(lost).scatter(1, at, True) & ~stays)
-                at = left
-            found[layer] = Leaving([], None, lost, followed[-1].method, gone)
+    def _brought(self, call: Call) -> dict[int, Leaving]:
+        """Behind a prefill with pictures."""
+        found = lost_below(call, [i for i in range(len(self.segments.kinds)) if i not in self._blind])
+        seen: dict[int, Seen] = {}
+        for layer, entry in self.entries.items():
+            brought = call.brought.pop(layer, None)
+            if brought is not None:
+                rows = _without(brought.rows, found[layer].lost if layer in found else None)
+                seen[layer] = Seen.of(entry, rows, brought.masses, *self._entries(call, layer))
+        self._answered(call, seen, found)
+        for layer in self.tracked:
+            if layer in seen:
+                found[layer] = replace(found[layer], tables=tables_of(seen[layer]))
         return found
+
+    def _written(self, call: Call) -> dict[int, Leaving]:
+        """Behind a call that added text to tracked caches."""
+        stream = call.stream
+        assert stream is not None
+        tables, seen = {}, {}
+        before, after = stream.written, stream.written + call.columns
+        for layer in self.tracked:
+            entry = self.entries[layer]
+            keys, values = self._entries(call, layer)
+            attended = call.attended.pop(layer, None)
+            if attended is not None and entry.scope == "head":
+                attended = attended.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            tables[layer] = grown(cache_layers.tables_in(call.cache, layer), attended, call.columns)
+            if before // entry.site.every != after // entry.site.every:
+                valid = self._valid(call, stream, layer, len(keys), keys.device)
+                seen[layer] = seen_now(entry, tables[layer], valid, stream.pictures, keys, values)
+        found: dict[int, Leaving] = {}
+        self._answered(call, seen, found)
+        for layer in self.tracked:
+            heads = self._entries(call, layer)[0].shape[1] if self.entries[layer].scope == "head" else 1
+            found[layer] = replace(found.get(layer, Leaving([], heads=heads)), tables=tables[layer])
+        return found
+
+    def _answered(self, call: Call, seen: dict[int, Seen], found: dict[int, Leaving]) -> None:
+        """Adds what methods leave of views, and books visits that leave everything."""
+        for layer, (pieces, event) in self.views.ask(seen).items():
+            part = found.get(layer, Leaving([]))
+            found[layer] = replace(part, pieces=pieces, event=event, heads=seen[layer].heads)
+            if not found[layer].changes:
+                self.attachment.ledger.visit(call.run, event)
+
+    @property
+    def _blind(self) -> Mapping[int, str]:
+        return self.attachment.layout.stages["cache"].blind
+
+    def _entries(self, call: Call, layer: int) -> tuple[Tensor, Tensor]:
+        return host_objects.entries_in(self.lm().layers[layer], call.cache, layer)
+
+    @staticmethod
+    def _valid(call: Call, stream: Stream, layer: int, batch: int, device: torch.device) -> Tensor | None:
+        """Which entries are real, those of this call included."""
+        segment = stream.segment(layer)
+        count, new, _ = call.added.get(segment.first, call.added[0])
+        return segment.extended(count, new, batch, device)
 
     def apply(self, call: Call, stream: Stream, leaving: Mapping[int, Leaving]) -> None:
         """Takes entries out.
@@ -243,45 +261,106 @@ class Evictor:
         Raises:
             CacheError: nothing would be left of a row in some layer.
         """
-        held = {layer: self._held(call, stream, layer) for layer in sorted(leaving)}
+        held = {layer: self._held(call, stream, layer, leaving[layer]) for layer in sorted(leaving)}
         stay = {
-            layer: staying(held[layer], leaving[layer].pieces, self._padded(leaving[layer], held[layer]))
+            layer: staying(held[layer], leaving[layer].pieces, self._lost(leaving[layer], held[layer]))
             for layer in held
         }
-        # All counts are read at once, so that a device is asked once.
-        counts = torch.stack([mask.sum(2)[:, 0] for mask in stay.values()]).tolist()
-        for layer, left in zip(held, counts):
-            if min(left) == 0:
+        left, before = self._counts(leaving, stay)
+        if call.rows is None:
+            stream.written += call.columns
+        elif self.tracked:
+            stream.pictures = [replace(picture) for picture in call.rows.pictures]
+        for layer, part in ((layer, leaving[layer]) for layer in held):
+            segment, length = _own(stream, layer, len(self.segments.kinds)), held[layer].keys.shape[2]
+            now = held[layer]
+            if part.changes:
+                length = max(left[layer])
+                now = evicted(held[layer], part.pieces, stay[layer][0], length)
+                if self.attachment.trace and call.rows is not None:
+                    call.held[layer] = held_with(stay[layer][0], part.pieces).unflatten(0, (-1, part.heads))
+                now = now.joined(part.heads) if part.heads > 1 else now
+                cache_layers.put_entries(call.cache, layer, now.keys, now.values)
+                gone = sum(before[layer]) - sum(left[layer])
+                self._book(call, part, layer, segment.length, length, gone // part.heads)
+                segment.length, segment.bias, segment.blocks = length, now.bias, now.blocks
+                segment.valid = now.valid if min(left[layer]) < length else None
+            if part.tables is not None:
+                valid = {} if segment.valid is None else {VALID: segment.valid}
+                cache_layers.track(call.cache, layer, {**now.tables, **valid})
+
+    @staticmethod
+    def _counts(
+        leaving: Mapping[int, Leaving], stay: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Entries of each row behind and in front of what methods leave, by layer; a device is asked once."""
+        changed = [layer for layer in stay if leaving[layer].changes]
+        sums = [torch.cat([mask.sum(1) for mask in stay[layer]]) for layer in changed]
+        table = torch.cat([one.to(sums[0].device) for one in sums]).tolist() if sums else []
+        left, before = {}, {}
+        for layer in changed:
+            rows = len(stay[layer][0])
+            left[layer], before[layer], table = table[:rows], table[rows : 2 * rows], table[2 * rows :]
+            if min(left[layer]) == 0:
                 raise CacheError(
                     f"nothing would stay in the cache of layer {layer}, by which hosts tell a filled cache; keep an "
                     "entry, or give the prompt some text"
                 )
-        for layer, left in zip(held, counts):
-            now = evicted(held[layer], leaving[layer].pieces, stay[layer], max(left))
-            host_objects.put_entries(call.cache, layer, now.keys, now.values)
-            segment = _own(stream, layer, len(self.segments.kinds))
-            self._book(call, leaving[layer], layer, segment.length, max(left))
-            segment.length, segment.bias, segment.blocks = max(left), now.bias, now.blocks
-            segment.valid = now.valid if min(left) < max(left) else None
+        return left, before
 
-    def _held(self, call: Call, stream: Stream, layer: int) -> Entries:
-        keys, values = host_objects.entries_in(self.lm().layers[layer], call.cache, layer)
+    def _held(self, call: Call, stream: Stream, layer: int, part: Leaving) -> Entries:
         past = stream.segment(layer)
-        return Entries(keys, values, past.valid, past.bias, past.blocks)
+        entries = Entries(*self._entries(call, layer), past.valid, past.bias, past.blocks)
+        entries = entries.by_head() if part.heads > 1 else entries
+        return replace(entries, tables=part.tables or {})
 
     @staticmethod
-    def _padded(part: Leaving, held: Entries) -> Tensor | None:
+    def _lost(part: Leaving, held: Entries) -> Tensor | None:
         """The columns that leave, bool `[B, n]` of all that the cache holds."""
-        return None if part.lost is None else F.pad(part.lost, (held.keys.shape[2] - part.lost.shape[1], 0))
+        if part.lost is None:
+            return None
+        lost = part.lost.repeat_interleave(part.heads, 0)
+        return F.pad(lost, (held.keys.shape[2] - lost.shape[1], 0))
 
-    def _book(self, call: Call, part: Leaving, layer: int, before: int, after: int) -> None:
-        assert call.run is not None
+    def _book(self, call: Call, part: Leaving, layer: int, before: int, after: int, gone: int) -> None:
         book = self.attachment.ledger.visit
         if part.lost is not None:
             book(call.run, Event("cache", layer, "end", part.by, "forget", before, after, (), True, part.gone))
         if part.event is not None:
-            gone = call.run.rows * (before - after) if part.event.ragged else None
-            book(call.run, replace(part.event, before=before, after=after, gone=gone))
+            book(call.run, replace(part.event, before=before, after=after, gone=gone if part.event.ragged else None))
+
+
+def lost_below(call: Call, layers: Iterable[int]) -> dict[int, Leaving]:
+    """Columns, by layer, whose tokens left in later layers at cuts that caches follow.
+
+    Args:
+        call: a prefill that ran.
+        layers: whose caches hold entries.
+    """
+    found = {}
+    for layer in layers:
+        later = [cut for cut in call.cuts if cut.layer > layer]
+        followed = [cut for cut in later if cut.forget]
+        gone = sum(cut.gone for cut in followed)
+        if not gone:
+            continue
+        shot = [shot for first, shot in call.places if first <= layer][-1]
+        at = torch.arange(shot.length, device=shot.place.device).expand_as(shot.place)
+        here = _present(at, shot.valid, shot.length)
+        lost = torch.zeros_like(here)
+        for cut in later:
+            at = at.gather(1, cut.moved.source)
+            left = _present(at, cut.moved.valid, shot.length)
+            lost = lost | (here & ~left) if cut.forget else lost
+            here = left
+        found[layer] = Leaving([], None, lost, followed[-1].method, gone)
+    return found
+
+
+def _present(at: Tensor, valid: Tensor | None, length: int) -> Tensor:
+    """Which of `length` columns some columns come from, bool `[B, length]`; padding comes from none."""
+    real = torch.ones_like(at) if valid is None else valid.to(at.dtype)
+    return at.new_zeros(len(at), length).scatter_add(1, at, real) > 0
 
 
 def _without(rows: PromptRows, lost: Tensor | None) -> PromptRows:

@@ -25,6 +25,7 @@ from ..hosts import LOGITS, Arguments
 from ..towers.packed_account import packed_tower
 from ..towers.tower_account import hf_tower
 from .layer_account import has_matrices, layer_shape
+from .layout import sources
 from .masks import layer_kinds
 from .spec import VLMSpec
 
@@ -141,6 +142,7 @@ def _beside(model: nn.Module, counted: list[nn.Module], prefix: str = "") -> Ite
 def _language(model: Any, lm: Any, uncounted: list[Uncounted]) -> LanguageShape | None:
     size = next(lm.parameters()).element_size()
     blocks, kinds = [], layer_kinds(lm.config, len(lm.layers))
+    read = sources(lm.config, kinds)
     for index, (layer, kind) in enumerate(zip(lm.layers, kinds)):
         block = layer_shape(layer, lm.config, kind, size)
         if block is None:
@@ -148,7 +150,7 @@ def _language(model: Any, lm: Any, uncounted: list[Uncounted]) -> LanguageShape 
             what = f"layer {index} of {type(lm).__name__} has parts of another form than those known: {parts}"
             uncounted.append(Uncounted(f"the language model is not counted ({what})", path_of(model, lm)))
             return None
-        blocks.append(block)
+        blocks.append(replace(block, source=read.get(index)))
     # What stands beside the layers (inputs of every layer out of one projection) takes the tokens that enter the first.
     beside = sum(macs for _, _, macs in linear_maps(lm, [lm.layers]))
     blocks[0] = replace(blocks[0], beside=blocks[0].beside + beside)

@@ -59,7 +59,7 @@ def _cache(lm: Any, kinds: list[str]) -> StageLayout:
     """The key-value cache: layers that hold entries of all that came, each its own."""
     config, depth = lm.config, len(kinds)
     read = sources(config, kinds)
-    without = {i: _held(kind, read.get(i)) for i, kind in enumerate(kinds)}
+    without = {i: _held(kind, read.get(i), lm.layers[i]) for i, kind in enumerate(kinds)}
     blind = {i: why for i, why in without.items() if why}
     open_to_cuts = [i for i in range(depth) if i not in blind]
     attention = getattr(lm.layers[open_to_cuts[0]], "self_attn", None) if open_to_cuts else None
@@ -78,7 +78,7 @@ def _cache(lm: Any, kinds: list[str]) -> StageLayout:
     )
 
 
-def _held(kind: str, source: int | None) -> str:
+def _held(kind: str, source: int | None, block: Any) -> str:
     """Why entries of a layer cannot leave; empty where they can."""
     if kind in RECURRENT:
         return f"it has no entry for each token, but {RECURRENT[kind]}"
@@ -86,6 +86,8 @@ def _held(kind: str, source: int | None) -> str:
         return f"it reads the entries of layer {source}"
     if kind != "full_attention":
         return f"it holds a window of entries alone ({kind})"
+    if hasattr(getattr(block, "self_attn", None), "kv_lora_rank"):
+        return "it holds a latent of each token, and no keys and values of heads (MLA)"
     return ""
 
 

@@ -47,7 +47,7 @@ class Sites:
         self.projector = projector
         self.depth = depth
         self.projected = attachment.at("projected")
-        self.inside = bool(attachment.at("decoder") or attachment.skips)
+        self.inside = bool(attachment.at("decoder") or attachment.at("cache") or attachment.skips)
 
     # ------------------------------------------------------------------ in front of the language model
     def boundary(

@@ -168,17 +168,11 @@ class LayerTaps:
 
         def bias(places: Tensor) -> Tensor:
             columns = old.gather(1, places)
-            keys = past + length
             if isinstance(mask, Tensor) and mask.dim() == 4:
                 seen = mask[group.index] if mask.shape[0] > 1 else mask.expand(len(group.units), -1, -1, -1)
-                seen = seen[:, :1, :, -keys:].gather(2, columns[:, None, :, None].expand(-1, 1, -1, keys))
-                return torch.where(seen, 0.0, float("-inf")) if seen.dtype == torch.bool else seen.float()
-            key = torch.arange(-past, length, device=device)
-            look = key[None, None, :] <= columns[:, :, None]
-            real = self._real(group, length, ahead)
-            if real is not None:
-                look = look & real[:, None, -keys:]
-            return torch.where(look, 0.0, float("-inf"))[:, None]
+                seen = seen[:, :1].gather(2, columns[:, None, :, None].expand(-1, 1, -1, seen.shape[3]))
+                return logits_of_mask(seen, columns + past, past + length)
+            return logits_of_mask(None, columns + past, past + length, self._real(group, length, ahead))
 
         scale = float(form.attn.scaling)
         return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap, normed, active)
@@ -231,6 +225,27 @@ class LayerTaps:
             return form.heads(form.projection(which)(form.before(x)), which)
         finally:
             running.muted = False
+
+
+def logits_of_mask(mask: Any, columns: Tensor, keys: int, real: Tensor | None = None) -> Tensor:
+    """What a mask adds to the logits of some rows.
+
+    Args:
+        mask: bool or floating `[B, 1, R, >= keys]`, of these rows, or what says no more than what `real` does.
+        columns: int64 `[B, R]`, place of each row among the keys.
+        keys: S.
+        real: bool `[B, >= S]`, which keys are no padding, or None where all are; a mask knows.
+
+    Returns:
+        fp32 `[B, 1, R, S]`, -inf where a row does not look.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = mask[:, :1, :, -keys:]
+        return torch.where(seen, 0.0, float("-inf")) if seen.dtype == torch.bool else seen.float()
+    look = torch.arange(keys, device=columns.device)[None, None, :] <= columns[:, :, None]
+    if real is not None:
+        look = look & real[:, None, -keys:]
+    return torch.where(look, 0.0, float("-inf"))[:, None]
 
 
 def _nothing(*_: Any) -> Tensor:

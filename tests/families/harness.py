@@ -97,5 +97,11 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = STEPS, **
     return out.sequences[:, -steps:], torch.stack(out.logits, 1)
 
 
+BY_CROP = {
+    *("smolvlm", "idefics3", "llama4", "aya_vision", "cohere2_vision", "lfm2_vl", "gemma3"),
+    *("ovis2", "granite_docling", "step3p7", "idefics2"),
+}
+"""Marks, which are text, stand between the crops of a picture, and nothing tells them from other text: a crop counts as
+a picture."""
 PAIRS = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 """Every family with each attention implementation that its host runs with."""

@@ -15,18 +15,12 @@ from vlmtok import Method, Site
 from vlmtok.core.pictures import Picture
 
 from .build import FAMILIES, PINPOINTS, llava_onevision, shared
-from .harness import batch, generate
+from .harness import BY_CROP, batch, generate
 from .methods import Look, Top
 from .oracle import Cut, oracle
 from .prompts import FIRST_FRAME, IMAGE, write
 from .shots import AnyRes, packed_clip
 
-BY_CROP = {
-    *("smolvlm", "idefics3", "llama4", "aya_vision", "cohere2_vision", "lfm2_vl", "gemma3"),
-    *("ovis2", "granite_docling", "step3p7", "idefics2"),
-}
-"""Marks, which are text, stand between the crops of a picture, and nothing tells them from other text: a crop counts as
-a picture."""
 RUN_CLIPS = {"qwen2_vl", "qwen2_5_vl"}
 
 

@@ -16,6 +16,9 @@ from vlmtok import Layout, Method, Reduction, Site, TokenView
 
 from .oracle import Cut, Moment
 
+TABLES = ("keep", "src", "dst", "keep_weight", "src_weight", "valid")
+"""Tensors of a `Reduction`."""
+
 
 def written_out(reduction: Reduction, size: Tensor, spare: int = 0) -> Cut:
     """A reduction of one row, slot by slot.
@@ -54,6 +57,15 @@ def written_out(reduction: Reduction, size: Tensor, spare: int = 0) -> Cut:
                 mix[slot, source] += reduction.src_weight[0, r].double()
     left = torch.tensor([slot for slot, is_real in enumerate(real) if is_real], dtype=torch.int64)
     return Cut(reduction.keep[0][left], mix[left], own[left])
+
+
+def rows_of(reduction: Reduction) -> list[Reduction]:
+    """A reduction of several rows, row by row."""
+    tables = {name: getattr(reduction, name) for name in TABLES}
+    return [
+        Reduction(**{name: None if table is None else table[row : row + 1] for name, table in tables.items()})
+        for row in range(len(reduction.keep))
+    ]
 
 
 @dataclass
@@ -140,6 +152,47 @@ class Player:
         if moment.stage == "features" and "protected" in moment.signals:
             spare = len(moment.signals["protected"][0])
         return written_out(reduction, moment.size, spare)
+
+    # ------------------------------------------------------------------ caches
+    def forgets(self, visit: Visit) -> bool:
+        return visit.site.forget
+
+    def window(self, visit: Visit) -> int:
+        return visit.site.window
+
+    def joins(self, visit: Visit) -> tuple[bool, bool]:
+        return visit.method.merge_keys == "weighted", visit.method.proportional
+
+    def plan(self, cases: list[tuple[Visit, Moment]]) -> None:
+        cases[0][0].method.plan([self.cached(visit, moment, "meta") for visit, moment in cases])
+
+    @torch.no_grad()
+    def evict(self, visit: Visit, moment: Moment) -> list[Cut] | None:
+        view = self.cached(visit, moment)
+        reduction = visit.method.reduce(view)
+        self.notes.append(Note(visit, view, reduction))
+        return None if reduction is None else [written_out(one, moment.size) for one in rows_of(reduction)]
+
+    def cached(self, visit: Visit, moment: Moment, device: str = "cpu") -> TokenView:
+        """What is shown of a cache: one row, or one for each key-value head; plans see no tokens."""
+        found = {need: moment.signals[need][0] for need in visit.site.needs}
+        heads, tokens, columns = len(moment.signals["keys_cached"][0]), moment.tokens[None], moment.columns
+        assert columns is not None
+        apart = self.scope(visit) == "head"
+        if apart:
+            tokens = moment.tokens.unflatten(1, (heads, -1)).transpose(0, 1)
+        rows = len(tokens)
+        return TokenView(
+            tokens.to(device),
+            visit.site,
+            size=None if bool((moment.size == 1).all()) else moment.size.expand(rows, -1),
+            depth=moment.depth,
+            entered=moment.entered,
+            columns=columns.expand(rows, -1),
+            signals={need: value if apart else value[None] for need, value in found.items()},
+            row=self.rows.setdefault((visit.index, self.scope(visit), moment.unit), {}),
+            memory=self.built.get(visit.index),
+        )
 
     # ------------------------------------------------------------------ views
     def view(self, visit: Visit, moment: Moment) -> TokenView:

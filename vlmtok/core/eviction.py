@@ -1,13 +1,14 @@
 """Entries of a key-value cache leave: what a layer holds behind the reductions of its views.
 
 Kept entries keep their order and the positions by which their keys were turned. Rows are aligned to the right, so that
-the last columns of all layers are the same tokens; what stands in front of a shorter row is marked as no entry.
+the last columns of all layers are the same tokens; what stands in front of a shorter row is marked as no entry. Where
+each key-value head loses entries of its own, every head is a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +22,10 @@ class Piece:
     """What leaves of some view rows.
 
     Attributes:
-        index: int64 `[G]`, row of the batch of each.
+        index: int64 `[G]`, row of each.
         columns: int64 `[G, N]`, where their entries stand in the cache, padding included.
-        reduction: of `[G, N]`, or of `[G Hkv, N]` where each key-value head has its own.
-        size: fp32 of `[G, N]`, or as the reduction's rows are, patches that each stands for, by which means are
-            weighted; or None for ones.
+        reduction: of `[G, N]`.
+        size: fp32 `[G, N]`, patches that each stands for, by which means are weighted; or None for ones.
         weighted: whether keys merge as values do.
         proportional: whether merged entries get log(size) in later attention.
     """
@@ -37,17 +37,23 @@ class Piece:
     weighted: bool = False
     proportional: bool = False
 
+    def kept(self, beyond: int) -> Tensor:
+        """Columns of its slots, int64 `[G, K]`; `beyond` for those that are not valid."""
+        kept = self.columns.gather(1, self.reduction.keep)
+        return kept if self.reduction.valid is None else torch.where(self.reduction.valid, kept, beyond)
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """What one layer's cache holds.
+    """What one layer's cache holds; rows are those of the batch, or their heads.
 
     Attributes:
-        keys: `[B, Hkv, n, d]`.
-        values: `[B, Hkv, n, d]`.
+        keys: `[B, H, n, d]`.
+        values: `[B, H, n, d]`.
         valid: bool `[B, n]`, or None while all are real.
-        bias: fp32 `[B, Hkv, n]`, log of the sizes of merged entries, or None while nothing is merged so.
+        bias: fp32 `[B, H, n]`, log of the sizes of merged entries, or None while nothing is merged so.
         blocks: int64 `[B, n]`, bidirectional block of each, or None.
+        tables: what else is known of each, `[B, n, ...]`, by name.
     """
 
     keys: Tensor
@@ -55,9 +61,35 @@ class Entries:
     valid: Tensor | None = None
     bias: Tensor | None = None
     blocks: Tensor | None = None
+    tables: dict[str, Tensor] = field(default_factory=dict)
+
+    def by_head(self) -> Entries:
+        """The same with every head as a row, `[B H, 1, n, d]`."""
+        heads = self.keys.shape[1]
+
+        def each(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table.repeat_interleave(heads, 0)
+
+        def apart(table: Tensor) -> Tensor:
+            return table.flatten(0, 1).unsqueeze(1)
+
+        bias = None if self.bias is None else apart(self.bias)
+        return Entries(apart(self.keys), apart(self.values), each(self.valid), bias, each(self.blocks), self.tables)
+
+    def joined(self, heads: int) -> Entries:
+        """The inverse of `by_head`, of rows whose heads hold equally many entries."""
+
+        def whole(table: Tensor) -> Tensor:
+            return table.squeeze(1).unflatten(0, (-1, heads))
+
+        def first(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table[::heads]
+
+        bias = None if self.bias is None else whole(self.bias)
+        return Entries(whole(self.keys), whole(self.values), first(self.valid), bias, first(self.blocks), self.tables)
 
 
-def staying(entries: Entries, pieces: Sequence[Piece], lost: Tensor | None) -> Tensor:
+def staying(entries: Entries, pieces: Sequence[Piece], lost: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which entries stay.
 
     Args:
@@ -66,32 +98,18 @@ def staying(entries: Entries, pieces: Sequence[Piece], lost: Tensor | None) -> T
         lost: bool `[B, n]`, entries that leave besides, or None.
 
     Returns:
-        bool `[B, 1 or Hkv, n]`; padding leaves as well.
+        bool `[B, n]`, padding left out; and the same in front of the pieces.
     """
-    batch, heads, n = entries.keys.shape[:3]
-    apart = any(piece.reduction.keep.shape[0] != len(piece.index) for piece in pieces)
-    # One column more takes what invalid slots write.
-    stay = torch.ones(batch, heads if apart else 1, n + 1, dtype=torch.bool, device=entries.keys.device)
-    if entries.valid is not None:
-        stay[..., :n] &= entries.valid[:, None]
-    if lost is not None:
-        stay[..., :n] &= ~lost[:, None]
+    batch, _, n = entries.keys.shape[:3]
+    before = torch.ones(batch, n, dtype=torch.bool, device=entries.keys.device)
+    before = before if entries.valid is None else before & entries.valid
+    before = before if lost is None else before & ~lost
+    stay = F.pad(before, (0, 1))  # one column more takes what invalid slots write
     for piece in pieces:
-        rows, kept = _kept(piece, stay.shape[1])
-        head = torch.arange(stay.shape[1], device=rows.device)[None, :, None]
-        stay[rows, head, piece.columns[:, None].expand(-1, stay.shape[1], -1)] = False
-        valid = piece.reduction.valid
-        if valid is not None:
-            kept = torch.where(valid[:, None], kept, n)
-        stay[rows, head, kept] = True
-    return stay[..., :n]
-
-
-def _kept(piece: Piece, heads: int) -> tuple[Tensor, Tensor]:
-    """Rows `[G, 1, 1]` and columns `[G, heads, K]` of what a piece keeps."""
-    keep = piece.reduction.keep.unflatten(0, (len(piece.index), -1))
-    columns = piece.columns[:, None].expand(-1, keep.shape[1], -1).gather(2, keep)
-    return piece.index[:, None, None], columns.expand(-1, heads, -1)
+        rows = piece.index[:, None]
+        stay = stay.index_put((rows, piece.columns), stay.new_zeros(()))
+        stay = stay.index_put((rows, piece.kept(n)), stay.new_ones(()))
+    return stay[:, :n], before
 
 
 def evicted(entries: Entries, pieces: Sequence[Piece], stay: Tensor, longest: int) -> Entries:
@@ -100,7 +118,7 @@ def evicted(entries: Entries, pieces: Sequence[Piece], stay: Tensor, longest: in
     Args:
         entries: of the layer, as it is.
         pieces: what its methods answered.
-        stay: from `staying`.
+        stay: bool `[B, n]`, from `staying`.
         longest: entries that stay of the row that keeps most.
 
     Returns:
@@ -108,22 +126,23 @@ def evicted(entries: Entries, pieces: Sequence[Piece], stay: Tensor, longest: in
     """
     for piece in pieces:
         entries = _merged(entries, piece)
-    n, device = stay.shape[2], stay.device
-    order = torch.argsort(stay.to(torch.int8), dim=2, stable=True)[..., n - longest :]
-    left = stay.sum(2)[:, 0]
-    place = torch.arange(longest, device=device)
-    valid = place >= longest - left[:, None]
+    n = stay.shape[1]
+    order = torch.argsort(stay.to(torch.int8), dim=1, stable=True)[:, n - longest :]
+    valid = torch.arange(longest, device=stay.device) >= longest - stay.sum(1, keepdim=True)
 
-    def held(table: Tensor) -> Tensor:
-        at = order.expand(-1, table.shape[1], -1)
-        return table.gather(2, at if table.dim() == 3 else at[..., None].expand(-1, -1, -1, table.shape[3]))
+    def held(table: Tensor, axis: int) -> Tensor:
+        shape = [len(order), *[1] * (table.dim() - 1)]
+        shape[axis] = longest
+        wide = [*table.shape[:axis], longest, *table.shape[axis + 1 :]]
+        return table.gather(axis, order.reshape(shape).expand(wide))
 
     return Entries(
-        held(entries.keys),
-        held(entries.values),
+        held(entries.keys, 2),
+        held(entries.values, 2),
         valid,
-        None if entries.bias is None else held(entries.bias),
-        None if entries.blocks is None else held(entries.blocks[:, None])[:, 0],
+        None if entries.bias is None else held(entries.bias, 2),
+        None if entries.blocks is None else held(entries.blocks, 1),
+        {name: held(table, 1) for name, table in entries.tables.items()},
     )
 
 
@@ -133,29 +152,22 @@ def _merged(entries: Entries, piece: Piece) -> Entries:
     if not reduction.merges and reduction.keep_weight is None:
         return entries
     heads, n = entries.keys.shape[1:3]
-    apart = reduction.keep.shape[0] != len(piece.index)
-    rows, kept = _kept(piece, heads)
-    if reduction.valid is not None:
-        kept = torch.where(reduction.valid[:, None], kept, n)
-    at = rows, torch.arange(heads, device=rows.device)[None, :, None]
-    columns = piece.columns[:, None].expand(-1, heads, -1)
+    rows, head = piece.index[:, None, None], torch.arange(heads, device=piece.index.device)[None, :, None]
+    kept = piece.kept(n)[:, None]
 
     def put(table: Tensor, made: Tensor) -> Tensor:
         """With what was made in its slots; those that are not valid write into a column that is cut off."""
-        return F.pad(table, (0, 0) * (table.dim() - 3) + (0, 1)).index_put((at[0], at[1], kept), made.to(table.dtype))[
-            :, :, :n
-        ]
+        room = F.pad(table, (0, 0) * (table.dim() - 3) + (0, 1))
+        return room.index_put((rows, head, kept), made.to(table.dtype))[:, :, :n]
 
     tables = [entries.keys, entries.values]
     for i in (0, 1) if piece.weighted else (1,):
-        shown = tables[i][at[0], at[1], columns]  # [G, Hkv, N, d]
-        merged, _ = reduction.apply(shown.flatten(0, 1) if apart else shown.transpose(1, 2).flatten(2), piece.size)
-        made = merged.unflatten(0, (-1, heads)) if apart else merged.unflatten(2, (heads, -1)).transpose(1, 2)
-        tables[i] = put(tables[i], made)
+        shown = tables[i][rows, head, piece.columns[:, None]]  # [G, H, N, d]
+        merged, _ = reduction.apply(shown.transpose(1, 2).flatten(2), piece.size)
+        tables[i] = put(tables[i], merged.unflatten(2, (heads, -1)).transpose(1, 2))
     bias = entries.bias
     if piece.proportional:
-        joined = reduction.apply(entries.keys.new_zeros(*reduction.keep.shape[:1], piece.columns.shape[1], 1))[1]
-        size = joined.unflatten(0, (-1, heads)) if apart else joined[:, None].expand(-1, heads, -1)
+        count = reduction.apply(entries.keys.new_zeros(*piece.columns.shape, 1))[1]
         bias = entries.keys.new_zeros(entries.keys.shape[:3], dtype=torch.float32) if bias is None else bias
-        bias = put(bias, size.clamp(min=1.0).log())
+        bias = put(bias, count.clamp(min=1.0).log()[:, None].expand(-1, heads, -1))
     return replace(entries, keys=tables[0], values=tables[1], bias=bias)

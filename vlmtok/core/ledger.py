@@ -3,105 +3,17 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
 from ..kernels import ran
-from .site import layer_of
+from .events import Decoding, Event, Group, Mass, Skip
+
+__all__ = ["Books", "Decoding", "Event", "Group", "Ledger", "Mass", "Skip", "StageRun"]
 
 MOST_UNREAD = 1024
 """Closed passes whose grids may still lie on a device."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One batched call of `reduce`.
-
-    Attributes:
-        rows: view rows.
-        n: tokens of each that arrived.
-        slots: slots of each that stayed.
-        entered: tokens of each when it entered the stage.
-        text: text rows behind the view's first token (language models).
-        length: length of the whole row, padding left out (language models) or not (towers).
-        mixed: whether some of that text stands before some of the view's tokens.
-        frames: frames of a clip that each is; 0 where it is none.
-        cells: tokens of each frame while they are whole; else 0.
-    """
-
-    rows: int
-    n: int
-    slots: int
-    entered: int
-    text: int = 0
-    length: int = 0
-    mixed: bool = False
-    frames: int = 0
-    cells: int = 0
-
-
-@dataclass(frozen=True)
-class Event:
-    """One visit of a method to a site.
-
-    Attributes:
-        stage: of the site.
-        layer: of the site, or None.
-        point: of the site.
-        method: index of the method in its list.
-        kind: ``cut``, ``observe`` (nothing reduced) or ``insert``.
-        before: tokens of a whole row before, padding included.
-        after: tokens of a whole row after.
-        groups: the batched calls.
-        ragged: whether the rows may differ in what they keep.
-        gone: tokens that left all rows together, where `ragged` and known; padded lengths do not tell.
-    """
-
-    stage: str
-    layer: int | None
-    point: str
-    method: int
-    kind: str
-    before: int
-    after: int
-    groups: tuple[Group, ...] = ()
-    ragged: bool = False
-    gone: int | None = None
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Work of a decoder layer that was left out for visual tokens.
-
-    Attributes:
-        layer: 0-based.
-        module: which one, of `vlmtok.core.skipping`.
-        tokens: of all rows together, for which it did not run.
-    """
-
-    layer: int
-    module: str
-    tokens: int
-
-
-@dataclass
-class Decoding:
-    """Decode steps of so many rows, one token each, behind a call of the language model.
-
-    Attributes:
-        rows: rows of each step.
-        first: tokens that joined the caches since the call, before these steps; negative where a host took some off.
-        steps: how many.
-        head: rows that the language model's head saw in all of them.
-        recorded: whether the cache kept what it could drop, for drafts that are taken back.
-    """
-
-    rows: int
-    first: int = 0
-    steps: int = 0
-    head: int = 0
-    recorded: bool = False
 
 
 @dataclass
@@ -126,6 +38,7 @@ class StageRun:
         told: the same as the host's own tensor, int `[pictures, 3]`, which `read` turns into numbers.
         mixed: whether it shows pictures and clips, which hosts encode in two calls of the tower (language models).
         skips: what was left out for visual tokens (language models).
+        masses: what was summed for methods at the key-value cache (language models).
     """
 
     stage: str
@@ -145,6 +58,7 @@ class StageRun:
     told: torch.Tensor | None = None
     mixed: bool = False
     skips: list[Skip] = field(default_factory=list)
+    masses: list[Mass] = field(default_factory=list)
 
     def read(self) -> None:
         """Reads what the host told, which waits for the device."""
@@ -163,12 +77,24 @@ class StageRun:
 
     def reaching(self, layer: int) -> int:
         """Tokens of a row that reach a layer of a language model, padding included."""
-
-        def before(event: Event) -> bool:
-            return event.stage != "decoder" or layer_of(event.layer, event.point) <= layer
-
-        left = [event.after for event in self.events if before(event)]
+        left = [event.after for event in self.events if event.reaches is not None and event.reaches <= layer]
         return left[-1] if left else self.entered
+
+    def before(self, layer: int) -> int:
+        """Entries of a row that a layer's cache held before, padding included."""
+        return max(self.held, default=(0, self.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
+
+    def keeps(self, layer: int) -> int:
+        """Entries of a row that a layer's cache keeps behind it, padding included; of a window as if it saw all."""
+        left = [event.after for event in self._evictions(layer) if not event.written]
+        return left[-1] if left else self.before(layer) + self.reaching(layer)
+
+    def losses(self, layer: int) -> list[tuple[int, int]]:
+        """What left a layer's cache in decode steps: tokens written until then, and entries of a row, in order."""
+        return [(event.written, event.before - event.after) for event in self._evictions(layer) if event.written]
+
+    def _evictions(self, layer: int) -> list[Event]:
+        return [event for event in self.events if event.stage == "cache" and event.layer == layer]
 
     @property
     def steps(self) -> int:
@@ -179,7 +105,7 @@ class StageRun:
         """What two passes of the same cost share; it must have been read."""
         tables = (tuple(self.events), tuple(sorted(self.parts.items())), tuple(map(astuple, self.decodings)))
         shape = (self.stage, self.rows, self.entered, self.past, self.pictures, self.cached, self.visual, self.seen)
-        return (*shape, self.held, self.grids, tuple(self.skips), *tables)
+        return (*shape, self.held, self.grids, tuple(self.skips), tuple(self.masses), *tables)
 
 
 @dataclass
@@ -296,9 +222,20 @@ class Ledger:
             books.before, books.encoded = None, None
         return run
 
-    def visit(self, run: StageRun, event: Event) -> None:
-        """Books one visit."""
-        run.events.append(event)
+    def visit(self, run: StageRun | None, event: Event) -> None:
+        """Books one visit.
+
+        Args:
+            run: the pass; None for the decode step that ran last.
+            event: the visit.
+        """
+        if run is not None:
+            run.events.append(event)
+        elif self.mine.decoder is not None and self.mine.decoder.decodings:
+            step = self.mine.decoder.decodings[-1]
+            self.mine.decoder.events.append(replace(event, written=step.first + step.steps))
+        if event.kind == "forget":
+            return  # nobody was asked there
         key = (event.stage, event.layer, event.point, event.method)
         with self._lock:
             self.fired[key] = self.fired.get(key, 0) + 1
@@ -315,7 +252,7 @@ class Ledger:
         run = self.mine.decoder
         if run is None:  # the cache was filled bare
             run = self.begin(StageRun("decoder", rows, 0, past, seen=past))
-        joined = past - run.past - run.reaching(layer)
+        joined = past - run.keeps(layer) + sum(lost for _, lost in run.losses(layer))
         last = run.decodings[-1] if run.decodings else None
         if last is None or (last.rows, last.first + last.steps, last.recorded) != (rows, joined, recorded):
             last = Decoding(rows, joined, recorded=recorded)

@@ -168,6 +168,17 @@ class Method(CommonSettings):
                 `row`, which the views of `reduce` show again; what the plan decides is written there.
         """
 
+    def together(self, counts: Sequence[Counts]) -> int | None:
+        """Entries that stay in all layers of the cache together, where `count` cannot say how many each keeps.
+
+        Args:
+            counts: of the same view row at all ``cache`` sites of the method, in the order of the layers.
+
+        Returns:
+            How many, so that bytes are known beforehand; None where content decides that, too.
+        """
+        return None
+
     def insert(self, view: TokenView) -> Tensor | None:
         """Tokens to put at the end of the row for one block; asked at ``start`` sites.
 

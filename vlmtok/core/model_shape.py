@@ -27,7 +27,8 @@ class BlockShape:
         beside: MACs of one token in what stands beside attention and MLP.
         kv_bytes: bytes that the cache takes for one token; 0 where the layer keeps no keys.
         gated: whether the query projection gives a gate of the same width.
-        shared: whether keys and values are those of an earlier layer.
+        shared: whether keys and values are those of an earlier layer, and
+        source: which layer's, where that is known.
         late: whether it runs for the tokens alone whose logits are wanted.
         mixer: what it has in the place of attention, or None; `attn` counts the weights of that then.
     """
@@ -44,6 +45,7 @@ class BlockShape:
     kv_bytes: int = 0
     gated: bool = False
     shared: bool = False
+    source: int | None = None
     late: bool = False
     mixer: Mixer | None = None
 
@@ -101,7 +103,7 @@ class BlockShape:
         return min(tokens, self.window - 1) if self.window else tokens
 
     def cached(self, tokens: int) -> int:
-        """Bytes of the layer's cache behind so many tokens of one row."""
+        """Bytes of the layer's cache with the entries of so many tokens of one row."""
         if self.mixer is not None:
             return self.mixer.state if tokens else 0
         return self.held(tokens) * self.kv_bytes
@@ -110,7 +112,7 @@ class BlockShape:
         """MACs of decode steps of one row.
 
         Args:
-            held: tokens that the layer's cache held behind the prefill.
+            held: entries that the layer's cache kept behind the prefill.
             first: tokens that joined it since.
             steps: how many.
             recorded: see `vlmtok.core.mixers.ShortConv.step`.
@@ -118,12 +120,14 @@ class BlockShape:
         weights = steps * (self.attn + self.mlp + self.beside)
         if self.mixer is not None:
             return weights + steps * self.mixer.step(recorded)
-        # A step sees what it adds itself; the sum over steps of how many tokens that is.
+        return weights + self.products(1, self.seen(held, first, steps))
+
+    def seen(self, held: int, first: int, steps: int) -> int:
+        """Keys that decode steps of one row see, their own included, all steps together; arguments as of `step`."""
         low, high = held + first + 1, held + first + steps
         cap = self.window or high
         rising = max(min(high, cap) - low + 1, 0)
-        keys = rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
-        return weights + self.products(1, keys)
+        return rising * low + rising * (rising - 1) // 2 + (steps - rising) * cap
 
     def macs(self, tokens: Tokens) -> float:
         """MACs of one row, a mean over rows where `tokens` are."""
@@ -314,6 +318,7 @@ class Tokens:
         visual: reducible tokens that enter,
         no_query: tokens of which no query is made, and
         no_output: tokens that the output projection does not see; means over rows, where these differ.
+        held: entries that the layer's cache keeps behind the call, padding included; 0 where there is no cache.
     """
 
     queries: int
@@ -322,3 +327,4 @@ class Tokens:
     visual: float
     no_query: float = 0
     no_output: float = 0
+    held: int = 0

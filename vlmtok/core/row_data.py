@@ -75,11 +75,13 @@ class Snapshot:
         length: L.
         place: int64 `[B, L]`, original column of each column.
         valid: bool `[B, L]`, or None where no row is padded.
+        owner: int64 `[B, S]`, column that owns each original column (-1 dropped); kept only for traces.
     """
 
     length: int
     place: Tensor
     valid: Tensor | None
+    owner: Tensor | None = None
 
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
         """Puts rows back to their original length; a dropped column repeats the last one kept before it.

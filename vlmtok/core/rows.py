@@ -110,7 +110,7 @@ class PromptRows(PromptRowData):
 
     def snapshot(self) -> Snapshot:
         """Where the columns stand now."""
-        return Snapshot(self.length, self.place, self.valid)
+        return Snapshot(self.length, self.place, self.valid, self.owner)
 
     def restore(self, hidden: Tensor, columns: int) -> Tensor:
         """`Snapshot.restore` of the rows as they are."""

@@ -167,10 +167,11 @@ def _check_layer(name: str, site: Site, layout: Layout, by: str) -> None:
         raise MissingSignal(
             f"{by} needs the signal {name!r} at {site}, but it tells of what the layer did: name the end of a layer"
         )
-    lacks = layout.stages[site.stage].lacks.get(name, {})
+    stage = layout.stages[site.stage]
+    lacks = stage.lacks.get(name, {})
     why = "" if site.layer is None else lacks.get(site.layer, "")
     if why:
-        layers = [i for i in range(layout.stages[site.stage].depth) if i not in lacks]
+        layers = [i for i in range(stage.depth) if i not in lacks and (site.stage != "cache" or i not in stage.blind)]
         there = f"layers {', '.join(map(str, layers))} give it" if layers else "no layer gives it"
         raise MissingSignal(
             f"{by} needs the signal {name!r} at {site}, which {layout.family} cannot give ({why}); {there}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError
+from .pictures import Picture
 
 ATTRIBUTE = "_vlmtok_stream"
 _numbers = itertools.count()
@@ -80,6 +81,8 @@ class Stream:
         follows: one more than the last; hosts go on from either, and behind a clip they differ.
         croppable: columns behind the last picture, in the row that has fewest; they may be taken off again.
         segments: by first layer; 0 is always there.
+        pictures: of which entries may leave while the answer is written; empty where none do so.
+        written: columns that came since.
     """
 
     owner: int
@@ -89,6 +92,8 @@ class Stream:
     follows: Tensor | None = None
     croppable: int = 0
     segments: dict[int, Segment] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    written: int = 0
 
     def segment(self, layer: int) -> Segment:
         """The segment that a layer belongs to."""

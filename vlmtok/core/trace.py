@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ class PictureTrace(Shown):
             patch, -1 where it was dropped.
         prefix: protected tokens in front of them.
         methods: with each step, the name of the method that cut; empty where it was not recorded.
+        cached: fp32 `[decoder layers, patches]`, share of the key-value heads in whose cache of that layer the patch's
+            entry is held behind the prefill, alone or in an entry that it joined: 0 where it left there or did not
+            reach the layer, NaN where a layer keeps no entries of its own. None where nothing acts on caches.
+        cached_by: names of the methods that act on caches.
     """
 
     owner: Tensor
@@ -51,6 +55,8 @@ class PictureTrace(Shown):
     slots: tuple[Tensor, ...] = ()
     prefix: int = 0
     methods: tuple[str, ...] = ()
+    cached: Tensor | None = None
+    cached_by: tuple[str, ...] = ()
 
     def grids(self) -> dict[int, tuple[tuple[int, int], Tensor]]:
         """Grids of the picture's parts.
@@ -125,13 +131,24 @@ class PictureTrace(Shown):
             (str(site), int(owner[owner >= 0].unique().numel()), int((owner < 0).sum())) for site, owner in self.steps
         ]
 
+    def held_in(self) -> Tensor:
+        """In how many layers each patch's entry is held, fp32 `[patches]`; heads count by their share.
+
+        Raises:
+            ParameterError: nothing acted on the key-value cache.
+        """
+        if self.cached is None:
+            raise ParameterError("held_in() tells of key-value caches; no method acted on one, and no cut forgets")
+        return self.cached.nansum(0)
+
     def sheet(self) -> Sheet:
         """What was left behind each cut."""
         rows = [["all", str(self.patches), "0", "0"]]
         rows += [
             [site, str(tokens), str(self.patches - gone - tokens), str(gone)] for site, tokens, gone in self.left()
         ]
-        return Sheet(self._title(), tables=[Table(["behind", "tokens", "merged away", "patches dropped"], rows)])
+        table = Table(["behind", "tokens", "merged away", "patches dropped"], rows)
+        return Sheet(self._title(), lines=_cached([self]), tables=[table])
 
     def _title(self) -> str:
         grid = "" if self.grid is None else f" on a grid of {self.grid[0]} x {self.grid[1]}"
@@ -139,7 +156,7 @@ class PictureTrace(Shown):
         return f"{self.kept} tokens left of {self.patches} patches{grid}, {cuts}"
 
     def __repr__(self) -> str:
-        return f"<PictureTrace: {self._title()}>"
+        return f"<PictureTrace: {'; '.join([self._title(), *_cached([self])])}>"
 
     def group_sizes(self) -> Tensor:
         """Patches of each patch's slot, int64 `[patches]`; 0 where it was dropped."""
@@ -234,14 +251,16 @@ class Trace(Shown):
         title += f"{sum(p.patches for p in self.pictures)} patches"
         if len(self) > MOST:
             rows = [[s, str(min(left.values())), str(max(left.values()))] for s, left in by_site.items()]
-            return Sheet(title, tables=[Table(["behind", "tokens, least", "tokens, most"], rows)], notes=self.notes)
+            table = Table(["behind", "tokens, least", "tokens, most"], rows)
+            return Sheet(title, _cached(self.pictures), [table], self.notes)
         rows = [[s, *(str(left.get(i, "")) for i in range(len(self)))] for s, left in by_site.items()]
         head = ["behind", *(f"tokens of picture {i}" for i in range(len(self)))]
-        return Sheet(title, tables=[Table(head, rows)], notes=self.notes)
+        return Sheet(title, _cached(self.pictures), [Table(head, rows)], self.notes)
 
     def __repr__(self) -> str:
         many = f"{len(self)} picture{'s' if len(self) != 1 else ''}"
-        return f"<Trace of {many}: {', '.join(f'{p.kept} of {p.patches}' for p in self.pictures)}>"
+        kept = ", ".join(f"{p.kept} of {p.patches}" for p in self.pictures)
+        return f"<Trace of {many}: {'; '.join([kept, *_cached(self.pictures)])}>"
 
     __str__ = __repr__  # a picture of it prints its table
 
@@ -261,6 +280,27 @@ class Trace(Shown):
         if decoder is None and tower is not None and tower.current is not None:
             return cls(_tower(tower))
         raise PassError("no pass has run yet: call the model first")
+
+
+def _cached(pictures: Sequence[PictureTrace]) -> list[str]:
+    """What caches hold of the patches of some pictures, in one line; nothing where nothing acted on them."""
+    tables = [picture.cached for picture in pictures if picture.cached is not None]
+    if not tables or len(tables) < len(pictures):
+        return []
+    by_layer = torch.stack([table.sum(1) for table in tables]).sum(0)  # NaN where no entries are kept
+    by_layer = by_layer[~by_layer.isnan()]
+    patches, layers = sum(table.shape[1] for table in tables), len(by_layer)
+    if not layers:
+        return []
+    total, least, most = (_number(float(x)) for x in (by_layer.sum(), by_layer.min(), by_layer.max()))
+    span = least if least == most else f"{least} to {most}"
+    where = f"{span} of {patches:,} patches in each of {layers} layers"
+    return [f"key-value caches hold the entries of {where}, {total} of {patches * layers:,} together"]
+
+
+def _number(value: float) -> str:
+    """With tenths where heads hold different ones."""
+    return f"{value:,.0f}" if abs(value - round(value)) < 0.05 else f"{value:,.1f}"
 
 
 def _unseen(tower: Any) -> tuple[str, ...]:
@@ -321,6 +361,10 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
             steps += before[picture.tower].steps
             methods = before[picture.tower].methods
 
+        def entries(table: Tensor, slot: Tensor = slot, columns: Tensor = columns, row: int = picture.row) -> Tensor:
+            there = table[:, row].cpu()[:, columns]
+            return torch.where((slot >= 0) | there[:, :1].isnan(), there[:, slot.clamp(min=0)], 0.0)
+
         def at(owner: Tensor, slot: Tensor = slot, columns: Tensor = columns, row: int = picture.row) -> Tensor:
             there = owner[row].cpu()[columns]
             return _first_patch(torch.where(slot >= 0, there[slot.clamp(min=0)], -1))
@@ -333,5 +377,8 @@ def _language(tower: Any, decoder: Any) -> list[PictureTrace]:
             grid = before[picture.tower].grid
         if grid is None and decoder.tower_grid and decoder.tower_grid[0] * decoder.tower_grid[1] == len(slot):
             grid = decoder.tower_grid
-        found.append(PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods))
+        cached = None if running.cached is None else entries(running.cached)
+        by = () if cached is None else decoder.evictor.names
+        made = PictureTrace(at(rows.owner), tuple(steps), grid, parts, picture.video, methods=methods)
+        found.append(replace(made, cached=cached, cached_by=by))
     return found

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import kernels
 from ..core.attachment import Attachment
-from ..core.ledger import Ledger, StageRun
+from ..core.ledger import Event, Ledger, StageRun
 from ..core.model_shape import ModelShape, Tokens, Uncounted
+from ..core.site import Site
 from ..errors import PassError
 from .flops import Account, Profile, count_decoder, count_tower
 from .lines import TITLES, LayerLine, Line, SiteLine, Span
@@ -104,6 +105,8 @@ def _report(
         report.step = _line("one decode step", "MACs", high.step[0], low.step[1], high.step[1])
     if not total and high.cache is not None and low.cache is not None:
         report.cache = _line("key-value cache", "bytes", high.cache[0], low.cache[1], high.cache[1])
+    if not total and high.peak is not None and low.peak is not None:
+        report.peak = _line("key-value cache, peak", "bytes", high.peak[0], low.peak[1], high.peak[1])
     if not total:
         report.layers = list(_layers(low, high))
     report.sites = list(_sites(attachment, [[run for run, _ in runs] for runs in plans], source))
@@ -139,7 +142,8 @@ def _seen(
 
 
 def _planned(attachment: Attachment, shape: ModelShape) -> StageRun:
-    from .plan import Past, Planner
+    from .past import Past
+    from .plan import Planner
     from .planned_rows import Prompt
 
     assert shape.vision is not None
@@ -195,20 +199,41 @@ def _layers(low: Account, high: Account) -> Iterator[LayerLine]:
                 span(lambda tokens: tokens.mlp),
                 span(lambda tokens: tokens.visual),
                 before.visual,
+                span(lambda tokens: tokens.held) if stage == "decoder" else None,
+                before.held,
             )
 
 
 def _sites(attachment: Attachment, plans: Sequence[Sequence[StageRun]], source: str) -> Iterator[SiteLine]:
+    books = [[event for run in runs for event in run.events] for runs in plans]
     for entry in attachment.entries:
         site = entry.site
-        key = (site.stage, site.layer, site.point, entry.index)
-        ends = []
-        for runs in plans:
-            events = [e for run in runs for e in run.events if (e.stage, e.layer, e.point, e.method) == key]
-            ends += [(events[-1].before, events[-1].after)] if events else []
-        visits = attachment.ledger.fired.get(key, 0) if source != "estimate" else len(ends[:1])
+        asked = [_of(events, site, entry.index, forgotten=False) for events in books]
+        ends = [(events[-1].before, events[-1].after) for events in asked if events]
+        visits = attachment.ledger.fired.get((site.stage, site.layer, site.point, entry.index), 0)
+        if source == "estimate":
+            visits = len(ends[:1])
         after = Span(min(end[1] for end in ends), max(end[1] for end in ends)) if ends else None
         yield SiteLine(site, str(entry.method), visits, ends[-1][0] if ends else None, after)
+    yield from _forgotten(attachment, books)
+
+
+def _forgotten(attachment: Attachment, books: Sequence[Sequence[Event]]) -> Iterator[SiteLine]:
+    """Caches that lost entries with tokens that a method dropped in a later layer, where nobody was asked."""
+    found = {(e.method, e.layer) for events in books for e in events if e.kind == "forget" and e.layer is not None}
+    for index, layer in sorted(found):
+        site = Site("cache", layer)
+        known = [_of(events, site, index, forgotten=True) for events in books]
+        ends = [(events[0].before, events[-1].after) for events in known if events]
+        after = Span(min(end[1] for end in ends), max(end[1] for end in ends))
+        yield SiteLine(site, str(attachment.methods[index]), 0, ends[-1][0], after)
+
+
+def _of(events: Iterable[Event], site: Site, method: int, forgotten: bool) -> list[Event]:
+    """Visits of a method at a site, or what left its cache without one."""
+    key = (site.stage, site.layer, site.point, method)
+    found = [e for e in events if (e.stage, e.layer, e.point, e.method) == key]
+    return [event for event in found if (event.kind == "forget") is forgotten]
 
 
 def uncut(attachment: Attachment, runs: Sequence[StageRun]) -> Iterator[str]:

@@ -8,12 +8,11 @@ under the math backend of attention: over all keys, masked ones and padding incl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..core.ledger import StageRun
 from ..core.model_shape import LATE, BlockShape, LanguageShape, Part, Tokens, TowerShape
-from ..core.site import layer_of
 from ..core.skipping import MLP, OUTPUT, QUERY
 
 
@@ -27,12 +26,14 @@ class Profile:
         layers: one for each block.
         entered: tokens of a row before the first block.
         left: tokens of a row behind the last block.
+        losses: of language models, what leaves a layer's cache while decode steps run, see `StageRun.losses`.
     """
 
     rows: int
     layers: tuple[Tokens, ...] = ()
     entered: int = 0
     left: int = 0
+    losses: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def macs(self, blocks: Sequence[BlockShape]) -> int:
         """MACs of the blocks; a whole number for each block, whatever the means over rows."""
@@ -48,11 +49,39 @@ class Profile:
             steps: how many.
             recorded: see `vlmtok.core.ledger.Decoding`.
         """
-        layers = zip(blocks, self.layers)
-        return rows * sum(block.step(tokens.keys, first, steps, recorded) for block, tokens in layers)
+        return rows * sum(
+            block.step(*stretch, recorded)
+            for layer, block in enumerate(blocks)
+            for stretch in self.stretches(layer, first, steps)
+        )
+
+    def stretches(self, layer: int, first: int, steps: int) -> Iterator[tuple[int, int, int]]:
+        """Decode steps between which nothing leaves a layer's cache.
+
+        Args:
+            layer: 0-based.
+            first: tokens that joined the cache before.
+            steps: how many.
+
+        Yields:
+            Entries that the cache would hold behind the pass without what left since; tokens that joined it before;
+            steps.
+        """
+        held, end = self.layers[layer].held, first + steps
+        for written, lost in self.losses.get(layer, ()):
+            if first < written < end:
+                yield held, first, written - first
+                first = written
+            if written <= first:
+                held -= lost
+        yield held, first, end - first
 
     def cached(self, blocks: Sequence[BlockShape]) -> int:
-        """Bytes of the caches of all layers behind the pass, all rows."""
+        """Bytes of what the caches of all layers keep behind the pass, all rows; padding takes as much as entries."""
+        return self.rows * sum(block.cached(tokens.held) for block, tokens in zip(blocks, self.layers))
+
+    def peak(self, blocks: Sequence[BlockShape]) -> int:
+        """Bytes that the caches of all layers held at the end of the pass, before entries left, all rows."""
         return self.rows * sum(block.cached(tokens.keys) for block, tokens in zip(blocks, self.layers))
 
 
@@ -110,23 +139,25 @@ def decoder_profiles(run: StageRun, blocks: Sequence[BlockShape]) -> tuple[Profi
     bare, layers = [], []
     for layer, block in enumerate(blocks):
         for event in run.events:
-            if (layer_of(event.layer, event.point) if event.stage == "decoder" else 0) != layer:
-                continue
-            if event.kind == "cut":
+            if event.reaches == layer and event.kind == "cut":
                 gone = sum(group.rows * (group.n - group.slots) for group in event.groups)
                 if event.ragged:
                     gone = run.rows * (event.before - event.after) if event.gone is None else event.gone
                 visual -= gone / run.rows
                 columns = event.after
-        past = max(run.held, default=(0, run.past), key=lambda part: part[0] if part[0] <= layer else -1)[1]
         # As many tokens as arrive are all that there are, whatever the row was before a cut.
         few = late if block.late and 0 < late < columns else None
         entered, left = (run.entered, columns) if few is None else (few, few)
-        bare.append(Tokens(entered, block.held(run.seen) + run.entered, entered, run.visual / run.rows))
+        keys = block.held(run.seen) + run.entered
+        bare.append(Tokens(entered, keys, entered, run.visual / run.rows, held=block.held(keys)))
         spared = {skip.module: _each(skip.tokens, run.rows) for skip in run.skips if skip.layer == layer}
         without = left - spared.get(MLP, 0), visual, spared.get(QUERY, 0), spared.get(OUTPUT, 0)
-        layers.append(Tokens(left, block.held(past) + columns, *without))
-    return _pair(run, bare, layers, layers[-1].queries if layers else columns)
+        holder = layer if block.source is None else block.source
+        keys = block.held(run.before(holder)) + columns
+        layers.append(Tokens(left, keys, *without, held=block.held(run.keeps(holder))))
+    whole, ran = _pair(run, bare, layers, layers[-1].queries if layers else columns)
+    holders = [layer if block.source is None else block.source for layer, block in enumerate(blocks)]
+    return whole, replace(ran, losses={layer: run.losses(holder) for layer, holder in enumerate(holders)})
 
 
 def _each(tokens: int, rows: int) -> float:
@@ -149,7 +180,8 @@ class Account:
         step: the same for one decode step, or None without a language model.
         steps: the same for the decode steps that ran, and
         stepped: how many they were.
-        cache: bytes of the key-value cache behind the prefill, all rows, or None.
+        cache: bytes of the key-value cache that stay behind the prefill, all rows, or None.
+        peak: bytes that it held at the end of the prefill, before entries left, or None.
         profiles: by stage, (bare, as it ran).
         missing: what ran and could not be counted.
     """
@@ -159,6 +191,7 @@ class Account:
     steps: tuple[int, int] = (0, 0)
     stepped: int = 0
     cache: tuple[int, int] | None = None
+    peak: tuple[int, int] | None = None
     profiles: dict[str, tuple[Profile, Profile]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -219,8 +252,8 @@ def count_decoder(account: Account, run: StageRun, shape: LanguageShape, times: 
     if not run.continues:
         account.profiles["decoder"] = (before, after)
         account.step = (one[0], one[1])
-        held = [profile.cached(shape.blocks) for profile in (before, after)]
-        account.cache = (held[0], held[1])
+        account.cache = (before.cached(shape.blocks), after.cached(shape.blocks))
+        account.peak = (before.peak(shape.blocks), after.peak(shape.blocks))
     for part in run.decodings:
         spent = [
             p.step_macs(shape.blocks, part.rows, part.first, part.steps, part.recorded) + part.head * row

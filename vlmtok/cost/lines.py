@@ -80,6 +80,8 @@ class LayerLine:
         mlp: tokens of the MLP.
         visual: reducible tokens that enter,
         visual_before: and of the bare model.
+        held: entries of a row that the layer's cache keeps behind the prefill; None in towers,
+        held_before: and of the bare model.
     """
 
     stage: str
@@ -89,6 +91,8 @@ class LayerLine:
     mlp: Span
     visual: Span
     visual_before: float
+    held: Span | None = None
+    held_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class SiteLine:
         site: where.
         method: its spec string.
         visits: how often it was asked (by a plan: once).
-        before: tokens of a row before, the last time; None where it was not asked.
+        before: tokens of a row before, the last time; None where it was not asked. At ``cache`` entries of a row that
+            the layer held.
         after: and after.
     """
 

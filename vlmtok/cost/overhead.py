@@ -43,7 +43,7 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
     Returns:
         The MACs of this pass.
     """
-    if all(event.method < 0 for event in run.events) and not attachment.tapped(run.stage):
+    if all(event.method < 0 for event in run.events) and not run.masses and not attachment.tapped(run.stage):
         return Overhead()
     with rehearsal() as counted:
         kind = Rehearsal if shape.packed is None else PackedRehearsal
@@ -53,4 +53,4 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
         else:
             again.tower()
         own = counted() - again.signals - again.elsewhere
-    return Overhead(again.signals, own, tuple(dict.fromkeys(again.notes)))
+    return Overhead(again.signals, own, tuple(dict.fromkeys(again.said())))

@@ -12,8 +12,9 @@ from ..core.model_shape import BlockShape
 from ..core.sequence import TowerRow
 from ..core.signals import TOWER_SIGNALS, Need, TowerTaps
 from ..core.view import Signal
+from .meta import empty
 from .packed_stretches import Stretches, visits
-from .rehearsal import Rehearsal, empty
+from .rehearsal import Rehearsal
 
 
 class PackedRehearsal(Rehearsal):

@@ -6,8 +6,8 @@ what a run recorded, or one of two bounds: nothing dropped, or everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, Skip, StageRun
@@ -16,15 +16,14 @@ from ..core.sequence import TowerRow
 from ..core.sight import Grid
 from ..core.site import Counts, layer_of
 from ..core.skipping import MIXER
-from ..errors import NotCounted, ParameterError
+from ..errors import NotCounted
 from .flops import feature_tokens, tower_profiles
 from .packed import planned
 from .packed_stretches import Stretches, booked
+from .past import Past, arrived, left_of
+from .planned_cache import PlannedCache
 from .planned_rows import PlannedGroup, PlannedRows, Prompt
 from .rehearsal import Rehearsal
-
-Key = tuple[str, int | None, str, int]
-"""Stage, layer, point and method of a site; method -1 is the language model's boundary."""
 
 Clip = tuple[int, int]
 """Frames of a view row that is a clip, and tokens of each; zeros where it is none."""
@@ -33,32 +32,6 @@ NO_CLIP = (0, 0)
 
 Ask = Callable[[Entry, int, int, Grid | None, Clip], "int | None"]
 """Slots that a method leaves of a view row: of its entry, tokens, tokens as it entered the stage, grid and frames."""
-
-
-@dataclass
-class Past:
-    """What is known of content-dependent counts.
-
-    Attributes:
-        fixed: slots of a view row, by site (as ``str(site)`` writes it); they win over `Method.count`.
-        events: what a run recorded, by stage of the run and site.
-        nothing: take the bound at which nothing is dropped; else everything is.
-        met: sites at which one of the bounds was taken.
-    """
-
-    fixed: Mapping[str, int] = field(default_factory=dict)
-    events: Mapping[str, Mapping[Key, Event]] = field(default_factory=dict)
-    nothing: bool = True
-    met: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, runs: Iterable[StageRun], first: int = 0) -> Past:
-        """What passes recorded; the first method has the number `first` there."""
-
-        def key(event: Event) -> Key:
-            return (event.stage, event.layer, event.point, event.method - first if event.method >= 0 else -1)
-
-        return cls(events={run.stage: {key(event): event for event in run.events} for run in runs})
 
 
 def plan(attachment: Attachment, shape: ModelShape, prompt: Prompt, past: Past | None = None) -> list[StageRun]:
@@ -241,34 +214,73 @@ class Planner:
             self._hand_over(run, rows, seen, shape.vision)
         rows.enter()
         inside = self.attachment.at("decoder")
+        cache = PlannedCache(self.attachment, shape.language.depth)
         layers = sorted(self.attachment.skips, reverse=True)  # those to come, the next one last
         for entry in (*self.attachment.at("projected"), *inside):
             if inside and entry is inside[0]:
                 rows.enter(hold=True)
+                cache.enter(rows)
             while layers and entry in inside and layers[-1] < layer_of(entry.site.layer, entry.site.point):
                 self._skip(run, rows, layers.pop())
-            names = {need.name for need in entry.needs}
-            before, groups, cut, ragged = rows.length, [], False, False
-            for group in rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH)):
-                of = (group.n, group.entered, group.grid, (group.frames, group.cells))
-                slots, kind = self._slots(run, entry, *of)
-                ragged = ragged or self._counts(entry, *of) is None
-                groups.append((group, slots))
-                cut = cut or kind == "cut"
-            rows.cut(groups)
-            booked = tuple(replace(group.counted(prompt.batch), slots=slots) for group, slots in groups)
-            site = entry.site
-            kind = "cut" if cut else "observe"
-            event = Event(site.stage, site.layer, site.point, entry.index, kind, before, rows.length, booked, ragged)
-            run.events.append(self._known(event))
-            if cut and site.separators == "drop":
+            names, whole, site = {need.name for need in entry.needs}, rows.copy(), entry.site
+            shown = rows.groups(entry.scope, bool(names & BY_TEXT), bool(names & BY_LENGTH))
+            groups = self._visit(run, entry, rows, shown, rows.length)
+            if entry in inside:
+                cache.follow(whole, rows, layer_of(site.layer, site.point), entry)
+            if run.events[-1].kind == "cut" and site.separators == "drop":
                 self._drop_separators(run, rows, [group for group, slots in groups if slots != group.n])
-        if layers and not inside:
-            rows.enter(hold=True)
+        if not inside:
+            if layers:
+                rows.enter(hold=True)
+            cache.enter(rows)
         while layers:
             self._skip(run, rows, layers.pop())
         self.left = [picture.n for picture in rows.pictures]
+        if cache.acts:
+            run.masses += cache.masses(prompt.batch)
+            dealt = cache.dealt()
+            for layer, entry in cache.entries.items():
+                held = cache.rows[layer]
+                shown = held.groups(entry.scope)
+                self._visit(run, entry, held, shown, cache.lengths[layer], dealt.get(layer))
+            run.events += cache.forgotten(prompt.batch)
         return run
+
+    def _visit(
+        self,
+        run: StageRun,
+        entry: Entry,
+        rows: PlannedRows,
+        shown: list[PlannedGroup],
+        before: int,
+        dealt: Sequence[int | None] | None = None,
+    ) -> list[tuple[PlannedGroup, int]]:
+        """Asks a method for each of its view rows, cuts what it cuts, and books it.
+
+        Args:
+            run: the call.
+            entry: the method at its site.
+            rows: the rows there; what a layer's cache holds of them, at ``cache``.
+            shown: their view rows.
+            before: tokens of a row before.
+            dealt: slots of each view row, where its method only knows what all layers keep together.
+
+        Returns:
+            The view rows, each with what was left of it.
+        """
+        groups, cut, ragged = [], False, False
+        for group, known in zip(shown, dealt or [None] * len(shown)):
+            of = (group.n, group.entered, group.grid, (group.frames, group.cells))
+            slots, kind = self._slots(run, entry, *of, dealt=known)
+            ragged = ragged or self._counts(entry, *of) is None
+            groups.append((group, slots))
+            cut = cut or kind == "cut"
+        rows.cut(groups)
+        booked = tuple(replace(group.counted(run.rows), slots=slots) for group, slots in groups)
+        site, kind = entry.site, "cut" if cut else "observe"
+        event = Event(site.stage, site.layer, site.point, entry.index, kind, before, rows.length, booked, ragged)
+        run.events.append(self._known(event))
+        return groups
 
     def _skip(self, run: StageRun, rows: PlannedRows, layer: int) -> None:
         """A layer that leaves work out for the visual tokens that are there."""
@@ -307,7 +319,7 @@ class Planner:
         """With the tokens that left, where a run of equally many tokens has told."""
         key = (event.stage, event.layer, event.point, event.method)
         recorded = self.past.events.get("decoder", {}).get(key)
-        if recorded is None or not event.ragged or _arrived(recorded) != _arrived(event):
+        if recorded is None or not event.ragged or arrived(recorded) != arrived(event):
             return event
         return replace(event, gone=recorded.gone)
 
@@ -317,58 +329,36 @@ class Planner:
         return entry.method.count(Counts(entry.asked, n, entered, stage.num_prefix, stage.depth, grid, *clip))
 
     def _slots(
-        self, run: StageRun, entry: Entry, n: int, entered: int, grid: Grid | None = None, clip: Clip = NO_CLIP
+        self,
+        run: StageRun,
+        entry: Entry,
+        n: int,
+        entered: int,
+        grid: Grid | None = None,
+        clip: Clip = NO_CLIP,
+        dealt: int | None = None,
     ) -> tuple[int, str]:
-        """Slots of a view row, and the kind of the visit."""
+        """Slots of a view row, and the kind of the visit; `dealt` is its part of what all layers keep together."""
         site = entry.site
         fixed = self.past.fixed.get(str(site))
         count = fixed if fixed is not None else self._counts(entry, n, entered, grid, clip)
         if count is None:
             recorded = self.past.events.get(run.stage, {}).get((site.stage, site.layer, site.point, entry.index))
-            known = _left(recorded, n, entered, site.stage == "vision" and self.shape.packed is not None)
+            stretches = site.stage == "vision" and self.shape.packed is not None
+            apart = site.stage == "cache" and recorded is not None and not recorded.ragged
+            known = left_of(recorded, n, entered, stretches or apart)
             if known is not None and recorded is not None:
                 return known, recorded.kind
-            self.past.met.append(f"{type(entry.method).__name__} at {site}")
-            least = 0 if site.stage == "decoder" else min(n, 1)  # a language model can go on without pictures
+            if dealt is not None:
+                self.past.evenly.add(type(entry.method).__name__)
+                return dealt, "observe" if dealt == n else "cut"
+            self.past.met.append((type(entry.method).__name__, site))
+            # A language model can go on without pictures.
+            least = 0 if site.stage in ("decoder", "cache") else min(n, 1)
             count = n if self.past.nothing else least
         return count, "observe" if count == n else "cut"
-
-
-def check_counts(counts: Mapping[str, int], attachment: Attachment) -> None:
-    """Checks that given counts name sites of the methods.
-
-    Raises:
-        ParameterError: one does not; the message names the sites there are.
-    """
-    known = {str(entry.site) for entry in attachment.entries}
-    for site, count in counts.items():
-        if site not in known:
-            raise ParameterError(f"counts: no site {site!r}; sites: {', '.join(sorted(known))}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ParameterError(f"counts: {site}={count!r} must be a number of tokens")
-
-
-def _left(recorded: Event | None, n: int, entered: int, stretches: bool) -> int | None:
-    """Slots that a recorded visit left of a view row; None where it does not tell.
-
-    Args:
-        recorded: the visit, or None.
-        n: tokens of the view row.
-        entered: of them.
-        stretches: whether views were stretches of one row, which leave by their lengths.
-    """
-    if recorded is None:
-        return None
-    if not stretches:
-        return max(n - (recorded.before - recorded.after), 0)
-    return next((group.slots for group in recorded.groups if (group.n, group.entered) == (n, entered)), None)
 
 
 def _grid(tower: TowerShape, n: int) -> Grid | None:
     """Rows and columns of the n patches that enter a tower, where they are as many as its configuration says."""
     return tower.grid if tower.grid is not None and tower.grid[0] * tower.grid[1] == n else None
-
-
-def _arrived(event: Event) -> int:
-    """Tokens that all views of a visit held."""
-    return sum(group.rows * group.n for group in event.groups)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from ..core.ledger import Group
 from ..core.sight import Grid, Seen
@@ -154,6 +155,19 @@ class PlannedRows:
         self.single = not any(picture.parts for picture in shown)
         self.length = sum(prompt.text) + sum(picture.inside + picture.tokens for picture in shown)
 
+    def copy(self) -> PlannedRows:
+        """The same counts, on their own."""
+        made = copy(self)
+        made.pictures = [replace(picture, parts=list(picture.parts)) for picture in self.pictures]
+        return made
+
+    def lose(self, before: PlannedRows, after: PlannedRows) -> None:
+        """As many tokens of each part leave as a cut took from the same rows in a later layer."""
+        for mine, old, new in zip(self.pictures, before.pictures, after.pictures):
+            mine.parts = [n - (was - now) for n, was, now in zip(mine.parts, old.parts, new.parts)]
+            mine.apart -= old.apart - new.apart
+        self.length -= before.length - after.length
+
     def enter(self, hold: bool = False) -> None:
         """A stage begins; a visual token that ends the row is held back in the decoder."""
         if hold and self.pictures and self.pictures[-1].after_last == 0 and self.pictures[-1].n:
@@ -190,7 +204,7 @@ class PlannedRows:
                 yield (-1, -1), self.pictures, total, entered
             return
         for index, picture in enumerate(self.pictures):
-            if scope == "picture" or self.single:
+            if scope in ("picture", "head") or self.single:
                 yield (index, -1), [picture], picture.n, picture.entered
                 continue
             if scope == "clip" or (scope == "frame" and not picture.frames):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.attachment import Attachment, Entry
 from ..core.ledger import Event, Group, StageRun
 from ..core.model_shape import BlockShape, ModelShape, TowerShape
 from ..core.sequence import TowerRow
 from ..core.signals import DECODER_SIGNALS, OF_OUTPUT, TOWER_SIGNALS, DecoderTaps, Need, TowerTaps
+from ..core.site import Site, named, runs_of_layers
 from ..core.view import Signal, TokenView
 from ..kernels import dispatch, exact
+from .cache_rehearsal import ask_caches
 from .counting import MacCounter
 from .flops import decoder_profiles
+from .meta import Memo, empty, on_meta
 
 
 @contextmanager
@@ -34,50 +36,8 @@ def rehearsal() -> Iterator[Callable[[], int]]:
         dispatch._ran.update(ran)
 
 
-def on_meta(module: nn.Module | None) -> nn.Module | None:
-    """A copy of a module without data."""
-    if module is None:
-        return None
-    known: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, known)
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without data."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 Give = Callable[[Need], Signal]
 """The signal of a need."""
-
-
-class Memo(MutableMapping[str, Any]):
-    """`TokenView.state` or `row` without data: it keeps the shapes of what was written, not the number of tokens."""
-
-    def __init__(self, kept: dict[str, Any], leading: tuple[int, ...]) -> None:
-        self._kept, self._leading = kept, leading
-
-    def __getitem__(self, name: str) -> Any:
-        kept = self._kept[name]
-        if isinstance(kept, tuple):
-            return torch.empty((*self._leading, *kept[0]), dtype=kept[1], device="meta")
-        return kept[0]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        fits = isinstance(value, Tensor) and tuple(value.shape[: len(self._leading)]) == self._leading
-        self._kept[name] = (tuple(value.shape[len(self._leading) :]), value.dtype) if fits else [value]
-
-    def __delitem__(self, name: str) -> None:
-        del self._kept[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
 
 class Rehearsal:
@@ -86,7 +46,8 @@ class Rehearsal:
     Attributes:
         signals: MACs of signals so far.
         elsewhere: MACs that only gave a signal its shape here; they are booked where it is made.
-        notes: what could not be counted.
+        notes: what could not be counted, and
+        failed: methods that do not run without data, with what they raised and where.
     """
 
     def __init__(self, attachment: Attachment, shape: ModelShape, run: StageRun, counted: Callable[[], int]) -> None:
@@ -97,6 +58,7 @@ class Rehearsal:
         self.signals = 0
         self.elsewhere = 0
         self.notes: list[str] = []
+        self.failed: dict[tuple[str, str], list[Site]] = {}
         self.states: dict[int, dict[str, Any]] = {}
         self.rows: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
         self.memory = {i: on_meta(attachment.remember(i)) for i in range(len(attachment.methods))}
@@ -144,7 +106,7 @@ class Rehearsal:
         profile = decoder_profiles(self.run, language.blocks)[1]
         width = language.blocks[0].width
         for event in self.run.events:
-            if event.method < 0:
+            if event.method < 0 or event.stage == "cache":
                 continue
             for group in event.groups:
                 layer = event.layer or 0
@@ -153,6 +115,7 @@ class Rehearsal:
                     keys += event.before - profile.layers[layer].queries
                 taps = self._decoder_taps(language.blocks[layer], event, group, keys)
                 self.ask(event, group, width, self._decoder_signals(taps, group, width))
+        ask_caches(self)
 
     # ------------------------------------------------------------------ towers
     def _tower_visit(self, tower: TowerShape, layer: int, row: TowerRow, event: Event, met: int | None) -> TowerRow:
@@ -298,25 +261,36 @@ class Rehearsal:
         finally:
             self.signals += self.counted() - before
 
-    def _entry(self, event: Event) -> Entry:
+    def entry(self, event: Event) -> Entry:
+        """The method of a visit at its site."""
         found = self.attachment.at(event.stage, event.layer, event.point)
         return next(entry for entry in found if entry.index == event.method)
 
     def ask(self, event: Event, group: Group, width: int, give: Give, insert: bool = False) -> None:
         """Shows a method a view without data."""
-        entry = self._entry(event)
+        entry = self.entry(event)
         view = self.view(entry, group, width, give)
+        self.tried(entry, view, lambda: entry.method.insert(view) if insert else entry.method.reduce(view))
+
+    def tried(self, entry: Entry, view: TokenView, ask: Callable[[], object]) -> None:
+        """Asks a method something of a view without data, and notes where it does not answer."""
         name = type(entry.method).__name__
         if any(need.key in self.attachment.user for need in entry.needs):
             self.notes.append(f"the user's own signals for {name} are not counted")
         try:
             with exact(view.tokens.device):
-                if insert:
-                    entry.method.insert(view)
-                else:
-                    entry.method.reduce(view)
+                ask()
         except Exception as problem:  # a method of a third party may do anything
-            self.notes.append(f"{name} does not run without data at {entry.site}, its cost there is missing: {problem}")
+            self.failed.setdefault((name, str(problem)), []).append(entry.site)
+
+    def said(self) -> list[str]:
+        """What could not be counted, and why; layers in which a method fails alike are one."""
+        found = list(self.notes)
+        for (name, problem), sites in self.failed.items():
+            once = list(dict.fromkeys(sites))
+            places = ", ".join(named(run) for run in runs_of_layers(once, lambda site: site, lambda site: None))
+            found.append(f"{name} does not run without data at {places}, its cost there is missing: {problem}")
+        return found
 
     def view(self, entry: Entry, group: Group, width: int, give: Give) -> TokenView:
         """A view without data.

@@ -49,6 +49,8 @@ def records(report: ReportData) -> list[dict[str, Any]]:
             ("visual", row.visual_before, row.visual),
         ):
             add("tokens", f"{row.stage} {name}", row.layer, "tokens", before, value)
+        if row.held is not None and report.evicts:
+            add("tokens", f"{row.stage} held", row.layer, "tokens", row.held_before, row.held)
     return made
 
 
@@ -132,19 +134,21 @@ def _tables(report: ReportData) -> Iterator[Table]:
         yield Table(["", "before", "after", "after / before"], rows)
     if report.layers:
         head = ["stage", "layers", "tokens before", "attention", "MLP", "visual"]
-        yield Table(head, list(_merged(report.layers)))
+        head += ["held behind"] if report.evicts else []
+        yield Table(head, list(_merged(report.layers, report.evicts)))
     if report.sites:
         yield Table(["site", "method", "visits", "tokens of a row"], list(_merged_sites(report.sites)))
 
 
-def _merged(layers: Iterable[LayerLine]) -> Iterator[list[str]]:
-    """Runs of blocks with equal tokens as one row."""
+def _merged(layers: Iterable[LayerLine], held: bool) -> Iterator[list[str]]:
+    """Runs of blocks with equal tokens as one row, with what their caches hold where that is asked."""
     run: list[LayerLine] = []
     for item in [*layers, None]:
-        if run and (item is None or _tokens(item) != _tokens(run[0])):
+        if run and (item is None or _tokens(item, held) != _tokens(run[0], held)):
             first, last = run[0], run[-1]
             names = str(first.layer) if first is last else f"{first.layer} - {last.layer}"
             shown = [span.show(whole) for span in (first.attention, first.mlp, first.visual)]
+            shown += ["" if first.held is None else first.held.show(whole)] if held else []
             yield [first.stage, names, str(first.before), *shown]
             run = []
         if item is not None:
@@ -159,8 +163,21 @@ def _merged_sites(sites: Sequence[SiteLine]) -> Iterator[list[str]]:
         first, end = run[0], run[-1]
         name = named([item.site for item in run])
         tokens = "never fired" if end.after is None else f"{first.before} -> {end.after.show(whole)}"
-        yield [name, first.method, str(first.visits) + (" each" if len(run) > 1 else ""), tokens]
+        if first.site.stage == "cache" and end.after is not None:
+            tokens = _each_cache(run)
+        visits = str(first.visits) + (" each" if len(run) > 1 else "")
+        if not first.visits and end.after is not None:
+            visits = "none, with its cut"
+        yield [name, first.method, visits, tokens]
 
 
-def _tokens(item: LayerLine) -> tuple[Any, ...]:
-    return (item.stage, item.before, item.attention, item.mlp, item.visual)
+def _each_cache(run: Sequence[SiteLine]) -> str:
+    """Entries of a row that layers held and keep, from the fewest to the most: no layer's are handed to the next."""
+    before = [item.before for item in run if item.before is not None]
+    after = [item.after for item in run if item.after is not None]
+    left = Span(min(one.low for one in after), max(one.high for one in after))
+    return f"{Span(min(before), max(before)).show(whole)} -> {left.show(whole)}"
+
+
+def _tokens(item: LayerLine, held: bool) -> tuple[Any, ...]:
+    return (item.stage, item.before, item.attention, item.mlp, item.visual, item.held if held else None)

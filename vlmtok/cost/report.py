@@ -34,7 +34,8 @@ class Report(ReportData, Records):
         source: ``last pass``, ``all passes`` or ``estimate``.
         lines: MACs by part; signals and the methods' own cost have lines of their own.
         step: one decode step behind the prefill, or None.
-        cache: bytes of the key-value cache behind the prefill, or None.
+        cache: bytes of the key-value cache that stay behind the prefill, or None. Padding takes as much as entries.
+        peak: bytes that it held at the end of the prefill, before entries left, or None.
         layers: tokens by block, of the last passes.
         sites: where methods acted.
         passes: how many passes each stage has seen.
@@ -103,6 +104,7 @@ class Report(ReportData, Records):
             "decode_step_macs": line(self.step),
             "decode_step_flops": None if self.step is None else line(flops_of(self.step)),
             "cache_bytes": line(self.cache),
+            "cache_peak_bytes": line(self.peak),
             "figure": None if self.figure is None else {"convention": self.figure.name, **(line(self.figure) or {})},
             "layers": [
                 {
@@ -113,6 +115,7 @@ class Report(ReportData, Records):
                     "mlp": item.mlp.plain(),
                     "visual_before": item.visual_before,
                     "visual": item.visual.plain(),
+                    **({} if item.held is None else {"held_before": item.held_before, "held": item.held.plain()}),
                 }
                 for item in self.layers
             ],

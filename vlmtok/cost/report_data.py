@@ -24,6 +24,7 @@ class ReportData:
     lines: list[Line] = field(default_factory=list)
     step: Line | None = None
     cache: Line | None = None
+    peak: Line | None = None
     layers: list[LayerLine] = field(default_factory=list)
     sites: list[SiteLine] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
@@ -44,6 +45,12 @@ class ReportData:
         visits = [(site.before, site.after) for site in self.sites]
         cut = any(a is not None and b is not None and a.low < b for b, a in visits)
         return cut or any(run.skips for run in self._runs)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether entries leave the key-value cache, or a method was put where they can."""
+        asked = any(site.site.stage == "cache" for site in self.sites)
+        return asked or (self.cache is not None and self.peak is not None and self.cache.after != self.peak.after)
 
     @property
     def total(self) -> Line | None:
@@ -152,6 +159,8 @@ class ReportData:
         """Lines in other units."""
         if self.cache is not None:
             yield self.cache
+        if self.peak is not None and self.evicts:
+            yield self.peak
         if self.figure is not None:
             yield self.figure
 

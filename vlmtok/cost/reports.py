@@ -30,7 +30,8 @@ class Reports(Tabular):
 
     def to_records(self) -> list[dict[str, Any]]:
         """A record for each method: MACs and bytes, before and after; what depends on content as low and high."""
-        return [_record(report) for report in self.reports]
+        evicts = any(report.evicts for report in self.reports)
+        return [_record(report, evicts) for report in self.reports]
 
     def table(self) -> Table:
         """A row for each method, below one for the bare model."""
@@ -68,12 +69,15 @@ def _cells(report: Report, before: bool = False) -> list[str]:
     return cells + [shown(line) for line in (report.cache, report.step, report.figure) if line is not None]
 
 
-def _record(report: Report) -> dict[str, Any]:
+def _record(report: Report, peak: bool) -> dict[str, Any]:
+    """Of one method; the cache's peak where one of the methods lets entries leave it."""
     tokens = _tokens(report)
     made: dict[str, Any] = {"model": report.model, "method": "+".join(report.methods)}
     if tokens is not None:
         made.update(visual_tokens_before=tokens[0], visual_tokens_after=tokens[1])
     named = {"total_macs": report.total, "cache_bytes": report.cache, "decode_step_macs": report.step}
+    if peak:
+        named["cache_peak_bytes"] = report.peak
     if report.figure is not None:
         named[f"{report.figure.name}_{report.figure.unit.lower()}"] = report.figure
     for name, line in named.items():

@@ -15,7 +15,8 @@ from ..core.model_shape import ModelShape
 from ..core.settings import check_choice
 from ..core.spec import as_methods
 from ..core.view import TokenView
-from ..cost.plan import Past, check_counts, plan
+from ..cost.past import Past, check_counts
+from ..cost.plan import plan
 from ..cost.report import Report
 from ..errors import ParameterError, SiteError
 from ..guard import guarded
@@ -94,14 +95,19 @@ def estimate(
     past = _past(counts, attachment)
     past.nothing = True
     most = plan(attachment, shape, prompt, past)
-    met, plans, notes = list(dict.fromkeys(past.met)), [most], said
+    met, plans, notes = list(dict.fromkeys(f"{name} at {site}" for name, site in past.met)), [most], said
     if met:
         past.nothing = False
         plans.insert(0, plan(attachment, shape, prompt, past))
         notes.append(
-            f"{', '.join(met)} depends on content: figures go from everything dropped there to nothing; "
+            f"{past.met_at()} depends on content: figures go from everything dropped there to nothing; "
             "counts= takes what a run kept"
         )
+    notes += [
+        f"{name}: what caches keep together is known, how much each of its layers does depends on content and is taken "
+        "for even; counts= takes what a run kept"
+        for name in sorted(past.evenly)
+    ]
     if shape.packed is not None and shape.packed.pads:
         notes.append("rows of the vision tower count without the padding that a processor may add")
     report = Report.planned(attachment, shape, plans, notes, deciding)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 from ..core.model_shape import BlockShape, LanguageShape, ModelShape, Part, TowerShape
-from ..core.signals import AHEAD, DECODER_SIGNALS, PER_TOKEN, tower_signals
+from ..core.signals import AHEAD, CACHE_SIGNALS, DECODER_SIGNALS, PER_TOKEN, tower_signals
 from ..core.site import Layout, StageLayout
 from ..errors import ParameterError, hint
 from .published import PUBLISHED
@@ -37,12 +37,15 @@ def tower_layout(tower: TowerShape, last: int = -1, prefix: int | None = None) -
 
 
 def language_layout(language: LanguageShape) -> dict[str, StageLayout]:
-    """What a language model offers to methods: the stages ``projected`` and ``decoder``."""
+    """What a language model offers to methods: the stages ``projected``, ``decoder`` and ``cache``."""
     block, depth = language.blocks[0], language.depth
     points, signals = frozenset({"start", "end"}), frozenset(DECODER_SIGNALS)
     return {
         "projected": StageLayout(1, block.width, 0, 0, provides=frozenset({"text"}) | AHEAD),
         "decoder": StageLayout(depth, block.width, block.heads, depth - 1, points, signals),
+        "cache": StageLayout(
+            depth, block.kv_heads * block.head_width, block.kv_heads, depth - 1, provides=CACHE_SIGNALS
+        ),
     }
 
 

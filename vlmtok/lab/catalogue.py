@@ -57,7 +57,12 @@ KINDS: dict[str, Kind] = {
         Kind("dual", "clip-vit-b-16", None, "a vision tower and a text tower"),
         Kind("VLM, slots", "llava-1.5-7b", None, "cuts in tower and language model; shorter rows reach the latter"),
         Kind("VLM, spread", "llava-next-7b", None, "the same, but rows get their length back behind the tower"),
-        Kind("VLM", "llava-1.5-7b", ("projected", "decoder"), "cuts at and in the language model"),
+        Kind(
+            "VLM",
+            "llava-1.5-7b",
+            ("projected", "decoder", "cache"),
+            "cuts at and in the language model, and in its key-value cache",
+        ),
         Kind("VLM, tower", "llava-next-7b", ("vision",), "cuts in the tower alone"),
     )
 }

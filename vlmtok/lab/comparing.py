@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -243,5 +244,7 @@ def joined(trace: Trace, size: tuple[int, int], preprocess: Any) -> PictureTrace
         starts = itertools.accumulate((piece.patches for piece in trace.pictures), initial=0)
         held = [(piece.steps[step][1], start) for piece, start in zip(trace.pictures, starts)]
         steps.append((site, torch.cat([torch.where(owner < 0, -1, owner + start) for owner, start in held])))
-    methods = trace[0].methods
-    return PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods)
+    methods, tables = trace[0].methods, [piece.cached for piece in trace.pictures if piece.cached is not None]
+    cached = torch.cat(tables, 1) if len(tables) == len(trace) else None
+    made = PictureTrace(torch.cat(owners), tuple(steps), None, torch.cat(parts), shapes=shapes, methods=methods)
+    return replace(made, cached=cached, cached_by=trace[0].cached_by)

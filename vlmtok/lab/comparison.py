@@ -68,6 +68,8 @@ def _left(picture: PictureTrace, layer: int) -> int:
     """Tokens of a picture that enter a layer of the language model."""
     left = picture.patches
     for site, owner in picture.steps:
+        if site.stage == "cache":
+            continue
         if site.stage != "decoder" or layer_of(site.layer, site.point) <= layer:
             left = int(owner[owner >= 0].unique().numel())
     return left

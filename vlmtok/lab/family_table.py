@@ -49,7 +49,7 @@ def families() -> list[dict[str, Any]]:
         stages = {"slots": ["vision", "features"], "spread": ["vision"], "free": ["vision"]}.get(
             spec.tower_cut or "", []
         )
-        stages = stages + ([] if spec.boundary else ["projected", "decoder"])
+        stages = stages + ([] if spec.boundary else ["projected", "decoder", "cache"])
         found.append(
             {
                 "family": name,
@@ -75,7 +75,7 @@ def family_table() -> str:
     """
     from ..adapters.language import families as vlm_rows
 
-    lines = ["| model type | for example | `vision` | `projected`, `decoder` | positions | notes |"]
+    lines = ["| model type | for example | `vision` | `projected`, `decoder`, `cache` | positions | notes |"]
     lines.append("|---|---|---|---|---|---|")
     for name, spec in vlm_rows.ROWS.items():
         features = ", `features`" if spec.tower_cut == "slots" else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.trace import PictureTrace
+from .states import states_of
 
 WHERE = {
     "vision": "left inside the tower",
@@ -34,6 +35,14 @@ def legend(trace: PictureTrace) -> str:
     layers = sorted({site.layer for site in gone if site.stage == "decoder" and site.layer is not None})
     if layers:
         said.append(f"dim ones left in the language model, at layer {', '.join(map(str, layers))}")
+    held = states_of(trace)[-1]
     if not gone and bool((sizes == 1).all()):
-        said = ["every patch stayed"]
+        said = ["every patch stayed"] if held.held is None else []
+    if held.held is not None:
+        least, most = int(held.held.min().floor()), int(held.held.max().ceil())
+        of = str(least) if least == most else f"{least} to {most}"
+        said.append(
+            f"{'at the end, ' if said else ''}the more key-value caches hold a patch, the brighter it is: {of} "
+            f"of {held.layers} layers do"
+        )
     return "; ".join(said)

@@ -24,12 +24,13 @@ from .tiny import released
 if TYPE_CHECKING:
     from ..timing import Progress
 
-LETTERS = {"vision": "V", "features": "F", "projected": "P", "decoder": "D", "text": "T"}
+LETTERS = {"vision": "V", "features": "F", "projected": "P", "decoder": "D", "cache": "C", "text": "T"}
 """Stages in cells."""
 REFUSED, CHOSEN = "-", "*"
 LEGEND = (
     "where tokens leave or merge: V in the tower (vision), F before the projector (features), P behind it (projected), "
-    "D between layers of the language model (decoder), T in the text tower; * chosen by itself, see below; - refused"
+    "D between layers of the language model (decoder), C from its key-value cache behind the prefill (cache), T in the "
+    "text tower; * chosen by itself, see below; - refused"
 )
 
 

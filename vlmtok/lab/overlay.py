@@ -36,7 +36,8 @@ def overlay(
     """Draws what became of each patch of a picture.
 
     Patches that stayed alone keep their looks; merged ones share one colour and an outline a group; dropped ones are
-    dim, those dropped before the language model more so. What the model never saw (cropped away) is grey.
+    dim, those dropped before the language model more so. What the model never saw (cropped away) is grey. Where entries
+    left key-value caches, the last moment shows these instead: the more layers hold a patch, the brighter it is.
 
     Args:
         image: the picture as the user has it; for a clip, the frame.

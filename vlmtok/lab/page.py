@@ -178,6 +178,8 @@ def _patches(entry: Entry, size: tuple[int, int], preprocess: Any) -> dict[str, 
             "stage": None if state.site is None else state.site.stage,
             "layer": None if state.site is None else state.site.layer,
             "owner": state.owner.tolist(),
+            "held": None if state.held is None else [round(value, 3) for value in state.held.tolist()],
+            "layers": state.layers,
         }
         for state in states_of(entry.trace)
     ]

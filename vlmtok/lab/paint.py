@@ -1,4 +1,7 @@
-"""What became of each patch, painted on the picture: kept clear, merged tinted and outlined, lost dim."""
+"""What became of each patch, painted on the picture: kept clear, merged tinted and outlined, lost dim.
+
+Of caches, the more layers hold a patch, the brighter it is.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,13 @@ class Fates:
         owner: slot of each patch, -1 where it was dropped.
         sizes: patches of each patch's slot.
         late: for each patch, whether the language model dropped it.
+        held: of caches, the share of layers in which each patch is held; else None.
     """
 
     owner: list[int]
     sizes: list[int]
     late: list[bool]
+    held: list[float] | None = None
 
     @classmethod
     def of(cls, states: Sequence[State], number: int) -> Fates:
@@ -51,13 +56,21 @@ class Fates:
         for at in gone_at(list(states[: number + 1])):
             site = None if at is None else states[at].site
             late.append(site is not None and site.stage == "decoder")
-        return cls(owner, [counts[slot] if slot >= 0 else 0 for slot in owner], late)
+        state = states[number]
+        held = None if state.held is None else (state.held / max(1, state.layers)).tolist()
+        return cls(owner, [counts[slot] if slot >= 0 else 0 for slot in owner], late, held)
 
     def line_between(self, one: int, other: int) -> bool:
         """Whether two neighbours are parted: by the border of a merged group, or of what is left."""
-        if self.owner[one] == self.owner[other]:
+        if self.owner[one] == self.owner[other] and self.held is None:
             return False
-        return max(self.sizes[one], self.sizes[other]) > 1 or (self.owner[one] < 0) != (self.owner[other] < 0)
+        if self.owner[one] != self.owner[other] and max(self.sizes[one], self.sizes[other]) > 1:
+            return True
+        return self.gone(one) != self.gone(other)
+
+    def gone(self, patch: int) -> bool:
+        """Whether nothing of a patch is left; of caches, in no layer."""
+        return self.owner[patch] < 0 if self.held is None else self.held[patch] <= 0
 
 
 def dimmed(image: Image.Image, light: float) -> Image.Image:
@@ -98,16 +111,20 @@ def paint(image: Image.Image, pieces: Sequence[Piece], fates: Fates) -> Image.Im
     early, late = Image.new("L", image.size, 0), Image.new("L", image.size, 0)
     shade = Image.new("RGBA", image.size, (0, 0, 0, 0))
     pens = {True: ImageDraw.Draw(late), False: ImageDraw.Draw(early)}
-    tint = ImageDraw.Draw(shade)
+    tint, light = ImageDraw.Draw(shade), Image.new("L", image.size, 255)
     for piece in pieces:
         for place, patch in enumerate(piece.patches):
-            if fates.owner[patch] < 0:
+            if fates.held is not None:
+                ImageDraw.Draw(light).rectangle(piece.cell(place), fill=round(255 * fates.held[patch]))
+            elif fates.owner[patch] < 0:
                 pens[fates.late[patch]].rectangle(piece.cell(place), fill=255)
-            elif fates.sizes[patch] > 1:
+            if fates.sizes[patch] > 1:
                 tint.rectangle(piece.cell(place), fill=(*colour(fates.owner[patch]), TINT))
     drawn = Image.composite(dimmed(drawn, EARLY), drawn, early)
     drawn = Image.composite(dimmed(drawn, LATE), drawn, late)
     drawn = Image.alpha_composite(drawn.convert("RGBA"), shade).convert("RGB")
+    if fates.held is not None:
+        drawn = Image.composite(drawn, dimmed(drawn, EARLY), light)
     for piece in pieces:
         _outline(drawn, piece, fates)
     return drawn

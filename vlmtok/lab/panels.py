@@ -106,7 +106,8 @@ def _framed(image: Image.Image, part: tuple[int, int, int, int], size: tuple[int
 def _swatches(base: Image.Image, pieces: Sequence[Piece], fates: Sequence[Fates]) -> Iterator[tuple[Image.Image, str]]:
     """What the panels show, each as a small piece of the picture itself."""
     small = base.resize((SWATCH, SWATCH), Image.Resampling.BOX)
-    drawn = [(fate, patch) for fate in fates for piece in pieces for patch in piece.patches]
+    tokens = [fate for fate in fates if fate.held is None]
+    drawn = [(fate, patch) for fate in tokens for piece in pieces for patch in piece.patches]
     if any(fate.sizes[patch] == 1 for fate, patch in drawn):
         yield small, "kept"
     if any(fate.sizes[patch] > 1 for fate, patch in drawn):
@@ -118,6 +119,9 @@ def _swatches(base: Image.Image, pieces: Sequence[Piece], fates: Sequence[Fates]
         yield dimmed(small, EARLY), "dropped before the language model" if True in lost else "dropped"
     if True in lost:
         yield dimmed(small, LATE), "dropped inside the language model"
+    if any(fate.held is not None for fate in fates):
+        for share, words in ((1.0, "held in the caches of all layers"), (0.5, "of half of them"), (0.0, "of none")):
+            yield Image.blend(dimmed(small, EARLY), small, share), words
     if seen_mask(base.size, pieces).histogram()[0] > NOTHING * base.width * base.height:
         yield unseen(small), "never seen by the model"
 

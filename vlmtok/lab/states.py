@@ -15,8 +15,12 @@ PLACES = {
     "features": "between tower and projector",
     "projected": "in front of the language model",
     "decoder": "language model",
+    "cache": "key-value cache",
 }
 """By stage, where a cut was."""
+
+CACHES = "key-value caches"
+"""Where entries leave them."""
 
 POINTS = {"start": "in front of layer", "mid": "inside layer", "end": "behind layer"}
 
@@ -30,12 +34,16 @@ class State:
         method: whose cut it was; empty where that is not known.
         site: of the cut, or None.
         owner: int64 `[patches]`, see `vlmtok.core.trace.PictureTrace`.
+        held: of caches, fp32 `[patches]`, in how many layers each patch is held; else None.
+        layers: of how many.
     """
 
     label: str
     method: str
     site: Site | None
     owner: Tensor
+    held: Tensor | None = None
+    layers: int = 0
 
     @property
     def tokens(self) -> int:
@@ -49,8 +57,11 @@ class State:
 
     @property
     def title(self) -> str:
-        """Where, and how many tokens were left."""
+        """Where, and how many tokens were left; of caches, in how many layers a patch is held."""
         by = f" ({self.method})" if self.method else ""
+        if self.held is not None:
+            mean = float(self.held.mean()) if self.held.numel() else 0.0
+            return f"{self.label}{by}: patches held in {mean:.1f} of {self.layers} layers on average"
         return f"{self.label}{by}: {self.tokens} of {self.owner.numel()} tokens"
 
 
@@ -58,6 +69,8 @@ def place_of(site: Site) -> str:
     """A site in words; layers are 0-based, as everywhere."""
     if site.layer is None:
         return PLACES[site.stage]
+    if site.stage == "cache":
+        return f"{PLACES['cache']} of layer {site.layer}"
     return f"{PLACES.get(site.stage, site.stage)}, {POINTS[site.point]} {site.layer}"
 
 
@@ -69,7 +82,7 @@ def states_of(trace: PictureTrace) -> list[State]:
 
     Returns:
         First the state before any cut, then one for each cut that changed something. What changed the patches without
-        a recorded cut is one more, at the end.
+        a recorded cut is one more, at the end; so is what caches hold, where entries left them.
     """
     found = [State("before any cut", "", None, torch.arange(trace.patches))]
     methods = trace.methods or ("",) * len(trace.steps)
@@ -79,6 +92,10 @@ def states_of(trace: PictureTrace) -> list[State]:
             found.append(State(place_of(site), method, site, owner))
     if not torch.equal(trace.owner, found[-1].owner):
         found.append(State("at the end", "", None, trace.owner))
+    if trace.cached is not None:
+        held, layers = trace.held_in(), int((~trace.cached.isnan().any(1)).sum())
+        if bool((held < layers).any()):
+            found.append(State(CACHES, " + ".join(trace.cached_by), None, found[-1].owner, held, layers))
     return found
 
 

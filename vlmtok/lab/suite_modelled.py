@@ -55,7 +55,8 @@ def _modelled_tower(shape: Any, method: str, batch: int) -> Row:
 
 def _modelled(shape: Any, name: str, visual: int, method: str, batch: int) -> list[Row]:
     lm = replace(shape, vision=None, projector=(), visual=visual)
-    lm = replace(lm, layout=replace(lm.layout, stages={k: lm.layout.stages[k] for k in ("projected", "decoder")}))
+    inside = {name: lm.layout.stages[name] for name in ("projected", "decoder", "cache")}
+    lm = replace(lm, layout=replace(lm.layout, stages=inside))
     report = estimate(lm, method, batch=batch, text_tokens=(1, TEXT_TOKENS - 1), visual_tokens=visual)
     head = row_head(name, "prefill", Contestant(method), batch, visual, report)
     weights = _weights(shape.language.blocks) + 2 * shape.language.head.row

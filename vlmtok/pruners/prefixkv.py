@@ -215,7 +215,8 @@ class PrefixKV(ScoredCache):
             return
         if all(self.count(view.counts) == view.counts.n for view in views):
             return
-        kept = levelled([over_heads(view.signal("attention_mass")) for view in views], self._total(views))
+        total = self._total([view.counts for view in views])
+        kept = levelled([over_heads(view.signal("attention_mass")) for view in views], total)
         numbers = [None] * len(views) if kept.is_meta else kept.T.tolist()  # the one wait for the device
         for view, each in zip(views, numbers, strict=True):
             view.row[_noted(view)] = each
@@ -267,9 +268,13 @@ class PrefixKV(ScoredCache):
             said.append(f"the profile was made for keep={given.keep:g}, scaled to keep={self.keep:g}")
         return [f"PrefixKV: {'; '.join(said)}"] if said else []
 
-    def _total(self, views: Sequence[TokenView]) -> int:
+    def together(self, counts: Sequence[Counts]) -> int | None:
+        """What `keep` says of all layers; None where nothing leaves."""
+        return None if counts[0].entered <= self.min_tokens else self._total(counts)
+
+    def _total(self, counts: Sequence[Counts]) -> int:
         """Entries of all layers that stay."""
-        held = [view.counts.n for view in views if view.counts.n]
+        held = [one.n for one in counts if one.n]
         total = (
             keep_count(self.keep, sum(held)) if isinstance(self.keep, float) else sum(min(self.keep, n) for n in held)
         )

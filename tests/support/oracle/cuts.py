@@ -107,3 +107,18 @@ class Decider(Protocol):
 
     def bias_from(self) -> int:
         """First tower layer whose attention logits get log(size)."""
+
+    def forgets(self, visit: Any) -> bool:
+        """Whether caches of the layers before lose the entries of what it drops."""
+
+    def window(self, visit: Any) -> int:
+        """Last rows of the prompt that ``recent_mass`` sums over."""
+
+    def joins(self, visit: Any) -> tuple[bool, bool]:
+        """At ``cache``: whether keys mix as values do, and whether merged entries get log(size)."""
+
+    def plan(self, cases: list[tuple[Any, Moment]]) -> None:
+        """All visits of one view row at ``cache``, in the order of the layers, before any `evict`."""
+
+    def evict(self, visit: Any, moment: Moment) -> list[Cut] | None:
+        """What stays of entries: one cut for all key-value heads, or one a head."""

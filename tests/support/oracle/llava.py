@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import hf_tower
 from .cuts import Cut, Decider, Moment, Signals
+from .evicting import Dropped, Shown, evict
 from .rows import LlamaLayer, Plan, RowRun, rms_norm, row_signals
 from .towers import TowerRun, run_tower
 
@@ -90,6 +91,8 @@ class Llava:
             mask_from: from this layer on text no longer looks at pictures (masking instead of dropping).
         """
         run = self.embed(ids, pixels, decider, row)
+        dropped: list[Dropped] = []
+        shown: list[Shown] = []
 
         def visit_all(stage: str, layer: int | None, point: str, logits: Any = None, modules: Any = None) -> None:
             now = torch.arange(len(run.h))
@@ -98,6 +101,7 @@ class Llava:
                     now = torch.arange(len(run.h))
                 seen = logits() if callable(logits) else logits
                 ready: list[tuple[Tensor, Cut]] = []
+                fresh: set[int] = set()
                 for picture, columns in run.units(decider.scope(visit)):
                     key = (stage, layer, point, visit.index, picture)
                     if plan is not None and key in plan.cuts:
@@ -107,10 +111,14 @@ class Llava:
                         cut = decider.decide(visit, moment)
                         if plan is not None:
                             plan.cuts[key] = cut
+                        fresh.update(run.who[columns].tolist())
                     if cut is not None:
                         ready.append((columns, cut))
-                before = len(run.h)
+                before, there = len(run.h), set(run.who.tolist())
                 now = now[run.take(ready)]
+                if layer is not None and decider.forgets(visit):
+                    left = (there - set(run.who.tolist())) & fresh
+                    dropped.append(Dropped(layer + (point == "end"), frozenset(left)))
                 if len(run.h) < before and decider.renumbers(visit):
                     run.renumber()
 
@@ -128,9 +136,15 @@ class Llava:
             run.lengths.append(len(run.h))
             unseen = run.picture >= 0 if mask_from is not None and layer >= mask_from else None
             idle = (run.picture >= 0) & (run.place != run.held)
-            run.h, logits, modules = part.run(run.h, run.positions, unseen, skips[layer], idle)
+            evictions = [] if plan is None else plan.evictions.get(layer, [])
+            run.h, logits, modules = part.run(run.h, run.positions, unseen, skips[layer], idle, run.place, evictions)
+            shown.append(Shown.of(run, part, logits))
             visit_all("decoder", layer, "end", logits, modules)
         if plan is not None:
+            if any(began >= plan.until for began in run.began.values()):
+                for layer, eviction in evict(run, shown, decider, plan.until, len(ids), dropped).items():
+                    plan.evictions.setdefault(layer, []).append(eviction)
+                plan.until = len(ids)
             plan.done, plan.held = True, run.held
         return rms_norm(run.h, self.lm.norm), run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import flat, heads_of, rotary
 from .cuts import Cut, Signals
+from .held import Eviction, attend
 from .towers import rotated
 
 
@@ -24,6 +26,7 @@ class LlamaLayer:
 
     Attributes:
         keys: [Hkv, L, d] after rope, of the last call.
+        values: [Hkv, L, d], of the last call.
         neurons: [L, F], input of the MLP's last projection in the last run.
     """
 
@@ -31,8 +34,18 @@ class LlamaLayer:
         self.module, self.width = module, config.hidden_size // config.num_attention_heads
         self.theta = config.rope_parameters["rope_theta"]
 
-    def attend(self, h: Tensor, positions: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed input, what attention adds, and logits [H, L, L]; nobody looks at the columns `unseen` but they."""
+    def attend(
+        self,
+        h: Tensor,
+        positions: Tensor,
+        unseen: Tensor | None = None,
+        places: Tensor | None = None,
+        evictions: Sequence[Eviction] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed input, what attention adds, and logits [H, L, L]; nobody looks at the columns `unseen` but they.
+
+        Rows behind each of the `evictions` see what it left; `places` are the prompt columns of all.
+        """
         attn = self.module.self_attn
         x = rms_norm(h, self.module.input_layernorm)
         q, k, v = (
@@ -40,15 +53,14 @@ class LlamaLayer:
         )
         sin, cos = rotary(positions, self.width, self.theta)
         q, k = rotated(q.double(), sin, cos, True), rotated(k.double(), sin, cos, True)
-        self.keys = k
-        many = q.shape[0] // k.shape[0]
-        k, v = k.repeat_interleave(many, 0), v.double().repeat_interleave(many, 0)
+        self.keys, self.values = k, v
         length = len(h)
         blocked = torch.ones(length, length).triu(1).bool()
         if unseen is not None:
             blocked = blocked | (unseen[None, :] & ~unseen[:, None])
-        logits = (q @ k.transpose(1, 2) * self.width**-0.5).masked_fill(blocked, float("-inf"))
-        return x, attn.o_proj(flat(logits.softmax(-1) @ v).to(h.dtype)), logits
+        places = torch.arange(length) if places is None else places
+        mixed, logits = attend(q, k, v.double(), blocked, self.width**-0.5, places, evictions)
+        return x, attn.o_proj(flat(mixed).to(h.dtype)), logits
 
     def run(
         self,
@@ -57,9 +69,11 @@ class LlamaLayer:
         unseen: Tensor | None = None,
         skips: frozenset[str] = frozenset(),
         idle: Tensor | None = None,
+        places: Tensor | None = None,
+        evictions: Sequence[Eviction] = (),
     ) -> tuple[Tensor, Tensor, Any]:
         """Output, logits, and (in, out) of attention and MLP; branches in `skips` add nothing to the columns `idle`."""
-        x, mixed, logits = self.attend(h, positions, unseen)
+        x, mixed, logits = self.attend(h, positions, unseen, places, evictions)
         if "attn" in skips and idle is not None:
             mixed = torch.where(idle[:, None], 0.0, mixed)
         h = h + mixed
@@ -201,8 +215,12 @@ class Plan:
         cuts: by site, method and picture; pictures that are not in it are decided on when they come.
         held: the visual token that ended the prompt, or -1.
         done: whether the prompt has been seen.
+        evictions: by layer, what left caches behind each prompt.
+        until: columns of the prompts whose caches have been seen to.
     """
 
     cuts: dict[tuple[Any, ...], Cut | None] = field(default_factory=dict)
     held: int = -1
     done: bool = False
+    evictions: dict[int, list[Eviction]] = field(default_factory=dict)
+    until: int = 0

@@ -32,16 +32,21 @@
     return { owner, sizes, gone, number: new Map(merged.map((slot, i) => [slot, i + 1])), groups: merged.length };
   };
 
+  // Of caches, in which share of the layers a patch is held; else null.
+  const share = (patch) => (state().held ? state().held[patch] / state().layers : null);
+  const lost = (patch) => (state().held ? !state().held[patch] : fates.owner[patch] < 0);
   const size = (patch) => (fates.owner[patch] < 0 ? 0 : fates.sizes.get(fates.owner[patch]));
   const late = (patch) => fates.gone[patch] >= 0 && method().states[fates.gone[patch]].stage === "decoder";
   const parted = (one, other) => {
-    if (fates.owner[one] === fates.owner[other]) return false;
-    return Math.max(size(one), size(other)) > 1 || fates.owner[one] < 0 !== fates.owner[other] < 0;
+    if (fates.owner[one] !== fates.owner[other] && Math.max(size(one), size(other)) > 1) return true;
+    return lost(one) !== lost(other);
   };
 
   const by_method = (one) => (one.method ? ` by ${one.method}` : "");
   const told = (place) => {
     const { patch } = place, where = `Row ${place.row + 1} of ${place.rows}, column ${place.column + 1} of ${place.columns}: `;
+    const one = state();
+    if (one.held) return `${where}held in ${Number(one.held[patch].toFixed(1))} of ${one.layers} layers${by_method(one)}.`;
     if (fates.gone[patch] >= 0) {
       const at = fates.gone[patch], one = method().states[at];
       const before = at > 0 ? method().states[at - 1].owner : fates.owner;
@@ -80,30 +85,35 @@
     fates = read();
     svg.replaceChildren();
     const defs = make("defs", {}, svg);
-    const layer = (name, path, whole) => {
+    const layer = (name, path, whole, shaded) => {
       if (!path && !whole) return;
-      if (!whole) make("path", { d: path, "clip-rule": "evenodd" }, make("clipPath", { id: `clip-${name}` }, defs));
+      const clip = `clip-${shaded ? shaded.name : name}`;
+      if (!whole) make("path", { d: path, "clip-rule": "evenodd" }, make("clipPath", { id: clip }, defs));
       make("image", { href: source, x: 0, y: 0, width: data.width, height: data.height, preserveAspectRatio: "none",
-        class: name + (view().pixels ? " pixels" : ""), ...(whole ? {} : { "clip-path": `url(#clip-${name})` }) }, svg);
+        class: name + (view().pixels ? " pixels" : ""), ...(whole ? {} : { "clip-path": `url(#${clip})` }), ...(shaded ? { opacity: shaded.opacity } : {}) }, svg);
     };
     const inside = view().pieces.map(({ box: [l, t, r, b] }) => `M${l} ${t}H${r}V${b}H${l}z`).join("");
     layer("clear", "", true);
     layer("unseen", `M0 0H${data.width}V${data.height}H0z${inside}`);
-    const paths = { early: "", late: "" }, groups = new Map();
+    const paths = { early: "", late: "" }, groups = new Map(), dimmer = new Map();
     let border = "";
     for (const place of places) {
       const { patch, x, y, wide, high } = place;
-      if (fates.owner[patch] < 0) paths[late(patch) ? "late" : "early"] += box(place);
-      else if (size(patch) > 1) groups.set(fates.owner[patch], (groups.get(fates.owner[patch]) || "") + box(place));
+      if (share(patch) !== null) dimmer.set(share(patch), (dimmer.get(share(patch)) || "") + box(place));
+      else if (fates.owner[patch] < 0) paths[late(patch) ? "late" : "early"] += box(place);
+      if (size(patch) > 1) groups.set(fates.owner[patch], (groups.get(fates.owner[patch]) || "") + box(place));
       if (place.right !== null && parted(patch, place.right)) border += `M${x + wide} ${y}v${high}`;
       if (place.below !== null && parted(patch, place.below)) border += `M${x} ${y + high}h${wide}`;
     }
     layer("early", paths.early);
     layer("late", paths.late);
+    let shade = 0;
+    for (const [held, d] of dimmer) if (held < 1) layer("early", d, false, { name: `held-${shade++}`, opacity: 1 - held });
     for (const [slot, d] of groups) make("path", { d, class: "group", fill: colour(slot) }, svg);
     make("path", { d: border, class: "border under" }, svg);
     make("path", { d: border, class: "border over" }, svg);
     make("path", { id: "chosen", d: "" }, svg);
+    by("caches").hidden = !method().states.some((one) => one.held);
     by("moment").textContent = state().title;
     slider.setAttribute("aria-valuetext", state().title);
     point(now.patch);

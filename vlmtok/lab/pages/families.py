@@ -6,6 +6,7 @@ family's default configuration. Towers and dual encoders are shown by the publis
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -163,7 +164,7 @@ def _offer(stage: str, layout: Layout, spec: Any) -> str:
     """Where in a stage tokens can leave, or why they cannot."""
     if stage not in layout.stages:
         # What goes with a stage of which the reason is known goes for the same.
-        reasons = [layout.without[one] for one in (stage, "vision", "projected") if one in layout.without]
+        reasons = [layout.without[one] for one in (stage, "vision", "projected", "decoder") if one in layout.without]
         return f"no: {reasons[0]}"
     offered = layout.stages[stage]
     if offered.whole:
@@ -172,7 +173,17 @@ def _offer(stage: str, layout: Layout, spec: Any) -> str:
         return f"yes, {TOWER_CUTS[spec.tower_cut]}; {_depth(offered)}"
     if stage == "decoder":
         return f"yes; {_depth(offered)}"
+    if stage == "cache":
+        return f"yes, behind the prefill, from {_caches(offered)}"
     return {"features": "yes, what the projector gets", "projected": "yes, at the language model's input"}[stage]
+
+
+def _caches(offered: StageLayout) -> str:
+    """Layers whose caches can lose entries, and why others cannot."""
+    left = offered.depth - len(offered.blind)
+    said = f"the caches of {'all' if left == offered.depth else left} of {offered.depth} layers"
+    why = {re.sub(r"of layer \d+", "of an earlier layer", one) for one in offered.blind.values()}
+    return said + (f"; of the others no entry can leave: {'; '.join(sorted(why))}" if why else "")
 
 
 def _depth(offered: StageLayout) -> str:
