@@ -208,6 +208,14 @@ def test_each_layer_keeps_its_best_and_rows_may_differ():
     assert ragged, "all rows keep as many"
 
 
+@pytest.mark.parametrize("method", [PrefixKV(keep=0.37), PrefixKV(keep=7), PrefixKV(keep=0.001)])
+def test_what_all_layers_keep_together_is_told_beforehand(method):
+    views, found = asked(method, masses(6, 1))
+    left = sum(24 if one is None else len(kept(one, 24)[0]) for one in found)
+    assert method.together([view.counts for view in views]) == left
+    assert PrefixKV(keep=0.37, min_tokens=24).together([view.counts for view in views]) is None
+
+
 def test_a_batch_equals_its_rows():
     given_masses = masses(seed=4)
     together = [kept(one, 24) for one in asked(PrefixKV(keep=0.3), given_masses)[1]]
