@@ -15,8 +15,8 @@ from ..adapters import adapter_for
 from ..compression import compress
 from ..core.method import Method
 from ..core.registry import list_methods
-from ..core.spec import as_methods, expand
 from ..core.site import Layout
+from ..core.spec import as_methods, expand
 from ..errors import ParameterError, VlmtokError, VlmtokWarning, hint
 from ..forecast.budget import budget, measure
 from ..forecast.estimate import estimate
@@ -137,7 +137,8 @@ def ways_of(
     """Every way of a sweep, the uncompressed model first; those that a model refuses say why.
 
     A method is set to each budget by `vlmtok.budget`: as many visual tokens, on average over the layers, as the share
-    says; one that acts on caches alone to that share of their bytes. Stacks (``tome+fastv``) have no single number to set and run once, as they are written.
+    says; one that acts on caches alone to that share of their bytes. Stacks (``tome+fastv``) have no single number to
+    set and run once, as they are written.
 
     Args:
         loaded: the model.
@@ -207,15 +208,15 @@ def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
     name, moved = start.spec_name(), start.budget_parameter
     try:
-        asked = {budget_quantity(start, adapter_for(loaded.model).layout()): keep}
+        asked: dict[str, Any] = {budget_quantity(start, adapter_for(loaded.model).layout()): keep, **prompt}
         try:
-            made = budget(start, loaded.model, within=WITHIN, **asked, **prompt)
+            made = budget(start, loaded.model, within=WITHIN, **asked)
         except ParameterError:
             if not moved or getattr(start, moved) is not None:
                 raise
             # It left the number to the content: any number will do to begin with.
             start = dataclasses.replace(start, **{moved: keep})  # type: ignore[arg-type]
-            made = budget(start, loaded.model, within=WITHIN, **asked, **prompt)
+            made = budget(start, loaded.model, within=WITHIN, **asked)
         with compress(loaded.model, made):
             return Way(name, spec, str(made), keep, (made,))
     except VlmtokError as problem:
