@@ -11,9 +11,10 @@ import copy
 import pytest
 import torch
 from support import matrix, models
-from support.cells import EXPECTED, REFUSED, RUNS, ids, made
+from support.cells import EXPECTED, REFUSED, RUNS, ids, made, subject_of
 from support.checks import Print, Subject, assert_differs, assert_equal, assert_same, hooks, idle
 from support.matrix import spec_of
+from support.methods import on_caches
 
 import vlmtok
 from vlmtok.errors import VlmtokError
@@ -22,6 +23,7 @@ KEEP_ALL = {
     "averagepool": "averagepool:output_size=(4;4)",
     "cdpruner": "cdpruner:keep=1.0",
     **{name: f"{name}:keep=1.0" for name in ("dart", "fastervlm", "grid", "hiprune", "holov", "mmtok", "vispruner")},
+    **{name: f"{name}:keep=1.0" for name in vlmtok.list_methods() if on_caches(name)},
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:keep=1.0",
     "learned": "learned:keep=1.0",
@@ -43,7 +45,7 @@ def test_the_table_has_every_method_and_every_model():
 
 
 def test_the_table_has_the_size_that_was_looked_at():
-    assert (len(EXPECTED), len(models.BUILDERS), len(RUNS), len(REFUSED)) == (31, 33, 265, 758)
+    assert (len(EXPECTED), len(models.BUILDERS), len(RUNS), len(REFUSED)) == (37, 33, 289, 932)
 
 
 @pytest.mark.parametrize(("method", "model"), REFUSED, ids=ids(REFUSED))
@@ -70,7 +72,7 @@ def test_the_contract_subjects_are_what_they_say():
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_a_method_that_does_nothing_changes_no_bit(method, model):
     """1: None at every site, with every signal derived and nothing inserted."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     with torch.no_grad():
         bare = subject.out()
         with vlmtok.compress(subject.model, idle(spec_of(method))) as run:
@@ -84,7 +86,7 @@ KEPT = [cell for cell in RUNS if cell[0] in KEEP_ALL]
 
 @pytest.mark.parametrize(("method", "model"), KEPT, ids=ids(KEPT))
 def test_keeping_all_changes_no_bit(method, model):
-    subject = Subject(model)
+    subject = subject_of(method, model)
     with torch.no_grad():
         bare = subject.out()
         with vlmtok.compress(subject.model, KEEP_ALL[method]):
@@ -102,7 +104,7 @@ def test_every_method_that_can_keep_all_is_in_the_list():
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_the_exact_model_comes_back(method, model):
     """1: after removal, after an exception in the middle of a forward, and in a deep copy. 2: it fired."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     before = Print.of(subject.model)
     methods = made(method)
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_the_exact_model_comes_back(method, model):
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_an_exception_inside_a_forward_leaves_the_next_one_right(method, model):
     """Nothing of a broken pass reaches the one after it, in the same compression."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     methods = made(method)
     with torch.no_grad(), vlmtok.compress(subject.model, methods) as run:
         first = subject.out()

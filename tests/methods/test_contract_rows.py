@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from support.cells import RUNS, ids, made
-from support.checks import Subject, assert_differs, assert_equal, watched
+from support.cells import RUNS, ids, made, subject_of
+from support.checks import assert_differs, assert_equal, watched
 from support.methods import cuts
 
 import vlmtok
@@ -18,7 +18,7 @@ from vlmtok import Reduction, TokenView
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_a_batch_equals_its_rows(method, model):
     """3: also left-padded rows, rows with two pictures, one or none."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     with torch.no_grad():
         bare = subject.out()
         with vlmtok.compress(subject.model, made(method)):
@@ -46,7 +46,7 @@ def owner_by_hand(reduction: Reduction, row: int, n: int) -> list[int]:
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_patches_are_owned_once_and_mass_is_kept(method, model):
     """4, and `count` tells what `reduce` returns, and `reduce` runs on meta tensors with the same shapes."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     methods = made(method)
     with torch.no_grad(), watched(methods) as seen, vlmtok.compress(subject.model, methods):
         subject.out()
@@ -83,7 +83,7 @@ def test_patches_are_owned_once_and_mass_is_kept(method, model):
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_reduce_runs_on_meta_tensors(method, model):
     """Its own cost is counted that way; shapes must be those of the real run."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     methods = made(method)
     with torch.no_grad(), watched(methods) as seen, vlmtok.compress(subject.model, methods) as run:
         subject.out()

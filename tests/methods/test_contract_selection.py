@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support import models
-from support.cells import RUNS, ids, made
+from support.cells import RUNS, ids, made, subject_of
 from support.checks import Subject, watched
 from support.methods import METHODS, cuts
 
@@ -19,7 +19,7 @@ from vlmtok.core.signals import ENTRIES, MASSES
 @pytest.mark.parametrize(("method", "model"), RUNS, ids=ids(RUNS))
 def test_selection_runs_in_fp32_whatever_surrounds_it(method, model):
     """8: autocast is off inside `reduce`, matrix products are exact, and half-precision models run."""
-    subject = Subject(model)
+    subject = subject_of(method, model)
     methods = made(method)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

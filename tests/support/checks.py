@@ -14,6 +14,7 @@ import vlmtok
 from vlmtok import Method, Reduction, TokenView
 
 from . import models
+from .hosts_of import cache_of, with_cache
 
 EQUAL = 1e-5
 """How far "equal" tensors may be apart, relative to the greatest entry where that is above one."""
@@ -142,12 +143,21 @@ def idle(spec: str) -> list[Method]:
 
 
 class Subject:
-    """A model of the matrix and three inputs for it, alike for towers and language models."""
+    """A model of the matrix and three inputs for it, alike for towers and language models.
+
+    Args:
+        name: of the model in the matrix.
+        model: another one of its kind, or None.
+        writes: whether what a language model gives has one column more, of a token that was written on its cache.
+    """
 
     PATTERNS = ("^3I5", "2I2", "^2I1I4", "6")
 
-    def __init__(self, name: str, model: nn.Module | None = None) -> None:
+    WRITTEN = 7
+
+    def __init__(self, name: str, model: nn.Module | None = None, writes: bool = False) -> None:
         self.name = name
+        self.writes = writes and name not in models.TOWERS
         self.model = models.shared(name) if model is None else model
         self.tower = models.TOWERS.get(name)
         if self.tower is None:
@@ -169,10 +179,24 @@ class Subject:
         if "pixel_values" in given:
             given["pixel_values"] = given["pixel_values"].to(dtype)
         found = model(**given)
-        return found.logits if hasattr(found, "logits") else found.last_hidden_state
+        return _answer(found) if not self.writes else torch.cat([_answer(found), self._written(model, given, found)], 1)
+
+    def _written(self, model: nn.Module, given: dict[str, Tensor], found: Any) -> Tensor:
+        """What the model gives to a token behind what it was shown."""
+        ids = torch.full((len(given["input_ids"]), 1), self.WRITTEN)
+        mask = {}
+        if "attention_mask" in given:
+            mask = {"attention_mask": torch.cat([given["attention_mask"], torch.ones_like(ids)], 1)}
+        return _answer(model(input_ids=ids, **mask, **with_cache(model, cache_of(found))))
 
     def row_of(self, whole: Tensor, row: int) -> Tensor:
         """One row of what the whole batch gave, padding left out."""
         if self.tower is not None:
             return whole[row : row + 1]
-        return whole[row : row + 1, whole.shape[1] - len(self.batch.rows[row]) :]
+        return whole[row : row + 1, whole.shape[1] - len(self.batch.rows[row]) - self.writes :]
+
+
+def _answer(found: Any) -> Tensor:
+    """Logits, or what stands for them."""
+    answer: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
+    return answer

@@ -17,6 +17,7 @@ from vlmtok.errors import VlmtokError
 
 from . import models
 from .checks import Subject, gap, watched
+from .methods import on_caches
 
 FILE = Path(__file__).parents[1] / "matrix.json"
 FAMILIES = "families"
@@ -38,6 +39,9 @@ SPECS = {
     "todre": "todre:keep=0.5:tau=0.6",
     "sparsevlm": "sparsevlm:tokens=192",
     "evs": "evs:source=pictures",
+    "snapkv": "snapkv:window=3",
+    "streaming": "streaming:sinks=1",
+    "ems_style": "ems_style:window=3",
     "vidcom2": "vidcom2:source=pictures",
 }
 """Settings for methods whose defaults do nothing on small models without clips, or learn from what they see."""
@@ -55,7 +59,7 @@ def outcome(method: str, model: str) -> str:
     Raises:
         AssertionError: neither: it fails only once it runs, or does nothing.
     """
-    subject = Subject(model)
+    subject = Subject(model, writes=on_caches(method))
     methods = vlmtok.parse_methods(spec_of(method))
     try:
         run = vlmtok.compress(subject.model, methods)
