@@ -178,13 +178,13 @@ def test_a_pass_that_failed_leaves_nothing_of_the_one_before(model):
 
 def test_it_is_told_in_one_line(model):
     one, two = traced(model, Every(2, layers=(0, 2)), pictures=1), traced(model, Every(2, layers=(0, 2)))
-    said = "key-value caches hold the entries of 8 to 16 of 16 patches in each of 5 layers, 64 of 80 together"
+    said = "key-value caches behind the prefill: 8 to 16 of 16 patches in each of 5 layers, 64 of 80 together"
     assert said in str(one) and said in repr(one) and said in one.sheet().text() and said in repr(one[0])
-    assert "of 16 to 32 of 32 patches in each of 5 layers, 128 of 160 together" in two.sheet().text()
+    assert "prefill: 16 to 32 of 32 patches in each of 5 layers, 128 of 160 together" in two.sheet().text()
     many = Trace([one[0]] * 7)
-    assert "of 56 to 112 of 112 patches in each of 5 layers, 448 of 560 together" in many.sheet().text()
+    assert "prefill: 56 to 112 of 112 patches in each of 5 layers, 448 of 560 together" in many.sheet().text()
     table = torch.tensor([[0.5, 0.25, 0.0], [torch.nan] * 3, [1.0, 1.0, 1.0]])
-    assert "of 0.8 to 3 of 3 patches in each of 2 layers, 3.8 of 6 together" in repr(
+    assert "prefill: 0.8 to 3 of 3 patches in each of 2 layers, 3.8 of 6 together" in repr(
         PictureTrace(torch.arange(3), (), None, cached=table)
     )
     assert "cache" not in repr(PictureTrace(torch.arange(3), (), None))

@@ -295,7 +295,7 @@ def _cached(pictures: Sequence[PictureTrace]) -> list[str]:
     total, least, most = (_number(float(x)) for x in (by_layer.sum(), by_layer.min(), by_layer.max()))
     span = least if least == most else f"{least} to {most}"
     where = f"{span} of {patches:,} patches in each of {layers} layers"
-    return [f"key-value caches hold the entries of {where}, {total} of {patches * layers:,} together"]
+    return [f"key-value caches behind the prefill: {where}, {total} of {patches * layers:,} together"]
 
 
 def _number(value: float) -> str:
