@@ -23,6 +23,8 @@ from support.llava_by_oracle import (
 from support.models import Batch
 from support.oracle.cuts import Cut
 from support.oracle.held import Entries, Eviction, Unit, attend
+from support.player import Player
+from vlmtok.adapters import adapter_for
 
 import vlmtok
 
@@ -138,10 +140,11 @@ def test_two_oracles_agree(name):
     with by_mask.hidden(model, table) as fired:
         tokens, logits = generated(model, batch, use_cache=False)
     assert fired == {*table}
-    with vlmtok.compress(model, held) as run:
-        decide = decider([held], run)
+    layout = adapter_for(model).layout()
     for row in range(len(batch)):
-        ids, wanted = oracle.Llava(model).generate(batch.rows[row], batch.pixels[row], decide, STEPS, row=row)
+        ids, wanted = oracle.Llava(model).generate(
+            batch.rows[row], batch.pixels[row], lambda: Player([held], layout), STEPS, row=row
+        )
         assert ids.tolist() == tokens[row].tolist()
         assert_equal(logits[row], wanted)
 
