@@ -49,7 +49,7 @@ def test_every_row_says_what_was_run_with_which_settings(reports):
         (said,) = {row["settings"] for row in found}
         assert said.startswith(settings)
         if "+" in method:
-            assert said.endswith("+K=2:keep=0.5:positions=keep:min_tokens=0")
+            assert said.endswith("+K=2:keep=0.5:positions=keep:forget=false:min_tokens=0")
 
 
 def test_whole_numbers_are_whole_in_every_form(reports):

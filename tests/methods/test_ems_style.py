@@ -115,6 +115,12 @@ def test_nan_loses_and_ties_go_to_the_first():
     assert EMSStyle(keep=4).reduce(view_of(signals)).dst[0].tolist() == [0, -1, 0, 0]
 
 
+def test_a_cosine_of_tau_itself_joins():
+    signals = {name: torch.full((1, 6), 0.5) for name in ("attention_mass", "attention_rows", "recent_mass")}
+    view = view_of({**signals, "keys_cached": torch.ones(1, 6, 4)})
+    assert EMSStyle(keep=2, tau=1.0).reduce(view).dst.tolist() == [[0, 0]]
+
+
 def test_a_head_without_mass_and_rows_that_saw_nothing():
     signals = {name: torch.zeros(1, 6) for name in ("attention_mass", "attention_rows", "recent_mass")}
     reduction = EMSStyle(keep=2).reduce(view_of({**signals, "keys_cached": torch.ones(1, 6, 4)}))

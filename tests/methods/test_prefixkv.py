@@ -71,6 +71,11 @@ def test_the_released_bisection_ends_where_layers_are_alike():
     assert abs(int(bisected(alike, 0.53).sum()) - 0.53 * alike.numel()) >= TOLERANCE
 
 
+def test_the_first_prefix_that_reaches_a_level_counts():
+    """One that equals it reaches it."""
+    assert bisected(torch.ones(1, 16), 0.5).tolist() == [8]
+
+
 # ---------------------------------------------------------------------- our level
 def by_halvings(masses, total):
     """Sixty halvings of the level, then what is missing to the layers whose next entry is the largest."""
@@ -138,6 +143,12 @@ def test_identical_layers_end_and_share_evenly():
     assert flat.tolist() == [[8, 8, 8]]  # a layer without mass is one whose entries are alike
 
 
+def test_of_layers_that_reach_a_level_together_the_larger_share_goes_first():
+    """Half is held by the first entry of both; then come 3 of 10 and 5 of 10."""
+    given_masses = [torch.tensor([[5.0, 3.0, 2.0]]), torch.tensor([[5.0, 5.0]])]
+    assert [levelled(given_masses, total).tolist() for total in (2, 3, 4)] == [[[1, 1]], [[1, 2]], [[2, 2]]]
+
+
 def test_a_layer_of_one_heavy_entry_keeps_few():
     peaked, flat = torch.full((1, 100), 1e-4), torch.ones(1, 100)
     peaked[0, 40] = 1.0
@@ -195,6 +206,14 @@ def test_each_layer_keeps_its_best_and_rows_may_differ():
         assert one.slots == max(numbers) and (one.valid is None) == (len(set(numbers)) == 1)
         ragged += one.valid is not None
     assert ragged, "all rows keep as many"
+
+
+@pytest.mark.parametrize("method", [PrefixKV(keep=0.37), PrefixKV(keep=7), PrefixKV(keep=0.001)])
+def test_what_all_layers_keep_together_is_told_beforehand(method):
+    views, found = asked(method, masses(6, 1))
+    left = sum(24 if one is None else len(kept(one, 24)[0]) for one in found)
+    assert method.together([view.counts for view in views]) == left
+    assert PrefixKV(keep=0.37, min_tokens=24).together([view.counts for view in views]) is None
 
 
 def test_a_batch_equals_its_rows():

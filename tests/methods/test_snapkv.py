@@ -49,7 +49,9 @@ def test_entries_stay_in_clusters(scope, pool):
 def test_equal_entries_go_to_the_lowest_index():
     """Whatever pooling does at the ends."""
     for value in (0.05, 0.3, 1 / 3):
-        view = view_of({"recent_mass": torch.full((1, 30), value)})
+        equal = torch.full((1, 30), value)
+        assert all(torch.equal(pooled(equal, kernel, "mean"), equal) for kernel in (3, 5, 7, 9, 11))
+        view = view_of({"recent_mass": equal})
         assert kept(SnapKV(keep=7).reduce(view), 30) == [list(range(7))]
 
 

@@ -33,6 +33,7 @@ class Rule:
         layers: where; None for every full-attention layer that keeps keys.
         spared: layers at which the method answers None.
         window: rows of ``recent_mass``.
+        every: decode steps after which it is asked again, of what is left; 0 for never.
     """
 
     by: str = "stride"
@@ -41,6 +42,7 @@ class Rule:
     layers: tuple[int, ...] | None = None
     spared: tuple[int, ...] = ()
     window: int = 0
+    every: int = 0
 
     def count(self, n: int) -> int:
         return int(self.keep * n + 0.5)

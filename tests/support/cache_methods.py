@@ -33,8 +33,8 @@ class Held(Method):
         needs = NEEDS.get(self.rule.by, (self.rule.by,))
         layers = layout.cached_layers(self.rule.layers, "held")
         self.heads = layout.stages["cache"].heads
-        scope, window = self.rule.scope, self.rule.window
-        return [Site("cache", layer, needs=needs, scope=scope, window=window) for layer in layers]
+        more = {"scope": self.rule.scope, "window": self.rule.window, "every": self.rule.every}
+        return [Site("cache", layer, needs=needs, **more) for layer in layers]
 
     def score(self, view: TokenView) -> Tensor:
         """`[B, N]`: of each head in scope ``head``, else the mean of heads."""

@@ -160,6 +160,9 @@ class Player:
     def window(self, visit: Visit) -> int:
         return visit.site.window
 
+    def every(self, visit: Visit) -> int:
+        return visit.site.every
+
     def joins(self, visit: Visit) -> tuple[bool, bool]:
         return visit.method.merge_keys == "weighted", visit.method.proportional
 

@@ -21,7 +21,7 @@ from ..loading.models import Loaded, skeleton
 from ..loading.names import EMBEDDED
 from .sizing import why_fixed
 from .twins import why_one_size
-from .ways import WITHIN
+from .ways import WITHIN, budget_quantity
 
 Tried = tuple[tuple[str, ...], tuple[str, ...], str]
 """Stages at which a way acts, what it chooses by itself, and why it is refused: empty where it is not."""
@@ -71,10 +71,12 @@ class Target:
 
         Args:
             asked: spec string from which to start.
-            share: of the visual tokens, mean over layers.
+            share: of the visual tokens, mean over layers; of the caches' bytes for methods that act there alone.
         """
         try:
-            return str(budget(asked, self.shape, layer_average_tokens=share, within=WITHIN)), ""
+            made = as_methods(asked)
+            what = budget_quantity(made[0], self.shape.layout) if len(made) == 1 else "layer_average_tokens"
+            return str(budget(asked, self.shape, within=WITHIN, **{what: share})), ""  # type: ignore[arg-type]
         except TargetError as problem:
             return "", " ".join(str(problem).split())
         except VlmtokError:  # nothing to move, a stack, or a model that does not say how many tokens a picture has

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters import adapter_for
 from ..compression import compress
 from ..core.method import Method
 from ..core.registry import list_methods
+from ..core.site import Layout
 from ..core.spec import as_methods, expand
 from ..errors import ParameterError, VlmtokError, VlmtokWarning, hint
 from ..forecast.budget import budget, measure
@@ -135,7 +137,8 @@ def ways_of(
     """Every way of a sweep, the uncompressed model first; those that a model refuses say why.
 
     A method is set to each budget by `vlmtok.budget`: as many visual tokens, on average over the layers, as the share
-    says. Stacks (``tome+fastv``) have no single number to set and run once, as they are written.
+    says; one that acts on caches alone to that share of their bytes. Stacks (``tome+fastv``) have no single number to
+    set and run once, as they are written.
 
     Args:
         loaded: the model.
@@ -184,18 +187,36 @@ def _as_written(loaded: Loaded, spec: str, prompt: dict[str, Any]) -> Way:
         return Way(name, spec, spec, problem=str(problem))
 
 
+def budget_quantity(method: Method, layout: Layout) -> str:
+    """The quantity by which a method is set to a budget, as `vlmtok.budget` calls it.
+
+    Args:
+        method: the method.
+        layout: of the model.
+
+    Returns:
+        ``layer_average_tokens``; ``kv_bytes`` for a method by which entries of caches leave and no tokens.
+
+    Raises:
+        SiteError, MissingSignal: it cannot act there.
+    """
+    stages = {site.stage for site in method.sites(layout)}
+    return "kv_bytes" if stages == {"cache"} else "layer_average_tokens"
+
+
 def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
     name, moved = start.spec_name(), start.budget_parameter
     try:
+        asked: dict[str, Any] = {budget_quantity(start, adapter_for(loaded.model).layout()): keep, **prompt}
         try:
-            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+            made = budget(start, loaded.model, within=WITHIN, **asked)
         except ParameterError:
             if not moved or getattr(start, moved) is not None:
                 raise
             # It left the number to the content: any number will do to begin with.
             start = dataclasses.replace(start, **{moved: keep})  # type: ignore[arg-type]
-            made = budget(start, loaded.model, layer_average_tokens=keep, within=WITHIN, **prompt)
+            made = budget(start, loaded.model, within=WITHIN, **asked)
         with compress(loaded.model, made):
             return Way(name, spec, str(made), keep, (made,))
     except VlmtokError as problem:

@@ -96,7 +96,7 @@ def budget(
         layer_average_tokens: visual tokens that a layer gets, mean over the language model's layers (a lone tower's).
         macs: MACs of towers, projector and prefill, with signals and the method's own cost; with `convention` the
             figure of that convention, in its unit.
-        kv_bytes: bytes of the key-value cache behind the prefill, all rows.
+        kv_bytes: bytes of the key-value cache that stay behind the prefill, all rows, padding included.
         convention: how `macs` are counted, see `vlmtok.cost.conventions`.
         within: how far from the target its method may be, as a share of it.
         prompt: arguments of `estimate` (`text_tokens`, `pictures`, `batch`, `visual_tokens`, `image_size`, ...).

@@ -37,7 +37,7 @@ def joined(keys: Tensor, order: Tensor, k: int, more: int, tau: float) -> Reduct
         cosine = kernels.take_rows(unit, src) @ kernels.take_rows(unit, keep).transpose(1, 2)
     cosine = torch.where(cosine.isnan(), float("-inf"), cosine)
     best = cosine.amax(2)
-    return Reduction(keep, src, torch.where((best >= tau) & ~best.isneginf(), cosine.argmax(2), -1))
+    return Reduction(keep, src, torch.where(best >= tau, cosine.argmax(2), -1))
 
 
 @register_method

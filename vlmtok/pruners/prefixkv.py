@@ -211,9 +211,7 @@ class PrefixKV(ScoredCache):
 
     def plan(self, views: Sequence[TokenView]) -> None:
         """Spends the budget over the layers; the numbers are read on the host, all at once."""
-        if self._shares is not None or not views or views[0].entered <= self.min_tokens:
-            return
-        if all(self.count(view.counts) == view.counts.n for view in views):
+        if self._shares is not None or all(self.count(view.counts) == view.counts.n for view in views):
             return
         total = self._total([view.counts for view in views])
         kept = levelled([over_heads(view.signal("attention_mass")) for view in views], total)

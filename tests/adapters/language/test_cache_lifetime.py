@@ -20,7 +20,7 @@ from support.models import Batch
 
 import vlmtok
 from vlmtok import Reduction, Site
-from vlmtok.errors import CacheError, SiteError, VlmtokWarning
+from vlmtok.errors import CacheError, ParameterError, PassError, SiteError, VlmtokWarning
 
 WHOLE = {
     "keeps all": [Held(Rule(keep=1.0))],
@@ -256,7 +256,8 @@ class Uneven(Held):
 def test_heads_that_keep_different_numbers_are_refused():
     model, batch = llava(), Batch.of("^3I5")
     bare = generated(model, batch)[1]
-    with vlmtok.compress(model, Uneven(Rule(scope="head"))), pytest.raises((vlmtok.errors.ParameterError, vlmtok.errors.PassError), match="head"):
+    refused = pytest.raises((ParameterError, PassError), match="head")
+    with vlmtok.compress(model, Uneven(Rule(scope="head"))), refused:
         generated(model, batch)
     assert_same(generated(model, batch)[1], bare)
 
@@ -268,3 +269,28 @@ def test_a_prompt_of_a_picture_alone_is_not_emptied():
         held = cache_of(model(**batch.inputs(), use_cache=True)).layers
     assert [layer.keys.shape[2] for layer in held] == [1] * 6
     assert_generates_as_the_oracle(model, batch, [Held(Rule(keep=0.0))])
+
+
+@pytest.mark.parametrize("way", ["lookup", "assistant"])
+def test_entries_that_leave_while_drafts_are_taken_back_are_refused(way):
+    model, batch = llava(), Batch.of("^3I5")
+    batch = Batch((torch.cat([batch.rows[0], batch.rows[0][-3:]]),), batch.pixels)
+    more = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    more = more if way == "lookup" else {"assistant_model": copy.deepcopy(model)}
+    with vlmtok.compress(model, Held(Rule(keep=0.75, every=1))):
+        good = generated(model, batch)[1]
+        with pytest.raises(CacheError, match=r"(?s)while the answer is written.*every=0"):
+            model.generate(**batch.inputs(), **more, max_new_tokens=4, do_sample=False)
+        assert_same(generated(model, batch)[1], good)
+
+
+def test_a_second_prompt_with_pictures_is_refused_where_entries_leave_while_the_answer_is_written():
+    model, batch, other = llava(), Batch.of("^3I5"), Batch.of("2I4", seed=7)
+    length = len(batch.rows[0])
+    with torch.no_grad(), vlmtok.compress(model, Held(Rule(keep=0.75, every=2))):
+        held = cache_of(model(**batch.inputs(), use_cache=True))
+        columns = [layer.keys.shape[2] for layer in held.layers]
+        more = {**other.inputs(mask=False), "position_ids": length + torch.arange(len(other.rows[0]))[None]}
+        with pytest.raises(CacheError, match=r"(?s)second prompt with pictures.*fresh cache.*every=0"):
+            model(**more, **with_cache(model, held), use_cache=True)
+        assert [layer.keys.shape[2] for layer in held.layers] == columns

@@ -114,6 +114,9 @@ class Decider(Protocol):
     def window(self, visit: Any) -> int:
         """Last rows of the prompt that ``recent_mass`` sums over."""
 
+    def every(self, visit: Any) -> int:
+        """Decode steps after which it is asked again, or 0."""
+
     def joins(self, visit: Any) -> tuple[bool, bool]:
         """At ``cache``: whether keys mix as values do, and whether merged entries get log(size)."""
 

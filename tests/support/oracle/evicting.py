@@ -20,6 +20,7 @@ class Shown:
     Attributes:
         picture, place, who, size: see `RowRun`.
         keys, values: `[Hkv, L, d]`.
+        gone: bool `[Hkv, L]`, entries that have left.
         logits: `[H, L, L]`.
     """
 
@@ -29,30 +30,38 @@ class Shown:
     size: Tensor
     keys: Tensor
     values: Tensor
+    gone: Tensor
     logits: Tensor
 
     @classmethod
     def of(cls, run: RowRun, layer: LlamaLayer, logits: Tensor) -> Shown:
         """Of a layer that has just run."""
-        return cls(run.picture, run.place, run.who, run.size, layer.keys, layer.values, logits)
+        return cls(run.picture, run.place, run.who, run.size, layer.keys, layer.values, layer.gone, logits)
 
     def signals(self, columns: Tensor, window: int, first: int) -> Signals:
-        """By name, `[Hkv, N]` or `[Hkv, N, d]`; rows that ask are those of this prompt, from column `first` on."""
+        """By name, `[Hkv, N]` or `[Hkv, N, d]`; rows that ask are those of this prompt, from column `first` on.
+
+        Args:
+            columns: int64 `[Hkv, N]`.
+            window: of ``recent_mass``.
+            first: see above.
+        """
         rows, heads = self.logits.softmax(-1), len(self.keys)
-        asking = self.place >= first
+        asking, deep = self.place >= first, columns[..., None].expand(-1, -1, self.keys.shape[2])
 
         def mass(which: Tensor) -> Tensor:
-            return (rows * which[None, :, None]).sum(1)[:, columns].unflatten(0, (heads, -1)).mean(1).float()
+            found = (rows * which[None, :, None]).sum(1).unflatten(0, (heads, -1)).mean(1)
+            return found.gather(1, columns).float()
 
         recent = torch.arange(len(asking)) >= len(asking) - window
-        could = torch.tensor([float(asking[c:].sum()) for c in columns.tolist()])
+        could = torch.tensor([[float(asking[c:].sum()) for c in one] for one in columns.tolist()])
         found = {
             "attention_mass": mass(asking),
             "text_mass": mass(asking & (self.picture < 0)),
             "recent_mass": mass(asking & recent),
-            "attention_rows": could.expand(heads, -1),
-            "keys_cached": self.keys[:, columns].float(),
-            "values_cached": self.values[:, columns].float(),
+            "attention_rows": could,
+            "keys_cached": self.keys.gather(1, deep).float(),
+            "values_cached": self.values.gather(1, deep).float(),
         }
         return {name: (value, 1) for name, value in found.items()}
 
@@ -66,33 +75,47 @@ class Dropped:
 
 
 def evict(
-    run: RowRun, shown: list[Shown], decider: Decider, first: int, until: int, dropped: list[Dropped]
+    run: RowRun,
+    shown: list[Shown],
+    decider: Decider,
+    first: int,
+    until: int,
+    dropped: list[Dropped],
+    steps: tuple[int, int] | None = None,
 ) -> dict[int, Eviction]:
-    """What a prompt's end does to every layer, by layer.
+    """What the end of a prompt, or of some decode steps, does to every layer, by layer.
 
     Args:
         run: the row behind the last layer.
         shown: its layers.
         decider: who decides.
-        first: prompt columns that were there before this prompt.
-        until: prompt columns there are now.
+        first: columns that were there before this prompt.
+        until: columns there are now.
         dropped: cuts that caches follow.
+        steps: columns written in front of this call and behind it, where it brought no pictures.
     """
     new = [picture for picture, began in run.began.items() if began >= first]
     lost = [_lost(layer, seen, dropped) for layer, seen in enumerate(shown)]
+    ends = int(shown[0].place[shown[0].place < until - (0 if steps is None else steps[1])][-1])
     cases: dict[tuple[int, str, int], list[tuple[Any, Moment, Tensor]]] = {}
     for layer, seen in enumerate(shown):
         for visit in decider.visits("cache", layer, "end"):
-            scope = decider.scope(visit)
+            scope, every = decider.scope(visit), decider.every(visit)
+            if steps is not None and (not every or steps[0] // every == steps[1] // every):
+                continue
             for picture in new if scope != "sample" else [-1] * bool(new):
                 mine = seen.picture >= 0 if picture < 0 else seen.picture == picture
-                mine = mine & (seen.place != until - 1)  # what ends the prompt stays
+                mine = mine & (seen.place != ends)  # what ends the prompt stays
                 for other in set(run.began) - set(new):
                     mine = mine & (seen.picture != other)
-                columns = (mine & ~torch.isin(seen.place, lost[layer])).nonzero()[:, 0]
-                if len(columns):
+                held = (mine & ~torch.isin(seen.place, lost[layer]))[None] & ~seen.gone
+                each = [one.nonzero()[:, 0] for one in held]
+                if len(each[0]):
+                    columns = torch.stack(each)
+                    assert scope == "head" or bool((columns == columns[:1]).all())
                     moment = _moment(run, seen, layer, picture, columns, decider.window(visit), first, len(shown))
-                    cases.setdefault((visit.index, scope, picture), []).append((visit, moment, seen.place[columns]))
+                    places = seen.place[columns if scope == "head" else columns[0]]
+                    cases.setdefault((visit.index, scope, picture), []).append((visit, moment, places))
     for asked in cases.values():
         decider.plan([(visit, moment) for visit, moment, _ in asked])
     found = {layer: Eviction(until, [], left if len(left) else None) for layer, left in enumerate(lost)}
@@ -116,16 +139,17 @@ def _lost(layer: int, seen: Shown, dropped: list[Dropped]) -> Tensor:
 def _moment(
     run: RowRun, seen: Shown, layer: int, picture: int, columns: Tensor, window: int, first: int, depth: int
 ) -> Moment:
+    deep = columns[..., None].expand(-1, -1, seen.values.shape[2])
     return Moment(
         "cache",
         layer,
         "end",
-        seen.values[:, columns].transpose(0, 1).flatten(1),
-        seen.size[columns],
-        seen.who[columns],
+        seen.values.gather(1, deep).transpose(0, 1).flatten(1),
+        seen.size[columns[0]],
+        seen.who[columns[0]],
         seen.signals(columns, window, first),
         depth=depth,
         entered=sum(run.entered.values()) if picture < 0 else run.entered[picture],
-        columns=columns,
+        columns=columns[0],
         unit=(run.row, picture),
     )

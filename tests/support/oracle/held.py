@@ -31,7 +31,7 @@ class Unit:
     """One view row (or all key-value heads of one).
 
     Attributes:
-        places: int64 `[N]`, prompt columns of its entries.
+        places: int64 `[N]`, columns of its entries in the whole row, or `[Hkv, N]` where each head has its own.
         cuts: one for all heads, or one a head.
         weighted: whether keys mix as values do.
         sizes: `[N]`, where slots get log(size).
@@ -66,8 +66,8 @@ class Eviction:
         """
         keys, values, gone, bias = (table.clone() for table in held)
         for unit in self.units:
-            columns = _where(places, unit.places)
             for head in range(len(keys)):
+                columns = _where(places, unit.places if unit.places.dim() == 1 else unit.places[head])
                 cut = unit.cuts[head if len(unit.cuts) > 1 else 0]
                 kept = columns[cut.keep]
                 values[head, kept] = cut.mix.double() @ held.values[head, columns].double()
@@ -95,7 +95,7 @@ def _where(places: Tensor, wanted: Tensor) -> Tensor:
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, blocked: Tensor, scale: float, places: Tensor, evictions: list[Eviction]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention in which each row sees entries as they were when it came.
 
     Args:
@@ -107,7 +107,7 @@ def attend(
         evictions: in order.
 
     Returns:
-        What is read, `[H, L, d]`, and logits `[H, L, L]`.
+        What is read, `[H, L, d]`, logits `[H, L, L]`, and what is gone in the end, bool `[Hkv, L]`.
     """
     many = q.shape[0] // keys.shape[0]
     held = Entries(keys, values, torch.zeros(keys.shape[:2]) > 0, torch.zeros(keys.shape[:2]).double())
@@ -125,4 +125,4 @@ def attend(
         if bool(later.any()):
             other, seen = read(held)
             mixed, logits = torch.where(later, other, mixed), torch.where(later, seen, logits)
-    return mixed, logits
+    return mixed, logits, held.gone

@@ -144,7 +144,12 @@ class Llava:
             if any(began >= plan.until for began in run.began.values()):
                 for layer, eviction in evict(run, shown, decider, plan.until, len(ids), dropped).items():
                     plan.evictions.setdefault(layer, []).append(eviction)
-                plan.until = len(ids)
+                plan.until, plan.written = len(ids), 0
+            elif plan.done and plan.until:
+                steps = (plan.written, len(ids) - plan.until)
+                for layer, eviction in evict(run, shown, decider, 0, len(ids), [], steps).items():
+                    plan.evictions.setdefault(layer, []).append(eviction)
+                plan.written = steps[1]
             plan.done, plan.held = True, run.held
         return rms_norm(run.h, self.lm.norm), run
 

@@ -27,6 +27,7 @@ class LlamaLayer:
     Attributes:
         keys: [Hkv, L, d] after rope, of the last call.
         values: [Hkv, L, d], of the last call.
+        gone: bool [Hkv, L], entries that rows to come do not see.
         neurons: [L, F], input of the MLP's last projection in the last run.
     """
 
@@ -59,7 +60,7 @@ class LlamaLayer:
         if unseen is not None:
             blocked = blocked | (unseen[None, :] & ~unseen[:, None])
         places = torch.arange(length) if places is None else places
-        mixed, logits = attend(q, k, v.double(), blocked, self.width**-0.5, places, evictions)
+        mixed, logits, self.gone = attend(q, k, v.double(), blocked, self.width**-0.5, places, evictions)
         return x, attn.o_proj(flat(mixed).to(h.dtype)), logits
 
     def run(
@@ -217,6 +218,7 @@ class Plan:
         done: whether the prompt has been seen.
         evictions: by layer, what left caches behind each prompt.
         until: columns of the prompts whose caches have been seen to.
+        written: columns behind them.
     """
 
     cuts: dict[tuple[Any, ...], Cut | None] = field(default_factory=dict)
@@ -224,3 +226,4 @@ class Plan:
     done: bool = False
     evictions: dict[int, list[Eviction]] = field(default_factory=dict)
     until: int = 0
+    written: int = 0
