@@ -66,7 +66,12 @@ def found_in(whole, now, seen, row, column, columns):
     return sum(there) / len(there)
 
 
-@pytest.mark.parametrize(("name", "how"), some([*FAMILIES], ["head", "picture", "ragged", "sample"], every=4))
+MLA = ("kimi_k25",)
+"""Their caches hold latents, and the stage is refused."""
+LOSING = [name for name in FAMILIES if name not in MLA]
+
+
+@pytest.mark.parametrize(("name", "how"), some(LOSING, ["head", "picture", "ragged", "sample"], every=4))
 def test_traces_hold_what_caches_hold(name, how):
     model, which = shared(name, FAMILIES[name].attentions[0]), "rows" if how == "head" else "several"
     rows = batch(name, which)

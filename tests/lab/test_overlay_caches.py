@@ -125,6 +125,15 @@ def test_what_ran_is_drawn_and_told(speaker):
     assert last["held"] == pytest.approx(held.tolist(), abs=1e-3) and last["layers"] == len(found.trace.cached)
 
 
+def test_a_method_that_costs_more_than_it_saves_is_told_so(speaker):
+    """Attention is summed for the choice, and the prefill is as long as before."""
+    found = compare(speaker, picture(), QUESTION, "prefixkv:keep=0.5")
+    line = found.report.total
+    assert line.after.high > line.before
+    assert f"{line.after.high / line.before:.2f} x as many" in found.sheet().text()
+    assert "x fewer" not in found.sheet().text()
+
+
 def test_crops_that_are_pictures_of_their_own_are_joined():
     one, two = trace([[1, 0, 1, 0]] * 2), trace([[0, 0, 0, 1]] * 2)
     found = comparing.joined(vlmtok.core.trace.Trace([one, two]), (80, 40), halves)
