@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support import models, oracle
-from support.cells import LLAVA_RUNS, TOWER_RUNS, ids, made
+from support.cells import CACHE_RUNS, LLAVA_RUNS, TOWER_RUNS, ids, made
 from support.checks import Subject, assert_differs, assert_equal
 from support.player import Player
 
 import vlmtok
+from vlmtok.core.between_layers import DropsBetweenLayers
 
 
 @pytest.mark.parametrize(("method", "model"), TOWER_RUNS, ids=ids(TOWER_RUNS))
@@ -32,6 +35,11 @@ def test_a_tower_equals_the_oracle(method, model):
 
 
 STEPS = 3
+FORGETFUL = [
+    (method, model)
+    for method, model in LLAVA_RUNS
+    if issubclass(vlmtok.method_class(method), DropsBetweenLayers) and model in ("HF LLaVA", "HF LLaVA eager")
+]
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
@@ -42,8 +50,24 @@ def test_generate_equals_the_oracle(method, model, cached):
     Without a cache a host shows the whole row again at every step, what was generated included: methods that ask the
     text then decide anew.
     """
+    assert_generates_as_the_oracle(made(method), model, cached)
+
+
+@pytest.mark.parametrize(("method", "model"), CACHE_RUNS, ids=ids(CACHE_RUNS))
+def test_generate_on_less_of_a_cache_equals_the_oracle(method, model):
+    """5: rows behind the prompt do not see what left the cache of their layer."""
+    assert_generates_as_the_oracle(made(method), model)
+
+
+@pytest.mark.parametrize(("method", "model"), FORGETFUL, ids=ids(FORGETFUL))
+def test_what_is_forgotten_is_seen_nowhere(method, model):
+    """5: rows behind the prompt do not see, in the layers before a cut, what it dropped."""
+    assert_generates_as_the_oracle([dataclasses.replace(made(method)[0], forget=True)], model)
+
+
+def assert_generates_as_the_oracle(methods, model, cached=True):
     subject = Subject(model)
-    batch, methods = subject.batch, made(method)
+    batch = subject.batch
     given = dict(
         **batch.inputs(),
         max_new_tokens=STEPS,

@@ -14,6 +14,7 @@ CELLS = [(method, model) for method, row in EXPECTED.items() for model in row]
 RUNS = [cell for cell in CELLS if EXPECTED[cell[0]][cell[1]] == "runs"]
 REFUSED = [cell for cell in CELLS if cell not in set(RUNS)]
 LLAVA_RUNS = [cell for cell in RUNS if cell[1] in models.LLAVA and not on_caches(cell[0])]
+CACHE_RUNS = [cell for cell in RUNS if on_caches(cell[0]) and cell[1] in ("HF LLaVA", "HF LLaVA eager")]
 TOWER_RUNS = [cell for cell in RUNS if cell[1] in models.TOWERS]
 
 

@@ -155,7 +155,7 @@ class Player:
 
     # ------------------------------------------------------------------ caches
     def forgets(self, visit: Visit) -> bool:
-        return visit.site.forget
+        return visit.site.forget or getattr(visit.method, "forget", False)
 
     def window(self, visit: Visit) -> int:
         return visit.site.window
