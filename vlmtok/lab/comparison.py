@@ -247,10 +247,10 @@ class Comparison(Shown, Page):
             yield ("MACs, total", "not given", "not given", "; ".join(self.report.missing))
         else:
             after = macs.after.high
-            times = f"{macs.before / after:.2f} x fewer" if after else ""
+            fewer = f"{macs.before / after:.2f} x fewer" if after else ""
             if after > macs.before:
-                times = f"{after / macs.before:.2f} x as many"
-            yield ("MACs, total", si(macs.before), macs.after.show(si), times)
+                fewer = f"{after / macs.before:.2f} x as many"
+            yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
         if cache is not None and cache.before:
             saved = f"{1 - cache.after.high / cache.before:.0%} saved"
             yield (cache.name, binary(cache.before), cache.after.show(binary), saved)
