@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.checks import Print
 from support.matrix import COUNTED, FLOOR, expected_families, spec_of
+from support.methods import on_caches
 from torch import Tensor
 
 import vlmtok
@@ -44,8 +45,11 @@ PAIRS = [(name, method) for method, row in TABLE.items() for name, said in row.i
 PAIRS.sort()  # by family, so that a worker builds few models
 IN_TOWER = [(name, method) for name, method in PAIRS if name in TOWER_ONLY]
 IN_ROWS = [pair for pair in PAIRS if pair not in IN_TOWER]
-ON_PICTURES = [pair for pair in IN_ROWS if not issubclass(vlmtok.method_class(pair[1]), ClipMethod)]
-"""Methods that take tokens of clips alone have loops of their own, in `test_clips`."""
+ON_PICTURES = [
+    pair for pair in IN_ROWS if not issubclass(vlmtok.method_class(pair[1]), ClipMethod) and not on_caches(pair[1])
+]
+"""Methods that take tokens of clips alone have loops of their own, in `test_clips`, those of caches in
+`test_cache_pairs`."""
 
 
 @functools.cache
@@ -142,5 +146,5 @@ def test_every_pair_that_attaches_is_run() -> None:
 
 def test_the_count_of_pairs() -> None:
     counted = [pair for pair in PAIRS if pair[0] in COUNTED]
-    assert len(COUNTED) == 19 and len(vlmtok.list_methods()) * 19 == 589
+    assert len(COUNTED) == 19 and len(vlmtok.list_methods()) * 19 == 703
     assert len(counted) >= FLOOR
