@@ -246,10 +246,10 @@ class Comparison(Shown, Page):
         if macs is None:
             yield ("MACs, total", "not given", "not given", "; ".join(self.report.missing))
         else:
-            after = macs.after.high
-            fewer = f"{macs.before / after:.2f} x fewer" if after else ""
-            if after > macs.before:
-                fewer = f"{after / macs.before:.2f} x as many"
+            high = macs.after.high
+            fewer = f"{macs.before / high:.2f} x fewer" if high else ""
+            if high > macs.before:
+                fewer = f"{high / macs.before:.2f} x as many"
             yield ("MACs, total", si(macs.before), macs.after.show(si), fewer)
         if cache is not None and cache.before:
             saved = f"{1 - cache.after.high / cache.before:.0%} saved"
