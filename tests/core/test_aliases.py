@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.methods import METHODS
+from support.methods import METHODS, on_caches
 
 import vlmtok
 from vlmtok import parse_methods
@@ -60,6 +60,7 @@ READ = [
     ("vidcom2:q=0.5", "vidcom2:rate=0.5"),
     ("prefixkv:ratio=0.8", "prefixkv:keep=0.2"),
     ("vidcom2:R_RATIO=0.1", "vidcom2:rate=0.9"),
+    *((f"{name}:compression_ratio=0.75", f"{name}:keep=0.25") for name in METHODS if on_caches(name)),
 ]
 
 

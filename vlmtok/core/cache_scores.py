@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .aliases import Alias, share_that_goes
 from .method import Method
 from .reduction import Reduction
 from .selection import keep_top
@@ -16,6 +17,8 @@ from .settings import check_choice, check_keep, check_layer, keep_count
 from .site import BUDGET_SCOPES, Counts, Layout, Site
 from .view import TokenView
 
+COMPRESSION_RATIO = share_that_goes("compression_ratio", "keep", "keep", "kvpress")
+"""What kvpress calls the share that goes."""
 CACHE_SCOPES = ("head", *BUDGET_SCOPES)
 """Scopes that a `keep` can be meant for at the cache, where a method lets the user say."""
 
@@ -60,6 +63,7 @@ class ScoredCache(Method):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[tuple[Alias, ...]] = (COMPRESSION_RATIO,)
     budget_parameter = "keep"
 
     keep: float | int = 0.5

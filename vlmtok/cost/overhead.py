@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..core.attachment import Attachment
 from ..core.ledger import StageRun
 from ..core.model_shape import ModelShape
+from .cache_rehearsal import ask_caches
 from .packed_rehearsal import PackedRehearsal
 from .rehearsal import Rehearsal, rehearsal
 
@@ -50,6 +51,7 @@ def overhead(attachment: Attachment, shape: ModelShape, run: StageRun) -> Overhe
         again = kind(attachment, shape, run, counted)
         if run.stage == "decoder":
             again.decoder()
+            ask_caches(again)
         else:
             again.tower()
         own = counted() - again.signals - again.elsewhere

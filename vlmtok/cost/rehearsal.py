@@ -18,7 +18,6 @@ from ..core.signals import DECODER_SIGNALS, OF_OUTPUT, TOWER_SIGNALS, DecoderTap
 from ..core.site import Site, named, runs_of_layers
 from ..core.view import Signal, TokenView
 from ..kernels import dispatch, exact
-from .cache_rehearsal import ask_caches
 from .counting import MacCounter
 from .flops import decoder_profiles
 from .meta import Memo, empty, on_meta
@@ -115,7 +114,6 @@ class Rehearsal:
                     keys += event.before - profile.layers[layer].queries
                 taps = self._decoder_taps(language.blocks[layer], event, group, keys)
                 self.ask(event, group, width, self._decoder_signals(taps, group, width))
-        ask_caches(self)
 
     # ------------------------------------------------------------------ towers
     def _tower_visit(self, tower: TowerShape, layer: int, row: TowerRow, event: Event, met: int | None) -> TowerRow:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.aliases import Alias, share_that_goes
-from ..core.cache_scores import ScoredCache, over_heads
+from ..core.cache_scores import COMPRESSION_RATIO, ScoredCache, over_heads
 from ..core.layer_profile import LayerProfile, as_profile
 from ..core.reduction import Reduction
 from ..core.registry import register_method
@@ -198,6 +198,7 @@ class PrefixKV(ScoredCache):
     )
     aliases = (
         share_that_goes("ratio", "keep", "PrefixKV", "the released code"),
+        COMPRESSION_RATIO,
         Alias("start_size", instead="no entry of a picture is protected, and text never leaves; leave it out"),
     )
     scope = "sample"
