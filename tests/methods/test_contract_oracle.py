@@ -59,18 +59,24 @@ def test_generate_on_less_of_a_cache_equals_the_oracle(method, model):
     assert_generates_as_the_oracle(made(method), model)
 
 
+@pytest.mark.parametrize(("method", "model"), CACHE_RUNS, ids=ids(CACHE_RUNS))
+def test_generate_on_less_and_less_of_a_cache_equals_the_oracle(method, model):
+    """5: asked again after every token, each row sees what is held by then."""
+    assert_generates_as_the_oracle([dataclasses.replace(made(method)[0], keep=0.8, every=1)], model, steps=4)
+
+
 @pytest.mark.parametrize(("method", "model"), FORGETFUL, ids=ids(FORGETFUL))
 def test_what_is_forgotten_is_seen_nowhere(method, model):
     """5: rows behind the prompt do not see, in the layers before a cut, what it dropped."""
     assert_generates_as_the_oracle([dataclasses.replace(made(method)[0], forget=True)], model)
 
 
-def assert_generates_as_the_oracle(methods, model, cached=True):
+def assert_generates_as_the_oracle(methods, model, cached=True, steps=STEPS):
     subject = Subject(model)
     batch = subject.batch
     given = dict(
         **batch.inputs(),
-        max_new_tokens=STEPS,
+        max_new_tokens=steps,
         do_sample=False,
         use_cache=cached,
         return_dict_in_generate=True,
@@ -87,11 +93,11 @@ def assert_generates_as_the_oracle(methods, model, cached=True):
             batch.rows[row],
             batch.pixels[row],
             lambda: Player(methods, run.layout, memory),
-            STEPS,
+            steps,
             again=not cached,
             row=row,
         )
-        assert found.sequences[row, -STEPS:].tolist() == ids.tolist(), f"row {row}"
+        assert found.sequences[row, -steps:].tolist() == ids.tolist(), f"row {row}"
         assert_equal(logits[row], wanted, what=f"logits of row {row}")
     assert_differs(logits, bare)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from .aliases import Alias, share_that_goes
 from .method import Method
 from .reduction import Reduction
 from .selection import keep_top
-from .settings import check_choice, check_keep, check_layer, keep_count
+from .settings import check_choice, check_keep, check_layer, check_range, keep_count
 from .site import BUDGET_SCOPES, Counts, Layout, Site
 from .view import TokenView
 
@@ -57,6 +57,8 @@ class ScoredCache(Method):
         keep: share (float) or count (int) of a view row's entries that stay in each layer.
         layers: 0-based layers whose caches lose entries, one or several; negatives count from the end. None is all
             that can.
+        every: decode steps after which the method is asked again, of what is left by then (a share is that of what is
+            still held, a count stays one); 0 asks it behind the prompt alone. Refused with assistants.
 
     Attributes:
         needs: signals of the score.
@@ -68,6 +70,7 @@ class ScoredCache(Method):
 
     keep: float | int = 0.5
     layers: int | tuple[int, ...] | None = None
+    every: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         by = type(self).__name__
@@ -75,11 +78,13 @@ class ScoredCache(Method):
         for layer in self.layers if isinstance(self.layers, (tuple, list)) else [self.layers]:
             check_layer(layer, by, "layers")
         check_choice(self.scope, by, "scope", CACHE_SCOPES)
+        check_range(self.every, by, "every", 0, kind=int)
 
     def sites(self, layout: Layout) -> list[Site]:
         """The caches of the layers."""
         found: Sequence[int] = layout.cached_layers(self.layers, type(self).__name__)
-        return [Site("cache", layer, needs=self.needs, scope=self.scope, **self.site_settings()) for layer in found]
+        how = {"needs": self.needs, "scope": self.scope, "every": self.every, **self.site_settings()}
+        return [Site("cache", layer, **how) for layer in found]
 
     def site_settings(self) -> dict[str, Any]:
         """What sites say beyond that: none by default."""
