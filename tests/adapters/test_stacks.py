@@ -33,6 +33,7 @@ SETTINGS = {
     "crossget": ("crossget:rv=2", "crossget:preset=llava:rv=3"),
     "dart": ("dart:keep=0.7:pivots=(1;1)", "dart:K=3:keep=5:pivots=(1;1)", "dart:at=embeddings:keep=0.7"),
     "divprune": ("divprune:keep=0.7", "divprune:keep=5:positions=keep"),
+    "ems_style": ("ems_style:keep=0.6:window=2", "ems_style:keep=3:window=3:tau=-1.0"),
     "evs": ("evs:source=pictures:rate=0.3",),
     "fastervlm": ("fastervlm:keep=0.7",),
     "fastv": ("fastv:K=1:keep=4", "fastv:K=2:keep=0.5", "fastv:K=4:keep=6:positions=renumber"),
@@ -40,20 +41,26 @@ SETTINGS = {
     "hiprune": ("hiprune:keep=0.7",),
     "holov": ("holov:keep=0.7:runs=2",),
     "ima": ("ima", "ima:part=block:interval=3"),
+    "kv_norm": ("kv_norm:keep=0.6",),
+    "kv_random": ("kv_random:keep=0.6:layers=(0;3)", "kv_random:keep=3:scope=sample"),
     "learned": ("learned:keep=0.7", "learned:keep=5:positions=keep"),
     "mmtok": ("mmtok:keep=0.7", "mmtok:keep=5:vision=projected:positions=keep"),
     "pitome": ("pitome:ratio=0.8", "pitome:preset=llava:ratio=0.8"),
+    "prefixkv": ("prefixkv:keep=0.6",),
     "prumerge": ("prumerge:keep=none", "prumerge:keep=0.5"),
     "pyramiddrop": (
         "pyramiddrop:layers=(3;):ratios=(0.125;)",
         "pyramiddrop:layers=(2;4):ratios=(0.6;0.3):positions=keep",
+        "pyramiddrop:layers=(2;4):ratios=(0.6;0.3):forget=true",
     ),
     "random": ("random:keep=0.7:stage=vision:layer=0", "random:keep=0.6", "random:keep=5:stage=decoder:layer=3"),
     "scope": ("scope:keep=0.6",),
+    "snapkv": ("snapkv:keep=0.6:window=2", "snapkv:keep=3:window=3:scope=picture"),
     "sparsevlm": (
         "sparsevlm:tokens=192:layers=(2;4):budgets=(5;3)",
         "sparsevlm:tokens=192:layers=(3;):budgets=(6;):positions=keep",
     ),
+    "streaming": ("streaming:sinks=1:keep=0.6",),
     "tca": ("tca:ratio=0.6:update=false",),
     "todre": ("todre:keep=0.6:tau=none", "todre:keep=0.8:tau=0.7:check_layer=3", "todre:keep=5:tau=0.5:check_layer=1"),
     "tokencorr": ("tokencorr:keep=0.7",),
@@ -219,7 +226,7 @@ def test_stacks_equal_the_oracle(spec, patterns, seed, attention, cached):
     try:
         assert_generates_as_the_oracle(model, batch, vlmtok.parse_methods(spec), cached)
     except SiteError as refusal:
-        assert "behind prumerge" in str(refusal)
+        assert "behind prumerge" in str(refusal) or "one method chooses what a layer's cache holds" in str(refusal)
 
 
 COMBINED = {
