@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .method import Method
 from .placing import looks_on, place, sample_count
 from .reduction import Reduction
-from .signals import BY_ATTENTION, NEURONS, Need
+from .signals import BY_ATTENTION, MASSES, NEURONS, Need
 from .site import POINTS, STAGES, Layout, Site
 from .skipping import asked, work
 from .view import Signal, TokenView
@@ -111,7 +111,7 @@ class Attachment:
         self.between_graphs = False
         self.said: list[str] = []
         self.entries = self._resolve()
-        self.skips = work(asked(self.methods, layout), layout, self._read(BY_ATTENTION), self._read({NEURONS}))
+        self.skips = work(asked(self.methods, layout), layout, self._read(BY_ATTENTION | MASSES), self._read({NEURONS}))
         self.memory: dict[int, nn.Module] = {}
         self.drivers: dict[str, Any] = {}
         self.notes: dict[int, dict[str, Any]] = {}
@@ -171,8 +171,9 @@ class Attachment:
                 )
 
     def _read(self, names: Collection[str]) -> set[int | None]:
-        """Decoder layers at whose ends methods ask for one of some signals of that layer."""
-        behind = [entry for entry in self.entries if (entry.site.stage, entry.site.point) == ("decoder", "end")]
+        """Decoder layers at whose ends, or of whose caches, methods ask for one of some signals of that layer."""
+        places = (("decoder", "end"), ("cache", "end"))
+        behind = [entry for entry in self.entries if (entry.site.stage, entry.site.point) in places]
         return {e.site.layer for e in behind if any(need.stage is None and need.name in names for need in e.needs)}
 
     def at(self, stage: str, layer: int | None = None, point: str | None = None) -> list[Entry]:
