@@ -12,6 +12,7 @@ from families.build import FAMILIES
 from families.build import shared as family_model
 from support import matrix, models
 from support.checks import gap, watched
+from support.hosts_of import cache_of, with_cache
 from support.methods import cuts
 from support.sweep import some
 
@@ -52,7 +53,12 @@ def _see_and_read(name, pictures, model):
 
 
 def _answer(inputs, model):
-    return model(**inputs).logits
+    """Logits of a prompt, and of a token written behind it."""
+    found = model(**inputs)
+    ids = torch.full((len(inputs["input_ids"]), 1), 7)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+    written = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache_of(found)))
+    return torch.cat([found.logits, written.logits], 1)
 
 
 @functools.cache
