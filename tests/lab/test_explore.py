@@ -75,12 +75,12 @@ def test_the_drop_down_has_the_methods_of_the_model_and_each_runs(panel, speaker
 def test_layers_strength_and_the_rest(panel):
     panel.method.value = "fastv"
     first = panel.comparison.report.to_dict()["total_macs"]
-    assert [control.knob.key for control in panel.controls.values()] == ["keep", "K", "positions", "min_tokens"]
+    assert [control.knob.key for control in panel.controls.values()] == ["keep", "K", "positions", "forget", "min_tokens"]
     turn(panel, "K", 8)
     assert panel.spec == "fastv:K=8" and panel.comparison.report.to_dict()["total_macs"]["after"] > first["after"]
     turn(panel, "positions", "renumber")
     assert panel.spec == "fastv:K=8:positions=renumber"
-    assert len(panel.settings.children) == 3 and len(panel.more.children[0].children) == 1
+    assert len(panel.settings.children) == 3 and len(panel.more.children[0].children) == 2
     assert panel.more.titles == ("more settings",)
     panel.method.value = "pyramiddrop"
     turn(panel, "ratios[2]", 0.05)

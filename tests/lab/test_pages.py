@@ -194,7 +194,7 @@ def test_a_family_has_a_page_with_where_tokens_can_leave(made, name):
     offers = {row[0]: row[1] for row in rows(parts(page)["Where tokens can leave"])[1:]}
     (row,) = (row for row in family_table.families() if row["family"] == name)
     assert [stage for stage, said in offers.items() if said.startswith("yes")] == row["stages"]
-    assert set(offers) == {"vision", "features", "projected", "decoder"}
+    assert set(offers) == {"vision", "features", "projected", "decoder", "cache"}
     reasons = [said for said in offers.values() if said.startswith("no")]
     assert all(len(said) > 20 for said in reasons)
     spec = ROWS[name]

@@ -32,8 +32,9 @@ class KVNorm(ScoredCache):
     No attention is read, so that the choice costs next to nothing: keys of small norm are those that attract attention.
 
     Algorithm:
-        1. ``s_n = -||k_n||_2`` of each cached key; the mean over heads unless `scope` is ``"head"``.
-        2. The k entries of highest s stay in the layer's cache, keys and values as they are.
+        1. ``s_n = -||k_n||_2`` of each cached key, head by head.
+        2. Unless `scope` is ``"head"``, the mean over heads.
+        3. The k entries of highest s stay in the layer's cache, keys and values as they are.
 
     Args:
         keep: share (float) or count (int) of a view row's entries that stay in each layer.

@@ -22,8 +22,9 @@ class KVRandom(ScoredCache):
     average over seeds where you quote it.
 
     Algorithm:
-        1. A generator is seeded with the SHA-256 of seed, site and N, and draws one order of the N places.
-        2. The first k places of that order stay in the layer's cache.
+        1. A generator is seeded with the SHA-256 of seed, site and N.
+        2. It draws one order of the N places; every view row takes the same.
+        3. The entries at the first k places of that order stay in the layer's cache.
 
     Args:
         keep: share (float) or count (int) of a view row's entries that stay in each layer.

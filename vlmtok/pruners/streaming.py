@@ -21,8 +21,9 @@ class Streaming(ScoredCache):
     Nothing is looked at: the baseline of a window.
 
     Algorithm:
-        1. The first ``min(sinks, k)`` entries of a view row stay.
-        2. The last ones fill up to k.
+        1. The entries of a view row stand in the order of their columns.
+        2. The first ``min(sinks, k)`` stay.
+        3. The last ones fill up to k.
 
     Args:
         keep: share (float) or count (int) of a view row's entries that stay in each layer, sinks included.
