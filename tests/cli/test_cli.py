@@ -157,12 +157,8 @@ def test_list_models_shows_adapters_families_and_presets(vlmtok_):
     assert set(vlm_rows.ROWS) | set(vlm_rows.REFUSED) <= set(families) and len(families) > len(vlm_rows.ROWS) + len(
         REFUSED
     )
-    assert families["mllama"]["refused"] and families["llava"]["stages"] == [
-        "vision",
-        "features",
-        "projected",
-        "decoder",
-    ]
+    stages = ["vision", "features", "projected", "decoder", "cache"]
+    assert families["mllama"]["refused"] and families["llava"]["stages"] == stages
     text = vlmtok_("list", "--models").stdout
     assert "llava-1.5-7b" in text and "cross-attention" in text
 

@@ -75,7 +75,13 @@ def test_the_drop_down_has_the_methods_of_the_model_and_each_runs(panel, speaker
 def test_layers_strength_and_the_rest(panel):
     panel.method.value = "fastv"
     first = panel.comparison.report.to_dict()["total_macs"]
-    assert [control.knob.key for control in panel.controls.values()] == ["keep", "K", "positions", "forget", "min_tokens"]
+    assert [control.knob.key for control in panel.controls.values()] == [
+        "keep",
+        "K",
+        "positions",
+        "forget",
+        "min_tokens",
+    ]
     turn(panel, "K", 8)
     assert panel.spec == "fastv:K=8" and panel.comparison.report.to_dict()["total_macs"]["after"] > first["after"]
     turn(panel, "positions", "renumber")
