@@ -101,7 +101,7 @@ FURTHER: dict[str, VLMSpec] = {
     "lfm3_vl": replace(STAMPED, tower="vision_tower", projector="multi_modal_projector", attends=False, **UNREAD),
     "muse_glimmer": replace(STAMPED, tower="vision_tower", projector="vision_projection", attends=False, **UNREAD),
     "cohere_compass": replace(QWEN3, **UNREAD),
-    "kimi_k25": replace(FLAT, tower="vision_tower", projector="mm_projector", attends=False, **UNREAD),
+    "kimi_k25": replace(FLAT, tower="vision_tower", projector="mm_projector", attends=False, latents=True, **UNREAD),
     "step3p7": VLMSpec(
         tower="vision_model",
         feature=None,

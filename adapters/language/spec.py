@@ -70,6 +70,7 @@ class VLMSpec:
             of what the projector multiplies, where pictures may be several rows of the tower; None where each does.
         slots: of the inner model, whether its projector multiplies padding of the tower's rows; None where none does.
         varies: whether rows of the tower make different numbers of tokens: crops are cut off, pooled or padded.
+        latents: whether its cache holds a latent of each token, and no keys and values of heads (MLA).
         attends: whether its decoder's attention is of a form of which rows can be derived (see `attention`).
         packing_methods: methods of the core that reassemble a picture's crops and pool a clip's frames behind the
             projector (empty where there are no clips), or None where it does neither.
@@ -102,5 +103,6 @@ class VLMSpec:
     joins: Callable[[Any], int] | None = None
     packing_methods: tuple[str, str] | None = None
     varies: bool = False
+    latents: bool = False
     attends: bool = True
     slots: Callable[[Any], bool] | None = None

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support import models
+from support.methods import on_caches
 
 import vlmtok
 from vlmtok import (
@@ -256,7 +257,7 @@ def test_levels_of_every_method_never_leave_more_tokens_when_stronger(name):
     method = cls(**own.get(name, {}))
     tower = name in ("tome", "pitome", "crossget", "tca")
     shape = preset(VIT if tower else LLAVA)
-    what = "layer_average_tokens"
+    what = "kv_bytes" if on_caches(name) else "layer_average_tokens"
     found = []
     for level in (0.05, 0.2, 0.4, 0.5, 0.6, 0.8, 0.95):
         made = method.at_level(level, shape.layout, 196 if tower else 576)

@@ -49,7 +49,7 @@ def families() -> list[dict[str, Any]]:
         stages = {"slots": ["vision", "features"], "spread": ["vision"], "free": ["vision"]}.get(
             spec.tower_cut or "", []
         )
-        stages = stages + ([] if spec.boundary else ["projected", "decoder", "cache"])
+        stages = stages + ([] if spec.boundary else ["projected", "decoder", *([] if spec.latents else ["cache"])])
         found.append(
             {
                 "family": name,
