@@ -21,7 +21,7 @@ def test_a_vision_language_model(speaker):
     assert found["vision tower"].startswith("5 layers, 64 channels, 145 tokens (1 of them no patches), ")
     assert "vision_tower" in found["vision tower"] and found["vision tower"].endswith("of CLIPEncoderLayer")
     assert found["language model"] == "16 layers, 64 channels, 4 heads"
-    assert found["tokens can leave at"] == "vision, features, projected, decoder"
+    assert found["tokens can leave at"] == "vision, features, projected, decoder, cache"
     assert repr(speaker) == (
         f"<Loaded {speaker.name}: LlavaForConditionalGeneration, {speaker.parameters:,} parameters, float32 on cpu>"
     )
