@@ -151,13 +151,14 @@ class Player:
             found = moment.signals.get(name)
             signals[need] = None if found is None else found[0].detach().unsqueeze(0)
         key = (visit.index, self.scope(visit), moment.unit)
+        grid = moment.grid  # of tokens that are all there
         view = TokenView(
             moment.tokens.detach()[None],
             visit.site,
             size=None if bool((moment.size == 1).all()) else moment.size[None],
             num_prefix=moment.prefix,
             depth=moment.depth,
-            grid=moment.grid,
+            grid=grid if grid is not None and grid[0] * grid[1] == len(moment.tokens) else None,
             entered=moment.entered,
             columns=None if moment.columns is None else moment.columns[None],
             signals=signals,
