@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmtok.evaluation.ways import CONVENTION, IN_CACHES
+
 ROOT = Path(__file__).resolve().parents[1]
 EVAL = ROOT / "benchmarks" / "results" / "eval"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 README_WAYS = ("divprune", "todre", "visionzip", "pitome", "fastv", "downsample", "random")
+BESIDE_CACHES = ("divprune", "todre", "fastv", "pyramiddrop", "downsample", "random")
 OCR = ("number", "fine print", "table", "chart")
 Row = dict[str, Any]
 
@@ -37,12 +40,16 @@ def rows_of(task: str) -> list[Row]:
 
 
 class Results:
-    """The rows of a task by what was asked for, budget and kind."""
+    """The rows of a task by what was asked for, budget and kind.
 
-    def __init__(self, task: str) -> None:
-        self.rows = rows_of(task)
+    Ways whose budget counts other things than tokens are a table of their own.
+    """
+
+    def __init__(self, task: str, convention: str = CONVENTION) -> None:
+        every = rows_of(task)
+        self.rows = [row for row in every if row["convention"] == convention or row["asked"] == "none"]
         self.by = {(row["asked"], row["keep"], row["kind"]): row for row in self.rows}
-        self.keeps = sorted({row["keep"] for row in self.rows if row["asked"] == "random"}, reverse=True)
+        self.keeps = sorted({row["keep"] for row in every if row["asked"] == "random"}, reverse=True)
         self.kinds = list(dict.fromkeys(row["kind"] for row in self.rows))
 
     def quality(self, way: str, keep: float, kind: str = "all") -> float | None:
@@ -93,9 +100,9 @@ def readme() -> str:
     return table(head, lines)
 
 
-def overall(task: str) -> str:
+def overall(task: str, convention: str = CONVENTION) -> str:
     """Every way at every budget, with the interval of its difference to the uncompressed model at each."""
-    found = Results(task)
+    found = Results(task, convention)
     head = ["method", *(f"{keep:.0%}" for keep in found.keeps), *(f"against none, {keep:.0%}" for keep in found.keeps)]
     lines = []
     for way in found.ways():
@@ -153,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vqa kinds 50": lambda: kinds("scenes-vqa", 0.5),
     "vqa kinds 25": lambda: kinds("scenes-vqa", 0.25),
     "vqa kinds 10": lambda: kinds("scenes-vqa", 0.1),
+    "vqa caches": lambda: overall("scenes-vqa", IN_CACHES),
     "vqa refused": lambda: refused("scenes-vqa"),
     "horizon": horizon,
     "clip": lambda: overall("scenes-clip"),
@@ -161,8 +169,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "shift kinds": lambda: kinds("scenes-shift", 0.45),
 }
 FIGURES = {
-    "docs/images/results.png": ("scenes-vqa", "all"),
-    "docs/images/results-fine-print.png": ("scenes-vqa", "fine print"),
+    "docs/images/results.png": ("scenes-vqa", "all", "macs"),
+    "docs/images/results-fine-print.png": ("scenes-vqa", "fine print", "macs"),
+    "docs/images/results-caches.png": ("scenes-vqa", "all", "kv_bytes"),
 }
 _BLOCK = re.compile(r"(<!-- results: ([\w ]+) -->\n)(.*?)(<!-- results: end -->)", re.S)
 
@@ -177,16 +186,17 @@ def source(task: str) -> str:
     return hashlib.sha256((EVAL / f"{task}.csv").read_bytes()).hexdigest()
 
 
-def draw(path: Path, task: str, kind: str) -> None:
-    """Draws quality against MACs."""
+def draw(path: Path, task: str, kind: str, cost: str) -> None:
+    """Draws quality against a cost."""
     import matplotlib
 
     matplotlib.use("Agg")
     from vlmtok.evaluation.plot import quality_plot
 
-    found = Results(task)
-    ways = ("none", *found.ways())
-    axes = quality_plot([row for row in found.rows if row["asked"] in ways], "macs", kind)
+    ways = ("none", *Results(task).ways())
+    if cost == "kv_bytes":
+        ways = ("none", *Results(task, IN_CACHES).ways(), *BESIDE_CACHES)
+    axes = quality_plot([row for row in rows_of(task) if row["asked"] in ways], cost, kind)
     said = "all questions" if kind == "all" else kind
     axes.set_title(f"{task}, {said}; bars: 95 % against the uncompressed model", fontsize=10)
     figure: Any = axes.figure
@@ -213,12 +223,12 @@ def main() -> int:
             stale.append(page)
             if not check:
                 page.write_text(filled(text), "utf-8")
-    for name, (task, kind) in FIGURES.items():
+    for name, (task, kind, cost) in FIGURES.items():
         path = ROOT / name
         if not path.exists() or drawn_from(path) != source(task):
             stale.append(path)
             if not check:
-                draw(path, task, kind)
+                draw(path, task, kind, cost)
     for path in stale:
         print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
     return 1 if check and stale else 0

@@ -15,6 +15,7 @@ from vlmtok.errors import ParameterError
 from vlmtok.evaluation import results as stored
 from vlmtok.evaluation.recommend import TASKS, pooled
 from vlmtok.evaluation.results import NEEDED, Measured
+from vlmtok.evaluation.ways import CONVENTION, IN_CACHES
 from vlmtok.lab.tiny import released
 from vlmtok.lab.tiny.families import shared
 from vlmtok.loading import LoadError, load, names
@@ -75,6 +76,17 @@ def test_settings_chosen_for_the_measured_model_are_for_that_model_alone(write):
     own = vlmtok.recommend("scenes-llava", 0.25, "chat", results=path)
     assert own.picks[0].rows[0].asked == "divprune:sim=other"
     assert not any("chosen for" in note for note in own.notes)
+
+
+def test_methods_of_caches_are_named_and_not_ranked(write):
+    """At equal shares they would always be first: their prompt has seen all tokens, for all its MACs."""
+    caches = [{**one, "convention": IN_CACHES} for one in table(quality={"cdpruner": 0.99})]
+    found = vlmtok.recommend(None, 0.25, "chat", results=write(table() + caches))
+    assert "cdpruner" not in [one.method for one in (*found.picks, *found.baselines)]
+    (note,) = [note for note in found.notes if "cdpruner" in note]
+    assert "kv_bytes" in note and "no MACs of the prompt" in note
+    tokens = [{**one, "convention": CONVENTION} for one in table(quality={"cdpruner": 0.99})]
+    assert vlmtok.recommend(None, 0.25, "chat", results=write(table() + tokens)).picks[0].method == "cdpruner"
 
 
 def test_the_best_come_first_with_their_rows(write):

@@ -78,7 +78,7 @@ def made(folder, latency=False, measures=False):
             if latency and way.name != "none":
                 cost["latency_ratio"] = {"random": 2.5, "scope": 3.0}[way.name]
             journal.add_cost(way.key, kind, cost)
-    return Evaluation.of("tiny", "toy", ITEMS, WAYS, journal, FIXED, CONVENTION, 2)
+    return Evaluation.of("tiny", "toy", ITEMS, WAYS, journal, FIXED, 2)
 
 
 @pytest.fixture

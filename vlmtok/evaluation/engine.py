@@ -27,7 +27,7 @@ from .downsample import Downsampler
 from .journal import Journal
 from .table import Evaluation
 from .task import Item, Outcome, Task, task_named
-from .ways import BASELINES, CONVENTION, DOWNSAMPLE, NONE, Way, check_names, ways_of
+from .ways import BASELINES, DOWNSAMPLE, NONE, Way, check_names, ways_of
 
 ALL_METHODS = "all"
 _VERSIONS = ("vlmtok", "torch", "transformers", "timm", "open_clip_torch")
@@ -214,7 +214,7 @@ class _Sweep:
             "settings": f"batch={self.settings.batch}; text_tokens={self.settings.text_tokens}",
         }
         asked = self.settings.repeats
-        return Evaluation.of(self.task.name, self.loaded.name, self.items, kept, self.journal, fixed, CONVENTION, asked)
+        return Evaluation.of(self.task.name, self.loaded.name, self.items, kept, self.journal, fixed, asked)
 
     def _answer_all(self, way: Way, label: str) -> str:
         """Answers and costs of a way; the reason where the model refuses it."""

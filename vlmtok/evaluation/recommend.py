@@ -14,7 +14,8 @@ from ..guard import guarded
 from ..sheet import Sheet, Shown
 from ..tabular import Table
 from .fitting import Target, target_of
-from .results import ALL, Measured, read
+from .results import ALL, Measured, read, source_for
+from .ways import IN_CACHES
 
 MOST = 3
 """Methods that are named."""
@@ -213,12 +214,15 @@ class _Ranking:
 
     def __init__(self, target: Target, task: str, share: float, measured: Sequence[Measured]) -> None:
         self.target, self.task, self.share, self.need = target, task, share, TASKS[task]
-        every = [row for row in measured if row.task == self.need.task and row.method != "none"]
+        told = [row for row in measured if row.task == self.need.task and row.method != "none"]
+        # Entries that leave caches save memory and no MACs: at equal shares such methods would always stand first.
+        every = [row for row in told if row.convention != IN_CACHES]
+        self.of_caches = sorted({row.method for row in told if row.convention == IN_CACHES})
         rows = [row for row in every if not row.problem]
         if not rows:
             there = ", ".join(sorted({row.task for row in measured})) or "none"
             raise ParameterError(f"recommend: the results have no figures of {self.need.task} (tasks in them: {there})")
-        self.source = _source(rows, target)
+        self.source = source_for(rows, target.name, target.visual)
         rows = [row for row in rows if row.model == self.source and row.keep > 0]
         # Settings that were chosen for the measured model may be wrong for another; published ones are for all.
         self.tuned = (
@@ -321,6 +325,11 @@ class _Ranking:
             )
         if self.tuned:
             notes.append(f"left out, for their settings were chosen for {self.source}: {', '.join(self.tuned)}")
+        if self.of_caches:
+            notes.append(
+                "not ranked, for entries of caches leave by them and no tokens, which saves bytes and no MACs of the "
+                f"prompt: {', '.join(self.of_caches)}; vlmtok.budget(METHOD, MODEL, kv_bytes=...) sets one"
+            )
         notes += [f"{way} was not measured at this budget" for way in WAYS if way not in known]
         notes += [f"not every kind that decides was measured of {spec}" for spec in lacking]
         notes += [f"no figures of {spec}: {problem}" for spec, problem in self.without.items()]
@@ -379,19 +388,3 @@ def _verdict(best: Standing, baselines: Sequence[Standing]) -> str:
     ahead = [one.method for one in baselines if one.difference > best.difference]
     said = f"no method beats {' or '.join(level)} here: within the interval of the best, {best.spec}"
     return said + (f"; {' and '.join(ahead)} got more right than it" if ahead else "")
-
-
-def _source(rows: Sequence[Measured], target: Target) -> str:
-    """The model whose figures count: the same, or the one with the nearest number of visual tokens, else the most."""
-    names = sorted({row.model for row in rows})
-    if target.name in names:
-        return target.name
-    sizes = {
-        name: max(
-            (row.visual_tokens / row.keep for row in rows if row.model == name and row.visual_tokens), default=0.0
-        )
-        for name in names
-    }
-    if target.visual:
-        return min(names, key=lambda name: (abs(math.log(max(sizes[name], 1e-9) / target.visual)), name))
-    return max(names, key=lambda name: (sizes[name], name))

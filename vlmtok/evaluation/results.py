@@ -41,6 +41,7 @@ class Measured:
         problem: why there are no figures; empty where there are.
         device: on which it ran, as written.
         asked: spec string from which it was set to the budget; empty where it is not written.
+        convention: what its budget counts; empty where it is not written.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Measured:
     problem: str = ""
     device: str = ""
     asked: str = ""
+    convention: str = ""
 
     @property
     def half(self) -> float:
@@ -147,4 +149,25 @@ def _row(path: Path, number: int, row: dict[str, str]) -> Measured:
         problem,
         row.get("device") or "",
         row.get("asked") or "",
+        row.get("convention") or "",
     )
+
+
+def source_for(rows: Sequence[Measured], name: str, visual: int) -> str:
+    """The model whose figures count: the same, or the one with the nearest number of visual tokens, else the most.
+
+    Args:
+        rows: with figures.
+        name: of the model that is asked about.
+        visual: its visual tokens of a picture; 0 where that depends on the picture.
+    """
+    names = sorted({row.model for row in rows})
+    if name in names:
+        return name
+    sizes = {
+        one: max((row.visual_tokens / row.keep for row in rows if row.model == one and row.visual_tokens), default=0.0)
+        for one in names
+    }
+    if visual:
+        return min(names, key=lambda one: (abs(math.log(max(sizes[one], 1e-9) / visual)), one))
+    return max(names, key=lambda one: (sizes[one], one))

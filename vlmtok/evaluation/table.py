@@ -51,7 +51,6 @@ class Evaluation(Tabular):
         ways: Sequence[Way],
         journal: Journal,
         fixed: Mapping[str, Any],
-        convention: str,
         repeats: int,
     ) -> Evaluation:
         """Counts what a journal holds, of ways that draw as many answers as there are `repeats` now."""
@@ -70,7 +69,7 @@ class Evaluation(Tabular):
                 rows = [i for i, item in enumerate(items) if kind in (item.kind, ALL)]
                 record: dict[str, Any] = {**start, "kind": kind, "questions": len(rows)}
                 if quality is None:
-                    records.append({**record, "convention": convention, **fixed, "problem": way.problem})
+                    records.append({**record, "convention": way.convention, **fixed, "problem": way.problem})
                     continue
                 gap = (
                     None if way.name == NONE else paired_difference(quality[rows], bare[rows], seed=int(fixed["seed"]))
@@ -79,7 +78,7 @@ class Evaluation(Tabular):
                 record |= _interval(gap)
                 record |= _measured(journal, way, [items[i].id for i in rows], measures, times)
                 record |= _cost(journal, way, ways[0], kind, items)
-                records.append({**record, "convention": convention, **fixed, "problem": ""})
+                records.append({**record, "convention": way.convention, **fixed, "problem": ""})
         columns = list(dict.fromkeys(name for record in sorted(records, key=len, reverse=True) for name in record))
         whole_rows = tuple({name: record.get(name) for name in columns} for record in records)
         return cls(task, model, kinds, whole_rows, measures)
@@ -126,8 +125,11 @@ class Evaluation(Tabular):
     def notes(self) -> list[str]:
         """What was measured on, and why rows are empty."""
         first = self.records[0]
+        budgets = " or, where entries of caches leave, of the ".join(
+            dict.fromkeys(record["convention"] for record in self.records)
+        )
         said = [
-            f"{self.task} on {self.model}, {self._asked()} questions; budget: share of the {first['convention']}; "
+            f"{self.task} on {self.model}, {self._asked()} questions; budget: share of the {budgets}; "
             "differences in points with 95 % paired bootstrap intervals over questions; "
             f"{first['device']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}"
         ]

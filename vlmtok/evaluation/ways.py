@@ -29,6 +29,8 @@ _RANDOM_EARLY = "random:stage=vision:layer=0"
 """Of towers: behind the first layer, for in the middle of them half of all layers would see all tokens."""
 CONVENTION = "mean visual tokens over layers"
 """What a budget counts: for a language model its own layers, for a lone tower the tower's."""
+IN_CACHES = "bytes of the key-value caches behind the prompt"
+"""What the budget of a method counts by which entries of caches leave and no tokens."""
 WITHIN = 0.07
 """How far from the budget a method may be, as a share of it; what it reaches is in the table."""
 
@@ -45,6 +47,7 @@ class Way:
             uncompressed model.
         methods: that are attached.
         problem: why it cannot be run, or "".
+        convention: what its budget counts.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Way:
     keep: float = 1.0
     methods: tuple[Method, ...] = field(default=(), compare=False)
     problem: str = ""
+    convention: str = CONVENTION
 
     @property
     def key(self) -> str:
@@ -206,9 +210,11 @@ def budget_quantity(method: Method, layout: Layout) -> str:
 
 def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
-    name, moved = start.spec_name(), start.budget_parameter
+    name, moved, convention = start.spec_name(), start.budget_parameter, CONVENTION
     try:
-        asked: dict[str, Any] = {budget_quantity(start, adapter_for(loaded.model).layout()): keep, **prompt}
+        quantity = budget_quantity(start, adapter_for(loaded.model).layout())
+        convention = IN_CACHES if quantity == "kv_bytes" else CONVENTION
+        asked: dict[str, Any] = {quantity: keep, **prompt}
         try:
             made = budget(start, loaded.model, within=WITHIN, **asked)
         except ParameterError:
@@ -218,6 +224,6 @@ def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
             start = dataclasses.replace(start, **{moved: keep})  # type: ignore[arg-type]
             made = budget(start, loaded.model, within=WITHIN, **asked)
         with compress(loaded.model, made):
-            return Way(name, spec, str(made), keep, (made,))
+            return Way(name, spec, str(made), keep, (made,), convention=convention)
     except VlmtokError as problem:
-        return Way(name, spec, spec, keep, problem=str(problem))
+        return Way(name, spec, spec, keep, problem=str(problem), convention=convention)

@@ -193,6 +193,8 @@ class PrefixKV(ScoredCache):
         "Batches go row by row; scores are fp32. Equal scores go to the lowest index, the release's to any.",
     )
     caveats = (
+        "Sums over all rows favour entries that came first: at 10 % of the cache's bytes 75 % of 100 scenes-vqa "
+        "questions are right (SnapKV 92, random entries 71), at 50 % 98, as without.",
         "With a profile and layers= of its own, or layers whose caches cannot lose entries, keep is met over all "
         "layers of the model, and not over those that act.",
     )

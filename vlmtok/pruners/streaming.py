@@ -42,6 +42,8 @@ class Streaming(ScoredCache):
         "Kept entries keep their positions; in the paper positions are counted anew within the cache.",
     )
     caveats = (
+        "It knows places alone: on scenes-llava 81, 73 and 66 % of 100 scenes-vqa questions at 50, 25 and 10 % of the "
+        "cache's bytes, where random entries keep 95, 83 and 71.",
         "Text is never touched: the prompt's own sinks and its end stay anyway, so that the window lies over visual "
         "entries in their order, rows of patches from the top, of which the last are the bottom of the picture.",
     )
