@@ -110,6 +110,7 @@ def test_the_tables_can_be_printed(speaker, classifier):
         (Ratio(0.9, 0.7, 1.2, 9), "differ too much", "took more"),
         (Ratio(1.1, 0.9, 1.2, 9), "differ too much", "took more"),
         (Ratio(0.99, 0.99, 0.99, 1), "1 of 3 rounds", "took more"),
+        (Ratio(19.6, 19.6, 19.6, 1), "too few rounds to say", "19.6"),
         (Ratio(1.5, 1.4, 1.6, 9), "1.50 x faster", "took more"),
     ],
 )

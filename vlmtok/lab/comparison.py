@@ -257,12 +257,16 @@ class Comparison(Shown, Page):
         for stage, ratio in self.latency.items():
             if stage in self.seconds:
                 before, after = (f"{1000 * seconds:.2f} ms" for seconds in self.seconds[stage])
+            elif ratio.rounds < ENOUGH:
+                before = after = ""
             else:
                 before, after = "1.00", f"{1 / ratio.median:.2f}"
             yield (f"time, {stage}", before, after, _faster(ratio))
 
 
 def _faster(ratio: Ratio) -> str:
+    if ratio.rounds < ENOUGH:
+        return "too few rounds to say"
     spread = f"({ratio.p20:.2f} to {ratio.p80:.2f})"
     if ratio.median >= 1:
         return f"{ratio.median:.2f} x faster {spread}"
