@@ -27,7 +27,8 @@ def test_every_stage_has_a_letter_and_a_place():
 
 def test_tables_of_models_tell_of_caches():
     assert "cache" in KINDS["VLM"].layout().stages and "cache" not in KINDS["VLM, tower"].layout().stages
-    assert all("cache" in row["stages"] for row in families() if "decoder" in row["stages"])
+    without = [row["family"] for row in families() if "decoder" in row["stages"] and "cache" not in row["stages"]]
+    assert without == ["kimi_k25"]  # its caches hold latents
     (line,) = (line for line in family_page("gemma4").splitlines() if line.startswith("| `cache` |"))
     assert "from the caches of 5 of 30 layers" in line and "window" in line
     assert [one.stages for one in matrix(released.shared("gemma3"), [Held()])] == [("cache",)]

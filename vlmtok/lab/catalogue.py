@@ -293,6 +293,8 @@ def refused_settings(method: Method, layout: Layout) -> list[dict[str, str]]:
         dataclasses.replace(method)
     rows = []
     for name, offered in choices.items():
+        if name not in method.settings():
+            continue  # a word of the class, checked as its relatives' setting is
         for choice in offered:
             try:
                 changed = dataclasses.replace(method, **{name: choice})
