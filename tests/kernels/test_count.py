@@ -51,7 +51,7 @@ def test_launches_of_a_layer_in_a_tower(method, most, proportional):
         ("complete", 5),
         ("guided", 5),
         ("greedy", 3),
-        ("cover", 2 * 57 + 8),
+        ("cover", 2 * 57 + 9),
         ("transition", 1),
     ],
 )

@@ -45,7 +45,7 @@ def examples():
         ("greedy_select", (x, 4, torch.tensor([0, 3])), {}),
         ("greedy_select", (x, 4, torch.tensor([0, 3])), {"metric": "l2", "valid": torch.rand(2, 9) > 0.4}),
         ("greedy_cover", (x, 4), {}),
-        ("greedy_cover", (x, 9), {"weight": torch.rand(2, 9), "late": torch.arange(9).expand(2, 9) // 4}),
+        ("greedy_cover", (x, 4), {"weight": torch.rand(2, 9), "late": torch.arange(9).expand(2, 9) // 4}),
         ("greedy_cover_cosine", (x, 4), {"weight": torch.rand(2, 9)}),
         ("greedy_cover_cosine", (x, 4), {"valid": torch.arange(9).expand(2, 9) > 2}),
         ("transition_stats", (x, x + 1), {}),
