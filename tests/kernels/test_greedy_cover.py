@@ -91,9 +91,9 @@ def test_the_lazy_form_has_the_bits_of_the_rule(kind, weighted, batch, n, target
 def test_large_tables_have_the_bits_of_the_rule_on_more_threads_too(threads, weighted):
     """Rows long enough that torch shares sums among threads, of one row and of many."""
     g = torch.Generator().manual_seed(0)
-    x = kernels.unit_rows(torch.randn(2, 600, 24, generator=g))
-    table = torch.cat([x @ x.transpose(1, 2)] * 60, 2)  # 36,000 targets
-    weight = drawn_weight(weighted, 2, 600, g)
+    x = kernels.unit_rows(torch.randn(2, 90, 24, generator=g))
+    table = torch.cat([x @ x.transpose(1, 2)] * 400, 2)  # 36,000 targets
+    weight = drawn_weight(weighted, 2, 90, g)
     expected = plainly(table[:1], 12, None if weight is None else weight[:1], None)
     torch.set_num_threads(threads)
     order, gain = kernels.greedy_cover(table, 12, weight=weight)
