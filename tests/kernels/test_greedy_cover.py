@@ -120,6 +120,22 @@ def test_little_is_summed_again(monkeypatch):
     assert not summed and order[0].tolist() == list(range(100)) and gain.eq(0).all()
 
 
+@pytest.mark.parametrize("n", [20, 1000])
+def test_more_rows_tie_than_are_summed_at_a_time(n, monkeypatch):
+    """`topk` takes any of equal bounds; the lowest index, which wins, must be among them."""
+    summed = []
+
+    def counted(rows, *args):
+        summed.append(rows.shape[-2])
+        assert len(summed) < 1000, "no end"
+        return added(rows, *args)
+
+    monkeypatch.setattr(lazy_coverage, "added", counted)
+    for table in (torch.eye(n), torch.eye(n).flip(1), torch.eye(n // 2).repeat(2, 1)):
+        order, gain = kernels.greedy_cover(table.unsqueeze(0), 9)
+        assert order[0].tolist() == list(range(9)) and gain.eq(1).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(TABLES),

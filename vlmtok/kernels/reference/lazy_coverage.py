@@ -92,6 +92,7 @@ def cover_lazily(table: Tensor, k: int, weight: Tensor | None, first: Tensor, be
                 break
             some = min(some, candidates - step)  # so that no row chosen before is among them
             bounds, rows = bound.topk(some, sorted=False)
+            rows = torch.cat([rows, at.unsqueeze(0)])  # of equal bounds topk takes any, perhaps not the lowest index
             own = None if weight is None else weight.index_select(0, rows)
             bound.index_copy_(0, rows, added(table.index_select(0, rows), cover, own))
             seen.index_fill_(0, rows, step)
