@@ -9,6 +9,7 @@ import torch
 
 from vlmtok.kernels import (
     triton_common,
+    triton_cover,
     triton_energy,
     triton_greedy,
     triton_match,
@@ -35,6 +36,8 @@ TIGHT = (
     "order 64-bit <= 64, 0 programs, mode 3",
     "greedy_select 32-bit <= 1024, 0 programs, max cosine",
     "greedy_select 32-bit <= 16384, 0 programs, max l2",
+    "greedy_cover 32-bit <= 16384, 132 programs, table",
+    "greedy_cover 32-bit <= 16384, 0 programs, weights",
     "merge_rows 32-bit <= 1024, 0 programs, mean",
     "merge_rows 32-bit <= any, 0 programs, weights",
     "merge_rows 32-bit <= 1024, 0 programs, grad",
@@ -92,6 +95,13 @@ def _greedy(row: Tile, rule: str = "max", metric: str = "cosine") -> None:
     )
 
 
+def _cover(row: Tile, how: str) -> None:
+    n = 2880 if row.programs else 576
+    table = meta(_batch(row, n), n, n + 24, dtype=HALF if how == "halves" else FULL)
+    weight = meta(*table.shape[:2]) if how == "weights" else None
+    triton_cover.greedy_cover(table, 1, weight=weight, late=meta(*table.shape[:2], dtype=LONG))
+
+
 def _merge(row: Tile, how: str) -> None:
     d = min(row.size, 4096)
     x, size, plan = meta(2, 577, d, dtype=HALF), meta(2, 577), [meta(2, k, dtype=LONG) for k in (519, 58, 58)]
@@ -139,6 +149,9 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
             )
             for rule, metric in rules:
                 add(row, f", {rule} {metric}", _greedy, rule, metric)
+        elif row.op == "greedy_cover":
+            for how in ("table", "weights", "halves"):
+                add(row, f", {how}", _cover, how)
         elif row.op == "merge_rows":
             for how in ("mean", "weights", "pairs", "grad"):
                 add(row, f", {how}", _merge, how)

@@ -8,7 +8,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = (
     "match halves", "match complete", "match long", "energy", "energy long", "bipartite", "energy match",
     "complete match", "guided match", "merge", "merge weights", "merge pairs", "greedy", "greedy sum", "greedy l2",
-    "transition", "received",
+    "greedy cover", "greedy cover table", "transition", "received",
 )  # fmt: skip
 
 
@@ -51,6 +51,8 @@ def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
         "greedy": lambda: kernels.greedy_select(x, n // 8, start),
         "greedy sum": lambda: kernels.greedy_select(x, n // 8, start, rule="sum"),
         "greedy l2": lambda: kernels.greedy_select(x, n // 8, start, metric="l2"),
+        "greedy cover": lambda: kernels.greedy_cover_cosine(x, n // 8, weight=size),
+        "greedy cover table": lambda: kernels.greedy_cover(wide.abs(), n // 8, late=(start[:, None] + keep[:, :1]) % 2),
         "transition": lambda: kernels.transition_stats(wide, wide.flip(1)),
         "received": lambda: kernels.received_attention(q, k, scale=d**-0.5, bias=bias),
     }

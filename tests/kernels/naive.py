@@ -116,3 +116,19 @@ def attention(q, k, scale, bias=None):
                 logits = logits + bias.expand(out.shape)[p, h].double()
             out[p, h] = logits.softmax(-1)
     return out
+
+
+def cover_gains(table, order, weight, candidates):
+    """What each of the first choices added to the coverage, times its weight, and the most that any would have."""
+    targets, table = range(table.shape[1]), table.double().tolist()
+    cover, taken, best = [0.0 for _ in targets], [], []
+    behind = set(order[candidates:])
+    for step, pick in enumerate(order[:candidates]):
+        gain = [
+            sum(max(0.0, row[i] - cover[i]) for i in targets) * (1.0 if weight is None else float(weight[j]))
+            for j, row in enumerate(table)
+        ]
+        taken.append(gain[pick])
+        best.append(max(g for j, g in enumerate(gain) if j not in order[:step] and j not in behind))
+        cover = [max(c, v) for c, v in zip(cover, table[pick])]
+    return taken, best

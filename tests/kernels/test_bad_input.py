@@ -63,6 +63,17 @@ def bad_calls():
         "greedy: integers": (lambda: kernels.greedy_select(X.long(), 2, LONG[:, 0]), "floating"),
         "greedy: devices": (lambda: kernels.greedy_select(X, 2, LONG[:, 0].to("meta")), "is on meta"),
         "greedy: mask": (lambda: kernels.greedy_select(X, 2, LONG[:, 0], valid=X[..., 0]), "bool"),
+        "cover: integers": (lambda: kernels.greedy_cover(X.long(), 2), "floating \\[B, N, R\\]"),
+        "cover: k": (lambda: kernels.greedy_cover(X, 7), "\\[0, 6\\]"),
+        "cover: bool": (lambda: kernels.greedy_cover(X, True), "\\[0, 6\\]"),
+        "cover: weight": (lambda: kernels.greedy_cover(X, 2, weight=X[:, :3, 0]), "weight must be floating \\[2, 6\\]"),
+        "cover: late": (lambda: kernels.greedy_cover(X, 2, late=X[..., 0]), "late must be int64"),
+        "cover: mask": (lambda: kernels.greedy_cover(X, 2, valid=X[..., 0]), "bool"),
+        "cover: devices": (lambda: kernels.greedy_cover(X, 2, weight=meta[..., 0]), "is on meta"),
+        "cover cosine: integers": (lambda: kernels.greedy_cover_cosine(X.long(), 2), "floating"),
+        "cover cosine: k": (lambda: kernels.greedy_cover_cosine(X, -1), "\\[0, 6\\]"),
+        "cover cosine: weight": (lambda: kernels.greedy_cover_cosine(X, 2, weight=LONG), "weight must be floating"),
+        "cover cosine: mask": (lambda: kernels.greedy_cover_cosine(X, 2, valid=meta[..., 0] > 0), "is on meta"),
         "transition: devices": (lambda: kernels.transition_stats(X, meta), "is on meta"),
         "attention: integers": (lambda: kernels.attention_rows(Q.long(), Q, scale=1.0), "floating"),
         "received: integers": (lambda: kernels.received_attention(Q, Q.long(), scale=1.0), "floating"),
@@ -134,6 +145,12 @@ def test_nothing_is_fine(batch, n, d):
     assert kernels.energy(x, margin=0.3).shape == (batch, n)
     start = torch.zeros(batch, dtype=torch.int64)
     assert kernels.greedy_select(x, 0, start)[0].shape == (batch, 0)
+    for cover in (kernels.greedy_cover, kernels.greedy_cover_cosine):
+        assert cover(x, 0)[0].shape == (batch, 0)
+        order, gain = cover(x, n)
+        assert order.shape == gain.shape == (batch, n) and torch.equal(
+            order.sort(1).values, torch.arange(n).expand(batch, n)
+        )
     for keep, src, dst in (
         kernels.bipartite_match(x, n // 2, 1),
         kernels.energy_match(x, n // 2, margin=0.3),

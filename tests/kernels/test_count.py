@@ -51,6 +51,7 @@ def test_launches_of_a_layer_in_a_tower(method, most, proportional):
         ("complete", 5),
         ("guided", 5),
         ("greedy", 3),
+        ("cover", 2 * 57 + 9),
         ("transition", 1),
     ],
 )
@@ -65,6 +66,7 @@ def test_launches_of_an_op(name, most):
         "complete": lambda: kernels.complete_match(x, importance, 8),
         "guided": lambda: kernels.guided_match(x, x[:, 0], 8),
         "greedy": lambda: kernels.greedy_select(x, 57, start),
+        "cover": lambda: kernels.greedy_cover(x, 57),  # two a round, and the places of rows that follow
         "transition": lambda: kernels.transition_stats(x, x),
     }[name]
     with kernels.use("triton"), CountOps() as count:

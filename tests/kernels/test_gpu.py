@@ -92,6 +92,27 @@ def test_as_many_tokens_as_a_program_holds():
     assert (found[0] == expected[0]).float().mean() > 0.9
 
 
+def test_coverage_of_as_many_tokens_as_there_may_be():
+    """Sums of eighths are exact, so that ties are ties and both paths choose the same."""
+    eighths = (rows(1, table.LIMIT_GREEDY, 1024) * 8).round() / 8
+    late = (torch.arange(table.LIMIT_GREEDY, device="cuda") % 7).unsqueeze(0)
+    for found, expected in zip(*both(lambda: kernels.greedy_cover(eighths, 24, late=late))):
+        assert torch.equal(found, expected)
+
+
+def test_coverage_asks_no_host_and_a_batch_is_its_pictures():
+    x, weight = rows(3, 577, 64, torch.bfloat16), torch.rand(3, 577, device="cuda")
+    with kernels.use("triton"):
+        expected = kernels.greedy_cover_cosine(x, 57, weight=weight)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            alone = [kernels.greedy_cover_cosine(x[i : i + 1], 57, weight=weight[i : i + 1]) for i in range(3)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for at, both_ways in enumerate(expected):
+        torch.testing.assert_close(torch.cat([one[at] for one in alone]), both_ways)
+
+
 def test_memory_is_linear():
     """The complete graph of 16,384 tokens would be 1 GiB of similarities."""
     x = rows(1, 16384, 64, torch.bfloat16)

@@ -44,6 +44,10 @@ def examples():
         ("merge_rows_grad", (x[:, :6], keep, src, dst, kw, sw, 9), {}),
         ("greedy_select", (x, 4, torch.tensor([0, 3])), {}),
         ("greedy_select", (x, 4, torch.tensor([0, 3])), {"metric": "l2", "valid": torch.rand(2, 9) > 0.4}),
+        ("greedy_cover", (x, 4), {}),
+        ("greedy_cover", (x, 4), {"weight": torch.rand(2, 9), "late": torch.arange(9).expand(2, 9) // 4}),
+        ("greedy_cover_cosine", (x, 4), {"weight": torch.rand(2, 9)}),
+        ("greedy_cover_cosine", (x, 4), {"valid": torch.arange(9).expand(2, 9) > 2}),
         ("transition_stats", (x, x + 1), {}),
         ("attention_rows", (q[:, :, :2], k), {"scale": 0.3}),
         ("received_attention", (q, k), {"scale": 0.3, "bias": torch.randn(2, 1, 1, 9)}),
@@ -201,4 +205,5 @@ def test_selections_carry_no_gradient():
         outputs = [*kernels.match_max(meta, meta), kernels.energy(meta, margin=0.3)]
     outputs += [*kernels.match_max(x, x), kernels.energy(x, margin=0.3), *kernels.transition_stats(x, x)]
     outputs += [*kernels.greedy_select(x, 3, torch.tensor([0]))]
+    outputs += [*kernels.greedy_cover(x, 3, weight=x[..., 0]), *kernels.greedy_cover_cosine(x, 3)]
     assert not any(out.requires_grad for out in outputs)

@@ -51,36 +51,6 @@ def chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return slots % n, slots < n
 
 
-def greedy_coverage(table: Tensor, k: int, weight: Tensor | None = None, late: Tensor | None = None) -> Tensor:
-    """Greedy choice of k tokens by what they add to the coverage of targets.
-
-    What is covered of a target is the most that any chosen token covers, at first 0; a token adds what it covers
-    beyond that, over all targets.
-
-    Args:
-        table: fp32 `[B, N, R]`, how much each token covers of each of R targets, finite.
-        k: how many, at most N.
-        weight: fp32 `[B, N]`, not negative, by which what a token adds is multiplied; None means ones.
-        late: int64 `[B, N]`, 0 for candidates; others follow behind them, lower numbers first. None means all 0.
-
-    Returns:
-        int64 `[B, k]`, in the order chosen, without repeats; the lowest index wins a tie.
-    """
-    lanes = torch.arange(table.shape[0], device=table.device)
-    cover = torch.zeros_like(table[:, 0])
-    chosen = torch.zeros(table.shape[:2], dtype=torch.bool, device=table.device)
-    order = []
-    for _ in range(k):
-        score = (table - cover.unsqueeze(1)).clamp(min=0.0).sum(-1)
-        score = score if weight is None else score * weight
-        score = score if late is None else torch.where(late > 0, -late.to(score.dtype), score)
-        pick = torch.where(chosen, float("-inf"), score).argmax(1)
-        order.append(pick)
-        cover = torch.maximum(cover, table[lanes, pick])
-        chosen = chosen.scatter(1, pick.unsqueeze(1), 1)
-    return torch.stack(order, 1)
-
-
 @constant_in_graphs
 def random_order(n: int, seed: int, salt: str = "") -> Tensor:
     """n places in an order drawn at random.

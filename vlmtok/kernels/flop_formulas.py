@@ -63,6 +63,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "merge_rows_biased": _no_flops,
     "merge_rows_grad": _no_flops,
     "greedy_select": _greedy_flops,
+    "greedy_cover": _no_flops,
+    "greedy_cover_cosine": _greedy_flops,
     "transition_stats": _no_flops,
     "attention_rows": _attention_flops,
     "received_attention": _attention_flops,

@@ -192,6 +192,9 @@ TILES: tuple[Tile, ...] = (
     Tile("greedy_select", 4, 1024, 0, 1, 1024, 0, 4),
     Tile("greedy_select", 4, 4096, 0, 1, 4096, 0, 16),
     Tile("greedy_select", 4, LIMIT_GREEDY, 0, 1, LIMIT_GREEDY, 0, 32),
+    # greedy_cover: m rows a program, n targets a step; few rows are spread over more programs.
+    Tile("greedy_cover", 4, LIMIT_GREEDY, 132, 16, 256, 0, 4),
+    Tile("greedy_cover", 4, LIMIT_GREEDY, 0, 4, 256, 0, 4),
     # merge_rows: m entries are looked at in a step, n channels are a program's.
     Tile("merge_rows", 4, 512, 0, 512, 512, 0, 4),
     Tile("merge_rows", 4, 1024, 0, 512, 1024, 0, 4),

@@ -12,11 +12,11 @@ from ..core.aliases import Alias
 from ..core.method import Method
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.selection import greedy_coverage
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import POSITIONS, SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal
+from ..kernels.reference.steps import in_steps
 
 VISION = ("tower", "projected")
 _FEATURES = "outputs@vision:feature"
@@ -54,22 +54,24 @@ def multimodal_coverage(
     with kernels.exact(x.device):
         unit, own = kernels.unit_rows(x), kernels.unit_rows(features)
         bad = unit.isnan().any(-1) | own.isnan().any(-1)
-        tables = []
+        unit, own = (rows.masked_fill(bad.unsqueeze(-1), 0.0) for rows in (unit, own))
+        words = None
         if text is not None and text.shape[-2]:
             words = kernels.unit_rows(text).expand(len(x), -1, -1)
-            tables.append(_looks(words, unit, bad, tau_t))
-        scale = alpha if tables else 1.0
-        own = torch.where(bad.unsqueeze(-1), 0.0, own)
-        tables.append(scale * _looks(own, own, bad, tau_v))
         late = 2 * bad.long() if padding is None else torch.where(bad, 2, padding.long())
-        return greedy_coverage(torch.cat(tables, 2), k, late=late)
+        chosen = []
+        for part, _ in in_steps(len(x), 1, x.shape[1] ** 2, x.device.type):  # so that few tables are held
+            table = _looks(own[part], own[part], bad[part], tau_v, alpha if words is not None else 1.0)
+            if words is not None:
+                table = torch.cat([_looks(words[part], unit[part], bad[part], tau_t), table], 2)
+            chosen.append(kernels.greedy_cover(table, k, late=late[part])[0])
+        return torch.cat(chosen)
 
 
-def _looks(rows: Tensor, x: Tensor, bad: Tensor, tau: float) -> Tensor:
-    """How much of each row's mean look each token gets, fp32 `[B, N, R]`; nothing of NaN gives or gets any."""
-    x = torch.where(bad.unsqueeze(-1), 0.0, x)
-    logits = (x @ rows.transpose(1, 2) / tau).masked_fill(bad.unsqueeze(-1), float("-inf"))
-    return logits.softmax(1).nan_to_num(nan=0.0) / rows.shape[1]
+def _looks(rows: Tensor, x: Tensor, bad: Tensor, tau: float, scale: float = 1.0) -> Tensor:
+    """How much of each row's mean look each token gets, times `scale`, fp32 `[B, N, R]`; NaN tokens get none."""
+    logits = (x @ rows.transpose(1, 2)).div_(tau).masked_fill_(bad.unsqueeze(-1), float("-inf"))
+    return logits.softmax(1).nan_to_num_(nan=0.0).div_(rows.shape[1]).mul_(scale)
 
 
 def square_padding(width: int, height: int, *, size: int = 336, patch: int = 14) -> Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import kernels
 from ..core.aliases import Alias
 from ..core.reduction import Reduction
 from ..core.registry import register_method
-from ..core.selection import greedy_coverage
 from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import SEPARATORS, Counts
 from ..core.tower_scores import ScoredByTower
@@ -34,11 +32,8 @@ def saliency_coverage(x: Tensor, k: int, saliency: Tensor, alpha: float = 1.0) -
         int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN tokens come last.
     """
     with kernels.exact(x.device):
-        unit = kernels.unit_rows(x)
         weight = saliency.float() ** alpha
-        bad = unit.isnan().any(-1) | weight.isnan()
-        unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
-        return greedy_coverage(unit @ unit.transpose(1, 2), k, weight, bad.long())
+    return kernels.greedy_cover_cosine(x, k, weight=weight)[0]
 
 
 @register_method
