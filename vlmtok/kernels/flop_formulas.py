@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .reference.determinant import has_table
+
 
 def _pairs(a: Any, rows: int, columns: int) -> int:
     """Multiplications and additions of the cosines of `rows` with `columns` rows; `a` is `[B, N, D]`."""
@@ -44,6 +46,11 @@ def _greedy_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
     return _energy_flops(x) if k else 0
 
 
+def _determinant_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
+    rows = x[1] if has_table(x[1]) else k
+    return _pairs(x, rows, x[1]) + int(x[0]) * x[1] * k * (k - 1) if k else 0
+
+
 def _attention_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     return 2 * int(q[0]) * int(q[1]) * int(q[2]) * int(k[2]) * int(q[3])
 
@@ -63,6 +70,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "merge_rows_biased": _no_flops,
     "merge_rows_grad": _no_flops,
     "greedy_select": _greedy_flops,
+    "greedy_determinant": _determinant_flops,
     "transition_stats": _no_flops,
     "attention_rows": _attention_flops,
     "received_attention": _attention_flops,

@@ -31,6 +31,7 @@ LAUNCHERS = {
     "merge_rows_biased": "triton_merge",
     "merge_rows_grad": "triton_merge_grad",
     "greedy_select": "triton_greedy",
+    "greedy_determinant": "triton_determinant",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",
 }
@@ -54,6 +55,8 @@ SCHEMAS = {
     "SymInt n, SymInt prefix=0, SymInt suffix=0, *, str path='') -> (Tensor",
     "greedy_select": "Tensor x, SymInt k, Tensor start, *, str rule='max', str metric='cosine', Tensor? valid=None, "
     "str path='') -> (Tensor, Tensor",
+    "greedy_determinant": "Tensor x, SymInt k, *, Tensor? relevance=None, Tensor? valid=None, str path='') -> "
+    "(Tensor, Tensor",
     "transition_stats": "Tensor x, Tensor y, *, str path='') -> (Tensor, Tensor",
     "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "

@@ -60,6 +60,10 @@ def _greedy_select(x: Tensor, k: int, start: Tensor, **_: Any) -> tuple[Tensor, 
     return start.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.float32)
 
 
+def _greedy_determinant(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32)
+
+
 def _transition_stats(x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
@@ -84,6 +88,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "merge_rows_biased": _merge_rows_biased,
     "merge_rows_grad": _merge_rows_grad,
     "greedy_select": _greedy_select,
+    "greedy_determinant": _greedy_determinant,
     "transition_stats": _transition_stats,
     "attention_rows": _attention_rows,
     "received_attention": _received_attention,

@@ -56,7 +56,9 @@ def scale_relevance(relevance: Tensor, *, negate: bool = False, theta: float | N
     return scaled if theta is None else torch.exp(theta / (2.0 * (1.0 - theta)) * scaled)
 
 
-def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+def dpp_map(
+    x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None, split: int = 1
+) -> Tensor:
     """Greedy choice of k tokens that maximises log det of diag(r) L diag(r), L the tokens' cosines.
 
     Incremental Cholesky (Chen et al. 2018, arXiv 1709.05135). The factors r only scale rows and columns, so the
@@ -73,37 +75,7 @@ def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | 
     Returns:
         int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN rows come last.
     """
-    with kernels.exact(x.device):
-        unit = kernels.unit_rows(x)
-        batch, n, _ = unit.shape
-        bad = unit.isnan().any(-1)
-        unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
-        gram = unit @ unit.transpose(1, 2)
-        lanes = torch.arange(batch, device=x.device)
-        weight = torch.ones_like(unit[..., 0]) if relevance is None else relevance.float().nan_to_num(nan=0.0)
-        # Free tokens are compared by gain, then spanned ones by relevance; what may not be chosen comes last.
-        late = bad if valid is None else bad | ~valid
-        last = torch.where(late, -1.0 - torch.arange(n, device=x.device, dtype=torch.float32), weight)
-        free = ~late
-        # Conditional variance given the chosen ones; rounding of |x|^2 must not rank tokens that are equally relevant.
-        left = (gram.diagonal(dim1=1, dim2=2) > _EPS).to(gram.dtype)
-        factors = gram.new_zeros(batch, k, n)
-        order = []
-        for t in range(k):
-            open_ = free & (left > _EPS)
-            gain = torch.where(open_, weight * weight * left, float("-inf"))
-            found = open_.any(1)
-            pick = torch.where(found, gain.argmax(1), last.argmax(1))
-            order.append(pick)
-            past = factors[:, :t]
-            row = gram[lanes, pick] - (past[lanes, :, pick].unsqueeze(1) @ past).squeeze(1)
-            step = row / left[lanes, pick].clamp(min=_EPS).sqrt().unsqueeze(1)
-            step = torch.where(found.unsqueeze(1), step, 0.0)
-            factors[:, t] = step
-            left = left - step * step
-            free = free.scatter(1, pick.unsqueeze(1), 0)
-            last = last.scatter(1, pick.unsqueeze(1), float("-inf"))
-        return torch.stack(order, 1)
+    return kernels.greedy_determinant(x, k, relevance=relevance, valid=valid, split=split)[0]
 
 
 @register_method

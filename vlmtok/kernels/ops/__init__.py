@@ -1,6 +1,7 @@
 """The public ops: check the arguments, choose the path, run."""
 
 from .attention import attention_rows, received_attention
+from .determinant import greedy_determinant
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
 from .merging import merge_rows, merge_rows_biased
@@ -13,6 +14,7 @@ __all__ = [
     "complete_match",
     "energy",
     "energy_match",
+    "greedy_determinant",
     "greedy_select",
     "guided_match",
     "match_max",
