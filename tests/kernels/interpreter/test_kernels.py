@@ -14,7 +14,7 @@ from vlmtok.errors import ParameterError
 from vlmtok.kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
-NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received")
+NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received", "determinant")
 
 
 def modules():
@@ -78,6 +78,7 @@ def test_public_functions_take_the_kernels():
         "guided_match": lambda m: m.guided_match(x, x[:, 3], 3),
         "merge_rows": lambda m: m.merge_rows_biased(x, torch.ones(2, 12), keep, src, dst, importance=x[..., 0]),
         "greedy_select": lambda m: m.greedy_select(x, 4, start),
+        "greedy_determinant": lambda m: m.greedy_determinant(x, 4, relevance=x[..., 0].abs()),
         "transition_stats": lambda m: m.transition_stats(x, x + 1),
         "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
     }
