@@ -9,6 +9,7 @@ import torch
 
 from vlmtok.kernels import (
     triton_common,
+    triton_determinant,
     triton_energy,
     triton_greedy,
     triton_match,
@@ -35,6 +36,9 @@ TIGHT = (
     "order 64-bit <= 64, 0 programs, mode 3",
     "greedy_select 32-bit <= 1024, 0 programs, max cosine",
     "greedy_select 32-bit <= 16384, 0 programs, max l2",
+    "determinant 32-bit <= 2048, 0 programs",
+    "determinant_round 32-bit <= 16384, 0 programs, table",
+    "determinant_round 32-bit <= 16384, 0 programs, features",
     "merge_rows 32-bit <= 1024, 0 programs, mean",
     "merge_rows 32-bit <= any, 0 programs, weights",
     "merge_rows 32-bit <= 1024, 0 programs, grad",
@@ -92,6 +96,11 @@ def _greedy(row: Tile, rule: str = "max", metric: str = "cosine") -> None:
     )
 
 
+def _determinant(row: Tile, n: int, masked: bool) -> None:
+    relevance, valid = (meta(2, n), meta(2, n, dtype=BOOL)) if masked else (None, None)
+    triton_determinant.greedy_determinant(meta(2, n, 64, dtype=HALF), 1, relevance=relevance, valid=valid)
+
+
 def _merge(row: Tile, how: str) -> None:
     d = min(row.size, 4096)
     x, size, plan = meta(2, 577, d, dtype=HALF), meta(2, 577), [meta(2, k, dtype=LONG) for k in (519, 58, 58)]
@@ -139,6 +148,11 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
             )
             for rule, metric in rules:
                 add(row, f", {rule} {metric}", _greedy, rule, metric)
+        elif row.op == "determinant":
+            add(row, "", _determinant, row.size, True)
+        elif row.op == "determinant_round":
+            add(row, ", table", _determinant, 4096, False)
+            add(row, ", features", _determinant, row.size, True)
         elif row.op == "merge_rows":
             for how in ("mean", "weights", "pairs", "grad"):
                 add(row, f", {how}", _merge, how)

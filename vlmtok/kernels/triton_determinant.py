@@ -20,6 +20,8 @@ from .triton_greedy import _similarity, products
 
 _FEATURES = 64
 """Features that are multiplied at a time where no table is held."""
+_AHEAD, _AHEAD_ROUND = 8, 32
+"""Factors that are read before the first is used; a round has fewer threads, so each reads more."""
 
 
 @triton.jit
@@ -53,15 +55,16 @@ def _key(weight, left, behind, SPANNED: tl.constexpr):
 
 
 @triton.jit
-def _explained(factors, n, pick, j, there, t, UNROLL: tl.constexpr):
-    """What the first t factors say of row `pick` with the others, added up in their order."""
-    total = tl.zeros_like(j).to(tl.float32)
-    for first in range(0, t, UNROLL):
-        for more in tl.static_range(UNROLL):
-            use = first + more < t
-            at = factors + (first + more) * n
-            total += tl.load(at + pick, mask=use, other=0.0) * tl.load(at + j, mask=there & use, other=0.0)
-    return total
+def _explained(factors, n, pick, j, there, t, AHEAD: tl.constexpr, BN: tl.constexpr):
+    """What the first t factors say of row `pick` with the others."""
+    lane = tl.arange(0, AHEAD)
+    total = tl.zeros((AHEAD, BN), tl.float32)
+    for first in range(0, t, AHEAD):
+        use = first + lane < t
+        at = factors + (first + lane) * n
+        mine = tl.load(at + pick, mask=use, other=0.0)
+        total += mine[:, None] * tl.load(at[:, None] + j[None, :], mask=use[:, None] & there[None, :], other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def _gain(best):
 def _determinant_kernel(
     table, scale, relevance, valid, factors, order, gain,
     n, k, relevance_batch, relevance_step, valid_batch, valid_step,
-    RELEVANCE: tl.constexpr, VALID: tl.constexpr, SPANNED: tl.constexpr, EPS: tl.constexpr, UNROLL: tl.constexpr,
+    RELEVANCE: tl.constexpr, VALID: tl.constexpr, SPANNED: tl.constexpr, EPS: tl.constexpr, AHEAD: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
@@ -95,7 +98,7 @@ def _determinant_kernel(
         tl.store(gain + t, _gain(best))
         variance = tl.sum(tl.where(j == pick, left, 0.0), 0)
         row = _similarity(table, scale, n, pick, j, there, 0)
-        row -= _explained(factors, n, pick, j, there, tl.where(best >= 0, t, 0), UNROLL)
+        row -= _explained(factors, n, pick, j, there, tl.where(best >= 0, t, 0), AHEAD, BN)
         # A spanned row leaves the others as they are.
         step = tl.where(best >= 0, row / tl.sqrt(tl.maximum(variance, SPANNED)), 0.0)
         tl.store(factors + t * n + j, step, mask=there)
@@ -109,7 +112,7 @@ def _round_kernel(
     x, table, scale, relevance, valid, left, behind, factors, best, place, variance, order, gain,
     batches, n, k, t, d, x_batch, x_row, relevance_batch, relevance_step, valid_batch, valid_step,
     FIRST: tl.constexpr, TABLE: tl.constexpr, RELEVANCE: tl.constexpr, VALID: tl.constexpr, SPANNED: tl.constexpr,
-    EPS: tl.constexpr, UNROLL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    EPS: tl.constexpr, AHEAD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Launch t takes row t - 1 by what the programs of launch t - 1 found in their parts, and looks for the next.
     parts = tl.cdiv(n, BN)
@@ -145,7 +148,7 @@ def _round_kernel(
             row *= tl.load(scale + pick) * tl.load(scale + j, mask=there, other=0.0)
             row = tl.where(tl.abs(row) < float("inf"), row, 0.0)
         factors += batch * k * n
-        row -= _explained(factors, n, pick, j, there, tl.where(top >= 0, t - 1, 0), UNROLL)
+        row -= _explained(factors, n, pick, j, there, tl.where(top >= 0, t - 1, 0), AHEAD, BN)
         step = tl.where(top >= 0, row / tl.sqrt(tl.maximum(theirs, SPANNED)), 0.0)
         tl.store(factors + (t - 1) * n + j, step, mask=there)
         own = tl.load(left + batch * n + j, mask=there, other=0.0)
@@ -208,7 +211,7 @@ def _choose(
         launch(
             _determinant_kernel, batch, x,
             table, scale, relevance, valid, factors, order, gain, n, k, *strides,
-            warps=config.warps, BN=config.n, UNROLL=8, **shared,
+            warps=config.warps, BN=config.n, AHEAD=_AHEAD, **shared,
         )  # fmt: skip
         return
     config = config or tile("determinant_round", 4, n)
@@ -222,7 +225,7 @@ def _choose(
             _round_kernel, batch * parts, x,
             x, table, scale, relevance, valid, left, behind, factors, best, place, variance, order, gain,
             batch, n, k, t, d, x.stride(0), x.stride(1), *strides,
-            warps=config.warps, FIRST=t == 0, TABLE=table is not None, UNROLL=32, BN=config.n, BK=_FEATURES,
+            warps=config.warps, FIRST=t == 0, TABLE=table is not None, AHEAD=_AHEAD_ROUND, BN=config.n, BK=_FEATURES,
             PARTS=triton.next_power_of_2(parts), **shared,
         )  # fmt: skip
 
