@@ -32,6 +32,7 @@ LAUNCHERS = {
     "merge_rows_grad": "triton_merge_grad",
     "greedy_select": "triton_greedy",
     "greedy_determinant": "triton_determinant",
+    "drop_duplicates": "triton_duplicates",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",
 }
@@ -57,6 +58,7 @@ SCHEMAS = {
     "str path='') -> (Tensor, Tensor",
     "greedy_determinant": "Tensor x, SymInt k, *, Tensor? relevance=None, Tensor? valid=None, str path='') -> "
     "(Tensor, Tensor",
+    "drop_duplicates": "Tensor x, Tensor order, SymInt k, *, SymInt step=8, Tensor? valid=None, str path='') -> (Tensor",
     "transition_stats": "Tensor x, Tensor y, *, str path='') -> (Tensor, Tensor",
     "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "

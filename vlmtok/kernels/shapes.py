@@ -64,6 +64,10 @@ def _greedy_determinant(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32)
 
 
+def _drop_duplicates(x: Tensor, order: Tensor, k: int, **_: Any) -> Tensor:
+    return order.new_empty(order.shape[0], k)
+
+
 def _transition_stats(x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
@@ -89,6 +93,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "merge_rows_grad": _merge_rows_grad,
     "greedy_select": _greedy_select,
     "greedy_determinant": _greedy_determinant,
+    "drop_duplicates": _drop_duplicates,
     "transition_stats": _transition_stats,
     "attention_rows": _attention_rows,
     "received_attention": _received_attention,
