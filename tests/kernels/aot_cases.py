@@ -10,6 +10,7 @@ import torch
 from vlmtok.kernels import (
     triton_common,
     triton_determinant,
+    triton_duplicates,
     triton_energy,
     triton_greedy,
     triton_match,
@@ -39,6 +40,7 @@ TIGHT = (
     "determinant 32-bit <= 2048, 0 programs",
     "determinant_round 32-bit <= 16384, 0 programs, table",
     "determinant_round 32-bit <= 16384, 0 programs, features",
+    "drop_duplicates, lengths",
     "merge_rows 32-bit <= 1024, 0 programs, mean",
     "merge_rows 32-bit <= any, 0 programs, weights",
     "merge_rows 32-bit <= 1024, 0 programs, grad",
@@ -169,6 +171,10 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
                 None,
                 lambda x=x: triton_common.row_scale(x, x[:, 0], meta(2, 577)),
             )
+    # Lists of rows, of one length and of several.
+    for name, valid in (("drop_duplicates", None), ("drop_duplicates, lengths", meta(2, 64, dtype=BOOL))):
+        found[name] = (None, lambda valid=valid: triton_duplicates.drop_duplicates(
+            meta(2, 64, 64, dtype=HALF), meta(2, 64, dtype=LONG), 56, valid=valid))  # fmt: skip
     # Rows picked by index, and ranks by score.
     keys, scores, protected = meta(64, 60, 64, dtype=HALF), meta(64, 60), meta(64, 60, dtype=BOOL)
     found["energy_match"] = (None, lambda: triton_order.energy_match(keys, 8, margin=0.4))

@@ -70,6 +70,8 @@ def calls():
         "guided_match": lambda: kernels.guided_match(x, x[:, 0], 2),
         "merge_rows": lambda: kernels.merge_rows(x, torch.ones(1, 6), index, index + 3, index),
         "greedy_select": lambda: kernels.greedy_select(x, 3, torch.tensor([0])),
+        "greedy_determinant": lambda: kernels.greedy_determinant(x, 3),
+        "drop_duplicates": lambda: kernels.drop_duplicates(x, 3),
         "transition_stats": lambda: kernels.transition_stats(x, x),
         "received_attention": lambda: kernels.received_attention(q, q, scale=0.3),
     }
@@ -101,6 +103,8 @@ def test_limits_of_a_kernel_are_errors_too():
         x = torch.empty(1, table.LIMIT_GREEDY + 1, 4, device="meta")
         with pytest.raises(kernels.KernelError, match=str(table.LIMIT_GREEDY)):
             kernels.greedy_select(x, 2, torch.empty(1, dtype=torch.int64, device="meta"))
+        with pytest.raises(kernels.KernelError, match=str(table.LIMIT_GREEDY)):
+            kernels.greedy_determinant(x, 2)
         q = torch.empty(1, 1, 4, table.LIMIT_HEAD * 2, device="meta")
         with pytest.raises(kernels.KernelError, match="head width"):
             kernels.received_attention(q, q, scale=1.0)

@@ -61,19 +61,19 @@ def dpp_map(
 ) -> Tensor:
     """Greedy choice of k tokens that maximises log det of diag(r) L diag(r), L the tokens' cosines.
 
-    Incremental Cholesky (Chen et al. 2018, arXiv 1709.05135). The factors r only scale rows and columns, so the
-    Cholesky runs on L, whose diagonal is one, and r^2 multiplies the gain: what is numerically in the span of the
-    chosen tokens is then told from what is merely irrelevant. Where everything left is in that span (k above the
-    rank), the most relevant tokens follow.
+    See `vlmtok.kernels.greedy_determinant`, which it is. Where everything left is in the span of the chosen tokens (k
+    above the rank), the most relevant tokens follow.
 
     Args:
         x: `[B, N, D]`, visual embeddings, any floating dtype.
         k: how many, at most N.
-        relevance: fp32 `[B, N]`, positive; None means ones, which leaves diversity alone.
+        relevance: floating `[B, N]`, not negative; None means ones, which leaves diversity alone.
         valid: bool `[B, N]`, candidates; None means all. A row with fewer than k goes on with the others.
+        split: 1, or 2 to choose in two halves of the tokens apart, ``ceil(k / 2)`` in the first.
 
     Returns:
-        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN rows come last.
+        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie; NaN rows come behind the
+        other candidates.
     """
     return kernels.greedy_determinant(x, k, relevance=relevance, valid=valid, split=split)[0]
 
@@ -101,6 +101,8 @@ class CDPruner(Method):
             The paper's formula has no minus.
         theta: None, or in [0, 1): softens relevance to exp(theta / (2 (1 - theta)) r).
         positions: ``"renumber"`` or ``"keep"`` the position ids; None is the model's default.
+        split: 1, or 2 to choose half of the tokens among the first half of a crop's and half among the rest, as some
+            inference engines do. It is another choice, in half the rounds: what is alike across the halves stays twice.
     """
 
     paper = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025)"
@@ -119,6 +121,7 @@ class CDPruner(Method):
         "Beyond the rank of the kernel the most relevant tokens follow; the release takes roots of negative numbers.",
         "Row separators of multi-crop pictures are kept last.",
         "Text behind the picture includes the prompt's template.",
+        "split=2 is that of inference engines, neither the paper's nor the release's.",
     )
     scope = "part"
     aliases = (Alias("visual_token_num", "keep", "the released code"), Alias("k", "keep"))
@@ -128,9 +131,11 @@ class CDPruner(Method):
     negate: bool = True
     theta: float | None = None
     positions: str | None = None
+    split: int = 1
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "CDPruner")
+        check_range(self.split, "CDPruner", "split", 1, 2, int)
         check_flag(self.negate, "CDPruner", "negate")
         if self.theta is not None:
             check_range(self.theta, "CDPruner", "theta", 0, 0.999)
@@ -154,7 +159,7 @@ class CDPruner(Method):
                 relevance = instruction_relevance(view.tokens, text.float().mean(1, keepdim=True))
         if relevance is not None:
             relevance = scale_relevance(relevance, negate=self.negate, theta=self.theta)
-        order = dpp_map(view.tokens, k, relevance, view.part >= 0)
+        order = dpp_map(view.tokens, k, relevance, view.part >= 0, self.split)
         return Reduction(order.sort(dim=1).values)
 
     def count(self, counts: Counts) -> int:

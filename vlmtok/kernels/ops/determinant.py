@@ -76,7 +76,7 @@ def _in_halves(x: Tensor, k: int, relevance: Tensor | None, valid: Tensor | None
         full = torch.ones(batch, n, dtype=torch.bool, device=x.device) if valid is None else valid
         valid = torch.cat([full, full.new_zeros(batch, 1)], 1)
     folded = [None if each is None else each.reshape(2 * batch, half, *each.shape[2:]) for each in (relevance, valid)]
-    order, gain = _whole(x.reshape(2 * batch, half, -1), first, *folded)
+    order, gain = _whole(x.reshape(2 * batch, half, x.shape[2]), first, *folded)
     order = order.view(batch, 2, first) + torch.tensor([[0], [half]], device=x.device)
     # A choice begins with the smaller one, so that of the second half the last is left away where k is odd.
     return order.view(batch, 2 * first)[:, :k], gain.view(batch, 2 * first)[:, :k]
