@@ -171,12 +171,12 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
                 None,
                 lambda x=x: triton_common.row_scale(x, x[:, 0], meta(2, 577)),
             )
-    # Lists of rows, of one length and of several.
-    for name, valid in (("drop_duplicates", None), ("drop_duplicates, lengths", meta(2, 64, dtype=BOOL))):
-        found[name] = (None, lambda valid=valid: triton_duplicates.drop_duplicates(
-            meta(2, 64, 64, dtype=HALF), meta(2, 64, dtype=LONG), 56, valid=valid))  # fmt: skip
     # Rows picked by index, and ranks by score.
     keys, scores, protected = meta(64, 60, 64, dtype=HALF), meta(64, 60), meta(64, 60, dtype=BOOL)
     found["energy_match"] = (None, lambda: triton_order.energy_match(keys, 8, margin=0.4))
     found["complete_match"] = (None, lambda: triton_order.complete_match(keys, scores, 8, protected))
+    # Lists of rows, of one length and of several.
+    for name, valid in (("drop_duplicates", None), ("drop_duplicates, lengths", meta(2, 64, dtype=BOOL))):
+        found[name] = (None, lambda valid=valid: triton_duplicates.drop_duplicates(
+            meta(2, 64, 64, dtype=HALF), meta(2, 64, dtype=LONG), 56, valid=valid))  # fmt: skip
     return found
