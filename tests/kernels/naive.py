@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def drop_duplicates(x, order, k, step=8, valid=None):
             first, second = places[0::2], places[1::2]
             nearest = {i: max(float(rows[i] @ rows[j]) for j in second) for i in first}
             values = sorted(nearest.values())
-            if any(0 < after - before < 1e-6 for before, after in zip(values, values[1:])):
+            if any(0 < after - before < 1e-6 for before, after in pairwise(values)):
                 places = None
                 continue
             leave = min(step, len(places) - k, len(first))

@@ -22,7 +22,9 @@ def both(x, k, **settings):
         return found, kernels.drop_duplicates(x, k, **settings)
 
 
-@pytest.mark.parametrize("n, m, k, step", [(40, 31, 7, 8), (60, 60, 1, 3), (9, 4, 3, 8), (70, 64, 32, 1), (33, 33, 2, 50)])
+@pytest.mark.parametrize(
+    "n, m, k, step", [(40, 31, 7, 8), (60, 60, 1, 3), (9, 4, 3, 8), (70, 64, 32, 1), (33, 33, 2, 50)]
+)
 def test_drop_duplicates(n, m, k, step):
     x, order = rows(3, n, 5), lists(3, n, m)
     valid = torch.rand(3, n, generator=torch.Generator().manual_seed(1)) > 0.4

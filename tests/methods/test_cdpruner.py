@@ -197,7 +197,14 @@ def test_sites_and_parameters():
     assert CDPruner().sites(layout("text")) == [Site("projected", needs=("text",))]
     assert CDPruner().sites(layout()) == [Site("projected", needs=("relevance",))]
     assert CDPruner.scope == "part"
-    for wrong in ({"keep": 0}, {"negate": 1.5}, {"theta": 1.0}, {"split": 3}, {"split": True}, {"positions": "shuffle"}):
+    for wrong in (
+        {"keep": 0},
+        {"negate": 1.5},
+        {"theta": 1.0},
+        {"split": 3},
+        {"split": True},
+        {"positions": "shuffle"},
+    ):
         with pytest.raises(ParameterError):
             CDPruner(**wrong)
     for spec in ("cdpruner", "cdpruner:keep=64:negate=false:theta=0.5", "cdpruner:split=2"):

@@ -58,7 +58,8 @@ SCHEMAS = {
     "str path='') -> (Tensor, Tensor",
     "greedy_determinant": "Tensor x, SymInt k, *, Tensor? relevance=None, Tensor? valid=None, str path='') -> "
     "(Tensor, Tensor",
-    "drop_duplicates": "Tensor x, Tensor order, SymInt k, *, SymInt step=8, Tensor? valid=None, str path='') -> (Tensor",
+    "drop_duplicates": "Tensor x, Tensor order, SymInt k, *, SymInt step=8, Tensor? valid=None, str path='') -> "
+    "(Tensor",
     "transition_stats": "Tensor x, Tensor y, *, str path='') -> (Tensor, Tensor",
     "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "

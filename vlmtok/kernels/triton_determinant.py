@@ -218,7 +218,8 @@ def _choose(
     parts = triton.cdiv(n, config.n)
     left, behind = torch.empty_like(scale), torch.empty_like(scale, dtype=torch.int32)
     best, place, variance = (
-        torch.empty(2, batch, parts, dtype=dtype, device=x.device) for dtype in (torch.int32, torch.int32, torch.float32)
+        torch.empty(2, batch, parts, dtype=dtype, device=x.device)
+        for dtype in (torch.int32, torch.int32, torch.float32)
     )
     for t in range(k + 1):
         launch(

@@ -56,9 +56,7 @@ def scale_relevance(relevance: Tensor, *, negate: bool = False, theta: float | N
     return scaled if theta is None else torch.exp(theta / (2.0 * (1.0 - theta)) * scaled)
 
 
-def dpp_map(
-    x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None, split: int = 1
-) -> Tensor:
+def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None, split: int = 1) -> Tensor:
     """Greedy choice of k tokens that maximises log det of diag(r) L diag(r), L the tokens' cosines.
 
     See `vlmtok.kernels.greedy_determinant`, which it is. Where everything left is in the span of the chosen tokens (k

@@ -1,4 +1,4 @@
-"""The removal of near duplicates: two launches a round, lists of different lengths, rows that a program does not sort."""
+"""The removal of near duplicates: two launches a round, lists of several lengths, rows that no program sorts."""
 
 from __future__ import annotations
 

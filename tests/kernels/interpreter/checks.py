@@ -18,7 +18,15 @@ import check_plans
 
 CHECKS = {
     name: check
-    for module in (check_matching, check_plans, check_merging, check_greedy, check_attention, check_determinant, check_duplicates)
+    for module in (
+        check_matching,
+        check_plans,
+        check_merging,
+        check_greedy,
+        check_attention,
+        check_determinant,
+        check_duplicates,
+    )
     for name, check in vars(module).items()
     if isfunction(check) and check.__module__ == module.__name__ and not name.startswith("_")
 }

@@ -167,7 +167,13 @@ def cases(small: bool = False) -> list[Case]:
         The cases, op by op.
     """
     if small:
-        found = [*_tower(2, 8), *_prefill(64, 8, 32), _removal(40, 12, 32), _transition(16, 64), _received(32, 2, 16, 2)]
+        found = [
+            *_tower(2, 8),
+            *_prefill(64, 8, 32),
+            _removal(40, 12, 32),
+            _transition(16, 64),
+            _received(32, 2, 16, 2),
+        ]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]

@@ -22,8 +22,9 @@ def drop_duplicates(
     nearest one in B, by cosine, is nearest leave, ``min(step, L - k, ceil(L / 2))`` of them; the list is what is left
     of A, by falling cosine, and B behind it.
 
-    No table of all cosines is held on a GPU. On a CPU pictures go one after the other; the cosines of the rows of a list
-    are multiplied once (again where it is longer than 8,192, 256 MiB of them), and the 16 nearest of each remembered.
+    No table of all cosines is held on a GPU. On a CPU pictures go one after the other; the cosines of the rows of a
+    list are multiplied once (again where it is longer than 8,192, 256 MiB of them), and the 16 nearest of each
+    remembered.
 
     Args:
         x: `[B, N, D]`, any floating dtype.

@@ -12,7 +12,7 @@ from .looking import host_may_look
 from .rows import finite_unit_rows, products
 
 TABLE_BYTES = 256 << 20
-"""Bytes of products of all rows with all that are held at a time; a picture that exceeds it multiplies a row a round."""
+"""Bytes of products of all rows with all that are held at a time; a picture beyond multiplies a row a round."""
 
 
 def greedy_determinant(
