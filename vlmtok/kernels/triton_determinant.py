@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -190,8 +192,10 @@ def greedy_determinant(
     scale = row_scale(x)
     group = pictures_at_a_time(batch, n)
     for at in range(0, batch, group):
-        rows, *others = (None if each is None else each[at : at + group] for each in (x, scale, relevance, valid))
-        _choose(rows, *others, order[at : at + group], gain[at : at + group], config)
+        part = slice(at, at + group)
+        factor = None if relevance is None else relevance[part]
+        candidates = None if valid is None else valid[part]
+        _choose(x[part], scale[part], factor, candidates, order[part], gain[part], config)
     return order, gain
 
 
@@ -205,7 +209,12 @@ def _choose(
     table = products(x) if has_table(n) else None
     factors = x.new_empty(batch, k, n, dtype=torch.float32)
     strides = (*_strides(relevance), *_strides(valid))
-    shared = {"RELEVANCE": relevance is not None, "VALID": valid is not None, "SPANNED": SPANNED, "EPS": EPS}
+    shared: dict[str, Any] = {
+        "RELEVANCE": relevance is not None,
+        "VALID": valid is not None,
+        "SPANNED": SPANNED,
+        "EPS": EPS,
+    }
     if n <= LIMIT_DETERMINANT:
         config = config or tile("determinant", 4, n)
         launch(

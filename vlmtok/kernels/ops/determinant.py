@@ -72,10 +72,11 @@ def _in_halves(x: Tensor, k: int, relevance: Tensor | None, valid: Tensor | None
     batch, n, _ = x.shape
     half, first = -(-n // 2), -(-k // 2)
     if n % 2:
-        x, relevance = (None if each is None else torch.cat([each, each[:, -1:]], 1) for each in (x, relevance))
+        x = torch.cat([x, x[:, -1:]], 1)
+        relevance = None if relevance is None else torch.cat([relevance, relevance[:, -1:]], 1)
         full = torch.ones(batch, n, dtype=torch.bool, device=x.device) if valid is None else valid
         valid = torch.cat([full, full.new_zeros(batch, 1)], 1)
-    folded = [None if each is None else each.reshape(2 * batch, half, *each.shape[2:]) for each in (relevance, valid)]
+    folded = [None if each is None else each.reshape(2 * batch, half) for each in (relevance, valid)]
     order, gain = _whole(x.reshape(2 * batch, half, x.shape[2]), first, *folded)
     order = order.view(batch, 2, first) + torch.tensor([[0], [half]], device=x.device)
     # A choice begins with the smaller one, so that of the second half the last is left away where k is odd.

@@ -24,12 +24,13 @@ def greedy_determinant(
         return x.new_empty(batch, k, dtype=torch.int64), x.new_empty(batch, k, dtype=torch.float32)
     with exact(x.device):
         unit, finite, long = finite_unit_rows(x)
-        state = (unit, *beginning(finite, long, relevance, valid))
+        square, left, behind = beginning(finite, long, relevance, valid)
         if host_may_look(x):
-            chosen = [choose_by_rows(*one, k) for one in zip(*state)]
+            chosen = [choose_by_rows(unit[i], square[i], left[i], behind[i], k) for i in range(batch)]
             return torch.stack([order for order, _ in chosen]), torch.stack([gain for _, gain in chosen])
         group = pictures_at_a_time(batch, n)
-        chosen = [_in_rounds(*(each[at : at + group] for each in state), k) for at in range(0, batch, group)]
+        parts = [slice(at, at + group) for at in range(0, batch, group)]
+        chosen = [_in_rounds(unit[part], square[part], left[part], behind[part], k) for part in parts]
         return torch.cat([order for order, _ in chosen]), torch.cat([gain for _, gain in chosen])
 
 
