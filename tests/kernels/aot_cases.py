@@ -10,6 +10,8 @@ import torch
 from vlmtok.kernels import (
     triton_common,
     triton_cover,
+    triton_determinant,
+    triton_duplicates,
     triton_energy,
     triton_greedy,
     triton_match,
@@ -38,6 +40,10 @@ TIGHT = (
     "greedy_select 32-bit <= 16384, 0 programs, max l2",
     "greedy_cover 32-bit <= 16384, 132 programs, table",
     "greedy_cover 32-bit <= 16384, 0 programs, weights",
+    "determinant 32-bit <= 2048, 0 programs",
+    "determinant_round 32-bit <= 16384, 0 programs, table",
+    "determinant_round 32-bit <= 16384, 0 programs, features",
+    "drop_duplicates, lengths",
     "merge_rows 32-bit <= 1024, 0 programs, mean",
     "merge_rows 32-bit <= any, 0 programs, weights",
     "merge_rows 32-bit <= 1024, 0 programs, grad",
@@ -100,6 +106,9 @@ def _cover(row: Tile, how: str) -> None:
     table = meta(_batch(row, n), n, n + 24, dtype=HALF if how == "halves" else FULL)
     weight = meta(*table.shape[:2]) if how == "weights" else None
     triton_cover.greedy_cover(table, 1, weight=weight, late=meta(*table.shape[:2], dtype=LONG))
+def _determinant(row: Tile, n: int, masked: bool) -> None:
+    relevance, valid = (meta(2, n), meta(2, n, dtype=BOOL)) if masked else (None, None)
+    triton_determinant.greedy_determinant(meta(2, n, 64, dtype=HALF), 1, relevance=relevance, valid=valid)
 
 
 def _merge(row: Tile, how: str) -> None:
@@ -152,6 +161,11 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
         elif row.op == "greedy_cover":
             for how in ("table", "weights", "halves"):
                 add(row, f", {how}", _cover, how)
+        elif row.op == "determinant":
+            add(row, "", _determinant, row.size, True)
+        elif row.op == "determinant_round":
+            add(row, ", table", _determinant, 4096, False)
+            add(row, ", features", _determinant, row.size, True)
         elif row.op == "merge_rows":
             for how in ("mean", "weights", "pairs", "grad"):
                 add(row, f", {how}", _merge, how)
@@ -172,4 +186,8 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
     keys, scores, protected = meta(64, 60, 64, dtype=HALF), meta(64, 60), meta(64, 60, dtype=BOOL)
     found["energy_match"] = (None, lambda: triton_order.energy_match(keys, 8, margin=0.4))
     found["complete_match"] = (None, lambda: triton_order.complete_match(keys, scores, 8, protected))
+    # Lists of rows, of one length and of several.
+    for name, valid in (("drop_duplicates", None), ("drop_duplicates, lengths", meta(2, 64, dtype=BOOL))):
+        found[name] = (None, lambda valid=valid: triton_duplicates.drop_duplicates(
+            meta(2, 64, 64, dtype=HALF), meta(2, 64, dtype=LONG), 56, valid=valid))  # fmt: skip
     return found

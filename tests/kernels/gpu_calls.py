@@ -9,6 +9,7 @@ NAMES = (
     "match halves", "match complete", "match long", "energy", "energy long", "bipartite", "energy match",
     "complete match", "guided match", "merge", "merge weights", "merge pairs", "greedy", "greedy sum", "greedy l2",
     "greedy cover", "greedy cover table", "transition", "received",
+    "transition", "received", "determinant", "determinant masked", "duplicates", "duplicates lengths",
 )  # fmt: skip
 
 
@@ -53,6 +54,10 @@ def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
         "greedy l2": lambda: kernels.greedy_select(x, n // 8, start, metric="l2"),
         "greedy cover": lambda: kernels.greedy_cover_cosine(x, n // 8, weight=size),
         "greedy cover table": lambda: kernels.greedy_cover(wide.abs(), n // 8, late=(start[:, None] + keep[:, :1]) % 2),
+        "determinant": lambda: kernels.greedy_determinant(wide, n // 8, relevance=size),
+        "determinant masked": lambda: kernels.greedy_determinant(wide, n // 8, valid=size > 0.9, split=2),
+        "duplicates": lambda: kernels.drop_duplicates(x, n // 2 + 1),
+        "duplicates lengths": lambda: kernels.drop_duplicates(x, n // 3, step=50, valid=size > 0.6),
         "transition": lambda: kernels.transition_stats(wide, wide.flip(1)),
         "received": lambda: kernels.received_attention(q, k, scale=d**-0.5, bias=bias),
     }

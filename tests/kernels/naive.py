@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,6 +76,60 @@ def greedy_select(x, k, start, rule="max", metric="cosine", valid=None):
             chosen.append(best[2])
         picks.append(chosen[:k])
     return torch.tensor(picks)
+
+
+def greedy_determinant(x, k, relevance=None, valid=None):
+    """What is left of a row is what is left of its length one after projecting the chosen ones away."""
+    batch, n, _ = x.shape
+    picks, gains = [], []
+    for p in range(batch):
+        rows = x[p].double()
+        finite = [bool(row.norm().isfinite()) for row in rows]
+        weight = [1.0 if relevance is None else max(float(relevance[p, j].nan_to_num(0.0)), 0.0) for j in range(n)]
+        rest = [rows[j] / rows[j].norm() if finite[j] and rows[j].norm() > 1e-12 else 0 * rows[0] for j in range(n)]
+        rest = [row.nan_to_num(0.0) for row in rest]
+        chosen, gain = [], []
+        while len(chosen) < k:
+            best = None
+            for j in range(n):
+                if j in chosen:
+                    continue
+                left = round(float(rest[j] @ rest[j]), 10)  # at first 1, so that ties are ties
+                tier = 3 if valid is not None and not valid[p, j] else 2 if not finite[j] else 1 if left <= 1e-6 else 0
+                value = (weight[j] ** 2 * left, weight[j], 0.0, 0.0)[tier]
+                if best is None or (tier, -value) < best[:2]:
+                    best = (tier, -value, j)
+            tier, value, j = best
+            chosen.append(j)
+            gain.append(float("nan") if tier else -value)
+            if not tier:
+                away = rest[j] / rest[j].norm()
+                rest = [row - (row @ away) * away for row in rest]
+        picks.append(chosen)
+        gains.append(gain)
+    return torch.tensor(picks, dtype=torch.int64).reshape(batch, k), torch.tensor(gains).reshape(batch, k)
+
+
+def drop_duplicates(x, order, k, step=8, valid=None):
+    """List by list; None in place of a list where a choice hangs on rounding."""
+    found = []
+    for p, places in enumerate(order.tolist()):
+        rows = [row.double() for row in x[p]]
+        rows = [row / row.norm() if row.norm().isfinite() and row.norm() > 0 else torch.zeros_like(row) for row in rows]
+        if valid is not None:
+            there = [j for j in places if valid[p, j]]
+            places = there + [j for j in places if not valid[p, j]][: max(0, k - len(there))]
+        while places is not None and len(places) > k:
+            first, second = places[0::2], places[1::2]
+            nearest = {i: max(float(rows[i] @ rows[j]) for j in second) for i in first}
+            values = sorted(nearest.values())
+            if any(0 < after - before < 1e-6 for before, after in pairwise(values)):
+                places = None
+                continue
+            leave = min(step, len(places) - k, len(first))
+            places = sorted(first, key=lambda i, nearest=nearest: -nearest[i])[leave:] + second
+        found.append(places)
+    return found
 
 
 def merge_rows(x, size, keep, src, dst, keep_weight=None, src_weight=None):

@@ -85,6 +85,23 @@ def bad_calls():
             lambda: kernels.greedy_select(X, 2, LONG[:, 0], rule="sum", metric="l2"), "cosine",
         ),
         "greedy: start": (lambda: kernels.greedy_select(X, 2, LONG[:, :1]), "\\[2\\]"),
+        "determinant: integers": (lambda: kernels.greedy_determinant(X.long(), 2), "floating"),
+        "determinant: k": (lambda: kernels.greedy_determinant(X, 7), "\\[0, 6\\]"),
+        "determinant: bool": (lambda: kernels.greedy_determinant(X, True), "\\[0, 6\\]"),
+        "determinant: relevance": (lambda: kernels.greedy_determinant(X, 2, relevance=X[:, :3, 0]), "\\[2, 6\\]"),
+        "determinant: whole relevance": (lambda: kernels.greedy_determinant(X, 2, relevance=LONG), "floating"),
+        "determinant: mask": (lambda: kernels.greedy_determinant(X, 2, valid=X[..., 0]), "bool"),
+        "determinant: devices": (lambda: kernels.greedy_determinant(X, 2, relevance=meta[..., 0]), "is on meta"),
+        "determinant: split": (lambda: kernels.greedy_determinant(X, 2, split=3), "one of 1, 2"),
+        "determinant: split by a word": (lambda: kernels.greedy_determinant(X, 2, split=True), "one of 1, 2"),
+        "duplicates: integers": (lambda: kernels.drop_duplicates(X.long(), 2), "floating"),
+        "duplicates: k": (lambda: kernels.drop_duplicates(X, 4, order=LONG), "\\[0, 3\\]"),
+        "duplicates: bool": (lambda: kernels.drop_duplicates(X, True), "\\[0, 6\\]"),
+        "duplicates: long list": (lambda: kernels.drop_duplicates(X, 2, order=LONG.repeat(1, 3)), "at most 6"),
+        "duplicates: list dtype": (lambda: kernels.drop_duplicates(X, 2, order=LONG.int()), "int64"),
+        "duplicates: list devices": (lambda: kernels.drop_duplicates(X, 2, order=LONG.to("meta")), "is on meta"),
+        "duplicates: step": (lambda: kernels.drop_duplicates(X, 2, step=0), "at least 1"),
+        "duplicates: mask": (lambda: kernels.drop_duplicates(X, 2, valid=torch.ones(2, 5).bool()), "\\[2, 6\\]"),
         "transition: shapes": (lambda: kernels.transition_stats(X, X[:, :3]), "one shape"),
         "transition: integers": (lambda: kernels.transition_stats(X.int(), X), "floating"),
         "attention: heads": (lambda: kernels.attention_rows(Q, Q[:, :3], scale=1.0), "divide"),
@@ -151,6 +168,9 @@ def test_nothing_is_fine(batch, n, d):
         assert order.shape == gain.shape == (batch, n) and torch.equal(
             order.sort(1).values, torch.arange(n).expand(batch, n)
         )
+    assert kernels.greedy_determinant(x, n)[0].shape == (batch, n)
+    assert kernels.greedy_determinant(x, n, split=2)[0].shape == (batch, n)
+    assert kernels.drop_duplicates(x, n // 2).shape == (batch, n // 2)
     for keep, src, dst in (
         kernels.bipartite_match(x, n // 2, 1),
         kernels.energy_match(x, n // 2, margin=0.3),

@@ -52,6 +52,9 @@ def test_launches_of_a_layer_in_a_tower(method, most, proportional):
         ("guided", 5),
         ("greedy", 3),
         ("cover", 2 * 57 + 9),
+        ("determinant", 3),
+        ("determinant of a long row", 2 + 59),
+        ("duplicates", 7 + 2 * 65),
         ("transition", 1),
     ],
 )
@@ -59,6 +62,7 @@ def test_launches_of_an_op(name, most):
     x = torch.empty(1, 576, 64, dtype=torch.bfloat16, device="meta")
     start = torch.zeros(1, dtype=torch.int64, device="meta")
     importance = torch.empty(1, 576, device="meta")
+    long = torch.empty(1, 2880, 64, dtype=torch.bfloat16, device="meta")
     call = {
         "match_max": lambda: kernels.match_max(x[:, ::2], x[:, 1::2]),
         "match_max twice": lambda: kernels.match_max(x, x, exclude_diag=True),  # lengths first: it must be symmetric
@@ -67,6 +71,9 @@ def test_launches_of_an_op(name, most):
         "guided": lambda: kernels.guided_match(x, x[:, 0], 8),
         "greedy": lambda: kernels.greedy_select(x, 57, start),
         "cover": lambda: kernels.greedy_cover(x, 57),  # two a round, and the places of rows that follow
+        "determinant": lambda: kernels.greedy_determinant(x, 57, relevance=importance),
+        "determinant of a long row": lambda: kernels.greedy_determinant(long, 58, relevance=long[..., 0]),
+        "duplicates": lambda: kernels.drop_duplicates(x, 57),
         "transition": lambda: kernels.transition_stats(x, x),
     }[name]
     with kernels.use("triton"), CountOps() as count:

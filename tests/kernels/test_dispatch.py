@@ -72,6 +72,8 @@ def calls():
         "greedy_select": lambda: kernels.greedy_select(x, 3, torch.tensor([0])),
         "greedy_cover": lambda: kernels.greedy_cover(x, 3),
         "greedy_cover_cosine": lambda: kernels.greedy_cover_cosine(x, 3),
+        "greedy_determinant": lambda: kernels.greedy_determinant(x, 3),
+        "drop_duplicates": lambda: kernels.drop_duplicates(x, 3),
         "transition_stats": lambda: kernels.transition_stats(x, x),
         "received_attention": lambda: kernels.received_attention(q, q, scale=0.3),
     }
@@ -106,6 +108,8 @@ def test_limits_of_a_kernel_are_errors_too():
         for op in (kernels.greedy_cover, kernels.greedy_cover_cosine):
             with pytest.raises(kernels.KernelError, match=str(table.LIMIT_GREEDY)):
                 op(x, 2)
+        with pytest.raises(kernels.KernelError, match=str(table.LIMIT_GREEDY)):
+            kernels.greedy_determinant(x, 2)
         q = torch.empty(1, 1, 4, table.LIMIT_HEAD * 2, device="meta")
         with pytest.raises(kernels.KernelError, match="head width"):
             kernels.received_attention(q, q, scale=1.0)

@@ -48,6 +48,10 @@ def examples():
         ("greedy_cover", (x, 4), {"weight": torch.rand(2, 9), "late": torch.arange(9).expand(2, 9) // 4}),
         ("greedy_cover_cosine", (x, 4), {"weight": torch.rand(2, 9)}),
         ("greedy_cover_cosine", (x, 4), {"valid": torch.arange(9).expand(2, 9) > 2}),
+        ("greedy_determinant", (x, 4), {}),
+        ("greedy_determinant", (x, 9), {"relevance": torch.rand(2, 9), "valid": torch.rand(2, 9) > 0.4}),
+        ("drop_duplicates", (x, torch.arange(9).expand(2, 9), 2), {"step": 3}),
+        ("drop_duplicates", (x, torch.arange(8).expand(2, 8), 3), {"valid": torch.rand(2, 9) > 0.4}),
         ("transition_stats", (x, x + 1), {}),
         ("attention_rows", (q[:, :, :2], k), {"scale": 0.3}),
         ("received_attention", (q, k), {"scale": 0.3, "bias": torch.randn(2, 1, 1, 9)}),
@@ -67,7 +71,8 @@ def test_every_op_has_an_example():
 def test_opcheck(case):
     name, args, kwargs = examples()[case]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name != "greedy_select":  # its first state is NaN, which this check finds unequal to itself
+    # A state or gain of NaN is one that this check finds unequal to itself.
+    if name not in ("greedy_select", "greedy_determinant"):
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(OPS, name).default, args, kwargs, test_utils=checks)
 
@@ -117,13 +122,15 @@ def layer(k, x, size):
     y, total = kernels.merge_rows(x, size, keep, src, dst)
     keep, src, dst = kernels.energy_match(metric[:, :5], 2, margin=0.4)
     order, _ = kernels.greedy_select(x, 3, keep[:, 0], rule="sum")
+    picks, gain = kernels.greedy_determinant(x, 3, relevance=x[..., 0].abs(), split=2)
+    left = kernels.drop_duplicates(x, 3)
     value, index = kernels.match_max(x, x, exclude_diag=True)
     ratio, cosine = kernels.transition_stats(x, x + 1)
     received = kernels.received_attention(k, k, scale=0.3)
     with kernels.exact(x.device):
         product = kernels.unit_rows(x) @ x.transpose(1, 2)
     bias = kernels.key_bias(total, torch.float16)
-    return y, total, src, dst, order, value, index, ratio, cosine, received, product, bias
+    return y, total, src, dst, order, value, index, ratio, cosine, received, product, bias, picks, gain, left
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -206,4 +213,5 @@ def test_selections_carry_no_gradient():
     outputs += [*kernels.match_max(x, x), kernels.energy(x, margin=0.3), *kernels.transition_stats(x, x)]
     outputs += [*kernels.greedy_select(x, 3, torch.tensor([0]))]
     outputs += [*kernels.greedy_cover(x, 3, weight=x[..., 0]), *kernels.greedy_cover_cosine(x, 3)]
+    outputs += [*kernels.greedy_select(x, 3, torch.tensor([0])), *kernels.greedy_determinant(x, 3, relevance=x[..., 0])]
     assert not any(out.requires_grad for out in outputs)

@@ -95,6 +95,18 @@ def test_copies_come_last():
     assert dpp_map(x, 6, weight)[0].tolist() == [1, 5, 3, 2, 4, 0]
 
 
+def test_two_halves():
+    """`split=2`, as some engines choose: the halves of the tokens know nothing of each other."""
+    x, relevance = torch.randn(2, 31, 40), torch.rand(2, 31)
+    scaled = scale_relevance(relevance, negate=True)
+    made = CDPruner(keep=11, split=2).reduce(view(x, signals={"relevance": relevance})).keep
+    apart = dpp_map(x[:, :16], 6, scaled[:, :16]), dpp_map(x[:, 16:], 5, scaled[:, 16:]) + 16
+    assert torch.equal(made, torch.cat(apart, 1).sort(1).values)
+    whole = CDPruner(keep=11).reduce(view(x, signals={"relevance": relevance})).keep
+    assert torch.equal(whole, dpp_map(x, 11, scaled).sort(1).values) and not torch.equal(whole, made)
+    assert any("split=2" in line for line in CDPruner.deviations)
+
+
 def test_tiny_relevance_is_not_taken_for_span():
     x = torch.eye(6).unsqueeze(0)
     relevance = torch.tensor([[1.0, 1e-6, 2e-6, 3e-6, 0.5, 0.4]])
@@ -185,8 +197,15 @@ def test_sites_and_parameters():
     assert CDPruner().sites(layout("text")) == [Site("projected", needs=("text",))]
     assert CDPruner().sites(layout()) == [Site("projected", needs=("relevance",))]
     assert CDPruner.scope == "part"
-    for wrong in ({"keep": 0}, {"negate": 1.5}, {"theta": 1.0}, {"positions": "shuffle"}):
+    for wrong in (
+        {"keep": 0},
+        {"negate": 1.5},
+        {"theta": 1.0},
+        {"split": 3},
+        {"split": True},
+        {"positions": "shuffle"},
+    ):
         with pytest.raises(ParameterError):
             CDPruner(**wrong)
-    for spec in ("cdpruner", "cdpruner:keep=64:negate=false:theta=0.5"):
+    for spec in ("cdpruner", "cdpruner:keep=64:negate=false:theta=0.5", "cdpruner:split=2"):
         assert str(parse_methods(spec)[0]) == spec

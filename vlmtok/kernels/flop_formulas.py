@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from .reference.determinant import has_table
+from .reference.duplicates import remaining
+
 
 def _pairs(a: Any, rows: int, columns: int) -> int:
     """Multiplications and additions of the cosines of `rows` with `columns` rows; `a` is `[B, N, D]`."""
@@ -44,6 +47,19 @@ def _greedy_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
     return _energy_flops(x) if k else 0
 
 
+def _determinant_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
+    rows = x[1] if has_table(x[1]) else k
+    return _pairs(x, rows, x[1]) + int(x[0]) * x[1] * k * (k - 1) if k else 0
+
+
+def _duplicates_flops(x: Any, order: Any, k: int, *_: Any, step: int = 8, **__: Any) -> int:
+    total, left = 0, order[1]
+    while left > k > 0:
+        total += _pairs(x, (left + 1) // 2, left // 2)
+        left = remaining(left, k, step)
+    return total
+
+
 def _attention_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     return 2 * int(q[0]) * int(q[1]) * int(q[2]) * int(k[2]) * int(q[3])
 
@@ -65,6 +81,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "greedy_select": _greedy_flops,
     "greedy_cover": _no_flops,
     "greedy_cover_cosine": _greedy_flops,
+    "greedy_determinant": _determinant_flops,
+    "drop_duplicates": _duplicates_flops,
     "transition_stats": _no_flops,
     "attention_rows": _attention_flops,
     "received_attention": _attention_flops,

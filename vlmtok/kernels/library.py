@@ -33,6 +33,8 @@ LAUNCHERS = {
     "greedy_select": "triton_greedy",
     "greedy_cover": "triton_cover",
     "greedy_cover_cosine": "triton_cover",
+    "greedy_determinant": "triton_determinant",
+    "drop_duplicates": "triton_duplicates",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",
 }
@@ -60,6 +62,10 @@ SCHEMAS = {
     "(Tensor, Tensor",
     "greedy_cover_cosine": "Tensor x, SymInt k, *, Tensor? weight=None, Tensor? valid=None, str path='') -> "
     "(Tensor, Tensor",
+    "greedy_determinant": "Tensor x, SymInt k, *, Tensor? relevance=None, Tensor? valid=None, str path='') -> "
+    "(Tensor, Tensor",
+    "drop_duplicates": "Tensor x, Tensor order, SymInt k, *, SymInt step=8, Tensor? valid=None, str path='') -> "
+    "(Tensor",
     "transition_stats": "Tensor x, Tensor y, *, str path='') -> (Tensor, Tensor",
     "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "

@@ -64,6 +64,14 @@ def _greedy_cover(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32)
 
 
+def _greedy_determinant(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32)
+
+
+def _drop_duplicates(x: Tensor, order: Tensor, k: int, **_: Any) -> Tensor:
+    return order.new_empty(order.shape[0], k)
+
+
 def _transition_stats(x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
@@ -90,6 +98,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "greedy_select": _greedy_select,
     "greedy_cover": _greedy_cover,
     "greedy_cover_cosine": _greedy_cover,
+    "greedy_determinant": _greedy_determinant,
+    "drop_duplicates": _drop_duplicates,
     "transition_stats": _transition_stats,
     "attention_rows": _attention_rows,
     "received_attention": _received_attention,

@@ -142,6 +142,9 @@ class Tile:
 
 LIMIT_GREEDY = 16384
 """Tokens that one program can hold: beyond, the state of `greedy_select` spills."""
+LIMIT_DETERMINANT = 2048
+"""Tokens up to which one program makes the whole choice of `greedy_determinant`: beyond, reading factors takes longer
+than launching a round over many programs."""
 LIMIT_ORDER = 4096
 """Scores that one program sorts."""
 LIMIT_HEAD = 256
@@ -195,6 +198,11 @@ TILES: tuple[Tile, ...] = (
     # greedy_cover: m rows a program, n targets a step; few rows are spread over more programs.
     Tile("greedy_cover", 4, LIMIT_GREEDY, 132, 16, 256, 0, 4),
     Tile("greedy_cover", 4, LIMIT_GREEDY, 0, 4, 256, 0, 4),
+    # greedy_determinant: one program a picture, or n rows a program in a launch a round.
+    Tile("determinant", 4, 256, 0, 1, 256, 0, 4),
+    Tile("determinant", 4, 1024, 0, 1, 1024, 0, 8),
+    Tile("determinant", 4, LIMIT_DETERMINANT, 0, 1, LIMIT_DETERMINANT, 0, 16),
+    Tile("determinant_round", 4, LIMIT_GREEDY, 0, 1, 128, 0, 4),
     # merge_rows: m entries are looked at in a step, n channels are a program's.
     Tile("merge_rows", 4, 512, 0, 512, 512, 0, 4),
     Tile("merge_rows", 4, 1024, 0, 512, 1024, 0, 4),

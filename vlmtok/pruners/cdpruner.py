@@ -56,54 +56,24 @@ def scale_relevance(relevance: Tensor, *, negate: bool = False, theta: float | N
     return scaled if theta is None else torch.exp(theta / (2.0 * (1.0 - theta)) * scaled)
 
 
-def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+def dpp_map(x: Tensor, k: int, relevance: Tensor | None = None, valid: Tensor | None = None, split: int = 1) -> Tensor:
     """Greedy choice of k tokens that maximises log det of diag(r) L diag(r), L the tokens' cosines.
 
-    Incremental Cholesky (Chen et al. 2018, arXiv 1709.05135). The factors r only scale rows and columns, so the
-    Cholesky runs on L, whose diagonal is one, and r^2 multiplies the gain: what is numerically in the span of the
-    chosen tokens is then told from what is merely irrelevant. Where everything left is in that span (k above the
-    rank), the most relevant tokens follow.
+    See `vlmtok.kernels.greedy_determinant`, which it is. Where everything left is in the span of the chosen tokens (k
+    above the rank), the most relevant tokens follow.
 
     Args:
         x: `[B, N, D]`, visual embeddings, any floating dtype.
         k: how many, at most N.
-        relevance: fp32 `[B, N]`, positive; None means ones, which leaves diversity alone.
+        relevance: floating `[B, N]`, not negative; None means ones, which leaves diversity alone.
         valid: bool `[B, N]`, candidates; None means all. A row with fewer than k goes on with the others.
+        split: 1, or 2 to choose in two halves of the tokens apart, ``ceil(k / 2)`` in the first.
 
     Returns:
-        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN rows come last.
+        int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie; NaN rows come behind the
+        other candidates.
     """
-    with kernels.exact(x.device):
-        unit = kernels.unit_rows(x)
-        batch, n, _ = unit.shape
-        bad = unit.isnan().any(-1)
-        unit = torch.where(bad.unsqueeze(-1), 0.0, unit)
-        gram = unit @ unit.transpose(1, 2)
-        lanes = torch.arange(batch, device=x.device)
-        weight = torch.ones_like(unit[..., 0]) if relevance is None else relevance.float().nan_to_num(nan=0.0)
-        # Free tokens are compared by gain, then spanned ones by relevance; what may not be chosen comes last.
-        late = bad if valid is None else bad | ~valid
-        last = torch.where(late, -1.0 - torch.arange(n, device=x.device, dtype=torch.float32), weight)
-        free = ~late
-        # Conditional variance given the chosen ones; rounding of |x|^2 must not rank tokens that are equally relevant.
-        left = (gram.diagonal(dim1=1, dim2=2) > _EPS).to(gram.dtype)
-        factors = gram.new_zeros(batch, k, n)
-        order = []
-        for t in range(k):
-            open_ = free & (left > _EPS)
-            gain = torch.where(open_, weight * weight * left, float("-inf"))
-            found = open_.any(1)
-            pick = torch.where(found, gain.argmax(1), last.argmax(1))
-            order.append(pick)
-            past = factors[:, :t]
-            row = gram[lanes, pick] - (past[lanes, :, pick].unsqueeze(1) @ past).squeeze(1)
-            step = row / left[lanes, pick].clamp(min=_EPS).sqrt().unsqueeze(1)
-            step = torch.where(found.unsqueeze(1), step, 0.0)
-            factors[:, t] = step
-            left = left - step * step
-            free = free.scatter(1, pick.unsqueeze(1), 0)
-            last = last.scatter(1, pick.unsqueeze(1), float("-inf"))
-        return torch.stack(order, 1)
+    return kernels.greedy_determinant(x, k, relevance=relevance, valid=valid, split=split)[0]
 
 
 @register_method
@@ -129,6 +99,8 @@ class CDPruner(Method):
             The paper's formula has no minus.
         theta: None, or in [0, 1): softens relevance to exp(theta / (2 (1 - theta)) r).
         positions: ``"renumber"`` or ``"keep"`` the position ids; None is the model's default.
+        split: 1, or 2 to choose half of the tokens among the first half of a crop's and half among the rest, as some
+            inference engines do. It is another choice, in half the rounds: what is alike across the halves stays twice.
     """
 
     paper = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025)"
@@ -147,6 +119,7 @@ class CDPruner(Method):
         "Beyond the rank of the kernel the most relevant tokens follow; the release takes roots of negative numbers.",
         "Row separators of multi-crop pictures are kept last.",
         "Text behind the picture includes the prompt's template.",
+        "split=2 is that of inference engines, neither the paper's nor the release's.",
     )
     scope = "part"
     aliases = (Alias("visual_token_num", "keep", "the released code"), Alias("k", "keep"))
@@ -156,9 +129,11 @@ class CDPruner(Method):
     negate: bool = True
     theta: float | None = None
     positions: str | None = None
+    split: int = 1
 
     def __post_init__(self) -> None:
         check_keep(self.keep, "CDPruner")
+        check_range(self.split, "CDPruner", "split", 1, 2, int)
         check_flag(self.negate, "CDPruner", "negate")
         if self.theta is not None:
             check_range(self.theta, "CDPruner", "theta", 0, 0.999)
@@ -182,7 +157,7 @@ class CDPruner(Method):
                 relevance = instruction_relevance(view.tokens, text.float().mean(1, keepdim=True))
         if relevance is not None:
             relevance = scale_relevance(relevance, negate=self.negate, theta=self.theta)
-        order = dpp_map(view.tokens, k, relevance, view.part >= 0)
+        order = dpp_map(view.tokens, k, relevance, view.part >= 0, self.split)
         return Reduction(order.sort(dim=1).values)
 
     def count(self, counts: Counts) -> int:

@@ -35,18 +35,7 @@ def without_duplicates(x: Tensor, order: Tensor, k: int) -> Tensor:
     Returns:
         int64 `[B, k]`, in the order of the last list. A token that cannot be normalised compares as 0 to all.
     """
-    if k == 0:
-        return order[:, :0]
-    with kernels.exact(x.device):
-        unit = kernels.unit_rows(x)
-        unit = torch.where(unit.isnan(), 0.0, unit)
-        while (left := order.shape[1]) > k:
-            first, second = order[:, 0::2], order[:, 1::2]
-            leave = min(STEP, left - k, first.shape[1])
-            nearest, _ = kernels.match_max(kernels.take_rows(unit, first), kernels.take_rows(unit, second))
-            stays = nearest.argsort(dim=1, descending=True, stable=True)[:, leave:]
-            order = torch.cat([first.gather(1, stays), second], 1)
-    return order
+    return kernels.drop_duplicates(x, k, order=order, step=STEP)
 
 
 def important_and_diverse(score: Tensor, x: Tensor, k: int, important: int) -> tuple[Tensor, Tensor]:

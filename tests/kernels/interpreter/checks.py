@@ -10,6 +10,8 @@ from inspect import isfunction
 
 import check_attention
 import check_cover
+import check_determinant
+import check_duplicates
 import check_greedy
 import check_matching
 import check_merging
@@ -18,6 +20,15 @@ import check_plans
 CHECKS = {
     name: check
     for module in (check_matching, check_plans, check_merging, check_greedy, check_cover, check_attention)
+    for module in (
+        check_matching,
+        check_plans,
+        check_merging,
+        check_greedy,
+        check_attention,
+        check_determinant,
+        check_duplicates,
+    )
     for name, check in vars(module).items()
     if isfunction(check) and check.__module__ == module.__name__ and not name.startswith("_")
 }

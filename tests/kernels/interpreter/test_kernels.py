@@ -15,6 +15,19 @@ from vlmtok.kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
 NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "cover", "transition", "received")
+NAMES = (
+    "common",
+    "match",
+    "energy",
+    "order",
+    "merge",
+    "merge_grad",
+    "greedy",
+    "transition",
+    "received",
+    "determinant",
+    "duplicates",
+)
 
 
 def modules():
@@ -80,6 +93,8 @@ def test_public_functions_take_the_kernels():
         "greedy_select": lambda m: m.greedy_select(x, 4, start),
         "greedy_cover": lambda m: m.greedy_cover(x, 4),
         "greedy_cover_cosine": lambda m: m.greedy_cover_cosine(x, 4),
+        "greedy_determinant": lambda m: m.greedy_determinant(x, 4, relevance=x[..., 0].abs()),
+        "drop_duplicates": lambda m: m.drop_duplicates(x, order=torch.arange(12).expand(2, 12), k=5, step=3),
         "transition_stats": lambda m: m.transition_stats(x, x + 1),
         "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
     }

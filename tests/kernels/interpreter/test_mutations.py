@@ -7,6 +7,7 @@ takes its bugs along. None of them writes out of bounds: the interpreter would c
 import sys
 from pathlib import Path
 
+import bugs_determinant
 import checks
 import pytest
 from test_kernels import NAMES, modules
@@ -446,6 +447,8 @@ BUGS = {
     ),
     "the mean is a sum over rows": ("received", "/ (heads * m)", "/ heads", "received"),
 }
+
+BUGS |= bugs_determinant.BUGS
 
 
 @pytest.mark.parametrize("bug", BUGS)

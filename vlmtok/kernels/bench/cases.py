@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.determinant import has_table, pictures_at_a_time
+from ..reference.duplicates import remaining
+from ..table import LIMIT_DETERMINANT
 from .floors import Case, Rival
 
 COLREDUCE = Rival("flash_colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1))
@@ -103,8 +106,44 @@ def _prefill(n: int, k: int, width: int, batch: int = 1) -> list[Case]:
             "greedy_select", f"N={n}, k={k}, C={width}", batch, features,
             lambda m, x, start: m.greedy_select(x, k, start, rule="sum"), size + 4 * batch * n * (n + k),
             2 * batch * n * n * width, 3, (k, 4 * n), unrolls=True,
-        )
+        ),
+        _determinant(n, k, width, batch),
     ]  # fmt: skip
+
+
+def _determinant(n: int, k: int, width: int, batch: int) -> Case:
+    """The same by determinants: a round reads the factors of all before it, half of them on average."""
+
+    def features(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return *_keys(batch, n, width)(device, dtype), torch.rand(batch, n, device=device, dtype=torch.float32)
+
+    size, factors = 2 * batch * n * width, 2 * batch * n * k * k
+    table, program = has_table(n), n <= LIMIT_DETERMINANT
+    groups = -(-batch // pictures_at_a_time(batch, n))
+    return Case(
+        "greedy_determinant", f"N={n}, k={k}, C={width}", batch, features,
+        lambda m, x, relevance: m.greedy_determinant(x, k, relevance=relevance),
+        (1 if table else k) * size + factors, 2 * batch * n * width * (n if table else k),
+        1 + groups * (table + (1 if program else k + 1)), (k, 2 * n * k) if program else (k, 0), unrolls=True,
+    )  # fmt: skip
+
+
+def _removal(n: int, k: int, width: int, batch: int = 1) -> Case:
+    """VisPruner's removal: k of n are left, 8 fewer a round."""
+
+    def lists(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        order = torch.rand(batch, n, device=device, dtype=torch.float32).argsort(dim=1)
+        return *_keys(batch, n, width)(device, dtype), order
+
+    rounds, left, flops = 0, n, 0
+    while left > k:
+        rounds, flops = rounds + 1, flops + 2 * batch * ((left + 1) // 2) * (left // 2) * width
+        left = remaining(left, k, 8)
+    return Case(
+        "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
+        lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),
+        flops, 8 + 2 * rounds, (rounds, 0), unrolls=True,
+    )  # fmt: skip
 
 
 def _transition(n: int, width: int, batch: int = 1) -> Case:
@@ -128,10 +167,17 @@ def cases(small: bool = False) -> list[Case]:
         The cases, op by op.
     """
     if small:
-        found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
+        found = [
+            *_tower(2, 8),
+            *_prefill(64, 8, 32),
+            _removal(40, 12, 32),
+            _transition(16, 64),
+            _received(32, 2, 16, 2),
+        ]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
+        found += [_removal(544, 32, 1024), _removal(544, 32, 1024, 8), _removal(2736, 144, 1024)]
         found += [*_prefill(16384, 1638, 3584), _transition(640, 4096), _transition(640, 4096, 8)]
         found += [_transition(2944, 4096), _transition(16384, 3584)]
         found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]

@@ -2,6 +2,8 @@
 
 from .attention import attention_rows, received_attention
 from .coverage import greedy_cover, greedy_cover_cosine
+from .determinant import greedy_determinant
+from .duplicates import drop_duplicates
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
 from .merging import merge_rows, merge_rows_biased
@@ -12,10 +14,12 @@ __all__ = [
     "attention_rows",
     "bipartite_match",
     "complete_match",
+    "drop_duplicates",
     "energy",
     "energy_match",
     "greedy_cover",
     "greedy_cover_cosine",
+    "greedy_determinant",
     "greedy_select",
     "guided_match",
     "match_max",

@@ -6,6 +6,8 @@ public functions of `vlmtok.kernels`, not here.
 
 from .attention import attention_rows, key_bias, log_size, received_attention
 from .coverage import greedy_cover, greedy_cover_cosine
+from .determinant import greedy_determinant
+from .duplicates import drop_duplicates
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
 from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
@@ -17,10 +19,12 @@ __all__ = [
     "attention_rows",
     "bipartite_match",
     "complete_match",
+    "drop_duplicates",
     "energy",
     "energy_match",
     "greedy_cover",
     "greedy_cover_cosine",
+    "greedy_determinant",
     "greedy_select",
     "guided_match",
     "key_bias",

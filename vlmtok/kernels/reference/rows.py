@@ -24,8 +24,28 @@ def unit_rows(x: Tensor) -> Tensor:
         fp32 `[..., D]`. A zero row stays zero; a row whose length is not finite (NaN, infinity, overflow) becomes NaN.
     """
     wide = x.float()
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return _divided(wide, torch.linalg.vector_norm(wide, dim=-1, keepdim=True))
+
+
+def _divided(wide: Tensor, length: Tensor) -> Tensor:
     return wide / length.clamp_min(EPS).nan_to_num(nan=float("nan"), posinf=float("nan"))
+
+
+def finite_unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`unit_rows` in which a row that is not finite is zero, and which rows are what.
+
+    Args:
+        x: `[B, N, D]`, any floating dtype.
+
+    Returns:
+        fp32 `[B, N, D]`; bool `[B, N]`, whether a row's length is finite; bool `[B, N]`, whether it is finite and above
+        `EPS`, so that the row has length one.
+    """
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    finite = length.isfinite()
+    unit = _divided(wide, length).masked_fill_(~finite, 0.0)
+    return unit, finite.squeeze(-1), (finite & (length > EPS)).squeeze(-1)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
