@@ -42,6 +42,7 @@ POLICIES: tuple[Policy, ...] = (
     # On the card measured, each kernel is faster than torch at every batch: small ones are bound by launches, of which
     # a kernel has fewer. Elsewhere the same is assumed.
     Policy("*", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
+    Policy("causal_column_sums", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
     Policy("bipartite_match", 1, 1 << 30, *_H200),
     Policy("complete_match", 1, 1 << 30, *_H200),
     Policy("energy", 1, 1 << 30, *_H200),
@@ -145,7 +146,9 @@ LIMIT_GREEDY = 16384
 LIMIT_ORDER = 4096
 """Scores that one program sorts."""
 LIMIT_HEAD = 256
-"""Head width of `received_attention`."""
+"""Head width of `received_attention` and `causal_column_sums`."""
+LIMIT_SETS = 4
+"""Sets of rows that `causal_column_sums` sums in one pass."""
 _ANY = 1 << 30
 
 # Of the rows that fit, the first is used. All compile for sm_80 and sm_90 without spills (tests/kernels).

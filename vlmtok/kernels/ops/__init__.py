@@ -1,6 +1,7 @@
 """The public ops: check the arguments, choose the path, run."""
 
 from .attention import attention_rows, received_attention
+from .columns import causal_column_sums
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
 from .merging import merge_rows, merge_rows_biased
@@ -10,6 +11,7 @@ from .transition import transition_stats
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "causal_column_sums",
     "complete_match",
     "energy",
     "energy_match",

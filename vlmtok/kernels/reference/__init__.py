@@ -5,6 +5,7 @@ public functions of `vlmtok.kernels`, not here.
 """
 
 from .attention import attention_rows, key_bias, log_size, received_attention
+from .columns import causal_column_sums, per_key_head, row_bias
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
 from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
@@ -15,6 +16,7 @@ from .transition import transition_stats
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "causal_column_sums",
     "complete_match",
     "energy",
     "energy_match",
@@ -27,8 +29,10 @@ __all__ = [
     "merge_rows_biased",
     "merge_rows_grad",
     "pair_weights",
+    "per_key_head",
     "query_cosine",
     "received_attention",
+    "row_bias",
     "take_rows",
     "transition_stats",
     "unit_rows",
