@@ -207,6 +207,12 @@ TILES: tuple[Tile, ...] = (
     Tile("received_attention", 4, 64, 0, 32, 32, 64, 4),
     Tile("received_attention", 4, 128, 0, 32, 32, 128, 4),
     Tile("received_attention", 4, LIMIT_HEAD, 0, 16, 32, 256, 4),
+    Tile("causal_column_sums", 2, 64, 0, 64, 64, 64, 4),
+    Tile("causal_column_sums", 2, 128, 0, 64, 32, 128, 4),
+    Tile("causal_column_sums", 2, LIMIT_HEAD, 0, 32, 32, 256, 4),
+    Tile("causal_column_sums", 4, 64, 0, 32, 32, 64, 4),
+    Tile("causal_column_sums", 4, 128, 0, 32, 32, 128, 4),
+    Tile("causal_column_sums", 4, LIMIT_HEAD, 0, 16, 32, 256, 4),
 )
 
 

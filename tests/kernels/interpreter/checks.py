@@ -9,6 +9,7 @@ from __future__ import annotations
 from inspect import isfunction
 
 import check_attention
+import check_columns
 import check_greedy
 import check_matching
 import check_merging
@@ -16,7 +17,7 @@ import check_plans
 
 CHECKS = {
     name: check
-    for module in (check_matching, check_plans, check_merging, check_greedy, check_attention)
+    for module in (check_matching, check_plans, check_merging, check_greedy, check_attention, check_columns)
     for name, check in vars(module).items()
     if isfunction(check) and check.__module__ == module.__name__ and not name.startswith("_")
 }

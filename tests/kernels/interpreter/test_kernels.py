@@ -14,7 +14,7 @@ from vlmtok.errors import ParameterError
 from vlmtok.kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
-NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received")
+NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received", "columns")
 
 
 def modules():
