@@ -44,13 +44,11 @@ def _logits(
 
 
 @triton.jit
-def _told(mask, row, column, rows, columns, mask_row, mask_column, MASK: tl.constexpr):
-    """A tile of the layer's mask; nothing is seen, or NaN, where it has no row. One of row and column has two axes."""
+def _told(mask, row, column, rows, columns, mask_row, mask_column, other):
+    """A tile of the layer's mask, of rows and columns in tiles of two axes; `other` where it has none."""
     there = (row >= 0) & (row < rows) & (column < columns)
     at = mask + row.to(tl.int64) * mask_row + column.to(tl.int64) * mask_column
-    if MASK == 2:
-        return tl.load(at, mask=there, other=0) != 0
-    return tl.load(at, mask=there, other=float("nan")).to(tl.float32) * 1.4426950408889634
+    return tl.load(at, mask=there, other=other)
 
 
 @triton.jit(do_not_specialize=["m", "n", "rows"])
@@ -83,10 +81,12 @@ def _rows_kernel(
         look = (j < n)[None, :]
         if MASK == 0:
             look = look & (j[None, :] <= place[:, None])
+        row = (place - (n - rows))[:, None]
         if MASK == 1:
-            logits += _told(mask, (place - (n - rows))[:, None], j[None, :], rows, n, mask_row, mask_column, MASK)
+            told = _told(mask, row, j[None, :], rows, n, mask_row, mask_column, float("nan"))
+            logits += told.to(tl.float32) * 1.4426950408889634
         if MASK == 2:
-            look = look & _told(mask, (place - (n - rows))[:, None], j[None, :], rows, n, mask_row, mask_column, MASK)
+            look = look & (_told(mask, row, j[None, :], rows, n, mask_row, mask_column, 0) != 0)
         if VALID:
             look = look & (tl.load(valid + batch * n + j, mask=j < n, other=0) != 0)[None, :]
         most, total = add_exponentials(most, total, tl.where(look, logits, float("-inf")))
@@ -145,10 +145,12 @@ def _columns_kernel(
         look = (i < m)[None, :]
         if MASK == 0:
             look = look & (j[:, None] <= place[None, :])
+        row = (place - (n - rows))[None, :]
         if MASK == 1:
-            logits += _told(mask, (place - (n - rows))[None, :], j[:, None], rows, n, mask_row, mask_column, MASK)
+            told = _told(mask, row, j[:, None], rows, n, mask_row, mask_column, float("nan"))
+            logits += told.to(tl.float32) * 1.4426950408889634
         if MASK == 2:
-            look = look & _told(mask, (place - (n - rows))[None, :], j[:, None], rows, n, mask_row, mask_column, MASK)
+            look = look & (_told(mask, row, j[:, None], rows, n, mask_row, mask_column, 0) != 0)
         base = tl.load(normaliser + i, mask=i < m, other=0.0)
         # Chosen, not multiplied: what is NaN reaches nothing but what looks at it.
         part = tl.where(look, tl.exp2(logits - base[None, :]), 0.0)

@@ -7,7 +7,7 @@ from drawing import DTYPES, NONE, close, rows
 
 from vlmtok.kernels import reference, table
 
-SMALL = table.Tile("causal_column_sums", 4, 256, 0, 16, 16, 64, 4)
+SMALL = {k: table.Tile("causal_column_sums", 4, 256, 0, 16, 16, k, 4) for k in (64, 256)}
 
 
 def _heads(batch: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -17,7 +17,7 @@ def _heads(batch: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.fl
 def _both(k, q, keys, tolerance: float = 2e-6, **settings):
     """The kernel, on its own tiles and on small ones, against the definition."""
     expected = reference.causal_column_sums(q, keys, **settings)
-    for config in (None, SMALL):
+    for config in (None, SMALL[64 if q.shape[3] <= 64 else 256]):
         found = k.columns.causal_column_sums(q, keys, config=config, **settings)
         assert found.shape == expected.shape and found.is_contiguous()
         close(found, expected, tolerance)
@@ -53,6 +53,15 @@ def columns_places(k):
     _both(k, q, keys, scale=0.3, at=step)
 
 
+def columns_long(k):
+    """More queries than are looked at in one step for the first that sees a key."""
+    q, keys = _heads(1, 1, 1100, 8), _heads(1, 1, 60, 8, seed=1)
+    at = torch.full((1, 1100), 3).index_fill(1, torch.tensor([1050, 1099]), 59)
+    expected = reference.causal_column_sums(q, keys, scale=0.3, at=at)
+    close(k.columns.causal_column_sums(q, keys, scale=0.3, at=at), expected, 1e-5)
+    assert expected[0, 0, 0, 4:].gt(0).all()
+
+
 def columns_sets(k):
     """One to four sets in one pass are the same sums as alone."""
     q, keys = _heads(2, 4, 35, 16), _heads(2, 2, 40, 16, seed=1)
@@ -79,7 +88,7 @@ def columns_masks(k):
         _both(k, q, keys, scale=0.3, at=at, mask=seen)
         _both(k, q, keys, scale=0.3, mask=seen, sets=[None, torch.ones(2, 3, dtype=torch.bool)])
         for dtype in DTYPES:
-            added = torch.where(seen, _heads(2, 4, 24, 1, seed=5), NONE).to(dtype)
+            added = torch.where(seen, _heads(2, 4, 24, 30, seed=5), NONE).to(dtype)
             _both(k, q, keys, scale=0.3, at=at, mask=added)
 
 

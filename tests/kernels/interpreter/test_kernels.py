@@ -80,6 +80,7 @@ def test_public_functions_take_the_kernels():
         "greedy_select": lambda m: m.greedy_select(x, 4, start),
         "transition_stats": lambda m: m.transition_stats(x, x + 1),
         "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
+        "causal_column_sums": lambda m: m.causal_column_sums(q, q[:, :1], scale=0.3, sets=[None, x[..., 0] > 0]),
     }
     from vlmtok.kernels import triton_common
 
