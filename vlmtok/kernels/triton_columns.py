@@ -51,6 +51,13 @@ def _told(mask, row, column, rows, columns, mask_row, mask_column, other):
     return tl.load(at, mask=there, other=other)
 
 
+@triton.jit
+def _added(mask, row, column, rows, columns, mask_row, mask_column):
+    """A tile of what a floating mask adds to logits, times log2(e)."""
+    told = _told(mask, row, column, rows, columns, mask_row, mask_column, float("nan"))
+    return told.to(tl.float32) * 1.4426950408889634
+
+
 @triton.jit(do_not_specialize=["m", "n", "rows"])
 def _rows_kernel(
     q, k, at, valid, mask, out, heads, shared, m, n, d, rows, scale, cap,
@@ -83,8 +90,7 @@ def _rows_kernel(
             look = look & (j[None, :] <= place[:, None])
         row = (place - (n - rows))[:, None]
         if MASK == 1:
-            told = _told(mask, row, j[None, :], rows, n, mask_row, mask_column, float("nan"))
-            logits += told.to(tl.float32) * 1.4426950408889634
+            logits += _added(mask, row, j[None, :], rows, n, mask_row, mask_column)
         if MASK == 2:
             look = look & (_told(mask, row, j[None, :], rows, n, mask_row, mask_column, 0) != 0)
         if VALID:
@@ -147,8 +153,7 @@ def _columns_kernel(
             look = look & (j[:, None] <= place[None, :])
         row = (place - (n - rows))[None, :]
         if MASK == 1:
-            told = _told(mask, row, j[:, None], rows, n, mask_row, mask_column, float("nan"))
-            logits += told.to(tl.float32) * 1.4426950408889634
+            logits += _added(mask, row, j[:, None], rows, n, mask_row, mask_column)
         if MASK == 2:
             look = look & (_told(mask, row, j[:, None], rows, n, mask_row, mask_column, 0) != 0)
         base = tl.load(normaliser + i, mask=i < m, other=0.0)

@@ -484,8 +484,8 @@ BUGS = {
     ),
     "a mask is in another unit": (
         "columns",
-        'told = _told(mask, row, j[None, :], rows, n, mask_row, mask_column, float("nan"))\n            logits += told.to(tl.float32) * 1.4426950408889634',
-        'told = _told(mask, row, j[None, :], rows, n, mask_row, mask_column, float("nan"))\n            logits += told.to(tl.float32)',
+        "return told.to(tl.float32) * 1.4426950408889634",
+        "return told.to(tl.float32)",
         "columns_masks",
     ),
     "the cap is in another unit": ("columns", "cap * LOG2E)", "cap)", "columns_capped"),
