@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import models, referee
@@ -15,6 +17,15 @@ from vlmtok.cost.lines import Span
 
 pytestmark = pytest.mark.usefixtures("counted_paths")
 
+
+class Several(Held):
+    """Asks for masses that are made together, and keeps by one of them."""
+
+    def sites(self, layout):
+        more = ("recent_mass", "text_mass", *(("attention_mass",) if self.by == "attention_mass" else ()))
+        return [replace(site, needs=("values_cached", *more)) for site in super().sites(layout)]
+
+
 METHODS = {
     "pictures": lambda: Held(0.5, odd=0.25),
     "samples": lambda: Held(0.5, of="sample"),
@@ -23,6 +34,8 @@ METHODS = {
     "text, heads": lambda: Held(0.4, odd=0.8, by="text_mass", of="head"),
     "window": lambda: Held(0.4, by="recent_mass", window=3),
     "window of all": lambda: Held(0.4, by="recent_mass", window=99),
+    "all masses": lambda: Several(0.4, window=3),
+    "text and window": lambda: Several(0.4, by="text_mass", window=3),
     "nothing stays": lambda: Held(0.0),
     "all stays": lambda: Held(1.0),
     "some layers": lambda: Held(0.3, layers=(0, 3, 4, -1)),
@@ -74,6 +87,8 @@ WRITING = {
     "every second, heads": lambda: Held(0.7, odd=0.9, every=2, of="head"),
     "text": lambda: Held(0.7, every=2, by="text_mass", layers=(0, 1, 5)),
     "window": lambda: Held(0.7, every=2, by="recent_mass", window=3),
+    "all masses": lambda: Several(0.7, every=2, window=3),
+    "text and window": lambda: Several(0.7, every=2, by="text_mass", window=3),
     "entries alone": lambda: Held(0.7, every=1, by="keys_cached"),
     "planned": lambda: Planned(0.8, every=3),
     "behind a cut": lambda: [FastV(keep=0.6), Held(0.8, every=2)],
