@@ -211,7 +211,7 @@ TILES: tuple[Tile, ...] = (
     Tile("causal_column_sums", 2, 128, 0, 64, 32, 128, 4),
     Tile("causal_column_sums", 2, LIMIT_HEAD, 0, 32, 32, 256, 4),
     Tile("causal_column_sums", 4, 64, 0, 32, 32, 64, 4),
-    Tile("causal_column_sums", 4, 128, 0, 16, 32, 128, 4),
+    Tile("causal_column_sums", 4, 128, 0, 16, 32, 128, 8),
     Tile("causal_column_sums", 4, LIMIT_HEAD, 0, 16, 16, 256, 4),
 )
 
