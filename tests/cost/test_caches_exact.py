@@ -36,6 +36,7 @@ METHODS = {
     "window of all": lambda: Held(0.4, by="recent_mass", window=99),
     "all masses": lambda: Several(0.4, window=3),
     "text and window": lambda: Several(0.4, by="text_mass", window=3),
+    "rows of the window one by one": lambda: Several(0.4, window=3, every=99),
     "nothing stays": lambda: Held(0.0),
     "all stays": lambda: Held(1.0),
     "some layers": lambda: Held(0.3, layers=(0, 3, 4, -1)),
