@@ -36,7 +36,6 @@ METHODS = {
     "window of all": lambda: Held(0.4, by="recent_mass", window=99),
     "all masses": lambda: Several(0.4, window=3),
     "text and window": lambda: Several(0.4, by="text_mass", window=3),
-    "rows of the window one by one": lambda: Several(0.4, window=3, every=99),
     "nothing stays": lambda: Held(0.0),
     "all stays": lambda: Held(1.0),
     "some layers": lambda: Held(0.3, layers=(0, 3, 4, -1)),
@@ -150,6 +149,17 @@ def test_an_estimate_says_what_a_run_says(method, row):
         assert told[name] == ran[name], name
     sites = [[(site["site"], site["before"], site["after"]) for site in found["sites"]] for found in (told, ran)]
     assert sites[0] == sites[1]
+
+
+@pytest.mark.parametrize("by", ["attention_mass", "text_mass"])
+def test_an_estimate_knows_rows_that_are_kept_one_by_one(by):
+    """Of a prefill; what steps sum later is a run's to tell."""
+    model = model_of("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, Several(0.4, by=by, window=3, every=2)) as run:
+        model(**_inputs("^3I4", "^3I4"))
+        ran = run.report().to_dict()
+    told = estimate(model, run.methods, text_tokens=_words("^3I4"), pictures=1, batch=2, counts=run).to_dict()
+    assert told["macs"]["signals"] == ran["macs"]["signals"] and ran["macs"]["signals"]["after"]
 
 
 def test_what_two_pictures_of_a_row_keep_by_content_is_not_made_up():

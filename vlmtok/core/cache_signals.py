@@ -65,8 +65,10 @@ def masses(names: Collection[str], taps: DecoderTaps, kv_heads: int, window: int
     rows, sets = _rows(names, taps, window)
     k, (mask, valid), here = taps.k(), taps.told(), taps.here
     if rows.shape[1]:
-        looks = {"at": here.gather(1, rows), "valid": valid, "mask": mask, "cap": taps.cap}
-        sums = kernels.causal_column_sums(taps.q(rows), k, scale=taps.scale, **looks, sets=[*sets.values()])
+        q, at, wanted = taps.q(rows), here.gather(1, rows), [*sets.values()]
+        sums = kernels.causal_column_sums(
+            q, k, scale=taps.scale, at=at, valid=valid, mask=mask, cap=taps.cap, sets=wanted
+        )
     else:  # no text
         sums = torch.zeros(len(here), len(sets), kv_heads, k.shape[2], dtype=torch.float32, device=k.device)
     found = sums.gather(3, here[:, None, None, :].expand(-1, len(sets), kv_heads, -1))
