@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...core.attachment import Attachment, Entry
-from ...core.cache_signals import mass, recent_rows, summed
+from ...core.cache_signals import apart, masses, queries, recent_rows
 from ...core.hooks import replaying
 from ...core.ledger import Mass
 from ...core.signals import MASSES
+from ...core.site import Site
 from ...core.stream import Segment
 from ...core.threads import PerThread
 from .. import host_objects
 from .attention import attention_form
 from .call import Brought, Call, DecoderRun
 from .segments import Segments
-from .taps import LayerTaps, logits_of_mask
+from .taps import LayerTaps, mask_of
 
 RECENT = "recent rows"
 """Name, among masses, of the attention of single rows, `[B, L, Hkv, w]`; their sum is ``recent_mass``."""
@@ -84,30 +85,38 @@ class CacheWatch:
         rows, site = call.rows, self.entries[layer].site
         assert rows is not None
         shot = replace(rows, pictures=[replace(picture) for picture in rows.pictures], carried=dict(rows.carried))
-        masses = {name: self._mass(name, site.window, call, layer, hidden) for name in self._masses(layer)}
-        if site.every and "recent_mass" in masses:  # rows fall out of the window one by one
-            masses[RECENT] = self._mass(RECENT, site.window, call, layer, hidden)
-        call.brought[layer] = Brought(shot, masses)
+        names = self._masses(layer)
+        call.brought[layer] = Brought(shot, self._sums(names, site, call, layer, hidden) if names else {})
 
-    def _mass(self, name: str, window: int, call: Call, layer: int, hidden: Tensor) -> Tensor:
-        """A mass of `cache_signals`, fp32 `[B, L, Hkv]`; padding and drafts give none and get none."""
-        rows = call.rows
+    def _sums(self, names: list[str], site: Site, call: Call, layer: int, hidden: Tensor) -> dict[str, Tensor]:
+        """Masses of `cache_signals`, fp32 `[B, L, Hkv, ...]`; padding and drafts give none and get none."""
+        rows, window = call.rows, site.window
         assert rows is not None
+        together, by_row = apart(names, site.every)
         keys = host_objects.keys_in(self.lm().layers[layer], call.cache, layer)
-        heads, more = keys.shape[1], (window,) if name == RECENT else ()
-        table = torch.zeros(rows.batch, rows.length, heads, *more, dtype=torch.float32, device=keys.device)
+        heads, seen = keys.shape[1], keys.shape[2]
+        shapes: dict[str, tuple[int, ...]] = {**dict.fromkeys(together, ()), **({RECENT: (window,)} if by_row else {})}
+        tables = {
+            name: torch.zeros(rows.batch, rows.length, heads, *more, dtype=torch.float32, device=keys.device)
+            for name, more in shapes.items()
+        }
         taps = LayerTaps(self.lm, self.segments, self.running, call, layer + 1, None, hidden, None, None, Segment(0))
         for group in rows.groups("sample", by_text=True, by_length=True):
             of = taps.behind(group)
-            found = recent_rows(of, heads, window) if name == RECENT else mass(name, of, heads, window)
-            queries = summed("recent_mass" if name == RECENT else name, of, window).shape[1]
-            _book(call, layer, len(group.units), queries, keys.shape[2])
+            length, text = of.here.shape[1], of.text.shape[1]
+            found = masses(together, of, heads, window) if together else {}
+            _book(call, layer, len(group.units), queries(together, length, text, window), seen)
+            if by_row:
+                found[RECENT] = recent_rows(of, heads, window)
+                _book(call, layer, len(group.units), min(window, length), seen)
             columns = rows.valid_columns(group)
             if columns is None:
                 columns = torch.arange(rows.length, device=keys.device).expand(len(group.units), -1)
-            columns = columns[:, : found.shape[2]]
-            table[group.index[:, None], columns] = found.transpose(1, 2)
-        return table
+            for name, sums in found.items():
+                tables[name][group.index[:, None], columns[:, :length]] = sums.transpose(1, 2)
+        if by_row:
+            tables["recent_mass"] = tables[RECENT].sum(3)
+        return tables
 
     # ------------------------------------------------------------------ behind a prefill
     def _attended(self, call: Call, layer: int, module: Any) -> Tensor:
@@ -117,23 +126,24 @@ class CacheWatch:
         assert form is not None and stream is not None  # the layout offers masses elsewhere alone
         k = host_objects.keys_in(module, call.cache, layer)
         made = form.heads(caught["q"], "q")
-        batch, heads, rows = made.shape[:3]
+        batch, _, rows = made.shape[:3]
         past = k.shape[2] - rows
         columns = torch.arange(past, k.shape[2], device=k.device).expand(batch, -1)
         q = form.rotate(made, caught["rotary"], columns)
         segment = stream.segment(layer)
         count, new, _ = call.added.get(segment.first, call.added[0])
         real = segment.extended(count, new, batch, k.device)
-        bias = logits_of_mask(caught["mask"], columns, k.shape[2], real)
+        real = None if real is None else real[:, -k.shape[2] :]
+        bias = kernels.row_bias(columns, k.shape[2], valid=real, mask=mask_of(caught["mask"], k.shape[2]))
         scale = float(form.attn.scaling)
         _book(call, layer, batch, rows, k.shape[2])
         attention = kernels.attention_rows(q, k, scale=scale, bias=bias, cap=form.cap)
         if new is not None:
             attention = attention * new[:, None, -rows:, None]
-        return attention.unflatten(1, (k.shape[1], heads // k.shape[1])).mean(2).permute(0, 3, 1, 2)
+        return kernels.per_key_head(attention, k.shape[1]).permute(0, 3, 1, 2)
 
 
-def _book(call: Call, layer: int, rows: int, queries: int, keys: int) -> None:
+def _book(call: Call, layer: int, rows: int, summed: int, keys: int) -> None:
     """Notes what was summed; decode steps have no page of their own, and are counted by their number."""
-    if call.run is not None and queries:
-        call.run.masses.append(Mass(layer, rows, queries, keys))
+    if call.run is not None and summed:
+        call.run.masses.append(Mass(layer, rows, summed, keys))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...core.row_data import ColumnMap, Group
 from ...core.signals import DecoderTaps
 from ...core.stream import Segment
@@ -166,16 +167,23 @@ class LayerTaps:
             made = form.rotate(made[group.index], gather_rotary(rotary, everything, group.index))
             return made if cached is None else torch.cat([cached.to(made.dtype), made], 2)
 
+        def told() -> tuple[Tensor | None, Tensor | None]:
+            seen = mask_of(mask, past + length)
+            if seen is None:
+                real = self._real(group, length, ahead)
+                return None, None if real is None else real[:, -past - length :]
+            if seen.shape[0] > 1 and [row for row, *_ in group.units] != [*range(len(seen))]:
+                seen = seen[group.index]
+            return seen[:, :, :length], None
+
         def bias(places: Tensor) -> Tensor:
-            columns = old.gather(1, places)
-            if isinstance(mask, Tensor) and mask.dim() == 4:
-                seen = mask[group.index] if mask.shape[0] > 1 else mask.expand(len(group.units), -1, -1, -1)
-                seen = seen[:, :1].gather(2, columns[:, None, :, None].expand(-1, 1, -1, seen.shape[3]))
-                return logits_of_mask(seen, columns + past, past + length)
-            return logits_of_mask(None, columns + past, past + length, self._real(group, length, ahead))
+            seen, real = told()
+            return kernels.row_bias(old.gather(1, places) + past, past + length, valid=real, mask=seen)
 
         scale = float(form.attn.scaling)
-        return DecoderTaps(q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap, normed, active)
+        return DecoderTaps(
+            q, k, scale, bias, old + past, visual, text, group.mixed, change, form.cap, normed, active, told
+        )
 
     def _before(self, ahead: bool) -> Segment:
         """What the tapped layer's cache held before this call."""
@@ -227,25 +235,17 @@ class LayerTaps:
             running.muted = False
 
 
-def logits_of_mask(mask: Any, columns: Tensor, keys: int, real: Tensor | None = None) -> Tensor:
-    """What a mask adds to the logits of some rows.
+def mask_of(mask: Any, keys: int) -> Tensor | None:
+    """What a layer's mask says of each row and key, or None where it says no more than causality and padding do.
 
     Args:
-        mask: bool or floating `[B, 1, R, >= keys]`, of these rows, or what says no more than what `real` does.
-        columns: int64 `[B, R]`, place of each row among the keys.
-        keys: S.
-        real: bool `[B, >= S]`, which keys are no padding, or None where all are; a mask knows.
+        mask: as the layer got it.
+        keys: S, of which it may have more in front.
 
     Returns:
-        fp32 `[B, 1, R, S]`, -inf where a row does not look.
+        Bool or floating `[B or 1, 1, L, S]`.
     """
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        seen = mask[:, :1, :, -keys:]
-        return torch.where(seen, 0.0, float("-inf")) if seen.dtype == torch.bool else seen.float()
-    look = torch.arange(keys, device=columns.device)[None, None, :] <= columns[:, :, None]
-    if real is not None:
-        look = look & real[:, None, -keys:]
-    return torch.where(look, 0.0, float("-inf"))[:, None]
+    return mask[:, :1, :, -keys:] if isinstance(mask, Tensor) and mask.dim() == 4 else None
 
 
 def _nothing(*_: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import models, referee
@@ -15,6 +17,15 @@ from vlmtok.cost.lines import Span
 
 pytestmark = pytest.mark.usefixtures("counted_paths")
 
+
+class Several(Held):
+    """Asks for masses that are made together, and keeps by one of them."""
+
+    def sites(self, layout):
+        more = ("recent_mass", "text_mass", *(("attention_mass",) if self.by == "attention_mass" else ()))
+        return [replace(site, needs=("values_cached", *more)) for site in super().sites(layout)]
+
+
 METHODS = {
     "pictures": lambda: Held(0.5, odd=0.25),
     "samples": lambda: Held(0.5, of="sample"),
@@ -23,6 +34,8 @@ METHODS = {
     "text, heads": lambda: Held(0.4, odd=0.8, by="text_mass", of="head"),
     "window": lambda: Held(0.4, by="recent_mass", window=3),
     "window of all": lambda: Held(0.4, by="recent_mass", window=99),
+    "all masses": lambda: Several(0.4, window=3),
+    "text and window": lambda: Several(0.4, by="text_mass", window=3),
     "nothing stays": lambda: Held(0.0),
     "all stays": lambda: Held(1.0),
     "some layers": lambda: Held(0.3, layers=(0, 3, 4, -1)),
@@ -74,6 +87,8 @@ WRITING = {
     "every second, heads": lambda: Held(0.7, odd=0.9, every=2, of="head"),
     "text": lambda: Held(0.7, every=2, by="text_mass", layers=(0, 1, 5)),
     "window": lambda: Held(0.7, every=2, by="recent_mass", window=3),
+    "all masses": lambda: Several(0.7, every=2, window=3),
+    "text and window": lambda: Several(0.7, every=2, by="text_mass", window=3),
     "entries alone": lambda: Held(0.7, every=1, by="keys_cached"),
     "planned": lambda: Planned(0.8, every=3),
     "behind a cut": lambda: [FastV(keep=0.6), Held(0.8, every=2)],
@@ -134,6 +149,17 @@ def test_an_estimate_says_what_a_run_says(method, row):
         assert told[name] == ran[name], name
     sites = [[(site["site"], site["before"], site["after"]) for site in found["sites"]] for found in (told, ran)]
     assert sites[0] == sites[1]
+
+
+@pytest.mark.parametrize("by", ["attention_mass", "text_mass"])
+def test_an_estimate_knows_rows_that_are_kept_one_by_one(by):
+    """Of a prefill; what steps sum later is a run's to tell."""
+    model = model_of("HF LLaVA")
+    with torch.no_grad(), vlmtok.compress(model, Several(0.4, by=by, window=3, every=2)) as run:
+        model(**_inputs("^3I4", "^3I4"))
+        ran = run.report().to_dict()
+    told = estimate(model, run.methods, text_tokens=_words("^3I4"), pictures=1, batch=2, counts=run).to_dict()
+    assert told["macs"]["signals"] == ran["macs"]["signals"] and ran["macs"]["signals"]["after"]
 
 
 def test_what_two_pictures_of_a_row_keep_by_content_is_not_made_up():

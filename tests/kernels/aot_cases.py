@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlmtok.kernels import (
+    triton_columns,
     triton_common,
     triton_cover,
     triton_determinant,
@@ -49,6 +50,10 @@ TIGHT = (
     "merge_rows 32-bit <= 1024, 0 programs, grad",
     "transition_stats 32-bit <= any, 0 programs",
     "received_attention 16-bit <= 64, 0 programs, bias",
+    "causal_column_sums 16-bit <= 64, 0 programs, plain",
+    "causal_column_sums 16-bit <= 128, 0 programs, four sets",
+    "causal_column_sums 16-bit <= 256, 0 programs, padded",
+    "causal_column_sums 32-bit <= 256, 0 programs, added",
     "row_scale 16-bit, 64",
     "row_scale 32-bit, 1024",
     "row_scale 16-bit, 1024, guided",
@@ -133,6 +138,21 @@ def _received(row: Tile, bias: bool) -> None:
     triton_received.received_attention(q, q, scale=0.1, bias=meta(2, 1, 1, 577, dtype=q.dtype) if bias else None)
 
 
+def _columns(row: Tile, how: str) -> None:
+    """The kinds of causality, and one or several sets of rows."""
+    dtype, n = HALF if row.width == 2 else FULL, 640
+    q, k = meta(2, 16, 577, row.size, dtype=dtype), meta(2, 4, n, row.size, dtype=dtype)
+    at, some = meta(2, 577, dtype=LONG), meta(2, 64, dtype=BOOL)
+    more = {
+        "plain": {},
+        "padded": {"at": at, "valid": meta(2, n, dtype=BOOL), "sets": [None, some]},
+        "seen": {"at": at, "mask": meta(2, 1, n, n, dtype=BOOL)},
+        "added": {"at": at, "mask": meta(1, 1, n, n, dtype=dtype), "cap": 50.0, "sets": [None, some, some]},
+        "four sets": {"at": at, "valid": meta(2, n, dtype=BOOL), "cap": 50.0, "sets": [None, some, some, some]},
+    }[how]
+    triton_columns.causal_column_sums(q, k, scale=0.1, **more)
+
+
 def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
     """Name to (the row that the call must use, the call)."""
     found: dict[str, tuple[Tile | None, Callable[[], Any]]] = {}
@@ -174,6 +194,9 @@ def cases() -> dict[str, tuple[Tile | None, Callable[[], Any]]]:
         elif row.op == "received_attention":
             for bias in (False, True):
                 add(row, ", bias" if bias else "", _received, bias)
+        elif row.op == "causal_column_sums":
+            for how in ("plain", "padded", "seen", "added", "four sets"):
+                add(row, f", {how}", _columns, how)
     for width, dtype in ((16, HALF), (32, FULL)):
         for d in (64, 128, 1024):
             x = meta(2, 577, d, dtype=dtype)

@@ -10,6 +10,7 @@ NAMES = (
     "complete match", "guided match", "merge", "merge weights", "merge pairs", "greedy", "greedy sum", "greedy l2",
     "greedy cover", "greedy cover table", "transition", "received",
     "transition", "received", "determinant", "determinant masked", "duplicates", "duplicates lengths",
+    "transition", "received", "columns", "columns sets", "columns mask",
 )  # fmt: skip
 
 
@@ -36,6 +37,9 @@ def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
     )
     start = torch.arange(batch, device="cuda")
     bias = size.log()[:, None, None].to(dtype)
+    order = torch.cat([keep, src], 1)
+    seen = (torch.arange(n, device="cuda") >= torch.arange(batch, device="cuda")[:, None] % n)[:, None, None]
+    seen = seen.expand(-1, 1, n, -1)
     return {
         "match halves": lambda: kernels.match_max(x[:, ::2], x[:, 1::2]),
         "match complete": lambda: kernels.match_max(x, x, exclude_diag=True),
@@ -60,6 +64,13 @@ def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
         "duplicates lengths": lambda: kernels.drop_duplicates(x, n // 3, step=50, valid=size > 0.6),
         "transition": lambda: kernels.transition_stats(wide, wide.flip(1)),
         "received": lambda: kernels.received_attention(q, k, scale=d**-0.5, bias=bias),
+        "columns": lambda: kernels.causal_column_sums(q, k, scale=d**-0.5, valid=seen[:, 0, 0]),
+        "columns sets": lambda: kernels.causal_column_sums(
+            q, k, scale=d**-0.5, at=order.argsort(1), cap=20.0, sets=[None, size > 1, (size > 1)[:, n // 2 :]]
+        ),
+        "columns mask": lambda: kernels.causal_column_sums(
+            q, k, scale=d**-0.5, mask=seen | (order == 0)[:, None, None]
+        ),
     }
 
 

@@ -64,7 +64,7 @@ def test_every_tile_has_a_case_that_uses_it():
         if row is None:
             continue
         seen.add(row)
-        launch = capture(call)[-1]
+        launch = [one for one in capture(call) if one.kernel.__name__ != "_shared_kernel"][-1]  # that has no tile
         assert launch.warps == row.warps, name
         if {"BM", "BN"} <= launch.constants.keys():
             assert (launch.constants["BM"], launch.constants["BN"]) == (row.m, row.n), name

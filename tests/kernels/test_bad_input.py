@@ -110,6 +110,30 @@ def bad_calls():
         "merge: half sizes": (merged(1, torch.ones(2, 6).half()), "size must be torch.float32"),
         "energy: margin": (lambda: kernels.energy(X, margin=float("nan")), "finite"),
         "attention: bias": (lambda: kernels.attention_rows(Q, Q, scale=1.0, bias=LONG), "bias"),
+        "columns: heads": (lambda: kernels.causal_column_sums(Q, Q[:, :3], scale=1.0), "divide"),
+        "columns: integers": (lambda: kernels.causal_column_sums(Q, Q.long(), scale=1.0), "floating"),
+        "columns: places": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, at=LONG), "\\[2, 6\\]"),
+        "columns: too many": (lambda: kernels.causal_column_sums(Q, Q[:, :, :5], scale=1.0), "not the last of 5 keys"),
+        "columns: padding": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, valid=X[..., 0]), "bool"),
+        "columns: two rules": (
+            lambda: kernels.causal_column_sums(Q, Q, scale=1.0, valid=X[..., 0] > 0, mask=Q[..., :6] > 0), "not both",
+        ),
+        "columns: mask dtype": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, mask=LONG), "bool or floating"),
+        "columns: mask rows": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, mask=Q[:, :, :5, :6]), "6 to 6"),
+        "columns: mask columns": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, mask=Q[..., :5]), "6 columns"),
+        "columns: mask device": (
+            lambda: kernels.causal_column_sums(Q, Q, scale=1.0, mask=Q[..., :6].to("meta")), "is on meta",
+        ),
+        "columns: cap": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, cap=0.0), "positive"),
+        "columns: no set": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, sets=[]), "all rows"),
+        "columns: a wide set": (
+            lambda: kernels.causal_column_sums(Q, Q, scale=1.0, sets=[None, torch.ones(2, 7).bool()]),
+            "sets\\[1\\] must be bool \\[2, at most 6\\]",
+        ),
+        "columns: a set of numbers": (lambda: kernels.causal_column_sums(Q, Q, scale=1.0, sets=[LONG]), "bool"),
+        "columns: a set elsewhere": (
+            lambda: kernels.causal_column_sums(Q, Q, scale=1.0, sets=[meta[..., 0] > 0]), "is on meta",
+        ),
         "received: chunk": (lambda: kernels.received_attention(Q, Q, scale=1.0, chunk=0), "at least 1"),
     }  # fmt: skip
 
@@ -190,6 +214,7 @@ def test_nothing_is_fine(batch, n, d):
     q = torch.randn(batch, 2, n, d)
     assert kernels.attention_rows(q, q, scale=1.0).shape == (batch, 2, n, n)
     assert kernels.received_attention(q, q, scale=1.0).shape == (batch, n)
+    assert kernels.causal_column_sums(q, q, scale=1.0, sets=[None, None]).shape == (batch, 2, 2, n)
 
 
 @pytest.mark.parametrize("index", [6, -1])

@@ -76,6 +76,7 @@ def calls():
         "drop_duplicates": lambda: kernels.drop_duplicates(x, 3),
         "transition_stats": lambda: kernels.transition_stats(x, x),
         "received_attention": lambda: kernels.received_attention(q, q, scale=0.3),
+        "causal_column_sums": lambda: kernels.causal_column_sums(q, q, scale=0.3),
     }
 
 
@@ -113,6 +114,10 @@ def test_limits_of_a_kernel_are_errors_too():
         q = torch.empty(1, 1, 4, table.LIMIT_HEAD * 2, device="meta")
         with pytest.raises(kernels.KernelError, match="head width"):
             kernels.received_attention(q, q, scale=1.0)
+        with pytest.raises(kernels.KernelError, match="head width"):
+            kernels.causal_column_sums(q, q, scale=1.0)
+        with pytest.raises(kernels.KernelError, match="5 sets of rows exceed 4"):
+            kernels.causal_column_sums(q[..., :8], q[..., :8], scale=1.0, sets=[None] * 5)
         wide = torch.empty(1, 4, 8, dtype=torch.float64, device="meta")
         with pytest.raises(kernels.KernelError, match="float64"):
             kernels.match_max(wide, wide)

@@ -22,6 +22,7 @@ def examples():
     q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     kw, sw = torch.randn(2, 6), torch.randn(2, 3)
     mask = torch.rand(2, 7) > 0.3
+    at, seen = torch.arange(9).flip(0).expand(2, 9), torch.rand(2, 1, 9, 9) > 0.3
     return [
         ("match_max", (x, y), {}),
         ("match_max", (x, x), {"exclude_diag": True}),
@@ -55,6 +56,9 @@ def examples():
         ("transition_stats", (x, x + 1), {}),
         ("attention_rows", (q[:, :, :2], k), {"scale": 0.3}),
         ("received_attention", (q, k), {"scale": 0.3, "bias": torch.randn(2, 1, 1, 9)}),
+        ("causal_column_sums", (q[:, :, :7], k), {"scale": 0.3, "sets": [None]}),
+        ("causal_column_sums", (q, k), {"scale": 0.3, "valid": x[..., 0] > 0, "sets": [x[..., 1] > 0, None]}),
+        ("causal_column_sums", (q, k), {"scale": 0.3, "at": at, "mask": seen, "cap": 5.0, "sets": [None, mask]}),
     ]  # fmt: skip
 
 
@@ -127,10 +131,12 @@ def layer(k, x, size):
     value, index = kernels.match_max(x, x, exclude_diag=True)
     ratio, cosine = kernels.transition_stats(x, x + 1)
     received = kernels.received_attention(k, k, scale=0.3)
+    sums = kernels.causal_column_sums(k, k[:, :2], scale=0.3, sets=[None, x[:, 1:, 0] > 0])
     with kernels.exact(x.device):
         product = kernels.unit_rows(x) @ x.transpose(1, 2)
     bias = kernels.key_bias(total, torch.float16)
     return y, total, src, dst, order, value, index, ratio, cosine, received, product, bias, picks, gain, left
+    return y, total, src, dst, order, value, index, ratio, cosine, received, sums, product, bias
 
 
 @pytest.mark.parametrize("autocast", [False, True])

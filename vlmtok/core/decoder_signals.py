@@ -32,6 +32,8 @@ class DecoderTaps:
         normed: gives what the layer gave to some rows, through the model's last norm: int64 `[B, R]` to `[B, R, C]`.
         active: gives which inputs of the MLP's last projection were positive there, bool `[B, R, F]`, or None where
             nobody asked before the layer ran.
+        told: gives what `bias` is made of: the layer's mask `[B or 1, 1, ., S]`, or None where it is causal, and which
+            keys are no padding then, bool `[B, S]`, or None where all are.
     """
 
     q: Callable[[Tensor], Tensor]
@@ -46,6 +48,7 @@ class DecoderTaps:
     cap: float | None = None
     normed: Callable[[Tensor], Tensor] | None = None
     active: Callable[[Tensor], Tensor] | None = None
+    told: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
     _key_norms: Tensor | None = field(default=None, init=False)
 
     def key_norms(self, columns: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..core.attachment import Attachment, Entry
+from ..core.cache_signals import apart, queries
 from ..core.ledger import Event, Mass
 from ..core.signals import MASSES
 from ..core.site import Counts
@@ -84,17 +85,11 @@ class PlannedCache:
     def masses(self, batch: int) -> Iterator[Mass]:
         """Attention that is summed for methods while layers run; each layer saw all of its row."""
         for layer, entry in self.entries.items():
-            length = self.lengths[layer]
+            length, window = self.lengths[layer], entry.site.window
             for sample in self._saw[layer].groups("sample"):
-                taken = {
-                    "attention_mass": length,
-                    "text_mass": sample.text,
-                    "recent_mass": min(entry.site.window, length),
-                }
-                asked = sorted({need.name for need in entry.needs} & MASSES)
-                if entry.site.every and "recent_mass" in asked:  # once more, row by row: later ones take their place
-                    asked.append("recent_mass")
-                yield from (Mass(layer, batch, taken[name], length) for name in asked if taken[name])
+                together, by_row = apart({need.name for need in entry.needs} & MASSES, entry.site.every)
+                taken = [queries(together, length, sample.text, window), by_row * min(window, length)]
+                yield from (Mass(layer, batch, rows, length) for rows in taken if rows)
 
     def forgotten(self, batch: int) -> Iterator[Event]:
         """Layers that lost entries with later cuts; asked once methods have chosen, too."""

@@ -11,6 +11,7 @@ from .flop_formulas import register_flop_formulas
 from .ops import (
     attention_rows,
     bipartite_match,
+    causal_column_sums,
     complete_match,
     drop_duplicates,
     energy,
@@ -26,13 +27,14 @@ from .ops import (
     received_attention,
     transition_stats,
 )
-from .reference import key_bias, pair_weights, query_cosine, take_rows, unit_rows
+from .reference import key_bias, pair_weights, per_key_head, query_cosine, row_bias, take_rows, unit_rows
 
 __all__ = [
     "MODES",
     "KernelError",
     "attention_rows",
     "bipartite_match",
+    "causal_column_sums",
     "complete_match",
     "drop_duplicates",
     "energy",
@@ -49,10 +51,12 @@ __all__ = [
     "merge_rows_biased",
     "mode",
     "pair_weights",
+    "per_key_head",
     "query_cosine",
     "ran",
     "received_attention",
     "register_flop_formulas",
+    "row_bias",
     "take_rows",
     "transition_stats",
     "unit_rows",

@@ -86,6 +86,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "transition_stats": _no_flops,
     "attention_rows": _attention_flops,
     "received_attention": _attention_flops,
+    "causal_column_sums": _attention_flops,
 }
 """Formula of every op, on shapes as FlopCounterMode passes them: 2 x the MACs of the matmuls of its definition."""
 

@@ -37,6 +37,7 @@ LAUNCHERS = {
     "drop_duplicates": "triton_duplicates",
     "transition_stats": "triton_transition",
     "received_attention": "triton_received",
+    "causal_column_sums": "triton_columns",
 }
 _MERGE = (
     "Tensor x, Tensor size, Tensor keep, Tensor src, Tensor dst, *, Tensor? keep_weight=None, Tensor? src_weight=None, "
@@ -70,6 +71,8 @@ SCHEMAS = {
     "attention_rows": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, float? cap=None, str path='') -> (Tensor",
     "received_attention": "Tensor q, Tensor k, *, float scale, Tensor? bias=None, SymInt chunk=256, str path='') "
     "-> (Tensor",
+    "causal_column_sums": "Tensor q, Tensor k, *, float scale, Tensor? at=None, Tensor? valid=None, Tensor? mask=None, "
+    "float? cap=None, Tensor?[] sets, str path='') -> (Tensor",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ def _received_attention(q: Tensor, k: Tensor, **_: Any) -> Tensor:
     return q.new_empty(q.shape[0], k.shape[2], dtype=torch.float32)
 
 
+def _causal_column_sums(q: Tensor, k: Tensor, *, sets: Sequence[Tensor | None], **_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], len(sets), k.shape[1], k.shape[2], dtype=torch.float32)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "match_max": _match_max,
     "energy": _energy,
@@ -103,4 +107,5 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "transition_stats": _transition_stats,
     "attention_rows": _attention_rows,
     "received_attention": _received_attention,
+    "causal_column_sums": _causal_column_sums,
 }

@@ -42,6 +42,7 @@ POLICIES: tuple[Policy, ...] = (
     # On the card measured, each kernel is faster than torch at every batch: small ones are bound by launches, of which
     # a kernel has fewer. Elsewhere the same is assumed.
     Policy("*", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
+    Policy("causal_column_sums", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
     Policy("bipartite_match", 1, 1 << 30, *_H200),
     Policy("complete_match", 1, 1 << 30, *_H200),
     Policy("energy", 1, 1 << 30, *_H200),
@@ -148,7 +149,9 @@ than launching a round over many programs."""
 LIMIT_ORDER = 4096
 """Scores that one program sorts."""
 LIMIT_HEAD = 256
-"""Head width of `received_attention`."""
+"""Head width of `received_attention` and `causal_column_sums`."""
+LIMIT_SETS = 4
+"""Sets of rows that `causal_column_sums` sums in one pass."""
 _ANY = 1 << 30
 
 # Of the rows that fit, the first is used. All compile for sm_80 and sm_90 without spills (tests/kernels).
@@ -215,6 +218,12 @@ TILES: tuple[Tile, ...] = (
     Tile("received_attention", 4, 64, 0, 32, 32, 64, 4),
     Tile("received_attention", 4, 128, 0, 32, 32, 128, 4),
     Tile("received_attention", 4, LIMIT_HEAD, 0, 16, 32, 256, 4),
+    Tile("causal_column_sums", 2, 64, 0, 64, 64, 64, 4),
+    Tile("causal_column_sums", 2, 128, 0, 64, 32, 128, 4),
+    Tile("causal_column_sums", 2, LIMIT_HEAD, 0, 32, 32, 256, 4),
+    Tile("causal_column_sums", 4, 64, 0, 32, 32, 64, 4),
+    Tile("causal_column_sums", 4, 128, 0, 16, 32, 128, 8),
+    Tile("causal_column_sums", 4, LIMIT_HEAD, 0, 16, 16, 256, 4),
 )
 
 

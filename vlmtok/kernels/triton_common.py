@@ -17,6 +17,7 @@ from .dispatch import INTERPRETS, KernelError
 from .reference.rows import EPS
 from .table import Tile
 
+LOG2E = 1.4426950408889634
 launches = 0
 """Kernels launched so far by this process, one program grid each."""
 
@@ -98,6 +99,21 @@ def dot_rows(a, b, accumulator, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, tl.trans(b), accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def add_exponentials(most, total, logits):
+    """Goes on with the sum of 2^logits of each row, kept as its greatest logit and the sum divided by 2 to that."""
+    higher = tl.maximum(most, tl.max(logits, 1))
+    # Where nothing is visible yet the maximum is -inf, and -inf - -inf would poison the sum.
+    base = tl.where(higher > float("-inf"), higher, 0.0)
+    return higher, total * tl.exp2(most - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+
+
+@triton.jit
+def log_of_sum(most, total):
+    """log2 of that sum; -inf for a row that sees nothing."""
+    return tl.where(most > float("-inf"), most, 0.0) + tl.log2(total)
 
 
 @triton.jit

@@ -12,9 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .table import Tile, tile
-from .triton_common import dot_rows, launch, load_rows, product, rows_of, same_dtype
-
-_LOG2E = 1.4426950408889634
+from .triton_common import (
+    LOG2E,
+    add_exponentials,
+    dot_rows,
+    launch,
+    load_rows,
+    log_of_sum,
+    product,
+    rows_of,
+    same_dtype,
+)
 
 
 @triton.jit
@@ -57,14 +65,9 @@ def _normaliser_kernel(
             tile_q, tile_k, i, j, m, n, scale, bias, bias_row, bias_column, BIAS, UPCAST, PRECISION, BM, BN
         )
         logits = tl.where((j < n)[None, :], logits, float("-inf"))
-        higher = tl.maximum(most, tl.max(logits, 1))
-        # Where nothing is visible yet the maximum is -inf, and -inf - -inf would poison the sum.
-        base = tl.where(higher > float("-inf"), higher, 0.0)
-        total = total * tl.exp2(most - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        most = higher
+        most, total = add_exponentials(most, total, logits)
     # A row that sees nothing has log2(0) = -inf; -inf - -inf makes it NaN in the second pass, as in torch's softmax.
-    base = tl.where(most > float("-inf"), most, 0.0)
-    tl.store(out + (batch * heads + head) * m + i, base + tl.log2(total), mask=i < m)
+    tl.store(out + (batch * heads + head) * m + i, log_of_sum(most, total), mask=i < m)
 
 
 @triton.jit(do_not_specialize=["m", "n"])
@@ -129,7 +132,7 @@ def received_attention(
     spread = None if bias is None else bias.expand(batch, heads, m, n)
     strides = (0, 0, 0, 0) if spread is None else spread.stride()
     normaliser = q.new_empty(batch, heads, m, dtype=torch.float32)
-    shape = (heads, heads // groups, m, n, d, float(scale) * _LOG2E)
+    shape = (heads, heads // groups, m, n, d, float(scale) * LOG2E)
     steps = (*q.stride()[:3], *k.stride()[:3], *strides)
     settings = {"warps": config.warps, "stages": config.stages, "BIAS": bias is not None, **product(q.dtype)}
     settings |= {"BM": config.m, "BN": config.n, "BK": config.k}

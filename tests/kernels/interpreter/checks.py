@@ -12,6 +12,7 @@ import check_attention
 import check_cover
 import check_determinant
 import check_duplicates
+import check_columns
 import check_greedy
 import check_matching
 import check_merging
@@ -29,6 +30,7 @@ CHECKS = {
         check_determinant,
         check_duplicates,
     )
+    for module in (check_matching, check_plans, check_merging, check_greedy, check_attention, check_columns)
     for name, check in vars(module).items()
     if isfunction(check) and check.__module__ == module.__name__ and not name.startswith("_")
 }

@@ -28,6 +28,7 @@ NAMES = (
     "determinant",
     "duplicates",
 )
+NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received", "columns")
 
 
 def modules():
@@ -97,6 +98,7 @@ def test_public_functions_take_the_kernels():
         "drop_duplicates": lambda m: m.drop_duplicates(x, order=torch.arange(12).expand(2, 12), k=5, step=3),
         "transition_stats": lambda m: m.transition_stats(x, x + 1),
         "received_attention": lambda m: m.received_attention(q, q, scale=0.3),
+        "causal_column_sums": lambda m: m.causal_column_sums(q, q[:, :1], scale=0.3, sets=[None, x[..., 0] > 0]),
     }
     from vlmtok.kernels import triton_common
 

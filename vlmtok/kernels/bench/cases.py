@@ -94,6 +94,23 @@ def _received(n: int, heads: int, d: int, batch: int) -> Case:
     )  # fmt: skip
 
 
+def _cached(n: int, heads: int, groups: int, d: int, batch: int) -> Case:
+    """What methods of a cache read of one layer: sums over all rows of the prompt and over its last 64, in one pass."""
+
+    def pair(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = (torch.randn(batch, count, n, d, device=device, dtype=dtype) for count in (heads, groups))
+        return q, k, torch.ones(batch, min(n, 64), dtype=torch.bool, device=device)
+
+    # Two passes over the half of the pairs that causality leaves. Beside the kernels' launches: places of the queries,
+    # and the table of the sets (ones, a pad, a stack).
+    return Case(
+        "causal_column_sums", f"N={n}, {heads} heads of {d} on {groups}", batch, pair,
+        lambda m, q, k, last: m.causal_column_sums(q, k, scale=d**-0.5, sets=[None, last]),
+        2 * batch * (heads + groups) * n * d + 8 * batch * groups * n, 2 * batch * heads * n * n * d,
+        6 + (groups < heads),
+    )  # fmt: skip
+
+
 def _prefill(n: int, k: int, width: int, batch: int = 1) -> list[Case]:
     """What a language model's boundary asks for: k diverse ones of n visual tokens."""
 
@@ -174,6 +191,8 @@ def cases(small: bool = False) -> list[Case]:
             _transition(16, 64),
             _received(32, 2, 16, 2),
         ]
+        found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
+        found += [_cached(32, 4, 2, 16, 2)]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
@@ -181,4 +200,6 @@ def cases(small: bool = False) -> list[Case]:
         found += [*_prefill(16384, 1638, 3584), _transition(640, 4096), _transition(640, 4096, 8)]
         found += [_transition(2944, 4096), _transition(16384, 3584)]
         found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]
+        found += [_cached(640, 32, 32, 128, 1), _cached(640, 32, 32, 128, 8), _cached(2944, 32, 8, 128, 1)]
+        found += [_cached(16384, 28, 4, 128, 1)]
     return sorted(found, key=lambda case: case.op)

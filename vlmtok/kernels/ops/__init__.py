@@ -4,6 +4,7 @@ from .attention import attention_rows, received_attention
 from .coverage import greedy_cover, greedy_cover_cosine
 from .determinant import greedy_determinant
 from .duplicates import drop_duplicates
+from .columns import causal_column_sums
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
 from .merging import merge_rows, merge_rows_biased
@@ -13,6 +14,7 @@ from .transition import transition_stats
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "causal_column_sums",
     "complete_match",
     "drop_duplicates",
     "energy",

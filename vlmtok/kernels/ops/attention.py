@@ -58,12 +58,17 @@ def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | Non
     return cast(Tensor, run_detached(op, triton, q, k, scale=scale, bias=bias, chunk=chunk))
 
 
-def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+def check_heads(op: str, q: Tensor, k: Tensor) -> None:
+    """Queries and keys of one batch and width, and key-value heads that queries' heads can share."""
     check_floating(op, "[B, H, T, d]", q=q)
     check_floating(op, "[B, Hkv, L, d]", k=k)
     heads, groups = q.shape[1], k.shape[1]
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or (heads % groups if groups else heads):
         raise ParameterError(f"{op}: q {list(q.shape)} and k {list(k.shape)}: B and d must agree and Hkv divide H")
+
+
+def _check_attention(op: str, q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+    check_heads(op, q, k)
     if bias is not None and (not bias.is_floating_point() or bias.dim() > 4):
         raise ParameterError(f"{op}: bias must be floating, [B, H, T, L] or broadcastable, got {bias.dtype}")
     wanted = (*q.shape[:3], k.shape[2])

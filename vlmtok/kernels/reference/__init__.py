@@ -8,6 +8,7 @@ from .attention import attention_rows, key_bias, log_size, received_attention
 from .coverage import greedy_cover, greedy_cover_cosine
 from .determinant import greedy_determinant
 from .duplicates import drop_duplicates
+from .columns import causal_column_sums, per_key_head, row_bias
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
 from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
@@ -18,6 +19,7 @@ from .transition import transition_stats
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "causal_column_sums",
     "complete_match",
     "drop_duplicates",
     "energy",
@@ -34,8 +36,10 @@ __all__ = [
     "merge_rows_biased",
     "merge_rows_grad",
     "pair_weights",
+    "per_key_head",
     "query_cosine",
     "received_attention",
+    "row_bias",
     "take_rows",
     "transition_stats",
     "unit_rows",

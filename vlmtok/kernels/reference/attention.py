@@ -1,4 +1,4 @@
-"""Attention of some rows, what each token receives of it, and the bias of proportional attention."""
+"""Attention of some rows, the mean that each token receives of it, and the bias of proportional attention."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ def attention_rows(
     q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, cap: float | None = None
 ) -> Tensor:
     """Definition of `vlmtok.kernels.attention_rows`."""
+    with exact(q.device):
+        return logits_of_rows(q, k, scale, bias, cap).softmax(-1)
+
+
+def logits_of_rows(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, cap: float | None) -> Tensor:
+    """What attention takes the softmax of, fp32 `[B, H, T, L]` of its own; arguments as those of `attention_rows`."""
     batch, heads, rows, width = q.shape
     groups, length = k.shape[1], k.shape[2]
-    with exact(q.device):
-        # Heads that share keys become rows of one product: the keys are not repeated.
-        grouped = (q.float() * scale).reshape(batch, groups, heads // max(groups, 1) * rows, width)
-        logits = (grouped @ k.float().transpose(-1, -2)).reshape(batch, heads, rows, length)
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        if bias is not None:
-            logits = logits + bias.float()
-        return logits.softmax(-1)
+    # Heads that share keys become rows of one product: the keys are not repeated.
+    grouped = (q.float() * scale).reshape(batch, groups, heads // max(groups, 1) * rows, width)
+    logits = (grouped @ k.float().transpose(-1, -2)).reshape(batch, heads, rows, length)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits if bias is None else logits + bias.float()
 
 
 def received_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
