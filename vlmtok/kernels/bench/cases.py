@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .drawn_cases import drawn_cases, lacking
 from .floors import Case, Rival
 
-COLREDUCE = Rival("flash_colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1))
+COLREDUCE = Rival(
+    "flash_colreduce", "flash-colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1)
+)
 """Column means of each head (flash-colreduce, MIT, the kernel of SparseVILA); the mean over heads is torch's."""
+
+
+def _fps(k: int) -> Rival:
+    """Farthest point sampling by Euclidean distance (torch-cluster, MIT), from the first row of each picture."""
+
+    def run(module: Any, x: Tensor, start: Tensor) -> Tensor:
+        batch, n, _ = x.shape
+        picture = torch.arange(batch, device=x.device).repeat_interleave(n)
+        # It takes ceil(ratio n) points: half a point less than k cannot be rounded to k + 1.
+        chosen: Tensor = module.fps(x.flatten(0, 1), picture, ratio=(k - 0.5) / n, random_start=False)
+        return chosen.view(batch, k) - n * torch.arange(batch, device=x.device)[:, None]
+
+    return Rival("torch_cluster", "torch-cluster", run, devices=("cpu", "cuda"))
 
 
 def _keys(batch: int, n: int, d: int) -> Callable[[torch.device, torch.dtype], tuple[Tensor]]:
@@ -107,6 +124,15 @@ def _prefill(n: int, k: int, width: int, batch: int = 1) -> list[Case]:
     ]  # fmt: skip
 
 
+def _farthest(n: int, k: int, width: int, batch: int) -> Case:
+    """k-center by Euclidean distance in fp32, which farthest point sampling is."""
+    (case,) = _prefill(n, k, width, batch)
+    return replace(
+        case, what=f"{case.what}, Euclidean, fp32", dtype=torch.float32, bytes=2 * case.bytes - 4 * batch * n * (n + k),
+        run=lambda m, x, start: m.greedy_select(x, k, start, metric="l2"), launches=2, rivals=(_fps(k),),
+    )  # fmt: skip
+
+
 def _transition(n: int, width: int, batch: int = 1) -> Case:
     def pair(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x = torch.randn(batch, n, width, device=device, dtype=dtype)
@@ -125,14 +151,27 @@ def cases(small: bool = False) -> list[Case]:
         small: sizes for a processor, to see that the benchmark works.
 
     Returns:
-        The cases, op by op.
+        The cases, op by op: those written here, and those drawn of other ops with a kernel (see `drawn_cases`).
     """
     if small:
         found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
+        found += [_farthest(64, 8, 32, 2)]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
         found += [*_prefill(16384, 1638, 3584), _transition(640, 4096), _transition(640, 4096, 8)]
         found += [_transition(2944, 4096), _transition(16384, 3584)]
         found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]
+        found += [_farthest(576, 57, 1024, 1), _farthest(576, 57, 1024, 8), _farthest(2880, 288, 1024, 1)]
+    found += drawn_cases(_written(), small)
     return sorted(found, key=lambda case: case.op)
+
+
+def _written() -> set[str]:
+    """Ops with a case written in this module."""
+    return {case.op for case in (*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64))}
+
+
+def without_case() -> dict[str, str]:
+    """Public ops with a kernel that the benchmark leaves out, and why."""
+    return lacking(_written())
