@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -281,6 +282,14 @@ def test_bench_alone_without_a_gpu_says_not_measured(vlmtok_, monkeypatch):
     assert result.exit_code == 0 and "not measured" in result.stdout and "LLaVA-NeXT-7B shape" in result.stdout
 
 
+def test_bench_of_everything(vlmtok_, tmp_path):
+    words = ("bench", "--all", tmp_path, "--part", "launches", "--device", "cpu")
+    found = data_of(vlmtok_(*words, "--json"))
+    assert [Path(file).name for file in found["files"]] == ["launches_modelled_h200.json", "card_modelled_h200.md"]
+    assert found["policies"] == [] and found["status"] == "modelled, not measured"
+    assert "card_modelled_h200.md" in (printed := vlmtok_(*words).output) and "modelled, not measured" in printed
+
+
 def test_bench_tiny_runs_the_suite(vlmtok_, monkeypatch):
     small = replace(
         suite_models.TINY, tower_batches=(1,), visual={"small": 36}, crops={"small": 1}, sweep=(16,), steps=2
@@ -338,6 +347,9 @@ BAD = {
     "size without model": ("bench --image-size 9x9", "needs --model"),
     "two forms": ("estimate llava-1.5-7b --json --csv", "one of"),
     "method without model": ("bench --method tome", "need --model"),
+    "part of nothing": ("bench --part kernels", "--part chooses from --all"),
+    "unknown part": ("bench --all . --part towers", "no part 'towers'"),
+    "everything of a model": ("bench --all . --model TOWER", "takes no --model"),
     "no batch": ("bench --model TOWER --batch 0", "--batch"),
 }
 

@@ -9,13 +9,14 @@ from count_ops import CountOps
 
 from vlmtok import kernels
 from vlmtok.kernels import table
-from vlmtok.kernels.bench.cases import cases
+from vlmtok.kernels.bench.cases import cases, without_case
 from vlmtok.kernels.bench.clock import Clock, Time
 from vlmtok.kernels.bench.command import main
+from vlmtok.kernels.bench.drawn_cases import DRAWS, drawn_cases, lacking
 from vlmtok.kernels.bench.floors import H200, Rates
-from vlmtok.kernels.bench.measuring import measure
+from vlmtok.kernels.bench.measuring import measure, measure_cases
 from vlmtok.kernels.bench.modelling import NOT_MEASURED, modelled
-from vlmtok.kernels.bench.sweep import candidates, policies, sweep
+from vlmtok.kernels.bench.sweep import candidates, policies, printed, sweep
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="marker gpu: there is one, it would measure")
 
@@ -69,7 +70,7 @@ def test_it_measures(compiled, monkeypatch):
     rows = measure(case, clock, H200, torch.float32, compiled)
     assert [row["path"] for row in rows] == ["eager", "compile"][: 1 + compiled]
     for row in rows:
-        assert row["status"] == "measured" and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["status"] == "measured on a CPU" and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["times_eager"] > 0 and row["max_error"] < 1e-5
         assert row["floor_us"] is row["peak_bytes"] is None
     assert rows[0]["times_eager"] == 1
@@ -109,9 +110,120 @@ def test_sweep_puts_the_table_back(monkeypatch):
     assert table.TILES is before and transition.tile is table.tile and common.launch is not transition.launch
 
 
-def test_policies_take_the_batch_from_which_the_kernel_wins():
+@pytest.fixture
+def measured_rows():
+    """Of a card on which one kernel wins from batch 32 on, and one loses at its greatest batch."""
     place = {"device": "GPU X", "torch": "2", "triton": "3", "way": "warm", "path": "triton"}
     rows = [{**place, "op": "energy", "batch": b, "times_eager": t} for b, t in ((1, 0.5), (32, 1.5), (256, 3.0))]
-    rows += [{**place, "op": "match_max", "batch": b, "times_eager": t} for b, t in ((1, 2.0), (32, 0.9))]
-    (found,) = policies(rows, "kernels.json")
-    assert found == table.Policy("energy", 32, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels.json")
+    return rows + [{**place, "op": "match_max", "batch": b, "times_eager": t} for b, t in ((1, 2.0), (32, 0.9))]
+
+
+def test_policies_take_the_batch_from_which_the_kernel_wins(measured_rows):
+    place = ("measured", "GPU X", "torch 2, triton 3", "kernels.json")
+    # A kernel that is slower at the greatest batch is left to torch: the row for every op would take it.
+    assert policies(measured_rows, "kernels.json") == [
+        table.Policy("energy", 32, 1 << 30, *place),
+        table.Policy("match_max", table.NEVER, 1 << 30, *place),
+    ]
+
+
+def test_what_is_printed_parses_into_the_table(measured_rows, monkeypatch):
+    """Pasted into `POLICIES`, the rows decide for the card that was measured, and for no other."""
+    text = printed(policies(measured_rows, "kernels.json"))
+    rows = eval(f"(\n{text}\n)", {"Policy": table.Policy})
+    monkeypatch.setattr(table, "POLICIES", (table.POLICIES[0], *rows))
+    monkeypatch.setattr(table, "device_facts", lambda index: ("GPU X" if index == 0 else "GPU Y", True))
+    decided = {
+        (op, batch, index): table.prefers_triton(op, batch, 0, torch.device("cuda", index))
+        for op in ("energy", "match_max")
+        for batch in (1, 31, 32, 256)
+        for index in (0, 1)
+    }
+    for (op, batch, index), triton in decided.items():
+        assert triton == (index == 1 or (op == "energy" and batch >= 32)), (op, batch, index)
+
+
+# ---------------------------------------------------------------------- cases of ops that nobody wrote one for
+def test_every_op_with_a_kernel_has_a_case():
+    """One that lands later has one too, or is said to be left out."""
+    public = {op for op in kernels.ops.__all__ if op in kernels.library.LAUNCHERS}
+    assert public == {case.op for case in cases()} | set(without_case()) and not without_case()
+    assert public == {case.op for case in cases(small=True)}
+
+
+def test_a_drawn_case_costs_what_the_written_one_does():
+    (drawn,) = [c for c in drawn_cases({"merge_rows"}) if c.op == "greedy_select" and "2880" in c.what]
+    written = next(c for c in cases() if c.op == "greedy_select" and c.what == "N=2880, k=288, C=4096")
+    assert (drawn.flops, drawn.launches, drawn.chain) == (written.flops, written.launches, written.chain)
+    features = 2 * 2880 * 4096  # the table of products is written and read within the op, and counted by hand only
+    assert drawn.bytes == features + 8 + (8 + 4) * 288 and written.bytes > features
+
+
+@pytest.mark.parametrize("case", drawn_cases(set(), small=True), ids=lambda case: case.op)
+def test_drawn_cases_run(case):
+    """The op and its definition take what is drawn."""
+    calls = case.calls(torch.device("cpu"), torch.float32)
+    for ours, definition in zip(calls["ours"](), calls["eager"]()):
+        torch.testing.assert_close(ours, definition, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_op_with_an_unknown_argument_is_left_out_and_named(monkeypatch):
+    monkeypatch.delitem(DRAWS, ("metric", "Tensor"))
+    assert "energy_match" in lacking(set()) and "metric: Tensor" in lacking(set())["energy_match"]
+    assert "energy_match" not in {case.op for case in drawn_cases(set(), small=True)}
+
+
+# ---------------------------------------------------------------------- rivals
+FPS = """
+import torch
+def fps(x, batch, ratio, random_start):
+    assert not random_start
+    found = []
+    for picture in batch.unique():
+        rows = (batch == picture).nonzero()[:, 0]
+        own, taken = x[rows], [0]
+        while len(taken) < torch.tensor(ratio * len(own)).ceil():
+            taken.append(int(torch.cdist(own, own[taken]).min(1).values.argmax()))
+        found += rows[taken].tolist()
+    return torch.tensor(found)
+"""
+"""As torch-cluster documents it."""
+
+
+def test_farthest_point_sampling_is_raced_where_it_is_installed(monkeypatch, tmp_path):
+    case = next(c for c in cases(small=True) if c.op == "greedy_select" and "Euclidean" in c.what)
+    clock = Clock(torch.device("cpu"), 2)
+    assert {row["path"] for row in measure(case, clock, H200, torch.bfloat16)} == {"eager"}
+    (tmp_path / "torch_cluster.py").write_text(FPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = measure(case, clock, H200, torch.bfloat16)[-1]
+    assert row["path"] == "torch_cluster" and row["agreement"] == 1 and row["dtype"] == "float32"
+    assert row["rival"] == "torch-cluster None"  # a module without a package here
+
+
+def test_column_sums_are_raced_by_the_same_quantity(monkeypatch):
+    case = next(c for c in cases(small=True) if c.op == "received_attention")
+    q, k = case.make(torch.device("cpu"), torch.float32)
+
+    class Module:
+        @staticmethod
+        def flash_colreduce(q, k, reduction):
+            assert reduction == "mean"
+            return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(-2)
+
+    (rival,) = case.rivals
+    torch.testing.assert_close(rival.run(Module, q, k), case.run(kernels, q, k))
+    assert rival.devices == ("cuda",)
+
+
+def test_a_case_that_memory_cannot_hold_is_a_row(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    case = next(c for c in cases(small=True) if c.op == "transition_stats")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    clock = Clock(torch.device("cpu"), 1)
+    chosen = [dataclasses.replace(case, make=full), case]
+    (_, (lost,)), (_, rows) = measure_cases(chosen, clock, H200, torch.float32, compiled=False)
+    assert lost["status"] == "not measured: out of memory" and lost["op"] == case.op and lost["device"]
+    assert [row["path"] for row in rows] == ["eager"] and policies([lost, *rows], "") == []

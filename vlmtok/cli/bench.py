@@ -33,6 +33,20 @@ def bench(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="The standard suite on tiny shapes, to see that it runs.")
     ] = False,
+    all_: Annotated[
+        str | None,
+        typer.Option(
+            "--all",
+            metavar="FOLDER",
+            help="Everything on this card: kernels beside torch, torch.compile and the rivals that are installed, "
+            "launches, towers, language models; rows, a page, a roofline plot and dispatch rows go there.",
+            show_default=False,
+        ),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Of --all: kernels, launches or models; give several. All by default.", show_default=False),
+    ] = None,
     random: Random = False,
     csv: Annotated[str | None, typer.Option(help="Also write the rows to this CSV file.", show_default=False)] = None,
     out: Annotated[str | None, typer.Option(help="Also write the rows to this JSON file.", show_default=False)] = None,
@@ -44,6 +58,13 @@ def bench(
     specs = spec_strings(method)
     if model is None and (specs or image is not None or prompt is not None):
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
+    if part and all_ is None:
+        raise ParameterError("--part chooses from --all FOLDER")
+    if all_ is not None:
+        if model is not None or csv is not None or out is not None:
+            raise ParameterError("--all FOLDER writes files of its own: it takes no --model, --csv and --out")
+        _measure_all(all_, part, device, tiny, rounds, limit, as_json)
+        return
     if image_size is not None and model is None:
         raise ParameterError("--image-size needs --model; without it the standard suite runs")
     resized = sizes_of(None if image_size is None else [image_size])
@@ -89,6 +110,36 @@ def bench(
         print_json({"rows": rows})
     else:
         _print_rows(rows)
+
+
+def _measure_all(
+    folder: str, parts: list[str] | None, device: str, tiny: bool, rounds: int, limit: float, as_json: bool
+) -> None:
+    with at_work() as progress:
+        progress("starting", 0, 0)
+        from .. import loading
+        from ..lab import card
+
+        found = card.measure_card(
+            folder,
+            loading.pick_device(device),
+            tiny=tiny,
+            parts=parts or card.PARTS,
+            rounds=rounds,
+            limit=limit,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"files": [str(path) for path in found.files], "status": found.status, "policies": found.policies})
+        return
+    console = standard_output()
+    for path in found.files:
+        console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(f"figures: {found.status}", style="bold", highlight=False)
+    if found.policies:
+        console.print("Rows for POLICIES in vlmtok/kernels/table.py:", highlight=False)
+        for line in found.policies:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) -> None:

@@ -37,6 +37,8 @@ class Policy:
     source: str = ""
 
 
+NEVER = 1 << 30
+"""`Policy.min_batch` of an op whose kernel was slower at every size measured."""
 _H200 = ("measured", "NVIDIA H200", "torch 2.11.0, triton 3.6.0", "kernels_h200.json")
 POLICIES: tuple[Policy, ...] = (
     # On the card measured, each kernel is faster than torch at every batch: small ones are bound by launches, of which

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,6 +97,7 @@ def run_suite(
     rounds: int = 9,
     limit: float = 60.0,
     progress: Progress | None = None,
+    lost: list[str] | None = None,
 ) -> list[Row]:
     """Measures the standard suite.
 
@@ -105,29 +107,54 @@ def run_suite(
         rounds: how often each case is timed.
         limit: seconds for each group of cases that take turns, after which no further round begins.
         progress: told after each call.
+        lost: gets the names of models that the memory of the GPU cannot hold, which then have no rows; None raises.
 
     Returns:
         The rows.
+
+    Raises:
+        torch.OutOfMemoryError: a model exceeds the memory, and `lost` is None.
     """
     sizes = sizes or FULL
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     rows: list[Row] = []
     with torch.inference_mode(), quiet():
-        rows += _towers(sizes, device, dtype, rounds, limit, progress)
-        model = draw(llava_config(sizes), device, dtype)
-        for name, visual in sizes.visual.items():
-            for batch in sizes.batches:
-                llava = Llava(model, name, visual, sizes.crops[name], batch, sizes.steps)
-                contestants = [Contestant(method) for method in sizes.languages]
-                rows += measure(
-                    llava.subject(), contestants, rounds=rounds, limit=limit, progress=_named(progress, name)
-                )
-        rows += _break_even(model, sizes, rounds, limit, progress)
+        rows += _towers(sizes, device, dtype, rounds, limit, progress, lost)
+        with _if_it_fits("language model", lost):
+            model = draw(llava_config(sizes), device, dtype)
+            for name, visual in sizes.visual.items():
+                for batch in sizes.batches:
+                    with _if_it_fits(f"{name}, batch {batch}", lost):
+                        llava = Llava(model, name, visual, sizes.crops[name], batch, sizes.steps)
+                        contestants = [Contestant(method) for method in sizes.languages]
+                        rows += measure(
+                            llava.subject(), contestants, rounds=rounds, limit=limit, progress=_named(progress, name)
+                        )
+            with _if_it_fits("break-even", lost):
+                rows += _break_even(model, sizes, rounds, limit, progress)
     return _stamped(rows, device, dtype)
 
 
+@contextmanager
+def _if_it_fits(name: str, lost: list[str] | None) -> Iterator[None]:
+    """Goes on behind what the memory of the GPU cannot hold, and notes its name."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if lost is None:
+            raise
+        lost.append(name)
+        torch.cuda.empty_cache()
+
+
 def _towers(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype, rounds: int, limit: float, progress: Progress | None
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    limit: float,
+    progress: Progress | None,
+    lost: list[str] | None,
 ) -> list[Row]:
     model = draw(tower_config(sizes), device, dtype)
     side, patch = sizes.tower[4], sizes.tower[5]
@@ -137,12 +164,14 @@ def _towers(
     contestants = [Contestant(method, mode) for method in sizes.towers for mode in modes]
     rows: list[Row] = []
     for batch in sizes.tower_batches:
-        pixels = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
-        calls: dict[str, Callable[[], object]] = {"tower": lambda pixels=pixels: model(pixels)}  # type: ignore[misc]
-        subject = Subject(name, model, calls, (side // patch) ** 2, batch)
-        rows += measure(subject, contestants, rounds=rounds, limit=limit, progress=_named(progress, name))
-        if device.type == "cuda":
-            rows += measure_graphs(subject, contestants, rounds=rounds, limit=limit, progress=_named(progress, name))
+        with _if_it_fits(f"{name}, batch {batch}", lost):
+            pixels = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
+            calls: dict[str, Callable[[], object]] = {"tower": lambda pixels=pixels: model(pixels)}  # type: ignore[misc]
+            subject = Subject(name, model, calls, (side // patch) ** 2, batch)
+            told = _named(progress, name)
+            rows += measure(subject, contestants, rounds=rounds, limit=limit, progress=told)
+            if device.type == "cuda":
+                rows += measure_graphs(subject, contestants, rounds=rounds, limit=limit, progress=told)
     return rows
 
 

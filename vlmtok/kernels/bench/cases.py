@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,26 @@ from torch import Tensor
 from ..reference.determinant import has_table, pictures_at_a_time
 from ..reference.duplicates import remaining
 from ..table import LIMIT_DETERMINANT
+from .drawn_cases import drawn_cases, lacking
 from .floors import Case, Rival
 
-COLREDUCE = Rival("flash_colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1))
+COLREDUCE = Rival(
+    "flash_colreduce", "flash-colreduce", lambda m, q, k: m.flash_colreduce(q, k, reduction="mean").float().mean(1)
+)
 """Column means of each head (flash-colreduce, MIT, the kernel of SparseVILA); the mean over heads is torch's."""
+
+
+def _fps(k: int) -> Rival:
+    """Farthest point sampling by Euclidean distance (torch-cluster, MIT), from the first row of each picture."""
+
+    def run(module: Any, x: Tensor, start: Tensor) -> Tensor:
+        batch, n, _ = x.shape
+        picture = torch.arange(batch, device=x.device).repeat_interleave(n)
+        # It takes ceil(ratio n) points: half a point less than k cannot be rounded to k + 1.
+        chosen: Tensor = module.fps(x.flatten(0, 1), picture, ratio=(k - 0.5) / n, random_start=False)
+        return chosen.view(batch, k) - n * torch.arange(batch, device=x.device)[:, None]
+
+    return Rival("torch_cluster", "torch-cluster", run, devices=("cpu", "cuda"))
 
 
 def _keys(batch: int, n: int, d: int) -> Callable[[torch.device, torch.dtype], tuple[Tensor]]:
@@ -160,6 +177,12 @@ def _removal(n: int, k: int, width: int, batch: int = 1) -> Case:
         "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
         lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),
         flops, 8 + 2 * rounds, (rounds, 0), unrolls=True,
+def _farthest(n: int, k: int, width: int, batch: int) -> Case:
+    """k-center by Euclidean distance in fp32, which farthest point sampling is."""
+    (case,) = _prefill(n, k, width, batch)
+    return replace(
+        case, what=f"{case.what}, Euclidean, fp32", dtype=torch.float32, bytes=2 * case.bytes - 4 * batch * n * (n + k),
+        run=lambda m, x, start: m.greedy_select(x, k, start, metric="l2"), launches=2, rivals=(_fps(k),),
     )  # fmt: skip
 
 
@@ -181,7 +204,7 @@ def cases(small: bool = False) -> list[Case]:
         small: sizes for a processor, to see that the benchmark works.
 
     Returns:
-        The cases, op by op.
+        The cases, op by op: those written here, and those drawn of other ops with a kernel (see `drawn_cases`).
     """
     if small:
         found = [
@@ -193,6 +216,7 @@ def cases(small: bool = False) -> list[Case]:
         ]
         found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
         found += [_cached(32, 4, 2, 16, 2)]
+        found += [_farthest(64, 8, 32, 2)]
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
@@ -202,4 +226,16 @@ def cases(small: bool = False) -> list[Case]:
         found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]
         found += [_cached(640, 32, 32, 128, 1), _cached(640, 32, 32, 128, 8), _cached(2944, 32, 8, 128, 1)]
         found += [_cached(16384, 28, 4, 128, 1)]
+        found += [_farthest(576, 57, 1024, 1), _farthest(576, 57, 1024, 8), _farthest(2880, 288, 1024, 1)]
+    found += drawn_cases(_written(), small)
     return sorted(found, key=lambda case: case.op)
+
+
+def _written() -> set[str]:
+    """Ops with a case written in this module."""
+    return {case.op for case in (*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64))}
+
+
+def without_case() -> dict[str, str]:
+    """Public ops with a kernel that the benchmark leaves out, and why."""
+    return lacking(_written())

@@ -88,7 +88,9 @@ class Clock:
 
 
 def measure_rates(clock: Clock) -> Rates:
-    """Copy bandwidth, half-precision matmul and an empty launch of this machine."""
+    """Copy bandwidth, matmul (half precision; fp32 on a processor) and an empty launch of this machine."""
+    if not clock.gpu:
+        return _rates_of_a_processor(clock)
     size = 1 << 30
     one, two = (torch.empty(size, dtype=torch.int8, device=clock.device) for _ in range(2))
     copy = 2 * size / (1e-6 * clock.time(lambda: two.copy_(one)).median)
@@ -99,3 +101,13 @@ def measure_rates(clock: Clock) -> Rates:
     launches = 100
     many = captured(lambda: [tiny.add_(1) for _ in range(launches)])
     return Rates("measured", copy, product, 1e-6 * clock.time(many).median / launches)
+
+
+def _rates_of_a_processor(clock: Clock) -> Rates:
+    """The same of the CPU, on what its caches do not hold; a launch is the dispatch of a small op."""
+    size, side = 1 << 26, 512
+    one, two = (torch.zeros(size, dtype=torch.int8) for _ in range(2))
+    x, tiny = torch.randn(side, side), torch.zeros(1)
+    copy = 2 * size / (1e-6 * clock.time(lambda: two.copy_(one)).median)
+    product = 2 * side**3 / (1e-6 * clock.time(lambda: x @ x).median)
+    return Rates("measured on a CPU", copy, product, 1e-6 * clock.time(lambda: tiny.add_(1)).median)

@@ -1,27 +1,28 @@
 """``python -m vlmtok.kernels.bench``: the kernels against torch and against what the machine allows.
 
 With a GPU it measures; the first figures are the machine's own rates, from which the floors follow. Without one it
-prints the floors that the stated rates of an H200 give, marked "not measured", and ends well.
+prints the floors that the stated rates of an H200 give, marked "not measured", and ends well. ``vlmtok bench --all``
+measures this together with towers and language models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...timing import environment
-from .cases import cases
+from .cases import cases, without_case
 from .clock import Clock, measure_rates
 from .floors import H200, Case
-from .measuring import measure
+from .measuring import measure_cases
 from .modelling import NOT_MEASURED, modelled
-from .sweep import policies, sweep
+from .sweep import policies, printed, sweep
 
 MODELLED = ("op", "case", "batch", "floor_us", "bound", "launches", "bytes", "flops")
 MEASURED = ("op", "case", "batch", "path", "way", "median_us", "p20_us", "p80_us", "times_eager", "times_compile",
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=100, help="timings of a call")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     asked = parser.parse_args(arguments)
+    for op, why in without_case().items():
+        print(f"{op} is left out: {why}", file=sys.stderr)
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no such device here")
     dtype = getattr(torch, asked.dtype)
@@ -93,10 +96,7 @@ def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch
         print(f"{place['device']}, driver {place['driver']}, torch {place['torch']}, triton {place['triton']}")
         print(f"copy {rates.copy:.3g} B/s, matmul {rates.product:.3g} FLOP/s, launch {1e6 * rates.launch:.3g} us\n")
     rows: list[dict[str, Any]] = []
-    for case in chosen:
-        found = [{**row, **place} for row in measure(case, clock, rates, dtype, not asked.no_compile)]
-        if clock.gpu:
-            found = [{**row, **{f"rate_{name}": value for name, value in asdict(rates).items()}} for row in found]
+    for case, found in measure_cases(chosen, clock, rates, dtype, not asked.no_compile):
         print(show(found, MEASURED), "\n", flush=True)
         rows += found
         _write(rows, asked.json)  # what is measured is kept if the rest is stopped
@@ -105,6 +105,5 @@ def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch
                 print(f"  {spent:8.2f} us  {row}")
     if clock.gpu:
         print("Rows for POLICIES in vlmtok/kernels/table.py:")
-        for policy in policies(rows, asked.json.name if asked.json else ""):
-            print(f"    {policy},")
+        print(printed(policies(rows, asked.json.name if asked.json else "")))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class Rates:
     """What a machine does per second.
 
     Attributes:
-        basis: ``"measured"`` or ``"modelled"``.
+        basis: ``"measured"``, ``"measured on a CPU"`` or ``"modelled"``.
         copy: bytes a second, read and written.
         product: FLOPs a second of half-precision matmul.
         launch: seconds of an empty launch.
@@ -44,15 +45,26 @@ class Rival:
 
     Attributes:
         module: that is imported.
+        package: that has it.
         run: calls it with the module and the inputs of the case; gives what the op gives.
+        devices: types of devices that it runs on.
     """
 
     module: str
+    package: str
     run: Callable[..., Any]
+    devices: tuple[str, ...] = ("cuda",)
 
     def installed(self) -> bool:
         """Whether it can be imported here."""
         return importlib.util.find_spec(self.module) is not None
+
+    def version(self) -> str | None:
+        """Of the package; None where it is not installed."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class Case:
         launches: of the Triton path.
         chain: (dependent steps, bytes that each reads), for an op whose steps wait for each other.
         unrolls: whether torch.compile would unroll a long loop (it is not asked to).
-        rivals: published kernels for it; they run on a GPU.
+        rivals: published kernels for it.
+        dtype: of its inputs, where it has one of its own.
     """
 
     op: str
@@ -84,6 +97,7 @@ class Case:
     chain: tuple[int, int] = (0, 0)
     unrolls: bool = False
     rivals: tuple[Rival, ...] = ()
+    dtype: torch.dtype | None = None
 
     def floor(self, rates: Rates) -> float:
         """Seconds that no implementation undercuts."""
@@ -95,12 +109,12 @@ class Case:
         """What is timed, on the same inputs.
 
         Returns:
-            ``"ours"``, the public op; ``"eager"``, its definition; on a GPU the installed rivals, by module.
+            ``"ours"``, the public op; ``"eager"``, its definition; the installed rivals that run there, by module.
         """
-        inputs = self.make(device, dtype)
+        inputs = self.make(device, self.dtype or dtype)
         found = {"ours": lambda: self.run(ops, *inputs), "eager": lambda: self.run(reference, *inputs)}
-        for rival in self.rivals if device.type == "cuda" else ():
-            if rival.installed():
+        for rival in self.rivals:
+            if device.type in rival.devices and rival.installed():
                 module = importlib.import_module(rival.module)
                 found[rival.module] = lambda rival=rival, module=module: rival.run(module, *inputs)  # type: ignore[misc]
         return found

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ...timing import captured
+from ...timing import captured, environment
 from ..dispatch import use
 from .clock import Call, Clock
 from .floors import Case, Rates
+
+MEASURED, ON_A_CPU, NO_MEMORY = "measured", "measured on a CPU", "not measured: out of memory"
+"""What a row says of where its figure is from; times of a CPU say nothing about a GPU."""
 
 
 def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled: bool = True) -> list[dict[str, Any]]:
@@ -28,6 +33,7 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
         One row a path and way.
     """
     calls = case.calls(clock.device, dtype)
+    versions = {rival.module: f"{rival.package} {rival.version()}" for rival in case.rivals}
     ours, definition = calls.pop("ours"), calls["eager"]
     paths: dict[str, Call] = calls
     if compiled and not case.unrolls:
@@ -48,11 +54,12 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
                 spent = clock.time(run, cold)
                 rows.append(
                     {
-                        **size_of(case, dtype), "path": path, "way": way, "status": "measured",
+                        **size_of(case, dtype), "path": path, "way": way, "status": MEASURED if clock.gpu else ON_A_CPU,
                         "median_us": spent.median, "p20_us": spent.low, "p80_us": spent.high,
                         "floor_us": floor if clock.gpu else None,
                         "percent_of_floor": 100 * floor / spent.median if clock.gpu else None,
-                        "peak_bytes": peak, **exactness,
+                        "peak_bytes": peak, "rival": versions.get(path), "bytes": case.bytes, "flops": case.flops,
+                        "launches": case.launches, **exactness,
                     }
                 )  # fmt: skip
     for row in rows:
@@ -62,9 +69,37 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
     return rows
 
 
+def measure_cases(
+    chosen: Sequence[Case], clock: Clock, rates: Rates, dtype: torch.dtype, compiled: bool = True
+) -> Iterator[tuple[Case, list[dict[str, Any]]]]:
+    """Cases one after the other, with the machine, its versions and its rates in each row.
+
+    Args:
+        chosen: the cases.
+        clock: what times.
+        rates: of the machine.
+        dtype: of the inputs.
+        compiled: whether torch.compile is timed.
+
+    Yields:
+        A case and its rows; one row that says so where the memory of the GPU cannot hold it.
+    """
+    place = environment(clock.device)
+    if clock.gpu:
+        place.update({f"rate_{name}": value for name, value in asdict(rates).items()})
+    for case in chosen:
+        try:
+            rows = measure(case, clock, rates, dtype, compiled)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            rows = [{**size_of(case, dtype), "path": None, "way": None, "status": NO_MEMORY}]
+        yield case, [{**row, **place} for row in rows]
+
+
 def size_of(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """What tells a case from others in a row."""
-    return {"op": case.op, "case": case.what, "batch": case.batch, "dtype": str(dtype).removeprefix("torch.")}
+    own = str(case.dtype or dtype).removeprefix("torch.")
+    return {"op": case.op, "case": case.what, "batch": case.batch, "dtype": own}
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:

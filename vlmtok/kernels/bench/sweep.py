@@ -69,12 +69,14 @@ def sweep(case: Case, clock: Clock, dtype: torch.dtype) -> list[tuple[float, tab
 def policies(rows: Sequence[dict[str, Any]], source: str) -> list[table.Policy]:
     """Rows for the table of `auto`: from which batch on the kernel is no slower than torch, alone and warm.
 
+    An op whose kernel is slower at the greatest batch gets a row that leaves it to torch at every batch.
+
     Args:
         rows: as measured.
         source: the file they are kept in.
 
     Returns:
-        One row an op whose kernel wins at some batch.
+        One row an op that was measured on a GPU.
     """
     found = []
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -83,9 +85,14 @@ def policies(rows: Sequence[dict[str, Any]], source: str) -> list[table.Policy]:
             batch: all(r["times_eager"] >= 1 for r in mine if r["batch"] >= batch)
             for batch in {r["batch"] for r in mine}
         }
-        if any(wins.values()):
+        if mine:
             first = mine[0]
             versions = f"torch {first['torch']}, triton {first['triton']}"
-            least = min(batch for batch, won in wins.items() if won)
+            least = min((batch for batch, won in wins.items() if won), default=table.NEVER)
             found.append(table.Policy(op, least, 1 << 30, "measured", first["device"], versions, source))
     return found
+
+
+def printed(rows: Sequence[table.Policy]) -> str:
+    """Rows as they are pasted into `POLICIES` of vlmtok/kernels/table.py, a line each."""
+    return "\n".join(f"    {row}," for row in rows)

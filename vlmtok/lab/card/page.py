@@ -1,0 +1,164 @@
+"""The page of a card: its rows as tables of Markdown, the rows for the dispatch table, and the plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...kernels.bench.measuring import MEASURED, ON_A_CPU
+from ...kernels.bench.modelling import NOT_MEASURED
+from ...kernels.bench.sweep import policies, printed
+from ...tabular import Table
+from ..suite_models import Row
+from .roofline import draw_roofline, points_of
+
+HEADS = {
+    MEASURED: "Measured.",
+    ON_A_CPU: "Measured on a CPU, at small sizes: the figures show that this runs, and say nothing of a GPU.",
+    NOT_MEASURED: "Modelled, not measured: floors from the stated rates of an H200, and promises of MACs.",
+}
+_OWN = ("eager", "compile", "triton")
+GRAPH, WARM = "warm, CUDA graph", "warm"
+
+
+def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[str]]:
+    """Writes the page and the plot of whatever parts lie in a folder.
+
+    Args:
+        folder: with ``PART_SLUG.json`` files.
+        slug: of the card.
+        tiny: whether sizes are those of a trial, from which nothing follows for the dispatch table.
+
+    Returns:
+        The files, and lines for the dispatch table.
+    """
+    parts: dict[str, list[Row]] = {}
+    for part in ("kernels", "launches", "models"):
+        path = folder / f"{part}_{slug}.json"
+        parts[part] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    lines = [] if tiny else dispatch_lines(parts["kernels"], f"kernels_{slug}.json")
+    plot = folder / f"roofline_{slug}.svg"
+    page = folder / f"card_{slug}.md"
+    drawn = points_of(parts["kernels"])
+    if drawn:
+        draw_roofline(parts["kernels"], plot)
+    text = "\n\n".join(_page(parts, slug, lines, plot.name if drawn else ""))
+    page.write_text(text + "\n", encoding="utf-8")
+    return [page, *([plot] if drawn else [])], lines
+
+
+def dispatch_lines(kernels: Sequence[Row], source: str) -> list[str]:
+    """Lines for `POLICIES` from what was measured on a GPU, as they are pasted.
+
+    Args:
+        kernels: rows of ops.
+        source: the file that they are kept in.
+    """
+    return printed(policies([row for row in kernels if row["status"] == MEASURED], source)).splitlines()
+
+
+def _page(parts: dict[str, list[Row]], slug: str, policies_: Sequence[str], plot: str) -> Iterator[str]:
+    yield f"# What one card does: {slug}"
+    for part, table in (("kernels", _kernels), ("launches", _launches), ("models", _models)):
+        rows = parts[part]
+        if not rows:
+            continue
+        yield f"## {part.capitalize()}"
+        yield _origin(rows)
+        figures = [row for row in rows if not _left_out(row)]
+        if figures:
+            yield table(figures).markdown()
+        yield from (f"- {_name(row)}: {row['status']}" for row in rows if _left_out(row))
+        if part == "kernels" and plot:
+            yield f"![roofline]({plot})"
+        if part == "kernels" and policies_:
+            lines = "\n".join(policies_)
+            yield f"Rows for `POLICIES` in `vlmtok/kernels/table.py`:\n\n```python\n{lines}\n```"
+
+
+def _left_out(row: Row) -> bool:
+    return str(row["status"]).startswith(("not measured:", "not counted:", "left out:"))
+
+
+def _name(row: Row) -> str:
+    words = [str(row[name]) for name in ("model", "op", "case") if row.get(name)]
+    return ", ".join([*words, *([f"batch {row['batch']}"] if "batch" in row else [])])
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Where figures are from: what was done, the machine, its versions."""
+    row = next((row for row in rows if not _left_out(row)), rows[0])
+    said = HEADS.get(row["status"], f"{row['status'].capitalize()}.")
+    where = [f"{row['device']}"] if row.get("device") else []
+    where += [f"driver {row['driver']}"] if row.get("driver") else []
+    names = ("torch", "triton", "transformers", "vlmtok")
+    where += [f"{name} {row[name]}" for name in names if row.get(name)]
+    where += sorted({row["rival"] for row in rows if row.get("rival")})
+    where += [str(row["dtype"])] if row.get("dtype") else []
+    return f"**{said}** {', '.join(where)}."
+
+
+def _kernels(rows: Sequence[Row]) -> Table:
+    """One line an op and size: microseconds of each path, as a CUDA graph where there is one, with a warm cache."""
+    if all(row["status"] == NOT_MEASURED for row in rows):
+        head = ["op", "size", "batch", "floor us", "bound by", "launches"]
+        shown = [[r["op"], r["case"], r["batch"], _three(r["floor_us"]), r["bound"], r["launches"]] for r in rows]
+        return Table(head, [[str(cell) for cell in row] for row in shown])
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        paths = found.setdefault((row["op"], row["case"], row["batch"]), {})
+        if row["way"] == GRAPH or (row["way"] == WARM and row["path"] not in paths):
+            paths[row["path"]] = row
+    rivals = sorted({path for paths in found.values() for path in paths} - set(_OWN))
+    columns = [path for path in (*_OWN, *rivals) if any(path in paths for paths in found.values())]
+    own = ["times_eager", "percent_of_floor"] if "triton" in columns else []
+    head = ["op", "size", "batch", *(f"{path} us" for path in columns)]
+    head += ["triton, times as fast as eager", "% of floor"] if own else []
+    lines = []
+    for (op, case, batch), paths in found.items():
+        ours = paths.get("triton", {})
+        times = [_three(paths[path]["median_us"]) if path in paths else "" for path in columns]
+        lines.append([op, case, str(batch), *times, *(_three(ours.get(name)) for name in own)])
+    return Table(head, lines)
+
+
+def _launches(rows: Sequence[Row]) -> Table:
+    head = ["tower", "method", "layers", "bare", "compressed", "added a layer"]
+    names = ("model", "method", "layers", "launches_bare", "launches")
+    return Table(head, [[*(str(r[n]) for n in names), f"{r['added_a_layer']:.2f}"] for r in rows])
+
+
+def _models(rows: Sequence[Row]) -> Table:
+    """Promise beside what was measured; floors where nothing was. Times of a CPU are not given."""
+    modelled = all(row["status"] == NOT_MEASURED for row in rows)
+    head = ["model", "stage", "method", "batch", "visual tokens", "MACs, times fewer"]
+    head += (
+        ["floor, times less"] if modelled else ["times as fast", "20 to 80 %", "rounds", "ms bare", "ms", "pays from"]
+    )
+    lines = []
+    for row in rows:
+        way = "" if row["kernels"] == "auto" else f" ({row['kernels']})"
+        names = [row["model"], row["stage"], row["method"] + way, str(row["batch"]), _whole(row["visual_tokens"])]
+        cells = [*names, _three(row["mac_ratio"])]
+        if modelled:
+            cells.append(_three(row["floor_speedup"]))
+        else:
+            spread = "" if row["p20"] is None else f"{row['p20']:.2f} to {row['p80']:.2f}"
+            times = [None if row[name] is None else 1e3 * row[name] for name in ("seconds_bare", "seconds")]
+            cells += [_three(row["speedup"]), spread, _whole(row["rounds"]), *map(_three, times)]
+            cells.append(_whole(row["break_even_tokens"], " tokens"))
+        lines.append(cells)
+    return Table(head, lines)
+
+
+def _three(value: float | None) -> str:
+    """Three digits, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _whole(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:,.0f}{unit}"
