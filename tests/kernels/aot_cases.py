@@ -111,6 +111,8 @@ def _cover(row: Tile, how: str) -> None:
     table = meta(_batch(row, n), n, n + 24, dtype=HALF if how == "halves" else FULL)
     weight = meta(*table.shape[:2]) if how == "weights" else None
     triton_cover.greedy_cover(table, 1, weight=weight, late=meta(*table.shape[:2], dtype=LONG))
+
+
 def _determinant(row: Tile, n: int, masked: bool) -> None:
     relevance, valid = (meta(2, n), meta(2, n, dtype=BOOL)) if masked else (None, None)
     triton_determinant.greedy_determinant(meta(2, n, 64, dtype=HALF), 1, relevance=relevance, valid=valid)

@@ -113,6 +113,8 @@ def test_coverage_asks_no_host_and_a_batch_is_its_pictures():
             torch.cuda.set_sync_debug_mode("default")
     for at, both_ways in enumerate(expected):
         torch.testing.assert_close(torch.cat([one[at] for one in alone]), both_ways)
+
+
 @pytest.mark.parametrize("n", [2880, table.LIMIT_GREEDY])
 def test_determinants_of_long_rows(n):
     """A launch a round: products in a table, and from features where a table would be 1 GiB."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from inspect import isfunction
 
 import check_attention
+import check_columns
 import check_cover
 import check_determinant
 import check_duplicates
-import check_columns
 import check_greedy
 import check_matching
 import check_merging

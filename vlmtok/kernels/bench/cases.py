@@ -177,9 +177,12 @@ def _removal(n: int, k: int, width: int, batch: int = 1) -> Case:
         "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
         lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),
         flops, 8 + 2 * rounds, (rounds, 0), unrolls=True,
+    )  # fmt: skip
+
+
 def _farthest(n: int, k: int, width: int, batch: int) -> Case:
     """k-center by Euclidean distance in fp32, which farthest point sampling is."""
-    (case,) = _prefill(n, k, width, batch)
+    case = _prefill(n, k, width, batch)[0]
     return replace(
         case, what=f"{case.what}, Euclidean, fp32", dtype=torch.float32, bytes=2 * case.bytes - 4 * batch * n * (n + k),
         run=lambda m, x, start: m.greedy_select(x, k, start, metric="l2"), launches=2, rivals=(_fps(k),),

@@ -1,10 +1,10 @@
 """The public ops: check the arguments, choose the path, run."""
 
 from .attention import attention_rows, received_attention
+from .columns import causal_column_sums
 from .coverage import greedy_cover, greedy_cover_cosine
 from .determinant import greedy_determinant
 from .duplicates import drop_duplicates
-from .columns import causal_column_sums
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max
 from .merging import merge_rows, merge_rows_biased

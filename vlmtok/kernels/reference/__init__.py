@@ -5,10 +5,10 @@ public functions of `vlmtok.kernels`, not here.
 """
 
 from .attention import attention_rows, key_bias, log_size, received_attention
+from .columns import causal_column_sums, per_key_head, row_bias
 from .coverage import greedy_cover, greedy_cover_cosine
 from .determinant import greedy_determinant
 from .duplicates import drop_duplicates
-from .columns import causal_column_sums, per_key_head, row_bias
 from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
 from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
