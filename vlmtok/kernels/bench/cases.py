@@ -176,7 +176,7 @@ def _removal(n: int, k: int, width: int, batch: int = 1) -> Case:
     return Case(
         "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
         lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),
-        flops, 8 + 2 * rounds, (rounds, 0), unrolls=True,
+        flops, 6 + 2 * rounds, (rounds, 0), unrolls=True,
     )  # fmt: skip
 
 
@@ -210,16 +210,7 @@ def cases(small: bool = False) -> list[Case]:
         The cases, op by op: those written here, and those drawn of other ops with a kernel (see `drawn_cases`).
     """
     if small:
-        found = [
-            *_tower(2, 8),
-            *_prefill(64, 8, 32),
-            _removal(40, 12, 32),
-            _transition(16, 64),
-            _received(32, 2, 16, 2),
-        ]
-        found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
-        found += [_cached(32, 4, 2, 16, 2)]
-        found += [_farthest(64, 8, 32, 2)]
+        found = _small()
     else:
         found = [case for batch in (1, 32, 256) for case in _tower(batch)]
         found += [*_prefill(576, 57, 4096), *_prefill(576, 57, 4096, 8), *_prefill(2880, 288, 4096)]
@@ -234,9 +225,14 @@ def cases(small: bool = False) -> list[Case]:
     return sorted(found, key=lambda case: case.op)
 
 
+def _small() -> list[Case]:
+    found = [*_tower(2, 8), *_prefill(64, 8, 32), _removal(40, 12, 32), _transition(16, 64)]
+    return [*found, _received(32, 2, 16, 2), _cached(32, 4, 2, 16, 2), _farthest(64, 8, 32, 2)]
+
+
 def _written() -> set[str]:
     """Ops with a case written in this module."""
-    return {case.op for case in (*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64))}
+    return {case.op for case in _small()}
 
 
 def without_case() -> dict[str, str]:
