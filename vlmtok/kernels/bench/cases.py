@@ -142,7 +142,7 @@ def _removal(n: int, k: int, width: int, batch: int = 1) -> Case:
     return Case(
         "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
         lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),
-        flops, 8 + 2 * rounds, (rounds, 0), unrolls=True,
+        flops, 6 + 2 * rounds, (rounds, 0), unrolls=True,
     )  # fmt: skip
 
 
