@@ -47,6 +47,19 @@ def test_factors_that_are_no_factors():
         assert gain[0, 0].isinf() and gain[0, 1:6].tolist() == [9, 0, 0, 0, 0] and gain[0, 6].isnan()
 
 
+def test_what_comes_behind():
+    """What is nearly spanned by relevance, then what is not finite, then what is not valid."""
+    x = rows(1, 10, 40).repeat(1, 2, 1) + 1e-4 * rows(1, 20, 40, seed=2)
+    x[0, 7], x[0, 17], valid = float("nan"), float("nan"), torch.ones(1, 20, dtype=torch.bool)
+    valid[0, [2, 12, 17]] = False
+    relevance = factors(1, 20)
+    for order, gain in both(x, 20, relevance=relevance, valid=valid):
+        chosen = set(order[0, :8].tolist())
+        rest = [j for j in range(20) if j not in chosen | {7, 2, 12, 17}]
+        assert len({j % 10 for j in chosen}) == 8 and gain[0, :8].gt(0).all() and gain[0, 8:].isnan().all()
+        assert order[0, 8:].tolist() == [*sorted(rest, key=lambda j: -relevance[0, j]), 7, 2, 12, 17]
+
+
 def test_ties_take_the_lowest_index():
     """Also where rows are equal and none of their products is exact."""
     one = rows(1, 1, 37)
@@ -103,6 +116,7 @@ def test_a_batch_of_three_is_three_batches():
 def test_two_halves_choose_apart(n, k):
     x, relevance = rows(2, n, 20), factors(2, n)
     valid = torch.rand(2, n, generator=torch.Generator().manual_seed(4)) > 0.2
+    valid[0, -1], valid[1, n // 2 :: 2] = False, False  # the row that fills up an odd half is no better
     half, first = -(-n // 2), -(-k // 2)
     for more in ({}, {"relevance": relevance}, {"valid": valid}, {"relevance": relevance, "valid": valid}):
         parts = []
