@@ -126,7 +126,7 @@ def _prefill(n: int, k: int, width: int, batch: int = 1) -> list[Case]:
 
 def _farthest(n: int, k: int, width: int, batch: int) -> Case:
     """k-center by Euclidean distance in fp32, which farthest point sampling is."""
-    (case,) = _prefill(n, k, width, batch)
+    case = _prefill(n, k, width, batch)[0]
     return replace(
         case, what=f"{case.what}, Euclidean, fp32", dtype=torch.float32, bytes=2 * case.bytes - 4 * batch * n * (n + k),
         run=lambda m, x, start: m.greedy_select(x, k, start, metric="l2"), launches=2, rivals=(_fps(k),),
@@ -153,6 +153,17 @@ def cases(small: bool = False) -> list[Case]:
     Returns:
         The cases, op by op: those written here, and those drawn of other ops with a kernel (see `drawn_cases`).
     """
+    written = _written(small)
+    return sorted([*written, *drawn_cases({case.op for case in written}, small)], key=lambda case: case.op)
+
+
+def without_case() -> dict[str, str]:
+    """Public ops with a kernel that the benchmark leaves out, and why."""
+    return lacking({case.op for case in _written(small=True)})
+
+
+def _written(small: bool) -> list[Case]:
+    """Cases written in this module."""
     if small:
         found = [*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64), _received(32, 2, 16, 2)]
         found += [_farthest(64, 8, 32, 2)]
@@ -163,15 +174,4 @@ def cases(small: bool = False) -> list[Case]:
         found += [_transition(2944, 4096), _transition(16384, 3584)]
         found += [_received(1024, 32, 128, 16), _received(4096, 32, 128, 1), _received(16384, 32, 128, 1)]
         found += [_farthest(576, 57, 1024, 1), _farthest(576, 57, 1024, 8), _farthest(2880, 288, 1024, 1)]
-    found += drawn_cases(_written(), small)
-    return sorted(found, key=lambda case: case.op)
-
-
-def _written() -> set[str]:
-    """Ops with a case written in this module."""
-    return {case.op for case in (*_tower(2, 8), *_prefill(64, 8, 32), _transition(16, 64))}
-
-
-def without_case() -> dict[str, str]:
-    """Public ops with a kernel that the benchmark leaves out, and why."""
-    return lacking(_written())
+    return found
