@@ -107,7 +107,12 @@ def strange(spec: TowerSpec) -> str:
 
 def implementation(attn: Host) -> str:
     """Name of the attention function that a module of transformers calls; empty where it calls its own."""
-    return str(getattr(shared(getattr(attn, "config", None)), "_attn_implementation", None) or "")
+    return implementation_of(getattr(attn, "config", None))
+
+
+def implementation_of(config: Host) -> str:
+    """The same by the configuration of the module."""
+    return str(getattr(shared(config), "_attn_implementation", None) or "")
 
 
 def shared(config: Host) -> Any:

@@ -17,6 +17,7 @@ from ...core.stream import Segment, Stream
 from ...core.threads import PerThread
 from .. import host_objects, hosts
 from ..hosts import Arguments
+from .attention_kernel import note_masked
 from .call import Call, DecoderRun, LayerCut
 from .checks import check_hidden, check_layer
 from .segments import Segments, begin_segment
@@ -110,10 +111,12 @@ class Layers:
             return None
         if segment.first not in call.segments:
             begin_segment(call, segment, hidden)
+        mask = self.segments.mask(call, segment, holder, hidden)
+        note_masked(self.lm().config, hidden, mask)
         changes = {
             hosts.HIDDEN: hidden,
             hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
-            hosts.MASK: self.segments.mask(call, segment, holder, hidden),
+            hosts.MASK: mask,
             hosts.POSITIONS: None,
         }
         for role in self.spec.layer_args:

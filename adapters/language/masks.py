@@ -61,6 +61,8 @@ def build_mask(
     Returns:
         What the host's attention takes.
     """
+    if kind == "full_attention" and hidden.shape[1] == 1:
+        blocks = None  # a row alone sees all before it: without blocks the host can leave the mask out
     make, given = _recipe(kind, rule if blocks is not None else None)
     if make is None:
         if cache is not None and hidden.shape[1] == 1:

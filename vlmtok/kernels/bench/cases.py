@@ -209,6 +209,17 @@ def cases(small: bool = False) -> list[Case]:
     Returns:
         The cases, op by op: those written here, and those drawn of other ops with a kernel (see `drawn_cases`).
     """
+    written = _written(small)
+    return sorted([*written, *drawn_cases({case.op for case in written}, small)], key=lambda case: case.op)
+
+
+def without_case() -> dict[str, str]:
+    """Public ops with a kernel that the benchmark leaves out, and why."""
+    return lacking({case.op for case in _written(small=True)})
+
+
+def _written(small: bool) -> list[Case]:
+    """Cases written in this module."""
     if small:
         found = _small()
     else:
@@ -221,20 +232,9 @@ def cases(small: bool = False) -> list[Case]:
         found += [_cached(640, 32, 32, 128, 1), _cached(640, 32, 32, 128, 8), _cached(2944, 32, 8, 128, 1)]
         found += [_cached(16384, 28, 4, 128, 1)]
         found += [_farthest(576, 57, 1024, 1), _farthest(576, 57, 1024, 8), _farthest(2880, 288, 1024, 1)]
-    found += drawn_cases(_written(), small)
-    return sorted(found, key=lambda case: case.op)
+    return found
 
 
 def _small() -> list[Case]:
     found = [*_tower(2, 8), *_prefill(64, 8, 32), _removal(40, 12, 32), _transition(16, 64)]
     return [*found, _received(32, 2, 16, 2), _cached(32, 4, 2, 16, 2), _farthest(64, 8, 32, 2)]
-
-
-def _written() -> set[str]:
-    """Ops with a case written in this module."""
-    return {case.op for case in _small()}
-
-
-def without_case() -> dict[str, str]:
-    """Public ops with a kernel that the benchmark leaves out, and why."""
-    return lacking(_written())

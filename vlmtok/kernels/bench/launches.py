@@ -54,16 +54,15 @@ def capture(call: Callable[[], Any]) -> list[Launch]:
             seen.append(Launch(kernel, programs, args, warps, stages, constants))
 
     original = triton_common.launch
-    users: list[Any] = [m for name, m in sys.modules.items() if name.startswith("vlmtok.kernels.triton_")]
-    for module in users:
-        if hasattr(module, "launch"):
-            module.launch = record
+    found = [module for name, module in sys.modules.items() if name.startswith("vlmtok.kernels.triton_")]
+    users: list[Any] = [module for module in found if hasattr(module, "launch")]
+    for user in users:
+        user.launch = record
     try:
         call()
     finally:
-        for module in users:
-            if hasattr(module, "launch"):
-                module.launch = original
+        for user in users:
+            user.launch = original
     return seen
 
 
