@@ -87,12 +87,13 @@ def test_paths_agree(block, store, table, monkeypatch):
 
 
 def test_rows_are_multiplied_once_and_few_of_them(monkeypatch):
-    seen = []
+    seen, held = [], []
     multiply = determinant_rows._Rows._multiply
 
     def counted(self, *args):
         multiply(self, *args)
         seen.append(self.width)
+        held.append(len(self.place))
 
     monkeypatch.setattr(determinant_rows._Rows, "_multiply", counted)
     kernels.greedy_determinant(rows(1, 500, 700), 50, relevance=factors(1, 500))
@@ -100,6 +101,10 @@ def test_rows_are_multiplied_once_and_few_of_them(monkeypatch):
     seen.clear()
     kernels.greedy_determinant(rows(1, 60, 90), 60)
     assert sum(seen) == 64  # in blocks of 32, each row once
+    held.clear()
+    monkeypatch.setattr(determinant_rows, "STORE_BYTES", 4 * 500 * 64)
+    kernels.greedy_determinant(rows(1, 500, 700), 50)
+    assert max(held) == 64 and len(held) > 2  # no more are kept
 
 
 def test_a_batch_of_three_is_three_batches():

@@ -7,6 +7,7 @@ would be next as things stand; so many rows cost little more than one, and most 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -28,41 +29,37 @@ class _Rows:
         n = len(unit)
         self.unit, self.factors = unit.unsqueeze(0), factors
         self.width = min(BLOCK, n)
-        blocks = min(-(-n // self.width), max(1, STORE_BYTES // (4 * n * self.width)))
-        self.store = unit.new_empty(blocks * self.width, n)
-        self.rows: list[int] = [-1] * len(self.store)  # what each place of the store holds
-        self.place: dict[int, int] = {}
+        self.most = max(1, STORE_BYTES // (4 * n * self.width))
+        self.blocks: deque[tuple[Tensor, list[int], int]] = deque()  # products, whose, and chosen rows taken off
+        self.place: dict[int, tuple[tuple[Tensor, list[int], int], int]] = {}  # the block and the line in it
         self.held = torch.zeros(n, dtype=torch.bool)
-        self.done = [0] * len(self.store)  # chosen rows whose share is taken off already
-        self.next = 0
 
     def row(self, pick: int, key: Tensor, t: int) -> Tensor:
         """The row of `pick` less the shares of the first t chosen; `key` says which rows may be next."""
         if pick not in self.place:
             self._multiply(pick, key, t)
-        place = self.place[pick]
-        past = self.factors[self.done[place] : t]
-        return self.store[place] if not len(past) else torch.addmv(self.store[place], past.t(), past[:, pick], alpha=-1)
+        (block, _, done), line = self.place[pick]
+        past = self.factors[done:t]
+        return torch.addmv(block[line], past.t(), past[:, pick], alpha=-1) if len(past) else block[line]
 
     def _multiply(self, pick: int, key: Tensor, t: int) -> None:
-        places = range(self.next, self.next + self.width)
-        for place in places:
-            old = self.rows[place]
-            if self.place.get(old) == place:  # it may have been multiplied again since, for want of others
-                del self.place[old]
-                self.held[old] = False
+        if len(self.blocks) == self.most:
+            old = self.blocks.popleft()
+            for row in old[1]:
+                if row in self.place and self.place[row][0] is old:  # for want of others it may be in a later one too
+                    del self.place[row]
+                    self.held[row] = False
         ahead = key.masked_fill(self.held, GONE)
         ahead[pick] = torch.iinfo(torch.int32).max
         some = ahead.topk(self.width).indices
-        block = self.store[places.start : places.stop]
-        block.copy_(products(self.unit.index_select(1, some), self.unit)[0])
+        lines = products(self.unit.index_select(1, some), self.unit)[0]
         if t:
             past = self.factors[:t]
-            block.addmm_(past.index_select(1, some).t(), past, alpha=-1)
+            lines.addmm_(past.index_select(1, some).t(), past, alpha=-1)
         self.held[some] = True
-        for place, row in zip(places, some.tolist()):
-            self.rows[place], self.place[row], self.done[place] = row, place, t
-        self.next = places.stop % len(self.store)
+        block = lines, some.tolist(), t
+        self.blocks.append(block)
+        self.place.update((row, (block, line)) for line, row in enumerate(block[1]))
 
 
 def choose_by_rows(unit: Tensor, square: Tensor, left: Tensor, behind: Tensor, k: int) -> tuple[Tensor, Tensor]:
