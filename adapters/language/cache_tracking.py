@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.attachment import Entry
+from ...core.eviction import heads_as_rows
 from ...core.pictures import PAD, TEXT, Picture
 from ...core.rows import PromptRows
-from .cache_views import Seen
+from .cache_views import Seen, pictures_by_head
 from .cache_watch import RECENT
 
 LABEL, PART, ROWS, VALID = "label", "part", "attention_rows", "valid"
@@ -87,9 +88,8 @@ def seen_now(
         values: the same.
     """
     heads = keys.shape[1] if entry.scope == "head" else 1
-    if heads > 1 or entry.scope == "head":
-        keys, values = (table.flatten(0, 1).unsqueeze(1) for table in (keys, values))
-        pictures = [replace(p, row=p.row * heads + head) for p in pictures for head in range(heads)]
+    if entry.scope == "head":
+        keys, values, pictures = heads_as_rows(keys), heads_as_rows(values), pictures_by_head(pictures, heads)
         valid = None if valid is None else valid.repeat_interleave(heads, 0)
     label = tables[LABEL] if valid is None else torch.where(valid, tables[LABEL], PAD)
     batch, n = label.shape

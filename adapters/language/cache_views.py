@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ...core.attachment import Attachment, Entry
-from ...core.eviction import Piece
+from ...core.eviction import Piece, heads_as_rows
 from ...core.ledger import Event
 from ...core.ledger import Group as Booked
 from ...core.method import Method
+from ...core.pictures import Picture
 from ...core.reduction import Reduction
 from ...core.row_data import Group
 from ...core.rows import PromptRows
 from ...core.signals import Need
 from ...core.view import Signal, TokenView
 from ...kernels.exact import exact
-from .sites import carried_signal
+from .row_views import carried_signal, view_of
 
 Answer = tuple[list[Piece], Event]
 """What leaves of a layer's cache, and the visit for the books, whose lengths are still those in front of it."""
@@ -52,9 +53,8 @@ class Seen:
         if entry.scope != "head":
             return cls(entry, rows, masses, keys, values)
         heads = keys.shape[1]
-        apart = {name: table.transpose(1, 2).flatten(0, 1).unsqueeze(2) for name, table in masses.items()}
-        keys, values = (table.flatten(0, 1).unsqueeze(1) for table in (keys, values))
-        return cls(entry, _by_head(rows, heads), apart, keys, values, heads)
+        apart = {name: masses_by_head(table) for name, table in masses.items()}
+        return cls(entry, _by_head(rows, heads), apart, heads_as_rows(keys), heads_as_rows(values), heads)
 
     @property
     def past(self) -> int:
@@ -67,6 +67,16 @@ class Seen:
         return table[group.index[:, None, None], head, self.past + group.columns[:, None]]
 
 
+def masses_by_head(table: Tensor) -> Tensor:
+    """Every head as a row: `[B, L, H, ...]` as `[B H, L, 1, ...]`."""
+    return heads_as_rows(table.transpose(1, 2)).transpose(1, 2)
+
+
+def pictures_by_head(pictures: Sequence[Picture], heads: int) -> list[Picture]:
+    """The same pictures in every head of their row."""
+    return [replace(picture, row=picture.row * heads + head) for picture in pictures for head in range(heads)]
+
+
 def _by_head(rows: PromptRows, heads: int) -> PromptRows:
     """The same rows for every head, side by side."""
 
@@ -77,7 +87,7 @@ def _by_head(rows: PromptRows, heads: int) -> PromptRows:
         rows.batch * heads,
         rows.length,
         [length for length in rows.lengths for _ in range(heads)],
-        [replace(p, row=p.row * heads + head) for p in rows.pictures for head in range(heads)],
+        pictures_by_head(rows.pictures, heads),
         each(rows.label),
         each(rows.part),
         each(rows.valid),
@@ -192,24 +202,7 @@ class CacheViews:
             shape = (len(group.units), group.n, values.shape[1] * values.shape[3])
             tokens = torch.empty(shape, dtype=values.dtype, device="meta")
         signals: dict[str, Signal] = {need.key: _signal(need, seen, group) for need in entry.needs}
-        view = TokenView(
-            tokens,
-            entry.asked,
-            size=None if rows.size is None else rows.gather(rows.size, group),
-            depth=self.depth,
-            grid=group.grid,
-            part=None if rows.part is None else rows.gather(rows.part, group),
-            picture=rows.gather(rows.label, group) if entry.scope == "sample" else None,
-            entered=group.entered,
-            columns=rows.relative(group, group.columns),
-            signals=signals,
-            row=notes,
-            memory=self.attachment.remember(entry.index),
-            frames=group.frames,
-            cells=group.cells,
-        )
-        self.attachment.bind_user(view, signals)
-        return view
+        return view_of(self.attachment, entry, rows, group, tokens, signals, depth=self.depth, row=notes)
 
 
 def _signal(need: Need, seen: Seen, group: Group) -> Signal:

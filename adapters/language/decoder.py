@@ -32,8 +32,7 @@ from .evicting import Evictor
 from .holding import shares_held
 from .intake import Intake
 from .layers import Layers
-from .layout import sources
-from .masks import RECURRENT, layer_kinds
+from .masks import RECURRENT, layer_kinds, sources
 from .opening import book, positions_of, refusal_of, uncut_past
 from .prefill_rows import prefill_rows, take_over
 from .projector import Projector

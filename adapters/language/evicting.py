@@ -25,7 +25,7 @@ from ...core.threads import PerThread
 from ...errors import CacheError, VlmtokWarning
 from .. import cache_layers, host_objects
 from .cache_tracking import VALID, grown, seen_now, tables_of
-from .cache_views import CacheViews, Seen
+from .cache_views import CacheViews, Seen, masses_by_head
 from .cache_watch import CacheWatch
 from .call import Call, DecoderRun
 from .holding import held_with
@@ -82,8 +82,8 @@ class Evictor:
         self.attachment = attachment
         self.lm = lm
         self.segments = segments
-        self.entries = {entry.site.layer or 0: entry for entry in attachment.at("cache")}
-        self.follows = any(entry.site.forget for entry in attachment.at("decoder"))
+        self.entries = attachment.of_caches
+        self.follows = attachment.forgets
         self.tracked = [layer for layer, entry in self.entries.items() if entry.site.every]
         self.watch = CacheWatch(attachment, lm, segments, running, self.entries)
         self.views = CacheViews(attachment, len(segments.kinds))
@@ -117,8 +117,7 @@ class Evictor:
         if cache is None or not self.acts:
             return
         layers = range(len(self.segments.kinds)) if self.follows else self.entries
-        blind = self.attachment.layout.stages["cache"].blind
-        why = cache_layers.why_entries_stay(cache, [layer for layer in layers if layer not in blind])
+        why = cache_layers.why_entries_stay(cache, [layer for layer in layers if layer not in self._blind])
         if why is not None:
             raise CacheError(
                 f"entries cannot leave this cache: {why}; use the default cache (leave cache_implementation out)"
@@ -216,7 +215,7 @@ class Evictor:
             keys, values = self._entries(call, layer)
             attended = call.attended.pop(layer, None)
             if attended is not None and entry.scope == "head":
-                attended = attended.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+                attended = masses_by_head(attended)
             tables[layer] = grown(cache_layers.tables_in(call.cache, layer), attended, call.columns)
             if before // entry.site.every != after // entry.site.every:
                 valid = self._valid(call, stream, layer, len(keys), keys.device)

@@ -9,6 +9,7 @@ from typing import Any
 from .. import hosts
 from .further_families import FURTHER, FURTHER_EXAMPLES
 from .kin import BLIP, BOTH, QWEN, QWEN3, SMOLVLM, shuffled
+from .masks import sources
 from .refused_families import LOOKED_THROUGH, REFUSED
 from .spec import BlockRule, VLMSpec
 
@@ -17,12 +18,8 @@ __all__ = ["EXAMPLES", "LOOKED_THROUGH", "REFUSED", "ROWS"]
 
 def _first_storing_layer(config: Any) -> int:
     """Gemma4 shares keys of its last storing layers: a cut behind the first of them would give keys of two lengths."""
-    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
     kinds = list(config.layer_types)
-    storing = kinds[: len(kinds) - shared]
-    if not shared:
-        return len(kinds) - 1
-    return min(len(storing) - 1 - storing[::-1].index(kind) for kind in set(kinds[len(storing) :]))
+    return min(sources(config, kinds).values(), default=len(kinds) - 1)
 
 
 def _pooled(config: Any) -> int:

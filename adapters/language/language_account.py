@@ -25,8 +25,7 @@ from ..hosts import LOGITS, Arguments
 from ..towers.packed_account import packed_tower
 from ..towers.tower_account import hf_tower
 from .layer_account import has_matrices, layer_shape
-from .layout import sources
-from .masks import layer_kinds
+from .masks import layer_kinds, sources
 from .spec import VLMSpec
 
 

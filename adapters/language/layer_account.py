@@ -49,7 +49,7 @@ def layer_shape(layer: nn.Module, config: Any, kind: str, size: int) -> BlockSha
         block = block if found is None else replace(block, mlp=found[0], hidden=found[1])
     else:
         found = (block.mlp, block.hidden) if _all_linear(mlp) else None
-    if found is None or (mixer is None and (not _all_linear(mixing) or hasattr(mixing, "kv_lora_rank"))):
+    if found is None or (mixer is None and (not _all_linear(mixing) or holds_latents(mixing))):
         return None
     block = replace(block, beside=sum(map(weights, beside)), mixer=mixer)
     return block if mixer is not None else _attending(block, mixing, config, kind, size)
@@ -67,6 +67,11 @@ def _attending(block: BlockShape, attn: Any, config: Any, kind: str, size: int) 
         gated=outputs == 2 * block.heads * block.head_width,
         shared=shared,
     )
+
+
+def holds_latents(attn: Any) -> bool:
+    """Whether a cache holds a latent of each token, and no keys and values of heads (MLA)."""
+    return hasattr(attn, "kv_lora_rank")
 
 
 def kv_heads(attn: Any, config: Any) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 from ...core.signals import AHEAD, CACHE_SIGNALS, DECODER_SIGNALS, MASSES, NEURONS
 from ...core.site import StageLayout
 from .attention import attention_form
-from .layer_account import kv_heads
+from .layer_account import holds_latents, kv_heads
 from .layer_parts import final_norm, last_map
-from .masks import RECURRENT, layer_kinds
+from .masks import RECURRENT, layer_kinds, sources
 from .spec import VLMSpec
 
 
@@ -86,21 +86,9 @@ def _held(kind: str, source: int | None, block: Any) -> str:
         return f"it reads the entries of layer {source}"
     if kind != "full_attention":
         return f"it holds a window of entries alone ({kind})"
-    if hasattr(getattr(block, "self_attn", None), "kv_lora_rank"):
+    if holds_latents(getattr(block, "self_attn", None)):
         return "it holds a latent of each token, and no keys and values of heads (MLA)"
     return ""
-
-
-def sources(config: Any, kinds: list[str]) -> dict[int, int]:
-    """Layers that keep no keys of their own, and the layer whose keys each reads.
-
-    Args:
-        config: of the text model.
-        kinds: type of each layer.
-    """
-    first = len(kinds) - int(getattr(config, "num_kv_shared_layers", 0) or 0)
-    storing = {kind: i for i, kind in enumerate(kinds[:first])}  # the last one of each type
-    return {i: storing[kinds[i]] for i in range(first, len(kinds)) if kinds[i] in storing}
 
 
 def _lacks(lm: Any) -> dict[str, dict[int, str]]:

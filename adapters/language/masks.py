@@ -34,6 +34,18 @@ def layer_kinds(config: Any, depth: int) -> list[str]:
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * depth
 
 
+def sources(config: Any, kinds: list[str]) -> dict[int, int]:
+    """Layers that keep no keys of their own, and the layer whose keys each reads.
+
+    Args:
+        config: of the text model.
+        kinds: type of each layer.
+    """
+    first = len(kinds) - int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    storing = {kind: i for i, kind in enumerate(kinds[:first])}  # the last one of each type
+    return {i: storing[kinds[i]] for i in range(first, len(kinds)) if kinds[i] in storing}
+
+
 def build_mask(
     config: Any,
     kind: str,

@@ -23,6 +23,7 @@ from ...core.view import Signal, TokenView
 from .call import Call, top
 from .handover import Handover, carry_signals
 from .projector import Projector
+from .row_views import carried_signal, view_of
 from .spec import VLMSpec
 
 BY_TEXT = frozenset({"text", "text_attention", "attention_to_text", "text_key_norm", "text_normed", NEURONS})
@@ -206,36 +207,17 @@ class Sites:
         signals: dict[str, Signal] = {}
         for need in entry.needs:
             signals[need.key] = _signal(need, x, rows, group, tapped)
-        view = TokenView(
+        return view_of(
+            self.attachment,
+            entry,
+            rows,
+            group,
             rows.gather(x.detach(), group),
-            entry.asked,
-            size=None if rows.size is None else rows.gather(rows.size, group),
+            signals,
             depth=self.depth if entry.site.stage == "decoder" else 1,
-            grid=group.grid,
-            part=None if rows.part is None else rows.gather(rows.part, group),
-            picture=rows.gather(rows.label, group) if entry.scope == "sample" else None,
-            entered=group.entered,
-            columns=rows.relative(group, group.columns),
-            signals=signals,
             state=TokenState(rows, group, entry.index),
             row=RowNotes(rows, group, entry.index, entry.scope),
-            memory=self.attachment.remember(entry.index),
-            frames=group.frames,
-            cells=group.cells,
         )
-        self.attachment.bind_user(view, signals)
-        return view
-
-
-def carried_signal(need: Need, rows: PromptRows, group: Group) -> Signal:
-    """A signal of the tower at a group's tokens."""
-    carried = rows.carried.get(f"{need.name}@{need.layer}")
-    if carried is None:
-        return None
-    table, axis = carried
-    if axis is None:
-        return table[rows.of_pictures(group)]
-    return lambda: rows.gather(table, group).movedim(1, axis)
 
 
 def _signal(need: Need, x: Tensor, rows: PromptRows, group: Group, tapped: Callable[[], DecoderTaps]) -> Signal:

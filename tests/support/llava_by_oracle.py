@@ -118,6 +118,43 @@ def first_turn(model, batch, **more):
     return model.generate(**batch.inputs(), max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, **more)
 
 
+def follow_up(model, batch, one, question):
+    """A forward of new ids and a mask of the full length on a returned cache.
+
+    Args:
+        model: compressed.
+        batch: of the first turn.
+        one: what `first_turn` gave.
+        question: int64 `[B, M]`, new ids.
+    """
+    count, more = question.shape
+    seen = torch.cat([batch.inputs()["attention_mask"], torch.ones(count, STEPS + more - 1, dtype=torch.int64)], 1)
+    # The last token that was generated has not been fed yet.
+    fresh = torch.cat([one.sequences[:, -1:], question], 1)
+    mask = torch.cat([seen, torch.ones(count, 1, dtype=torch.int64)], 1)
+    return model(
+        input_ids=fresh,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1)[:, -more - 1 :],
+        **with_cache(model, cache_of(one)),
+        use_cache=True,
+    )
+
+
+def assert_follow_up_equals_the_oracle(model, batch, question, methods, run, one, out):
+    """Both turns equal the whole conversation from scratch; arguments as of `follow_up`, whose result is `out`."""
+    reference = oracle.Llava(model)
+    for row in range(len(question)):
+        plan, decide = oracle.Plan(), decider(methods, run)
+        ids, _ = reference.generate(batch.rows[row], batch.pixels[row], decide, STEPS, row=row, plan=plan)
+        assert ids.tolist() == one.sequences[row, -STEPS:].tolist()
+        whole = torch.cat([batch.rows[row], ids, question[row]])
+        with torch.no_grad():
+            hidden, _ = reference.forward(whole, batch.pixels[row], decide(), row, plan)
+            wanted = model.lm_head(hidden[-question.shape[1] - 1 :])
+        assert_equal(out.logits[row].detach(), wanted, what=f"row {row}")
+
+
 def assert_two_turns_equal_the_oracle(methods, batch, more, shorter=True):
     """A prompt, its answer, a second prompt with pictures of its own that ends in four words, and one token more.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from vlmtok.adapters import hosts
-from vlmtok.adapters.language import shapes
+from vlmtok.adapters.language import masks, shapes
 from vlmtok.adapters.language.hf_vlm import HFVLM
 from vlmtok.adapters.language.layout import language_layout
 from vlmtok.adapters.language.packing import Packing
@@ -149,7 +149,8 @@ class Host:
         types = [*self.chooser.types(self.config, "text_config")[:1], *self.also.get("text_config", ())]
         self.ask.check(types, "the type of its text model cannot be read off the source", self.config)
         fields = [read.path for read in reads(language_layout, "config")]
-        fields += [] if spec.last_cut is None else [read.path for read in reads(spec.last_cut, "config")]
+        last_cut = () if spec.last_cut is None else (spec.last_cut, masks.sources)  # the one asks the other
+        fields += [read.path for function in last_cut for read in reads(function, "config")]
         fields += [spec.block.when[0]] if spec.block is not None and spec.block.when is not None else []
         for i, name in enumerate(types):
             text = self.chooser.config(name)

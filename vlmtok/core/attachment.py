@@ -170,6 +170,16 @@ class Attachment:
                     "quality on real weights is unknown"
                 )
 
+    @property
+    def of_caches(self) -> dict[int, Entry]:
+        """Methods by the layer of whose key-value cache each chooses."""
+        return {entry.site.layer or 0: entry for entry in self.at("cache")}
+
+    @property
+    def forgets(self) -> bool:
+        """Whether entries of tokens that leave between layers leave the caches before, too."""
+        return any(entry.site.forget for entry in self.at("decoder"))
+
     def _read(self, names: Collection[str]) -> set[int | None]:
         """Decoder layers at whose ends, or of whose caches, methods ask for one of some signals of that layer."""
         places = (("decoder", "end"), ("cache", "end"))

@@ -17,6 +17,11 @@ from torch.nn import functional as F
 from .reduction import Reduction
 
 
+def heads_as_rows(table: Tensor) -> Tensor:
+    """Every head as a row: `[B, H, n, ...]` as `[B H, 1, n, ...]`."""
+    return table.flatten(0, 1).unsqueeze(1)
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """What leaves of some view rows.
@@ -70,11 +75,9 @@ class Entries:
         def each(table: Tensor | None) -> Tensor | None:
             return None if table is None else table.repeat_interleave(heads, 0)
 
-        def apart(table: Tensor) -> Tensor:
-            return table.flatten(0, 1).unsqueeze(1)
-
-        bias = None if self.bias is None else apart(self.bias)
-        return Entries(apart(self.keys), apart(self.values), each(self.valid), bias, each(self.blocks), self.tables)
+        bias = None if self.bias is None else heads_as_rows(self.bias)
+        keys, values = heads_as_rows(self.keys), heads_as_rows(self.values)
+        return Entries(keys, values, each(self.valid), bias, each(self.blocks), self.tables)
 
     def joined(self, heads: int) -> Entries:
         """The inverse of `by_head`, of rows whose heads hold equally many entries."""

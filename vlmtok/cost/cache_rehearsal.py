@@ -45,7 +45,7 @@ def _sum(again: Rehearsal, block: BlockShape, rows: int, queries: int, keys: int
 def _follow(again: Rehearsal, blocks: Sequence[BlockShape]) -> None:
     """Sums that go on in decode steps, of methods that are asked again while an answer is written."""
     summed = {mass.layer for mass in again.run.masses}
-    tracked = {entry.site.layer or 0 for entry in again.attachment.at("cache") if entry.site.every} & summed
+    tracked = {layer for layer, entry in again.attachment.of_caches.items() if entry.site.every} & summed
     if not tracked or not again.run.decodings:
         return
     profile = decoder_profiles(again.run, blocks)[1]

@@ -27,15 +27,14 @@ class PlannedCache:
     """
 
     def __init__(self, attachment: Attachment, depth: int) -> None:
-        self.entries = {entry.site.layer or 0: entry for entry in attachment.at("cache")}
-        follows = any(entry.site.forget for entry in attachment.at("decoder"))
-        self.acts = bool(self.entries) or follows
+        self.entries = attachment.of_caches
+        self.acts = bool(self.entries) or attachment.forgets
         self.rows: list[PlannedRows] = []
         self._saw: list[PlannedRows] = []
         self._depth = depth
         self.lengths = [0] * depth
         self._lost: dict[int, tuple[int, int]] = {}
-        self._open = set(attachment.layout.cached_layers()) if follows else set()
+        self._open = set(attachment.layout.cached_layers()) if attachment.forgets else set()
 
     def enter(self, rows: PlannedRows) -> None:
         """The rows as they enter the language model."""

@@ -16,9 +16,11 @@ from support.hosts_of import cache_of, with_cache
 from support.llava_by_oracle import (
     STEPS,
     Top,
+    assert_follow_up_equals_the_oracle,
     assert_two_turns_equal_the_oracle,
     decider,
     first_turn,
+    follow_up,
     llava,
 )
 from support.models import Batch
@@ -49,26 +51,8 @@ def test_a_follow_up_turn_with_new_ids_only(name):
     question = models.prompt("5", seed=9).expand(3, -1)
     with vlmtok.compress(model, methods) as run:
         one = first_turn(model, batch)
-        seen = torch.cat([batch.inputs()["attention_mask"], torch.ones(3, STEPS + 5 - 1, dtype=torch.int64)], 1)
-        fresh = torch.cat([one.sequences[:, -1:], question], 1)
-        mask = torch.cat([seen, torch.ones(3, 1, dtype=torch.int64)], 1)
-        out = model(
-            input_ids=fresh,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1)[:, -6:],
-            **with_cache(model, cache_of(one)),
-            use_cache=True,
-        )
-    reference = oracle.Llava(model)
-    for row in range(3):
-        plan, decide = oracle.Plan(), decider(methods, run)
-        ids, _ = reference.generate(batch.rows[row], batch.pixels[row], decide, STEPS, row=row, plan=plan)
-        assert ids.tolist() == one.sequences[row, -STEPS:].tolist()
-        whole = torch.cat([batch.rows[row], ids, question[row]])
-        with torch.no_grad():
-            hidden, _ = reference.forward(whole, batch.pixels[row], decide(), row, plan)
-            wanted = model.lm_head(hidden[-6:])
-        assert_equal(out.logits[row].detach(), wanted, what=f"row {row}")
+        out = follow_up(model, batch, one, question)
+    assert_follow_up_equals_the_oracle(model, batch, question, methods, run, one, out)
 
 
 @pytest.mark.parametrize("name", TURNS)
