@@ -233,7 +233,7 @@ def test_blocks_that_are_multiplied_again_choose_the_same(n, weighted, monkeypat
     k = max(1, n // 2)
     expected = kernels.greedy_cover_cosine(x, k, weight=weight, valid=valid)
     monkeypatch.setattr(coverage, "TABLE_BYTES", 0)
-    monkeypatch.setattr(coverage, "products", None)  # no table is made
+    monkeypatch.setattr(coverage, "square_products", None)  # no table is made
     same_bits(kernels.greedy_cover_cosine(x, k, weight=weight, valid=valid), expected)
 
 
@@ -257,13 +257,13 @@ def test_blocks_choose_the_best_and_are_few(monkeypatch):
 
 def test_one_table_is_held_at_a_time(monkeypatch):
     held = []
-    original = coverage.products
+    original = coverage.square_products
 
-    def seen(a, b):
-        held.append(len(a))
-        return original(a, b)
+    def seen(x):
+        held.append(len(x))
+        return original(x)
 
-    monkeypatch.setattr(coverage, "products", seen)
+    monkeypatch.setattr(coverage, "square_products", seen)
     x = rows(2, 1500, 4)
     kernels.greedy_cover_cosine(x, 2)
     assert held == [1, 1]

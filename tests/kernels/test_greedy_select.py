@@ -6,6 +6,9 @@ import torch
 from drawn import rows
 
 from vlmtok import kernels
+from vlmtok.errors import ParameterError
+from vlmtok.kernels import reference
+from vlmtok.kernels.reference.rows import square_products
 
 
 @pytest.mark.parametrize("rule, metric", [("max", "cosine"), ("sum", "cosine"), ("max", "l2")])
@@ -30,3 +33,41 @@ def test_greedy_select_ties_and_fallbacks():
     order, value = kernels.greedy_select(x, 6, torch.tensor([0]), valid=valid)
     assert sorted(order[0, 1:3].tolist()) == [3, 5] and order[0, 3:].tolist() == [1, 2, 4]
     assert value[0, 3:].isnan().all() and value[0, 1:3].isfinite().all()
+
+
+def test_it_begins_with_the_most_isolated_row_where_none_is_named():
+    """By cosine, over rows that count; the same as through `match_max`, which other paths take."""
+    first = lambda x, valid=None: kernels.greedy_select(x, min(1, x.shape[1]), None, valid=valid)[0].flatten().tolist()  # noqa: E731
+    x = rows(3, 40, 6)
+    x[1, 7], x[2, 3] = float("nan"), 0
+    valid = torch.rand(3, 40, generator=torch.Generator().manual_seed(2)) > 0.3
+    for mask in (None, valid):
+        nearest = kernels.match_max(x, x, exclude_diag=True, valid_b=mask)[0]
+        assert first(x, mask) == reference.most_isolated(nearest, mask).tolist()
+        expected = []
+        for p, unit in enumerate(torch.nn.functional.normalize(x.double(), dim=-1)):
+            counts = ~unit.isnan().any(-1) & (True if mask is None else mask[p])
+            cosine = (unit @ unit.T).fill_diagonal_(-9).masked_fill(~counts, -9).amax(1)
+            expected.append(int(cosine.masked_fill(~counts, 9).argmin()))
+        assert first(x, mask) == expected
+    assert first(torch.eye(3)[[0, 1, 2, 0, 1, 2]].unsqueeze(0)) == [0]  # each has a twin
+    assert first(torch.randn(2, 1, 4)) == [0, 0]
+    assert first(torch.full((1, 5, 4), float("nan"))) == [0]
+    with pytest.raises(ParameterError, match="start=None.*cosine"):
+        kernels.greedy_select(x, 2, None, metric="l2")
+
+
+@pytest.mark.parametrize("n", [511, 512, 515, 577, 1300])
+def test_a_square_of_products_is_that_of_all_rows(n):
+    """Symmetric; equal rows, wherever they stand, have equal products; a picture's bits are its own."""
+    draw = torch.Generator().manual_seed(n)
+    place = torch.randint(0, n // 2, (2, n), generator=draw)
+    x = torch.nn.functional.normalize(torch.randn(2, n // 2, 96, generator=draw), dim=-1)
+    x = torch.stack([own[at] for own, at in zip(x, place)])
+    table = square_products(x)
+    torch.testing.assert_close(table, x @ x.transpose(1, 2), rtol=0, atol=1e-6)
+    assert n < 512 or torch.equal(table, table.transpose(1, 2))
+    assert torch.equal(table[1:], square_products(x[1:]))
+    for own, at in zip(table, place):
+        twin = torch.tensor([int((at == which).nonzero()[0]) for which in at])
+        assert torch.equal(own, own[twin]) and torch.equal(own, own[:, twin])

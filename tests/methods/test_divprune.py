@@ -10,7 +10,7 @@ from vlmtok.core.site import Layout, Site, StageLayout
 from vlmtok.core.spec import parse_methods
 from vlmtok.core.view import TokenView
 from vlmtok.errors import ParameterError, SiteError
-from vlmtok.pruners.divprune import DivPrune, max_min_subset, most_isolated
+from vlmtok.pruners.divprune import DivPrune, max_min_subset
 
 
 def view(x, **more):
@@ -91,15 +91,13 @@ def test_nested_scale_free_and_batched():
 
 
 def test_ties_and_nan():
-    assert most_isolated(torch.eye(3)[[0, 1, 2, 0, 1, 2]].unsqueeze(0)).tolist() == [0]
+    assert max_min_subset(torch.eye(3)[[0, 1, 2, 0, 1, 2]].unsqueeze(0), 3)[1].tolist() == [[0, 1, 2]]
     x = torch.randn(1, 12, 4)
     x[0, 3] = float("nan")
-    assert most_isolated(x).item() != 3
     assert max_min_subset(x, 12)[1][0, -1] == 3
-    assert most_isolated(torch.randn(2, 1, 4)).tolist() == [0, 0]
     only = torch.zeros(1, 12, dtype=torch.bool)
     only[0, 5:7] = True
-    assert most_isolated(torch.randn(1, 12, 4), only).item() in (5, 6)
+    assert set(max_min_subset(x, 2, only)[1][0].tolist()) == {5, 6}
 
 
 def test_half_precision_autocast_meta_and_compiled():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -15,24 +14,6 @@ from ..core.registry import register_method
 from ..core.settings import check_choice, check_keep, keep_count
 from ..core.site import BUDGET_SCOPES, POSITIONS, Counts, Layout, Site
 from ..core.view import TokenView
-
-
-def most_isolated(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The token whose nearest other token is the farthest away, by cosine.
-
-    Args:
-        x: `[B, N, D]`, any floating dtype.
-        valid: bool `[B, N]`, tokens that may be it and count as neighbours; None means all.
-
-    Returns:
-        int64 `[B]`; the lowest index wins a tie, a token with NaN is never chosen while another is left.
-    """
-    nearest, _ = kernels.match_max(x, x, exclude_diag=True, valid_b=valid)
-    # A token without any neighbour to compare with has NaN, or is alone: it loses, or index 0 is all there is.
-    nearest = torch.where(nearest.isneginf(), float("inf"), nearest)
-    if valid is not None:
-        nearest = torch.where(valid, nearest, float("inf"))
-    return nearest.argmin(1)
 
 
 def max_min_subset(x: Tensor, k: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -47,7 +28,7 @@ def max_min_subset(x: Tensor, k: int, valid: Tensor | None = None) -> tuple[Tens
         The chosen tokens ascending, and in the order chosen, int64 `[B, k]` both, without repeats. The first j of the
         order are the choice for j.
     """
-    order, _ = kernels.greedy_select(x, k, most_isolated(x, valid), rule="max", valid=valid)
+    order, _ = kernels.greedy_select(x, k, None, rule="max", valid=valid)
     return order.sort(dim=1).values, order
 
 

@@ -16,6 +16,7 @@ from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import POSITIONS, SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal
+from ..kernels.reference.rows import products, square_products
 from ..kernels.reference.steps import in_steps
 
 VISION = ("tower", "projected")
@@ -61,17 +62,25 @@ def multimodal_coverage(
         late = 2 * bad.long() if padding is None else torch.where(bad, 2, padding.long())
         chosen = []
         for part, _ in in_steps(len(x), 1, x.shape[1] ** 2, x.device.type):  # so that few tables are held
-            table = _looks(own[part], own[part], bad[part], tau_v, alpha if words is not None else 1.0)
+            table = _looks(square_products(own[part]), bad[part], tau_v, alpha if words is not None else 1.0)
             if words is not None:
-                table = torch.cat([_looks(words[part], unit[part], bad[part], tau_t), table], 2)
+                by_words = _looks(products(unit[part], words[part]), bad[part], tau_t)
+                table = torch.cat([by_words, table], 2)
             chosen.append(kernels.greedy_cover(table, k, late=late[part])[0])
         return torch.cat(chosen)
 
 
-def _looks(rows: Tensor, x: Tensor, bad: Tensor, tau: float, scale: float = 1.0) -> Tensor:
-    """How much of each row's mean look each token gets, times `scale`, fp32 `[B, N, R]`; NaN tokens get none."""
-    logits = (x @ rows.transpose(1, 2)).div_(tau).masked_fill_(bad.unsqueeze(-1), float("-inf"))
-    return logits.softmax(1).nan_to_num_(nan=0.0).div_(rows.shape[1]).mul_(scale)
+def _looks(cosines: Tensor, bad: Tensor, tau: float, scale: float = 1.0) -> Tensor:
+    """How much of the mean look of R rows each of N tokens gets, times `scale`, fp32 `[B, N, R]`; NaN tokens get none.
+
+    Args:
+        cosines: fp32 `[B, N, R]`, of tokens with rows; written to.
+        bad: bool `[B, N]`, tokens with NaN.
+        tau: temperature.
+        scale: of all.
+    """
+    logits = cosines.div_(tau).masked_fill_(bad.unsqueeze(-1), float("-inf"))
+    return logits.softmax(1).nan_to_num_(nan=0.0).div_(cosines.shape[2]).mul_(scale)
 
 
 def square_padding(width: int, height: int, *, size: int = 336, patch: int = 14) -> Tensor:

@@ -7,10 +7,12 @@ from typing import cast
 from torch import Tensor
 
 from ...errors import ParameterError
+from .. import reference
 from ..dispatch import choose
 from ..table import LIMIT_GREEDY
 from .checks import BOOL, LONG, check_device, check_floating, check_index, check_word
-from .paths import run_detached, square_bytes
+from .matching import match_max
+from .paths import opaque, run_detached, square_bytes
 
 RULES = ("max", "sum")
 METRICS = ("cosine", "l2")
@@ -19,7 +21,7 @@ METRICS = ("cosine", "l2")
 def greedy_select(
     x: Tensor,
     k: int,
-    start: Tensor,
+    start: Tensor | None,
     *,
     rule: str = "max",
     metric: str = "cosine",
@@ -31,7 +33,8 @@ def greedy_select(
         x: `[B, N, D]`, any floating dtype.
         k: how many, at most N.
         start: int64 `[B]`, the first row chosen, from 0 to N - 1. (Another index is an error of torch's on the torch
-            path; the kernel reads nothing foreign and returns it as it is.)
+            path; the kernel reads nothing foreign and returns it as it is.) None begins with the row whose nearest
+            other row is the farthest away by cosine.
         rule: the next row minimises its ``"max"`` similarity to the chosen ones (k-center) or the ``"sum"`` of
             similarities (max-sum diversification).
         metric: ``"cosine"``, or ``"l2"`` for minus the squared Euclidean distance (rule ``"max"`` only).
@@ -52,9 +55,14 @@ def greedy_select(
     batch, n, _ = x.shape
     if isinstance(k, bool) or not 0 <= k <= n:
         raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
+    if start is None and metric == "l2":
+        raise ParameterError(f"{op}: start=None goes with metric='cosine'; name the first row for metric='l2'")
     check_index(op, (batch,), LONG, start=start)
     check_index(op, (batch, n), BOOL, valid=valid)
     check_device(op, x, start=start, valid=valid)
     limit = f"{n} rows exceed {LIMIT_GREEDY}, what one program can hold" if n > LIMIT_GREEDY else None
     triton = choose(op, x, batch=batch, pair_bytes=square_bytes(x), limit=limit)
+    if start is None and (triton or opaque()):
+        nearest, _ = match_max(x, x, exclude_diag=True, valid_b=valid)
+        start = reference.most_isolated(nearest, valid)
     return cast("tuple[Tensor, Tensor]", run_detached(op, triton, x, k, start, rule=rule, metric=metric, valid=valid))

@@ -13,7 +13,7 @@ from .energies import energy
 from .matching import bipartite_match, complete_match, energy_match, guided_match, match_max, query_cosine
 from .merging import merge_rows, merge_rows_biased, merge_rows_grad, pair_weights
 from .rows import take_rows, unit_rows
-from .selection import greedy_select
+from .selection import greedy_select, most_isolated
 from .transition import transition_stats
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "merge_rows",
     "merge_rows_biased",
     "merge_rows_grad",
+    "most_isolated",
     "pair_weights",
     "per_key_head",
     "query_cosine",

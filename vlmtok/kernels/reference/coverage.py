@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..exact import exact
 from .lazy_coverage import added, cover_in_blocks, cover_lazily, may_be_lazy, places_behind, split
-from .rows import products, unit_rows
+from .rows import square_products, unit_rows
 from .steps import in_steps
 
 TABLE_BYTES = 2 << 30
@@ -79,7 +79,7 @@ def greedy_cover_cosine(
         for part, _ in in_steps(batch, 1, n * n, x.device.type):
             own, behind = None if weight is None else weight[part], late[part]
             if 4 * n * n <= TABLE_BYTES or not may_be_lazy(unit, any_device=True):
-                table = products(unit[part], unit[part])
+                table = square_products(unit[part])
                 chosen.append(greedy_cover(table, k, weight=own, late=behind))
             else:
                 for i, rows in enumerate(unit[part]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import products
+from .rows import products, square_products
 from .steps import in_steps
 
 NEAREST = 16
@@ -27,7 +27,7 @@ class _Near:
         n = len(unit)
         self.unit, self.table = unit, table
         if table is None and 4 * n * n <= TABLE_BYTES:
-            self.table = products(unit.unsqueeze(0), unit.unsqueeze(0))[0]
+            self.table = square_products(unit.unsqueeze(0))[0]
         value, index = [], []
         for _, rows in in_steps(1, n, n, "cpu"):
             place = torch.arange(rows.start, rows.stop)

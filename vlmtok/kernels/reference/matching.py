@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..exact import exact
 from .energies import energy_unit
-from .rows import products, take_rows, unit_rows
+from .rows import mutual, products, take_rows, unit_rows
 from .steps import in_one, in_steps
 
 Match = Callable[..., tuple[Tensor, Tensor]]
@@ -49,9 +49,8 @@ def _match_unit(
         for batch, rows in in_steps(a.shape[0], a.shape[1], b.shape[1], a.device.type):
             similarity = products(a[batch, rows], b[batch]).nan_to_num_(nan=none)
             if exclude_diag:
-                if a is b and similarity.shape[1] == similarity.shape[2]:
-                    # Small products round (i, j) and (j, i) apart, and tokens that are each other's best must tie.
-                    similarity = similarity.add(similarity.transpose(1, 2)).mul_(0.5)
+                if a is b:
+                    similarity = mutual(similarity)
                 similarity.diagonal(rows.start, 1, 2).fill_(none)
             if rank_a is not None and rank_b is not None:
                 similarity.masked_fill_(rank_b[batch].unsqueeze(1) <= rank_a[batch, rows].unsqueeze(2), none)

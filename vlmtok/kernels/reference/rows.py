@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from .looking import host_may_look
 
 EPS = 1e-12
 """Smallest length by which a row is divided."""
@@ -12,6 +16,8 @@ UNORDERED = ("cuda",)
 """Types of devices whose `index_add_` adds in the order in which threads come."""
 
 _SMALL = 16  # rows and columns from which on MKL multiplies equal rows alike
+_BLOCKED = 512  # rows from which on half of a square and its mirror cost less than the whole
+_BLOCKS = 6  # along a side
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -88,6 +94,37 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and min(a.shape[1], b.shape[1]) < _SMALL:
         return (a.double() @ turned.double()).float()
     return a @ turned
+
+
+def square_products(x: Tensor) -> Tensor:
+    """`products(x, x)`, (i, j) and (j, i) equal. On a CPU what is above the diagonal is multiplied, the rest mirrored.
+
+    Args:
+        x: fp32 `[B, N, D]`.
+
+    Returns:
+        fp32 `[B, N, N]`.
+    """
+    batch, n, _ = x.shape
+    if n < _BLOCKED or not host_may_look(x):
+        return mutual(products(x, x))
+    table = x.new_empty(batch, n, n)
+    cuts = [n * i // _BLOCKS for i in range(_BLOCKS + 1)]
+    for rows, out in zip(x, table):
+        for first, end in pairwise(cuts):
+            torch.mm(rows[first:end], rows[first:].t(), out=out[first:end, first:])
+            out[end:, first:end] = out[first:end, end:].t()
+    return table
+
+
+def mutual(similarity: Tensor) -> Tensor:
+    """Similarities `[B, N, N]` of rows with themselves in which (i, j) and (j, i) are equal; others as they are.
+
+    Small products round the two apart, and rows that are each other's best must tie.
+    """
+    if similarity.shape[1] != similarity.shape[2]:
+        return similarity
+    return similarity.add(similarity.transpose(1, 2)).mul_(0.5)
 
 
 def unordered(x: Tensor) -> bool:

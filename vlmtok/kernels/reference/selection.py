@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..exact import exact
-from .rows import products, unit_rows
+from .rows import finite_unit_rows, square_products
+from .steps import in_one, in_steps
 
 _LAST = 1e30  # above every state of the greedy choice
 _FAR = 1.7e38  # squared lengths from here on have a double that overflows
@@ -15,7 +16,7 @@ _FAR = 1.7e38  # squared lengths from here on have a double that overflows
 def greedy_select(
     x: Tensor,
     k: int,
-    start: Tensor,
+    start: Tensor | None,
     *,
     rule: str = "max",
     metric: str = "cosine",
@@ -24,19 +25,19 @@ def greedy_select(
     """Definition of `vlmtok.kernels.greedy_select`."""
     batch, n, _ = x.shape
     if k == 0:
-        return start.new_empty(batch, 0), x.new_empty(batch, 0, dtype=torch.float32)
+        return x.new_empty(batch, 0, dtype=torch.int64), x.new_empty(batch, 0, dtype=torch.float32)
     with exact(x.device):
         if metric == "cosine":
-            unit = unit_rows(x)
-            gram = products(unit, unit)
-            late = gram.diagonal(dim1=1, dim2=2).isnan()
-            gram.masked_fill_(gram.isnan(), 0.0)
+            unit, finite, _ = finite_unit_rows(x)
+            gram, late = square_products(unit), ~finite
         else:
             wide = x.float()
             square = (wide * wide).sum(-1)
-            gram = products(wide, wide).mul_(2.0).sub_(square.unsqueeze(2)).sub_(square.unsqueeze(1))
+            gram = square_products(wide).mul_(2.0).sub_(square.unsqueeze(2)).sub_(square.unsqueeze(1))
             late = ~(square < _FAR)
             gram.masked_fill_(~gram.isfinite(), 0.0)
+        if start is None:
+            start = most_isolated(_nearest_other(gram, late if valid is None else late | ~valid), valid)
         # A row that is to be taken late has a state that no similarity reaches and that none changes: 1e30 where it is
         # not finite, 2e30 where it is not valid, infinity once it is chosen.
         rows = gram.reshape(batch * n, n)
@@ -55,3 +56,29 @@ def greedy_select(
             state.scatter_(1, pick.unsqueeze(1), float("inf"))
         taken = torch.stack(value, 1)
         return torch.stack(order, 1), taken.masked_fill_(taken >= _LAST, float("nan"))
+
+
+def _nearest_other(table: Tensor, out: Tensor) -> Tensor:
+    """The greatest similarity of each row with another one that counts, as of `match_max`; of one that is out, -inf."""
+    batch, n, _ = table.shape
+    none, found = float("-inf"), []
+    for pictures, rows in in_steps(batch, n, n, table.device.type):
+        similarity = table[pictures, rows].masked_fill(out[pictures].unsqueeze(1), none)
+        similarity.diagonal(rows.start, 1, 2).fill_(none)
+        found.append(similarity.amax(2))
+    return in_one(found, table.shape[:2]).masked_fill(out, none)
+
+
+def most_isolated(nearest: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The row whose nearest other row is the farthest away.
+
+    Args:
+        nearest: fp32 `[B, N]`, similarity of each row with the nearest other one; -inf where there is none.
+        valid: bool `[B, N]`, rows that may be it; None means all.
+
+    Returns:
+        int64 `[B]`; the lowest index wins a tie.
+    """
+    # A row without any other to compare with is not finite, or alone: it loses, or index 0 is all there is.
+    alone = nearest.isneginf() if valid is None else nearest.isneginf() | ~valid
+    return nearest.masked_fill(alone, float("inf")).argmin(1)
