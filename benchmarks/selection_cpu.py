@@ -1,12 +1,13 @@
-"""What a choice of visual tokens costs on a CPU: every selection of the library that takes features, and a tight loop.
+"""What a choice of visual tokens costs on a CPU: every method that makes it in one step, and tight loops in torch.
 
     python benchmarks/selection_cpu.py
 
-64 of 576 and 288 of 2,880 tokens of width 1,024, batch 1 and 8. The arms run in turn, round after round, in one
-process, and a figure is the median of an arm; the loop is farthest-first (k-center) in five torch ops a round over one
-matmul. Both leave the choice unsorted. The prefill is modelled: the multiplications of a LLaMA-7B (32 layers, width
-4,096, MLP 11,008, no vocabulary) over the visual tokens and 64 of text, at the rate of a 4,096 x 4,096 fp32 matmul
-that is measured in the same run. Writes ``benchmarks/results/selection_cpu.csv`` and ``.md``. No download.
+64 of 576 and 288 of 2,880 tokens of width 1,024, batch 1 and 8. A method decides on a view of drawn tokens, its
+signals drawn too: what it decides on is there, what it makes of it is timed. Two loops stand beside it: k-center, and
+the method's own rule (`selection_loops.py`) where that is a greedy one. The arms run in turn, round after round, in one
+process, and a figure is the median of an arm. The prefill is modelled: the multiplications of a LLaMA-7B (32 layers,
+width 4,096, MLP 11,008, no vocabulary) over the visual tokens and 64 of text, at the rate of a 4,096 x 4,096 fp32
+matmul that is measured in the same run. Writes ``benchmarks/results/selection_cpu.csv`` and ``.md``. No download.
 """
 
 from __future__ import annotations
@@ -19,67 +20,98 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import selection_loops as loops
 import torch
 from torch import Tensor
 
 import vlmtok
-from vlmtok.mergers.visionzip import dominant_and_contextual
-from vlmtok.pruners.cdpruner import dpp_map
-from vlmtok.pruners.dart import largest, quotas, spread
-from vlmtok.pruners.divprune import max_min_subset
-from vlmtok.pruners.mmtok import multimodal_coverage
-from vlmtok.pruners.scope import saliency_coverage
-from vlmtok.pruners.todre import diverse_subset
-from vlmtok.pruners.vispruner import important_and_diverse
+from vlmtok.core.method import Method
+from vlmtok.core.reduction import Reduction
+from vlmtok.core.site import Site
+from vlmtok.core.spec import parse_methods
+from vlmtok.core.view import TokenView
+from vlmtok.lab.catalogue import KINDS, kinds_of
 
-WIDTH, WORDS, TEXT = 1024, 40, 64
+WIDTH, HEADS, WORDS, TEXT, FRAMES = 1024, 16, 40, 64, 16
 LOOP = "k-center loop"
-FIELDS = (
-    "selection", "n", "k", "batch", "median_ms", "least_ms", "of_loop", "of_prefill", "of_saving", "rounds",
+METHODS = (
+    "cdpruner:keep={k}", "corematching:keep={k}", "dart:keep={k}", "divprune:keep={k}", "evs:rate={rate}",
+    "fastervlm:keep={k}", "fastv:keep={k}", "grid:keep={k}", "hiprune:keep={k}", "holov:keep={k}", "mmtok:keep={k}",
+    "prumerge:keep={k}", "random:keep={k}", "scope:keep={k}", "todre:keep={k}", "tokencorr:keep={k}",
+    "vidcom2:rate={rate}", "visionzip:keep={k}", "vispruner:keep={k}",
 )  # fmt: skip
+"""Methods that choose in one step. Others reach a budget over layers, by the same sorts as FastV or by matching."""
+FIELDS = (
+    "method", "spec", "n", "k", "batch", "median_ms", "least_ms", "of_loop", "of_own_loop", "of_prefill", "of_saving",
+    "rounds",
+)  # fmt: skip
+Arm = Callable[[], object]
 
 
-def tight_loop(x: Tensor, k: int) -> Tensor:
-    """Farthest-first choice: the least that a greedy choice over cosines does in torch."""
-    unit = x / x.norm(dim=-1, keepdim=True)
-    table = unit @ unit.transpose(1, 2)
-    lanes = torch.arange(len(x))
-    pick = torch.zeros(len(x), dtype=torch.int64)
-    state, order = table[:, 0].clone(), [pick]
-    for _ in range(k - 1):
-        pick = state.argmin(1)
-        order.append(pick)
-        state = torch.maximum(state, table[lanes, pick])
-    return torch.stack(order, 1)
+class Drawn:
+    """One batch of tokens and all that methods decide on, drawn: forty clusters, attention that few tokens get."""
+
+    def __init__(self, batch: int, n: int) -> None:
+        centre = torch.randn(batch, 40, WIDTH)
+        place = torch.randint(0, 40, (batch, n, 1)).expand(-1, -1, WIDTH)
+        self.batch, self.n = batch, n
+        self.x = centre.gather(1, place) + 0.7 * torch.randn(batch, n, WIDTH)
+        self.score = (2 * torch.randn(batch, n)).softmax(1)
+        self.words = torch.randn(batch, WORDS, WIDTH)
+        side = {576: 24, 2880: 48}.get(n, 1)
+        self.grid = side, n // side
+
+    def signal(self, name: str) -> Tensor:
+        """Of the shape that `vlmtok.core.signals` names."""
+        b, n, kind = self.batch, self.n, name.partition("@")[0]
+        made: dict[str, Callable[[], Tensor]] = {
+            "cls_attention": lambda: self.score.unsqueeze(1).expand(b, HEADS, n) / HEADS,
+            "last_attention": lambda: self.score.unsqueeze(1).expand(b, HEADS, n) / HEADS,
+            "received_attention": lambda: self.score,
+            "activation_match": lambda: torch.rand(b, n, WORDS + 1),
+            "keys": lambda: torch.randn(b, n, WIDTH // HEADS),
+            "keys_full": lambda: torch.randn(b, n, WIDTH),
+            "protected": lambda: torch.randn(b, 1, WIDTH),
+            "protected_queries": lambda: torch.randn(b, 1, WIDTH),
+            "protected_keys": lambda: torch.randn(b, 1, WIDTH),
+            "outputs": lambda: self.x,
+            "normed": lambda: self.x,
+            "text": lambda: self.words,
+            "text_normed": lambda: self.words,
+            "key_norm": lambda: self.x.abs().sum(-1),
+            "text_key_norm": lambda: self.words.abs().sum(-1),
+        }
+        return made[kind]()
 
 
-def dart(x: Tensor, k: int) -> Tensor:
-    """DART with pivots of largest norm, none of a text."""
-    first = largest(x.abs().sum(-1), 8)
-    steering = x[torch.arange(len(x))[:, None], first]
-    return torch.cat([first, spread(x, steering, quotas(k - 8, 8), first)], 1)
+def choice(method: Method, drawn: Drawn) -> tuple[Arm, int]:
+    """A method's decision on a drawn view, and how many tokens it leaves."""
+    site = method.sites(KINDS[kinds_of(method.spec_name())[0]].layout())[0]
+    scope = site.scope or method.scope
+    site = Site(site.stage, site.layer, needs=site.needs, scope=scope)
+    signals = {name: drawn.signal(name) for name in site.needs}
+    frames = FRAMES if scope == "clip" else 0
+
+    def decide() -> Reduction | None:
+        # A view remembers what was made of it, so each decision gets its own.
+        return method.reduce(TokenView(drawn.x, site, grid=drawn.grid, frames=frames, depth=32, signals=signals))
+
+    reduction = decide()
+    return decide, drawn.n if reduction is None or reduction.keep is None else reduction.keep.shape[1]
 
 
-def arms(batch: int, n: int, k: int) -> dict[str, Callable[[], object]]:
-    """Every selection on one drawn input: forty clusters, attention as of a class token, words of a text."""
-    centre = torch.randn(batch, 40, WIDTH)
-    place = torch.randint(0, 40, (batch, n, 1)).expand(-1, -1, WIDTH)
-    x = centre.gather(1, place) + 0.7 * torch.randn(batch, n, WIDTH)
-    score = (2 * torch.randn(batch, n)).softmax(1)
-    words, start = torch.randn(batch, WORDS, WIDTH), torch.zeros(batch, dtype=torch.int64)
-    relevance = score / score.amax(1, keepdim=True)
+def own_loops(drawn: Drawn, k: int) -> dict[str, Arm]:
+    """The rules of the greedy methods as tight loops, by their names in the registry."""
+    x, score = drawn.x, drawn.score
     return {
-        LOOP: lambda: tight_loop(x, k),
-        "ToDRE": lambda: diverse_subset(x, k, start),
-        "DivPrune": lambda: max_min_subset(x, k),
-        "CDPruner": lambda: dpp_map(x, k, relevance),
-        "SCOPE": lambda: saliency_coverage(x, k, score),
-        "SCOPE, alpha 0": lambda: saliency_coverage(x, k, score, 0.0),
-        "MMTok": lambda: multimodal_coverage(x, x, k, words),
-        "VisPruner": lambda: important_and_diverse(score, x, k, k // 2),
-        "VisionZip": lambda: dominant_and_contextual(score, x, k - k // 6, k // 6),
-        "DART": lambda: dart(x, k),
+        "cdpruner": lambda: loops.determinantal(x, k, score / score.amax(1, keepdim=True)),
+        "divprune": lambda: loops.isolated_first(x, k),
+        "mmtok": lambda: loops.covering(loops.looks(x, x, drawn.words), k),
+        "scope": lambda: loops.covering(loops.cosines(x), k, score),
+        "todre": lambda: loops.dispersed(x, k, score.argmax(1)),
+        "vispruner": lambda: loops.without_near(x, k, score),
     }
 
 
@@ -95,30 +127,45 @@ def matmul_rate(rounds: int = 3) -> float:
     return max(2 * 1024 * 4096 * 4096 / seconds(lambda: a @ b) for _ in range(rounds))
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Arm) -> float:
     """Of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def measure(n: int, k: int, batch: int, rounds: int, rate: float) -> list[dict[str, object]]:
+def measure(n: int, k: int, batch: int, rounds: int, rate: float) -> list[dict[str, Any]]:
     """Rows of the table for one size."""
-    ways = arms(batch, n, k)
-    spent: dict[str, list[float]] = {name: [] for name in ways}
+    drawn = Drawn(batch, n)
+    own = own_loops(drawn, k)
+    ways: dict[str, Arm] = {LOOP: lambda: loops.k_center(drawn.x, k)}
+    specs = {}
+    for template in METHODS:
+        (method,) = parse_methods(template.format(k=k, rate=1 - k / n))
+        name = method.spec_name()
+        ways[name], left = choice(method, drawn)
+        specs[name] = str(method)
+        if left not in (k, k + 1):  # PruMerge adds a token that is the mean of all others
+            raise SystemExit(f"{method} leaves {left} of {n} tokens, not {k}")
+    spent: dict[str, list[float]] = {name: [] for name in (*ways, *(f"own {name}" for name in own))}
     for number in range(rounds + 1):
         for name, call in ways.items():
             took = seconds(call)
+            beside = seconds(own[name]) if name in own else 0.0
             if number:  # the first round warms up
                 spent[name].append(took)
+                if name in own:
+                    spent[f"own {name}"].append(beside)
     median = {name: statistics.median(values) for name, values in spent.items()}
     prefill = batch * prefill_flops(n + TEXT) / rate
     saving = prefill - batch * prefill_flops(k + TEXT) / rate
     return [
         {
-            "selection": name, "n": n, "k": k, "batch": batch, "median_ms": f"{1e3 * median[name]:.4g}",
-            "least_ms": f"{1e3 * min(spent[name]):.4g}", "of_loop": f"{median[name] / median[LOOP]:.2f}",
-            "of_prefill": f"{median[name] / prefill:.2%}", "of_saving": f"{median[name] / saving:.2%}",
+            "method": name, "spec": specs.get(name, ""), "n": n, "k": k, "batch": batch,
+            "median_ms": f"{1e3 * median[name]:.4g}", "least_ms": f"{1e3 * min(spent[name]):.4g}",
+            "of_loop": f"{median[name] / median[LOOP]:.2f}",
+            "of_own_loop": f"{median[name] / median[f'own {name}']:.2f}" if name in own else "",
+            "of_prefill": f"{median[name] / prefill:.6f}", "of_saving": f"{median[name] / saving:.6f}",
             "rounds": rounds,
         }
         for name in ways
@@ -132,21 +179,26 @@ def machine() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def page(rows: list[dict[str, object]], facts: dict[str, object]) -> str:
+def page(rows: list[dict[str, Any]], facts: dict[str, object]) -> str:
     """The table in markdown, a column a size."""
     sizes = list(dict.fromkeys((row["n"], row["k"], row["batch"]) for row in rows))
-    text = ["# Selection on a CPU", "", (__doc__ or "").split("\n\n")[2].replace("\n", " ").strip(), ""]
+    what = (__doc__ or "").split("\n\n")[2].replace("\n", " ").strip()
+    text = ["# Selection on a CPU", "", what.partition(" Writes")[0], ""]
     text += [f"- {name}: {value}" for name, value in facts.items()]
     head = " | ".join(f"{k} of {n}, batch {batch}" for n, k, batch in sizes)
-    text += ["", "Milliseconds; times the loop; share of the prefill; share of what the cut saves of it.", ""]
-    text += [f"| selection | {head} |", "|---" * (len(sizes) + 1) + "|"]
-    for name in dict.fromkeys(row["selection"] for row in rows):
-        cells = {(row["n"], row["k"], row["batch"]): row for row in rows if row["selection"] == name}
+    text += [
+        "",
+        "Times the k-center loop; times the method's own loop; share of what the cut saves of the prefill.",
+        "",
+    ]
+    text += [f"| method | {head} |", "|---" * (len(sizes) + 1) + "|"]
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != LOOP):
+        cells = {(row["n"], row["k"], row["batch"]): row for row in rows if row["method"] == name}
         shown = (
-            f"{row['median_ms']}; {row['of_loop']} x; {row['of_prefill']}; {row['of_saving']}"
+            f"{row['of_loop']}; {row['of_own_loop'] or '-'}; {float(row['of_saving']):.2%}"
             for row in (cells[size] for size in sizes)
         )
-        text.append(f"| {name} | " + " | ".join(shown) + " |")
+        text.append(f"| `{name}` | " + " | ".join(shown) + " |")
     return "\n".join(text) + "\n"
 
 
@@ -162,7 +214,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     load, rate = os.getloadavg()[0], matmul_rate()
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for n, k in (map(int, size.split(":")) for size in given.sizes):
             for batch in given.batches:

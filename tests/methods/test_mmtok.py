@@ -153,6 +153,14 @@ def test_nan_loses_and_leaves_the_others_alone():
     assert set(multimodal_coverage(x, features, 10, text)[0].tolist()).isdisjoint({7})
 
 
+def test_a_word_that_is_not_finite_looks_at_none():
+    """The others count as among so many words, which is the picture counting for more beside the finite ones alone."""
+    x, features, text = torch.randn(2, 30, 8), torch.randn(2, 30, 8), torch.randn(2, 5, 8)
+    worse = torch.cat([text, torch.full((2, 1, 8), float("inf"))], 1)
+    expected = multimodal_coverage(x, features, 12, text, alpha=0.5 * 6 / 5)
+    assert torch.equal(multimodal_coverage(x, features, 12, worse, alpha=0.5), expected)
+
+
 def test_batch_equals_single_rows_and_a_shared_text():
     x, features, text = drawn()
     together = multimodal_coverage(x, features, 9, text)

@@ -16,7 +16,7 @@ from ..core.settings import check_choice, check_keep, check_range, keep_count
 from ..core.site import POSITIONS, SEPARATORS, Counts, Layout, Site
 from ..core.view import TokenView
 from ..errors import MissingSignal
-from ..kernels.reference.rows import products, square_products
+from ..kernels.reference.rows import blank, finite_unit_rows, products, square_products
 from ..kernels.reference.steps import in_steps
 
 VISION = ("tower", "projected")
@@ -53,9 +53,9 @@ def multimodal_coverage(
         int64 `[B, k]`, in the order chosen, without repeats. The lowest index wins a tie, NaN tokens come last.
     """
     with kernels.exact(x.device):
-        unit, own = kernels.unit_rows(x), kernels.unit_rows(features)
-        bad = unit.isnan().any(-1) | own.isnan().any(-1)
-        unit, own = (rows.masked_fill(bad.unsqueeze(-1), 0.0) for rows in (unit, own))
+        (unit, finite, _), (own, finite_too, _) = finite_unit_rows(x), finite_unit_rows(features)
+        bad = ~(finite & finite_too)
+        unit, own = blank(unit, bad), blank(own, bad)
         words = None
         if text is not None and text.shape[-2]:
             words = kernels.unit_rows(text).expand(len(x), -1, -1)
@@ -65,6 +65,7 @@ def multimodal_coverage(
             table = _looks(square_products(own[part]), bad[part], tau_v, alpha if words is not None else 1.0)
             if words is not None:
                 by_words = _looks(products(unit[part], words[part]), bad[part], tau_t)
+                by_words.nan_to_num_(nan=0.0)  # a word that is not finite looks at none
                 table = torch.cat([by_words, table], 2)
             chosen.append(kernels.greedy_cover(table, k, late=late[part])[0])
         return torch.cat(chosen)
@@ -79,8 +80,9 @@ def _looks(cosines: Tensor, bad: Tensor, tau: float, scale: float = 1.0) -> Tens
         tau: temperature.
         scale: of all.
     """
-    logits = cosines.div_(tau).masked_fill_(bad.unsqueeze(-1), float("-inf"))
-    return logits.softmax(1).nan_to_num_(nan=0.0).div_(cosines.shape[2]).mul_(scale)
+    looks = blank(cosines.div_(tau), bad, float("-inf")).softmax(1)
+    # Where no token is left to be looked at, softmax gives NaN.
+    return blank(looks, bad).div_(cosines.shape[2]).mul_(scale)
 
 
 def square_padding(width: int, height: int, *, size: int = 336, patch: int = 14) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..exact import exact
 from .lazy_coverage import added, cover_in_blocks, cover_lazily, may_be_lazy, places_behind, split
-from .rows import square_products, unit_rows
+from .rows import blank, finite_unit_rows, square_products
 from .steps import in_steps
 
 TABLE_BYTES = 2 << 30
@@ -18,7 +18,7 @@ def greedy_cover(
     table: Tensor, k: int, *, weight: Tensor | None = None, late: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Definition of `vlmtok.kernels.greedy_cover`: `cover_plainly`, or on a CPU what chooses the same by less work."""
-    batch, _, targets = table.shape
+    batch, n, targets = table.shape
     with exact(table.device):
         table = table.float().contiguous()
         weight = None if weight is None else weight.float().clamp(min=0.0)
@@ -28,14 +28,15 @@ def greedy_cover(
             first = added(table, table.new_zeros(batch, 1, targets), weight)
             return cover_plainly(table, k, weight, places_behind(first, late))
         chosen = []
-        for i in range(batch):
-            own = None if weight is None else weight[i]
+        for some, _ in in_steps(batch, 1, n * targets, table.device.type):
+            own = None if weight is None else weight[some]
             # In steps, so that what is cut off at zero stays near the processor.
-            parts = [added(rows, rows.new_zeros(targets)) for rows in split(table[i])]
-            first = torch.cat(parts) if own is None else torch.cat(parts) * own
-            behind = places_behind(first, None if late is None else late[i])
-            chosen.append(cover_lazily(table[i], k, own, first, behind))
-        return torch.stack([order for order, _ in chosen]), torch.stack([gain for _, gain in chosen])
+            parts = [added(rows, rows.new_zeros(targets)) for rows in split(table[some].flatten(0, 1))]
+            first = torch.cat(parts).view(-1, n)
+            first = first if own is None else first * own
+            behind = places_behind(first, None if late is None else late[some])
+            chosen.append(cover_lazily(table[some], k, own, first, behind))
+        return torch.cat([order for order, _ in chosen]), torch.cat([gain for _, gain in chosen])
 
 
 def cover_plainly(table: Tensor, k: int, weight: Tensor | None, behind: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +101,8 @@ def covering_rows(x: Tensor, weight: Tensor | None, valid: Tensor | None) -> tup
         Rows of length one, fp32, those that are not finite or valid, or whose weight is NaN, zero; the weights, 0 for
         NaN; and int64 `[B, N]`: 0, for rows that are not finite 1, for invalid ones 2.
     """
-    unit = unit_rows(x)
-    bad = unit.isnan().any(-1)
+    unit, finite, _ = finite_unit_rows(x)
+    bad = ~finite
     if weight is not None:
         weight = weight.float().clamp(min=0.0)
         bad = bad | ~weight.isfinite()
@@ -109,4 +110,4 @@ def covering_rows(x: Tensor, weight: Tensor | None, valid: Tensor | None) -> tup
     late = bad.long()
     if valid is not None:
         late = late.masked_fill(~valid, 2)
-    return unit.masked_fill((late > 0).unsqueeze(-1), 0.0), weight, late
+    return blank(unit, late > 0), weight, late

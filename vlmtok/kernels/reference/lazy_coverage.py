@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .rows import take_rows
+
 BLOCK = 64
 """Rows that are multiplied together where no table is held: always the same ones, so that their bits stay."""
 
 _LEAST, _MOST = 16, 512  # rows summed again at a time, at first and at most
+_ADAPT = 4  # rounds after which it is seen whether they were enough
 _STEP_BYTES = 1 << 20  # of the table, that a processor keeps near it
 _BEHIND = (1 << 62) - 1  # the last place that `late` tells apart
 
@@ -66,54 +69,70 @@ def may_be_lazy(x: Tensor, any_device: bool = False) -> bool:
 
 
 def cover_lazily(table: Tensor, k: int, weight: Tensor | None, first: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
-    """The choice of `cover_plainly` for one picture.
+    """The choice of `cover_plainly`; pictures go on together, as long as the slowest of them needs.
 
     Args:
-        table: fp32 `[N, R]`, contiguous, on a CPU.
+        table: fp32 `[B, N, R]`, contiguous, on a CPU.
         k: how many.
-        weight: fp32 `[N]`, not negative, or None.
-        first: fp32 `[N]`, what each row adds to nothing.
-        behind: fp32 `[N]`, what `places_behind` gives.
+        weight: fp32 `[B, N]`, not negative, or None.
+        first: fp32 `[B, N]`, what each row adds to nothing.
+        behind: fp32 `[B, N]`, what `places_behind` gives.
 
     Returns:
-        The choice, int64 `[k]`, and the gains, fp32 `[k]`.
+        The choice, int64 `[B, k]`, and the gains, fp32 `[B, k]`.
     """
-    bound = first.masked_fill(behind > 0, float("-inf"))
-    seen = torch.zeros_like(bound, dtype=torch.int64)  # the round in which a row was last summed
-    cover = table.new_zeros(table.shape[1])
-    candidates = int((behind == 0).sum())
-    order, gain, width = [], [], _LEAST
-    for step in range(min(k, candidates)):
-        some, before = width, []
-        while True:
-            best, at = bound.max(0)
-            pick, value = int(at), float(best)
-            if value == 0.0 or int(seen[pick]) == step:  # a bound of nothing is what is added
+    none = float("-inf")
+    batch, n, targets = table.shape
+    bound = first.masked_fill(behind > 0, none)
+    seen = torch.full_like(bound, -1, dtype=torch.int64)  # the round in which a row was last summed
+    cover = table.new_zeros(batch, 1, targets)
+    least, most = (int(count) for count in (behind == 0).sum(1).aminmax())
+    order, gain, width, spent = [], [], min(_LEAST, n), False
+    best, at = bound.max(1, keepdim=True)
+    for step in range(min(k, most)):
+        some, led = width, []
+        while not spent:  # later bounds of nothing are what is added
+            bounds, rows = bound.topk(some, dim=1, sorted=False)
+            if led:  # of equal bounds topk takes any, perhaps not the lowest index
+                bounds, rows = torch.cat([bounds, best], 1), torch.cat([rows, at], 1)
+            own = None if weight is None else weight.gather(1, rows)
+            more = added(take_rows(table, rows), cover, own)
+            if some > least - step:  # a row that is chosen, or behind, may be among them
+                more.masked_fill_(bounds == none, none)
+            bound.scatter_(1, rows, more)
+            seen.scatter_(1, rows, step)
+            led.append(bounds)
+            best, at = bound.max(1, keepdim=True)
+            # No other bound is above these, so a sum that is above them is the largest.
+            if bool((best > bounds.amin(1, keepdim=True)).all()):
                 break
-            some = min(some, candidates - step)  # so that no row chosen before is among them
-            bounds, rows = bound.topk(some, sorted=False)
-            rows = torch.cat([rows, at.unsqueeze(0)])  # of equal bounds topk takes any, perhaps not the lowest index
-            own = None if weight is None else weight.index_select(0, rows)
-            bound.index_copy_(0, rows, added(table.index_select(0, rows), cover, own))
-            seen.index_fill_(0, rows, step)
-            before.append(bounds)
-            some = min(2 * some, _MOST)
-        # As many as led this time, and some more, will mostly do the next time.
-        led = sum(int((bounds > best).sum()) for bounds in before)
-        width = max(_LEAST, min(_MOST, (6 * width + 3 * led) // 8))
-        order.append(pick)
-        gain.append(value)
-        bound[pick] = float("-inf")
-        torch.maximum(cover, table[pick], out=cover)
-    return _with_the_rest(order, gain, k, behind)
+            spent = bool((best <= 0.0).all())
+            if bool(((seen.gather(1, at) == step) | (best <= 0.0)).all()):
+                break
+            some = min(2 * some, _MOST, n)
+        if step % _ADAPT == 0 or len(led) > 1:
+            # As many as led this time, and some more, will mostly do the next time.
+            ahead = sum(int((bounds > best).sum(1).max()) for bounds in led)
+            width = min(max(_LEAST, min(_MOST, (6 * width + 3 * ahead) // 8)), n)
+        order.append(at)
+        gain.append(best)
+        bound.scatter_(1, at, none)
+        torch.maximum(cover, take_rows(table, at), out=cover)
+        if spent:
+            best, at = bound.max(1, keepdim=True)
+    picks = torch.cat(order, 1) if order else torch.empty(batch, 0, dtype=torch.int64)
+    gains = torch.cat(gain, 1) if gain else torch.empty(batch, 0)
+    chosen = [_with_the_rest(*ours, k) for ours in zip(picks, gains, behind)]
+    return torch.stack([one for one, _ in chosen]), torch.stack([one for _, one in chosen])
 
 
-def _with_the_rest(order: list[int], gain: list[float], k: int, behind: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidates chosen, and rows behind them up to k."""
-    rest = behind.argsort(stable=True)[len(behind) - int((behind > 0).sum()) :][: k - len(order)]
-    picks = torch.cat([torch.tensor(order, dtype=torch.int64, device=behind.device), rest])
-    gains = torch.tensor(gain, dtype=torch.float32, device=behind.device)
-    return picks, torch.cat([gains, gains.new_full(rest.shape, float("nan"))])
+def _with_the_rest(order: Tensor, gain: Tensor, behind: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The candidates of a picture as chosen, and rows behind them up to k."""
+    ranked = behind.argsort(stable=True)
+    candidates = len(behind) - int((behind > 0).sum())
+    order, gain = order[: min(k, candidates)], gain[: min(k, candidates)]
+    rest = ranked[candidates:][: k - len(order)]
+    return torch.cat([order, rest]), torch.cat([gain, gain.new_full(rest.shape, float("nan"))])
 
 
 def cover_in_blocks(unit: Tensor, k: int, weight: Tensor | None, late: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -165,4 +184,5 @@ def cover_in_blocks(unit: Tensor, k: int, weight: Tensor | None, late: Tensor | 
         gain.append(value)
         bound[pick] = float("-inf")
         torch.maximum(cover, block(number)[pick - number * BLOCK], out=cover)
-    return _with_the_rest(order, gain, k, behind)
+    picks = torch.tensor(order, dtype=torch.int64, device=unit.device)
+    return _with_the_rest(picks, torch.tensor(gain, dtype=torch.float32, device=unit.device), behind, k)

@@ -50,8 +50,15 @@ def finite_unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     finite = length.isfinite()
-    unit = _divided(wide, length).masked_fill_(~finite, 0.0)
-    return unit, finite.squeeze(-1), (finite & (length > EPS)).squeeze(-1)
+    finite, whole = finite.squeeze(-1), (finite & (length > EPS)).squeeze(-1)
+    return blank(_divided(wide, length), ~finite), finite, whole
+
+
+def blank(x: Tensor, rows: Tensor, value: float = 0.0) -> Tensor:
+    """Sets rows of `x` `[B, N, C]` where `rows` `[B, N]` is true, in place; where the host sees none, nothing is read."""
+    if host_may_look(x) and not rows.any():
+        return x
+    return x.masked_fill_(rows.unsqueeze(-1), value)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
