@@ -193,6 +193,15 @@ def test_show_names_paper_parameters_sites_and_deviations(vlmtok_):
         assert entry.summary and entry.paper and bool(entry.presets) == hasattr(method_class(name), "preset")
 
 
+def test_show_says_where_a_method_costs_more_than_it_saves(vlmtok_):
+    text = " ".join(vlmtok_("show", "tome").stdout.split())
+    assert "time of one picture (batch 1)" in text and "costs more than it saves" in text and "H200" in text
+    (found,) = data_of(vlmtok_("show", "scope", "--json"))["methods"]
+    chosen = [row for row in found["batch_one"] if row["selection"] is not None]
+    assert chosen and all(0 < row["selection"] < 1 and not row["costs_more_than_it_saves"] for row in chosen)
+    assert "batch 1" not in vlmtok_("show", "kv_norm").stdout
+
+
 def test_show_says_what_a_method_chose_by_itself(vlmtok_):
     text = " ".join(vlmtok_("show", "crossget", "--model", "timm:vit_base_patch16_siglip_224").stdout.split())
     assert text.count("merges without guidance (guidance=None): the tower of timm-vit has no class token") == 1

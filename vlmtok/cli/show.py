@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer.core
 
@@ -11,6 +12,9 @@ from .console import at_work, print_json, print_table, standard_output
 from .inputs import check_fit, question_about, say_overlay, write_overlay
 from .matrix import check_matrix, list_matrix
 from .options import Adapter, Device, Dtype, Json, Model, Overlay, Picture, Prompt, Random
+
+if TYPE_CHECKING:
+    from ..lab.batch_one import Cost
 
 
 @app.command("list", cls=Once)
@@ -105,6 +109,7 @@ def show(
     """Show a method: paper, parameters, sites, signals, deviations; with --model and --image also its overlay."""
     from ..core.spec import parse_methods
     from ..lab import catalogue
+    from ..lab.batch_one import costs
 
     made = parse_methods(method)
     entries = [catalogue.entry(one.spec_name()) for one in made]
@@ -135,6 +140,7 @@ def show(
                 "refused_settings": cannot,
                 "remarks": chosen,
                 "notes": notes,
+                "batch_one": [cost.to_dict() for cost in costs(entry.name)],
             }
             for entry, one, (place, rows), cannot, chosen, notes in zip(entries, made, sites, refused, remarks, said)
         ]
@@ -144,6 +150,7 @@ def show(
     for entry, one, (place, rows), cannot, notes in zip(entries, made, sites, refused, said):
         _show_method(console, entry, one.settings(), place, rows)
         _show_limits(console, place, cannot, notes)
+        _show_costs(costs(entry.name))
         _show_doubts(console, entry)
     if result is not None:
         say_overlay(console, path, words)
@@ -194,6 +201,13 @@ def _show_limits(console: Any, place: str, refused: list[dict[str, str]], notes:
         print_table(("setting", "why"), [(row["setting"], row["why"]) for row in refused], f"refused on {place}")
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _show_costs(found: Sequence[Cost]) -> None:
+    """What a method costs for one picture, where that is on record."""
+    if found:
+        rows = [(c.what, str(c.tokens), c.spec, f"{c.times:.2f} x", c.verdict, f"{c.device}, {c.dtype}") for c in found]
+        print_table(("what", "tokens", "setting", "takes", "so it", "on"), rows, "time of one picture (batch 1)")
 
 
 def _show_doubts(console: Any, entry: Any) -> None:

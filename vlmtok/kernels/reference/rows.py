@@ -55,7 +55,7 @@ def finite_unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def blank(x: Tensor, rows: Tensor, value: float = 0.0) -> Tensor:
-    """Sets rows of `x` `[B, N, C]` where `rows` `[B, N]` is true, in place; where the host sees none, nothing is read."""
+    """Sets rows of `x` `[B, N, C]` where `rows` `[B, N]` is true, in place; reads nothing where the host sees none."""
     if host_may_look(x) and not rows.any():
         return x
     return x.masked_fill_(rows.unsqueeze(-1), value)
