@@ -10,52 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .policy import Policy, all_policies
 from .tracing import constant_in_graphs
 
 
 # ---------------------------------------------------------------------- auto
-@dataclass(frozen=True)
-class Policy:
-    """When `auto` prefers the Triton kernel of an op.
-
-    Attributes:
-        op: the op, or ``"*"`` for every op without a row of its own.
-        min_batch: from this batch on.
-        pair_bytes: or where the torch path would hold at least so many bytes of N x N intermediates.
-        basis: ``"measured"`` or ``"modelled"``.
-        device: name of the device measured (as `torch.cuda.get_device_name` says); empty for a modelled row.
-        versions: of torch and triton, for a measured row.
-        source: file under benchmarks/results with the figures, for a measured row.
-    """
-
-    op: str
-    min_batch: int
-    pair_bytes: int
-    basis: str
-    device: str = ""
-    versions: str = ""
-    source: str = ""
-
-
-NEVER = 1 << 30
-"""`Policy.min_batch` of an op whose kernel was slower at every size measured."""
-_H200 = ("measured", "NVIDIA H200", "torch 2.11.0, triton 3.6.0", "kernels_h200.json")
-POLICIES: tuple[Policy, ...] = (
-    # On the card measured, each kernel is faster than torch at every batch: small ones are bound by launches, of which
-    # a kernel has fewer. Elsewhere the same is assumed.
-    Policy("*", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
-    Policy("causal_column_sums", min_batch=1, pair_bytes=1 << 30, basis="modelled"),
-    Policy("bipartite_match", 1, 1 << 30, *_H200),
-    Policy("complete_match", 1, 1 << 30, *_H200),
-    Policy("energy", 1, 1 << 30, *_H200),
-    Policy("energy_match", 1, 1 << 30, *_H200),
-    Policy("greedy_select", 1, 1 << 30, *_H200),
-    Policy("guided_match", 1, 1 << 30, *_H200),
-    Policy("match_max", 1, 1 << 30, *_H200),
-    Policy("merge_rows", 1, 1 << 30, *_H200),
-    Policy("received_attention", 1, 1 << 30, *_H200),
-    Policy("transition_stats", 1, 1 << 30, *_H200),
-)
+POLICIES: tuple[Policy, ...] = all_policies()
+"""Rows that decide, the first that fits before others."""
 
 
 def policy(op: str, device: str = "") -> Policy:

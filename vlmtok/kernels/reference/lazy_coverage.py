@@ -90,7 +90,8 @@ def cover_lazily(table: Tensor, k: int, weight: Tensor | None, first: Tensor, be
     order, gain, width, spent = [], [], min(_LEAST, n), False
     best, at = bound.max(1, keepdim=True)
     for step in range(min(k, most)):
-        some, led = width, []
+        some = width
+        led: list[Tensor] = []
         while not spent:  # later bounds of nothing are what is added
             bounds, rows = bound.topk(some, dim=1, sorted=False)
             if led:  # of equal bounds topk takes any, perhaps not the lowest index
