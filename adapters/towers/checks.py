@@ -120,8 +120,9 @@ def dense(mask: Any) -> Any:
         return mask
     from torch.nn.attention.flex_attention import create_mask
 
+    batch, heads, rows, keys = mask.shape
     # What a BlockMask stores is of whole blocks alone; its rule knows each pair.
-    return create_mask(rule, *mask.shape, device=mask.kv_indices.device)
+    return create_mask(rule, batch, heads, rows, keys, device=mask.kv_indices.device)
 
 
 def _by_key(mask: Tensor) -> Tensor | None:

@@ -240,7 +240,8 @@ def check_bias(spec: TowerSpec, attachment: Attachment) -> None:
     if asking and kind:
         raise UnsupportedModel(
             f"{asking[0]} wants proportional attention, but {kind} takes no bias on the keys; load the model with "
-            "attn_implementation='sdpa' (or 'eager', 'flex_attention'), or switch proportional attention off in the method"
+            "attn_implementation='sdpa' (or 'eager', 'flex_attention'), or switch proportional attention off in "
+            "the method"
         )
 
 

@@ -20,9 +20,9 @@ from ...core.site import StageLayout
 from .. import hosts
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
+from .sized_attention import check_masks
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
-from .sized_attention import check_masks
 from .text_state import TextState
 from .tower import Tower
 

@@ -18,7 +18,7 @@ from ...core.signals import PER_TOKEN, TowerTaps, tower_signals
 from ...core.site import StageLayout
 from .. import forms, host_objects, hosts
 from ..base import TowerSpec, child
-from ..hosts import Arguments
+from ..hosts import Arguments, Host
 from . import mid_block
 from .checks import check_key_bias
 from .cutting import PictureCuts

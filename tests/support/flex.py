@@ -26,7 +26,10 @@ def uncompiled(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({**words, "shape": tuple(query.shape)})
         return flex.flex_attention(query, key, value, **words)
 
+    def masks(*given: Any, _compile: bool = False, **words: Any) -> Any:
+        return block_mask(*given, **words)
+
     patch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     patch.setattr(host, "compile_friendly_flex_attention", attention)
-    patch.setattr(masking_utils, "create_block_mask", lambda *given, _compile=False, **words: block_mask(*given, **words))
+    patch.setattr(masking_utils, "create_block_mask", masks)
     return calls
