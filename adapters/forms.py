@@ -22,7 +22,13 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flex_attention"})
 """Attention functions of transformers that are softmax(scale q k + bias) v; flash attention is told by its name."""
 BIASED = frozenset({"eager", "sdpa"})
-"""Of these, the ones that take a bias `[B, 1, 1, L]`; flex attention reads one for every pair."""
+"""Of these, the ones that take a bias `[B, 1, 1, L]` in place of the mask."""
+FLEX = "flex_attention"
+"""The one that takes a bias beside its mask, and adds it in its score_mod (see `takes_scores`)."""
+TABLE = "ALL_ATTENTION_FUNCTIONS"
+"""The host's attention functions by name, beside the class of an attention."""
+SCORES = "position_bias"
+"""The argument of the host's flex attention for what its score_mod adds, `[B, H, N, L]`."""
 
 
 def inner(module: Host) -> Any:
@@ -125,7 +131,14 @@ def shared(config: Host) -> Any:
 def unbiased(attn: Host) -> str:
     """The attention function that takes no bias on the keys; empty where it takes one."""
     name = implementation(attn)
-    return "" if not name or name in BIASED else name
+    return "" if not name or name in BIASED or (name == FLEX and takes_scores(attn)) else name
+
+
+def takes_scores(attn: Host) -> bool:
+    """Whether the flex attention that a module of transformers would call has an argument for a bias on the logits."""
+    table = found_beside(attn, TABLE)
+    function = None if table is None else table.get(FLEX)
+    return function is not None and SCORES in inspect.signature(function).parameters
 
 
 def beside(module: Host, name: str) -> Any:

@@ -99,7 +99,7 @@ def visible_keys(
     Raises:
         PassError: the blocks get another mask that hides something, or the causal switch.
     """
-    mask = arguments.get(hosts.BIAS, args, kwargs)
+    mask = dense(arguments.get(hosts.BIAS, args, kwargs))
     if arguments.get(hosts.CAUSAL, args, kwargs):
         raise PassError(f"the {stage} tower was called as a causal one; call the compressed model without that")
     if mask is None or (masked and isinstance(mask, Tensor) and hides_nothing(mask)):
@@ -111,6 +111,18 @@ def visible_keys(
         f"the {stage} tower was called with an attention mask that hides tokens (patches of padding, or your "
         "own); a compression cannot be combined with it: call the model without a mask, with pictures of one size"
     )
+
+
+def dense(mask: Any) -> Any:
+    """A mask as a host's blocks get it, where it is a BlockMask of flex attention as bool `[B, 1 or H, N, L]`."""
+    rule = getattr(mask, "mask_mod", None)
+    if rule is None:
+        return mask
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads, rows, keys = mask.shape
+    # What a BlockMask stores is of whole blocks alone; its rule knows each pair.
+    return create_mask(rule, batch, heads, rows, keys, device=mask.kv_indices.device)
 
 
 def _by_key(mask: Tensor) -> Tensor | None:

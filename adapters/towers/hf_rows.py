@@ -233,14 +233,15 @@ def check_bias(spec: TowerSpec, attachment: Attachment) -> None:
     """Refuses proportional attention where the attention takes no bias on the keys.
 
     Raises:
-        UnsupportedModel: flash or flex attention, or one of the user's own, with a proportional method.
+        UnsupportedModel: flash attention, or one of the user's own, with a proportional method.
     """
     kind = forms.unbiased(child(spec.blocks[0], spec.block.attn))
     asking = [type(e.method).__name__ for e in attachment.at("vision") if e.method.proportional]
     if asking and kind:
         raise UnsupportedModel(
             f"{asking[0]} wants proportional attention, but {kind} takes no bias on the keys; load the model with "
-            "attn_implementation='sdpa', or switch proportional attention off in the method"
+            "attn_implementation='sdpa' (or 'eager', 'flex_attention'), or switch proportional attention off in "
+            "the method"
         )
 
 

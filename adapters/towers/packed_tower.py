@@ -126,8 +126,10 @@ class PackedTower(Tower):
                 record.chunks = None if record.bias is None else record.bias.split(lengths, -1)
         return found
 
-    def added(self, layer: int) -> Tensor | None:
+    def added(self, layer: int, q: Tensor) -> Tensor | None:
         """What is added to the logits of the stretch that the attention is called for now."""
+        if not self.block.by_name:
+            return super().added(layer, q)
         record = self.running.of(replaying()).record(layer)
         if record.chunks is None:
             return None
@@ -139,7 +141,13 @@ class PackedTower(Tower):
         return record.chunks[record.asked - 1]
 
     def masked(
-        self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: int,
+        record: LayerRecord,
+        x: Tensor,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """The host's mask of blocks at the tokens that are left, with what proportional attention adds."""
         if self.block.bias is None:
@@ -155,7 +163,7 @@ class PackedTower(Tower):
                 "and its row got shorter; load the model with attn_implementation='sdpa' (or 'eager')"
             )
         shorter = mask[..., place[0], :][..., place[0]]
-        if record.bias is not None:
+        if record.bias is not None and layer not in self.sized:
             shorter = shorter + record.bias
         return arguments.put(args, kwargs, {self.block.bias: shorter})
 

@@ -3,6 +3,8 @@
 An attention of transformers looks its function up by ``self.config._attn_implementation`` at every call. So an
 attention module gets, as an attribute of its own, a twin of its configuration that differs in that name alone, and the
 name is that of a function here, which adds what a driver says to the mask and calls what the host would have called.
+Flex attention gets it beside its mask, a BlockMask, and adds it in its score_mod.
+
 The configuration that the model shares is not touched, and the module has it again when the attachment ends. A copy of
 the model, made by `copy`, `pickle` or `torch.save`, gets the shared configuration from the start. The name stays in the
 host's table of functions; nothing looks there unless a twin sends it.
@@ -31,7 +33,7 @@ a float `[n]`, `[B, n]` or `[B, 1 or H, 1 or N, n]`; None where nothing is added
 
 _NAME = "vlmtok_sized"
 """Of our function; no host takes it for a flash kernel, whose names they know by the word."""
-_TABLE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+_TABLE, _EAGER = forms.TABLE, "eager_attention_forward"
 _CALLABLE = frozenset({"", *forms.BIASED})
 """Functions that may be called with the bias; an attention without a name calls the eager one."""
 
@@ -44,14 +46,16 @@ class Twin:
         bias: the driver's answer, behind a hook that is quiet while the attachment is.
         eager: the host's own function.
         table: the host's functions by name.
+        scores: whether its flex attention takes a bias.
     """
 
-    __slots__ = ("bias", "eager", "table", "vlmtok_shadowed")
+    __slots__ = ("bias", "eager", "scores", "table", "vlmtok_shadowed")
 
     vlmtok_shadowed: Host
     bias: Hook
     eager: Callable[..., Any]
     table: Host
+    scores: bool
 
     def __init_subclass__(cls) -> None:
         """Keeps the host from making the class of a twin into a configuration with fields of its own."""
@@ -104,7 +108,7 @@ class SizedAttention:
 
         Raises:
             UnsupportedModel: the attention looks no function up by its configuration, or one that takes no bias on the
-                keys (flash, flex, or the user's own).
+                keys (flash, or the user's own).
         """
         attn = forms.inner(attn)
         check(attn)
@@ -116,6 +120,7 @@ class SizedAttention:
         twin.bias = Hook(self.attachment, lambda layer, module, q, k: bias_of(module, q, k), where=attn)
         twin.eager = forms.beside(attn, _EAGER)
         twin.table = forms.beside(attn, _TABLE)
+        twin.scores = forms.takes_scores(attn)
         twin.table.register(_NAME, sized_attention)
         self.attachment.owns(_Placed(attn, twin))
         attn.config = twin
@@ -183,7 +188,7 @@ def sized_attention(
         query: `[B, H, N, d]`.
         key: `[B, H or fewer, n, d]`.
         value: the same.
-        attention_mask: of the host: what is added to the logits, or bool, what is seen.
+        attention_mask: of the host: what is added to the logits, or bool, what is seen, or a BlockMask.
         kwargs: of the host, passed on.
 
     Raises:
@@ -195,25 +200,39 @@ def sized_attention(
     call = twin.table.get_interface(name or None, twin.eager)
     bias = twin.bias(module, query, key)
     if bias is not None:
-        if name not in _CALLABLE:
+        bias = _fitting(module, bias, query, key)
+        if name == forms.FLEX and twin.scores:
+            # A view: no table of pairs is stored, and the kernel reads one number a key.
+            scores, given = bias.expand(*query.shape[:3], key.shape[-2]), kwargs.get(forms.SCORES)
+            kwargs[forms.SCORES] = scores if given is None else given + scores
+        elif name in _CALLABLE:
+            attention_mask = _joined(module, bias, attention_mask, name, kwargs)
+        else:
             raise PassError(_no_bias(module))
-        attention_mask = _joined(module, bias, attention_mask, query, key, name, kwargs)
     return call(module, query, key, value, attention_mask=attention_mask, **kwargs)
 
 
-def _joined(
-    module: Host,
-    bias: Tensor,
-    mask: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    name: str,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """The host's mask and a bias as one mask that is added to the logits.
+def check_masks(attn: Host) -> None:
+    """Refuses to hand an attention a mask of numbers that it reads otherwise than it did when hooks were placed.
+
+    Args:
+        attn: the attention.
 
     Raises:
-        HostChanged: the bias is not one of these keys, or the host means a causal mask that is nowhere written.
+        PassError: the model's attention was switched to flex attention.
+    """
+    if not torch.compiler.is_compiling() and forms.implementation(attn) == forms.FLEX:
+        raise PassError(
+            f"{type(attn).__name__} was switched to {forms.FLEX} after the compression was attached, which reads masks "
+            "otherwise; switch first, then compress"
+        )
+
+
+def _fitting(module: Host, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias as `[B or 1, 1 or H, 1 or N, n]` in the dtype of the queries.
+
+    Raises:
+        HostChanged: it is not one of these keys.
     """
     rows, keys = query.shape[0], key.shape[-2]
     if bias.dim() not in (1, 2, 4) or bias.shape[-1] != keys or (bias.dim() > 1 and bias.shape[0] not in (1, rows)):
@@ -221,7 +240,15 @@ def _joined(
             module, f"it attends to {keys} keys of {rows} rows where a bias {list(bias.shape)} was made for them"
         )
     bias = bias.to(query.dtype)
-    bias = bias if bias.dim() == 4 else bias.reshape(-1, 1, 1, keys)
+    return bias if bias.dim() == 4 else bias.reshape(-1, 1, 1, keys)
+
+
+def _joined(module: Host, bias: Tensor, mask: Tensor | None, name: str, kwargs: dict[str, Any]) -> Tensor:
+    """The host's mask and a bias as one mask that is added to the logits.
+
+    Raises:
+        HostChanged: the host means a causal mask that is nowhere written.
+    """
     if mask is not None:
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, torch.finfo(bias.dtype).min)

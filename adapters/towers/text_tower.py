@@ -20,6 +20,7 @@ from ...core.site import StageLayout
 from .. import hosts
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
+from .sized_attention import check_masks
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
 from .text_state import TextState
@@ -69,6 +70,9 @@ class TextTower(Tower):
                 record.bias = state.mask(x.dtype, self.causal, size)
         if record.bias is None:
             return None
+        if layer in self.sized:  # the causal mask goes with the sizes; the host's is one of the whole rows
+            return self.attentions[layer].put(args, kwargs, {self.mask: None})
+        check_masks(module)
         mask = record.bias
         if self.block.bias_rank == 2:  # nn.MultiheadAttention takes [L, L] or one for each row and head
             mask = (

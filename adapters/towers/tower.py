@@ -18,7 +18,7 @@ from ...core.signals import PER_TOKEN, TowerTaps, tower_signals
 from ...core.site import StageLayout
 from .. import forms, host_objects, hosts
 from ..base import TowerSpec, child
-from ..hosts import Arguments
+from ..hosts import Arguments, Host
 from . import mid_block
 from .checks import check_key_bias
 from .cutting import PictureCuts
@@ -26,7 +26,7 @@ from .hook_plan import BlockPlan, block_plans
 from .intake import PictureIntake
 from .pooling import install_pools
 from .running import RunningPasses, probe
-from .sized_attention import SizedAttention
+from .sized_attention import SizedAttention, check_masks
 from .spreading import book_spread, spread
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
@@ -64,6 +64,7 @@ class Tower:
         self.num_prefix = spec.num_prefix
         self.last = spec.last % len(spec.blocks)
         self.returns_grid = spec.returns_grid
+        self.rebuilds = spec.padded or spec.stage == "text"  # masks that hide something, for the rows that are left
         self.packed = spec.packed
         self.entries = attachment.at(self.stage)
         self.tapped = attachment.tapped(self.stage)
@@ -75,6 +76,7 @@ class Tower:
         self.inputs: dict[int, Arguments] = {}
         self.attentions: dict[int, Arguments] = {}
         self.middles: dict[int, Arguments] = {}
+        self.sized: set[int] = set()  # blocks whose attention asks what is added when it calls its function
         check_key_bias(self.entries, spec)
         install_pools(attachment, spec, self.running)
         self._install(spec)
@@ -117,8 +119,9 @@ class Tower:
             wanted_of_attention = [role for role in (hosts.HIDDEN, block.bias, block.rope) if role]
             self.attentions[layer] = Arguments(attn, wanted_of_attention, [hosts.BIAS])
             put(attn, "pre", self.attend, layer)
-        if plan.biased and block.by_name:
-            SizedAttention(self.attachment).install(attn, lambda module, q, k: self.added(layer))
+        if self._asks(plan, attn):
+            SizedAttention(self.attachment).install(attn, lambda module, q, k: self.added(layer, q))
+            self.sized.add(layer)
         if "q" in plan.projections and block.q is not None:
             put(child(attn, block.q), "post", self.reader.tap_q, layer)
         if "k" in plan.projections and block.k is not None:
@@ -130,6 +133,12 @@ class Tower:
             put(child(module, block.branch_end), "post", self.branch, layer)
         if plan.end:
             put(module, "post", self.end, layer)
+
+    def _asks(self, plan: BlockPlan, attn: Host) -> bool:
+        """Whether what is added to a block's logits cannot be given as its mask: no argument, or flex attention."""
+        if self.block.bias is None:
+            return plan.biased and self.block.by_name
+        return (plan.biased or (plan.attention and self.rebuilds)) and forms.implementation(attn) == forms.FLEX
 
     # ------------------------------------------------------------------ hooks, in the order in which they run
     def start(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -200,24 +209,33 @@ class Tower:
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
             record.shown = shown if record.moved or record.bias is not None else None
-        return self.masked(record, x, arguments, args, kwargs)
+        if layer not in self.sized and (record.bias is not None or record.shown is not None):
+            check_masks(module)
+        return self.masked(layer, record, x, arguments, args, kwargs)
 
     def masked(
-        self, record: LayerRecord, x: Tensor, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: int,
+        record: LayerRecord,
+        x: Tensor,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """The attention's arguments with the mask that fits its rows; None where the host's own does.
 
         Args:
+            layer: of the block.
             record: of the layer.
             x: `[B, L, C]`, the attention's input.
             arguments: of the attention.
             args: of its call.
             kwargs: of its call.
         """
-        if record.shown is not None and self.block.bias is not None:
+        if record.shown is not None and self.block.bias is not None and layer not in self.sized:
             bias = hiding(record.bias, record.shown, arguments.get(hosts.BIAS, args, kwargs), x.dtype)
             return arguments.put(args, kwargs, {self.block.bias: bias})
-        if record.bias is None or self.block.bias is None:
+        if record.bias is None or self.block.bias is None or layer in self.sized:
             # The host's own mask hides nothing (see `visible_keys`), but has the length of the whole row.
             if record.moved and arguments.get(hosts.BIAS, args, kwargs) is not None:
                 return arguments.put(args, kwargs, {hosts.BIAS: None})
@@ -225,9 +243,17 @@ class Tower:
         bias = record.bias[:, 0, 0] if self.block.bias_rank == 2 else record.bias
         return arguments.put(args, kwargs, {self.block.bias: bias})
 
-    def added(self, layer: int) -> Tensor | None:
-        """What the attention that runs now adds to its logits, where it has no argument for that."""
-        return self.running.of(replaying()).record(layer).bias
+    def added(self, layer: int, q: Tensor) -> Tensor | None:
+        """What the attention that runs now adds to its logits, where it cannot be given as its mask.
+
+        Args:
+            layer: of the block.
+            q: its queries, for the dtype.
+        """
+        record = self.running.of(replaying()).record(layer)
+        if record.shown is None:
+            return record.bias
+        return hiding(record.bias, record.shown, None, q.dtype)
 
     def mid(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""

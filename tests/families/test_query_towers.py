@@ -146,7 +146,7 @@ def test_generate_and_a_file(name: str, tmp_path: Any) -> None:
     assert torch.equal(model.generate(**given), bare)
 
 
-@pytest.mark.parametrize("kind", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("kind", ["flash_attention_2"])
 @pytest.mark.parametrize("name", TOWER_ONLY)
 def test_attention_functions_without_a_bias_are_refused(name: str, kind: str) -> None:
     model, _ = built(name)

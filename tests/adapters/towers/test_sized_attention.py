@@ -261,7 +261,7 @@ def test_the_attachment_keeps_no_model_alive() -> None:
 
 
 # ---------------------------------------------------------------------- the host's function
-@pytest.mark.parametrize("kind", ["flex_attention", "flash_attention_2", "sage"])
+@pytest.mark.parametrize("kind", ["flash_attention_2", "sage"])
 def test_functions_without_a_bias_are_refused_before_anything_is_changed(kind: str) -> None:
     attn = attention()
     attn.config._attn_implementation_internal = kind
@@ -287,8 +287,8 @@ def test_the_models_attention_may_be_switched_while_it_is_attached() -> None:
     assert_equal(attn(x)[0], by_hand(attn, x, bias()), 1e-5)
     attn.config._attn_implementation = "sdpa"
     assert model.config._attn_implementation == "sdpa" and attn(x)[1] is None
-    model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(PassError, match="flex_attention of Blip2Attention takes no bias"):
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(PassError, match="flash_attention_2 of Blip2Attention takes no bias"):
         attn(x)
 
 
