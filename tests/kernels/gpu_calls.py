@@ -8,37 +8,36 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = (
     "match halves", "match complete", "match long", "energy", "energy long", "bipartite", "energy match",
     "complete match", "guided match", "merge", "merge weights", "merge pairs", "greedy", "greedy sum", "greedy l2",
-    "greedy cover", "greedy cover table", "transition", "received",
-    "transition", "received", "determinant", "determinant masked", "duplicates", "duplicates lengths",
+    "greedy cover", "greedy cover table", "determinant", "determinant masked", "duplicates", "duplicates lengths",
     "transition", "received", "columns", "columns sets", "columns mask",
 )  # fmt: skip
 
 
-def rows(batch, n, d, dtype=torch.float32, seed=0):
+def rows(batch, n, d, dtype=torch.float32, seed=0, device="cuda"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, n, d, generator=generator).to("cuda", dtype)
+    return torch.randn(batch, n, d, generator=generator).to(device, dtype)
 
 
-def plan(batch, n, r, seed=0):
+def plan(batch, n, r, seed=0, device="cuda"):
     generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(batch)]).cuda()
-    return order[:, r:], order[:, :r], torch.randint(-1, n - r, (batch, r), generator=generator).cuda()
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(batch)]).to(device)
+    return order[:, r:], order[:, :r], torch.randint(-1, n - r, (batch, r), generator=generator).to(device)
 
 
-def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
+def calls(batch=2, n=577, d=64, dtype=torch.bfloat16, device="cuda"):
     """Every op on inputs of one size."""
-    x, wide = rows(batch, n, d, dtype), rows(batch, n, 1024, dtype, 1)
-    size = rows(batch, n, 1, seed=2)[..., 0].abs() + 0.5
-    keep, src, dst = plan(batch, n, n // 4)
-    kw, sw = torch.rand(keep.shape, device="cuda"), torch.rand(src.shape, device="cuda")
+    x, wide = rows(batch, n, d, dtype, device=device), rows(batch, n, 1024, dtype, 1, device)
+    size = rows(batch, n, 1, seed=2, device=device)[..., 0].abs() + 0.5
+    keep, src, dst = plan(batch, n, n // 4, device=device)
+    kw, sw = torch.rand(keep.shape, device=device), torch.rand(src.shape, device=device)
     q, k = (
-        rows(batch * 4, n, d, dtype, 3).reshape(batch, 4, n, d),
-        rows(batch * 2, n, d, dtype, 4).reshape(batch, 2, n, d),
+        rows(batch * 4, n, d, dtype, 3, device).reshape(batch, 4, n, d),
+        rows(batch * 2, n, d, dtype, 4, device).reshape(batch, 2, n, d),
     )
-    start = torch.arange(batch, device="cuda")
+    start = torch.arange(batch, device=device)
     bias = size.log()[:, None, None].to(dtype)
     order = torch.cat([keep, src], 1)
-    seen = (torch.arange(n, device="cuda") >= torch.arange(batch, device="cuda")[:, None] % n)[:, None, None]
+    seen = (torch.arange(n, device=device) >= start[:, None] % n)[:, None, None]
     seen = seen.expand(-1, 1, n, -1)
     return {
         "match halves": lambda: kernels.match_max(x[:, ::2], x[:, 1::2]),
@@ -57,7 +56,7 @@ def calls(batch=2, n=577, d=64, dtype=torch.bfloat16):
         "greedy sum": lambda: kernels.greedy_select(x, n // 8, start, rule="sum"),
         "greedy l2": lambda: kernels.greedy_select(x, n // 8, start, metric="l2"),
         "greedy cover": lambda: kernels.greedy_cover_cosine(x, n // 8, weight=size),
-        "greedy cover table": lambda: kernels.greedy_cover(wide.abs(), n // 8, late=(start[:, None] + keep[:, :1]) % 2),
+        "greedy cover table": lambda: kernels.greedy_cover(wide.abs(), n // 8, late=order % 2),
         "determinant": lambda: kernels.greedy_determinant(wide, n // 8, relevance=size),
         "determinant masked": lambda: kernels.greedy_determinant(wide, n // 8, valid=size > 0.9, split=2),
         "duplicates": lambda: kernels.drop_duplicates(x, n // 2 + 1),

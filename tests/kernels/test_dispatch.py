@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_calls
 import pytest
 import torch
 
@@ -86,6 +87,15 @@ def test_triton_is_never_replaced_silently(op):
     with kernels.use("triton"), pytest.raises(kernels.KernelError, match="VLMTOK_KERNELS") as problem:
         calls()[op]()
     assert op in str(problem.value) and isinstance(problem.value, VlmtokError)
+
+
+@pytest.mark.parametrize("batch, n", [(1, 1), (2, 57)])
+def test_what_a_gpu_is_asked_is_asked_rightly(batch, n):
+    """Where there is no GPU, its tests are skipped: their calls run here, so that none is an error there."""
+    asked = gpu_calls.calls(batch, n, dtype=torch.float32, device="cpu")
+    assert list(asked) == list(gpu_calls.NAMES)
+    for call in asked.values():
+        call()
 
 
 def test_a_model_on_the_cpu_says_that_triton_cannot_run():

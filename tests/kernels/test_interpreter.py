@@ -1,6 +1,8 @@
 """Runs `interpreter/` in a process of its own: Triton interprets or compiles, and decides when it is imported."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,3 +19,10 @@ def test_in_the_interpreter(file):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_the_page_says_how_many_bugs_there_are(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    page = (FOLDER.parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"the checks themselves \| (\d+) bugs", page)
+    assert int(said) == len(importlib.import_module("bugs").BUGS)

@@ -1,4 +1,6 @@
-"""Bugs of the greedy choice by coverage, as `test_mutations.py` puts them in."""
+"""Bugs of the greedy choice by coverage; see `test_mutations.py`."""
+
+from __future__ import annotations
 
 BUGS = {
     "what is covered counts again": (

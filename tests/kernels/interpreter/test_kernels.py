@@ -1,6 +1,7 @@
 """The kernels in Triton's interpreter, and the public functions on the Triton path."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import checks
@@ -14,21 +15,7 @@ from vlmtok.errors import ParameterError
 from vlmtok.kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:triton", "ignore::RuntimeWarning")
-NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "cover", "transition", "received")
-NAMES = (
-    "common",
-    "match",
-    "energy",
-    "order",
-    "merge",
-    "merge_grad",
-    "greedy",
-    "transition",
-    "received",
-    "determinant",
-    "duplicates",
-)
-NAMES = ("common", "match", "energy", "order", "merge", "merge_grad", "greedy", "transition", "received", "columns")
+NAMES = sorted(path.stem.removeprefix("triton_") for path in Path(kernels.__file__).parent.glob("triton_*.py"))
 
 
 def modules():

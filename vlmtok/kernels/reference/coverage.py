@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..exact import exact
-from .lazy_coverage import added, cover_in_blocks, cover_lazily, may_be_lazy, places_behind, split
+from .lazy_coverage import added, cover_in_blocks, cover_lazily, places_behind, split
+from .looking import host_may_look
 from .rows import blank, finite_unit_rows, square_products
 from .steps import in_steps
 
@@ -24,7 +25,7 @@ def greedy_cover(
         weight = None if weight is None else weight.float().clamp(min=0.0)
         if k == 0 or batch == 0:
             return table.new_empty(batch, k, dtype=torch.int64), table.new_empty(batch, k)
-        if not may_be_lazy(table):
+        if not host_may_look(table):
             first = added(table, table.new_zeros(batch, 1, targets), weight)
             return cover_plainly(table, k, weight, places_behind(first, late))
         chosen = []
@@ -79,7 +80,7 @@ def greedy_cover_cosine(
         # Pictures in steps, so that on a CPU the products of one are held.
         for part, _ in in_steps(batch, 1, n * n, x.device.type):
             own, behind = None if weight is None else weight[part], late[part]
-            if 4 * n * n <= TABLE_BYTES or not may_be_lazy(unit, any_device=True):
+            if 4 * n * n <= TABLE_BYTES or not host_may_look(unit, any_device=True):
                 table = square_products(unit[part])
                 chosen.append(greedy_cover(table, k, weight=own, late=behind))
             else:

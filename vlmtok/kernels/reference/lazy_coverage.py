@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .rows import take_rows
 
@@ -60,12 +59,6 @@ def places_behind(first: Tensor, late: Tensor | None) -> Tensor:
 def split(table: Tensor) -> tuple[Tensor, ...]:
     """The rows of a table `[N, R]` in steps that stay near the processor."""
     return table.split(max(1, _STEP_BYTES // (4 * max(table.shape[1], 1))))
-
-
-def may_be_lazy(x: Tensor, any_device: bool = False) -> bool:
-    """Whether the host may look at what a tensor holds: on a CPU, where nothing is traced or without data."""
-    seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, FakeTensor)
-    return not seen and (x.device.type == "cpu" or (any_device and x.device.type != "meta"))
 
 
 def cover_lazily(table: Tensor, k: int, weight: Tensor | None, first: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:

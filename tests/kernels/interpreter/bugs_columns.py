@@ -1,0 +1,136 @@
+"""Bugs of causal column sums; see `test_mutations.py`."""
+
+from __future__ import annotations
+
+BUGS = {
+    "rows look behind themselves": (
+        "columns",
+        "look = look & (j[None, :] <= place[:, None])",
+        "look = look & (j[None, :] <= place[:, None] + 1)",
+        "columns",
+    ),
+    "keys are seen from in front of them": (
+        "columns",
+        "look = look & (j[:, None] <= place[None, :])",
+        "look = look & (j[:, None] <= place[None, :] + 1)",
+        "columns",
+    ),
+    "a row does not see itself": ("columns", "tl.max(place, 0) + 1)", "tl.max(place, 0))", "columns"),
+    "the first row of a tile says where it ends": (
+        "columns",
+        "tl.max(place, 0) + 1",
+        "tl.min(place, 0) + 1",
+        "columns",
+    ),
+    "the tile's last key says who sees it": (
+        "columns",
+        "place >= origin,",
+        "place >= origin + BM - 1,",
+        "columns_places",
+    ),
+    "rows begin a tile late": ("columns", "begin // BN * BN", "tl.cdiv(begin, BN) * BN", "columns"),
+    "only the first thousand places are looked at": (
+        "columns",
+        "for start in range(0, m, 1024):",
+        "for start in range(0, tl.minimum(m, 1), 1024):",
+        "columns_long",
+    ),
+    "padding is a key": (
+        "columns",
+        "look = look & (tl.load(valid + batch * n + j, mask=j < n, other=0) != 0)[None, :]",
+        "look = look & (tl.load(valid + batch * n + j, mask=j < n, other=0) >= 0)[None, :]",
+        "columns_places",
+    ),
+    "padding receives a share": ("columns", "tl.where(real, a, 0.0)", "a", "columns_places"),
+    "padding is the first row's": (
+        "columns",
+        "real = tl.load(valid + batch * n + j",
+        "real = tl.load(valid + j",
+        "columns_places",
+    ),
+    "places are the first row's": ("columns", "tl.load(at + batch * at_batch + i", "tl.load(at + i", "columns_places"),
+    "places of keys are the first row's": (
+        "columns",
+        "    at += batch * at_batch\n",
+        "    at += 0\n",
+        "columns_places",
+    ),
+    "places lie side by side": (
+        "columns",
+        "place = tl.load(at + i * at_row, mask=i < m, other=-1).to(tl.int32)",
+        "place = tl.load(at + i, mask=i < m, other=-1).to(tl.int32)",
+        "columns_places",
+    ),
+    "everybody is of the set": (
+        "columns",
+        "chosen[None, :], part, 0.0)",
+        "chosen[None, :], part, part)",
+        "columns_sets",
+    ),
+    "sets are the first row's": ("columns", "members += batch * SETS * m", "members += 0 * m", "columns_sets"),
+    "the third set is the second": ("columns", "c += _of_set(members, 2,", "c += _of_set(members, 1,", "columns_sets"),
+    "the fourth set is the third": ("columns", "e += _of_set(members, 3,", "e += _of_set(members, 2,", "columns_sets"),
+    "sets are of the first rows": (
+        "columns",
+        "F.pad(own, (m - own.shape[1], 0))",
+        "F.pad(own, (0, m - own.shape[1]))",
+        "columns_sets",
+    ),
+    "a sum of heads is no mean": ("columns", "total / shared", "total", "columns"),
+    "one head speaks for those that share keys": (
+        "columns",
+        "(group * shared + head) * n",
+        "(group * shared) * n",
+        "columns",
+    ),
+    "queries read the keys of another head": (
+        "columns",
+        "k += batch * k_batch + (head // shared) * k_head",
+        "k += batch * k_batch + (head // 2) * k_head",
+        "columns",
+    ),
+    "a mask begins at the first key, for rows": (
+        "columns",
+        "row = (place - (n - rows))[:, None]",
+        "row = place[:, None]",
+        "columns_masks",
+    ),
+    "a mask begins at the first key, for keys": (
+        "columns",
+        "row = (place - (n - rows))[None, :]",
+        "row = place[None, :]",
+        "columns_masks",
+    ),
+    "nothing is hidden from rows": (
+        "columns",
+        "look = look & (_told(mask, row, j[None, :], rows, n, mask_row, mask_column, 0) != 0)",
+        "look = look & (_told(mask, row, j[None, :], rows, n, mask_row, mask_column, 0) >= 0)",
+        "columns_masks",
+    ),
+    "nothing is hidden of keys": (
+        "columns",
+        "look = look & (_told(mask, row, j[:, None], rows, n, mask_row, mask_column, 0) != 0)",
+        "look = look & (_told(mask, row, j[:, None], rows, n, mask_row, mask_column, 0) >= 0)",
+        "columns_masks",
+    ),
+    "a mask is turned round": (
+        "columns",
+        "at = mask + row.to(tl.int64) * mask_row + column.to(tl.int64) * mask_column",
+        "at = mask + row.to(tl.int64) * mask_column + column.to(tl.int64) * mask_column",
+        "columns_masks",
+    ),
+    "a mask is in another unit": (
+        "columns",
+        "return told.to(tl.float32) * 1.4426950408889634",
+        "return told.to(tl.float32)",
+        "columns_masks",
+    ),
+    "the cap is in another unit": ("columns", "cap * LOG2E)", "cap)", "columns_capped"),
+    "the cap has half its width": ("columns", "* 2.0 * LOG2E / cap", "* LOG2E / cap", "columns_capped"),
+    "a NaN reaches all keys of its tile": (
+        "columns",
+        "part = tl.where(look, tl.exp2(logits - base[None, :]), 0.0)",
+        'part = tl.exp2(tl.where(look, logits, float("-inf")) - base[None, :])',
+        "columns_not_finite",
+    ),
+}
