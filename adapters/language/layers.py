@@ -16,8 +16,8 @@ from ...core.hooks import replaying
 from ...core.stream import Segment, Stream
 from ...core.threads import PerThread
 from .. import host_objects, hosts
+from ..attention_kernel import note_masked
 from ..hosts import Arguments
-from .attention_kernel import note_masked
 from .call import Call, DecoderRun, LayerCut
 from .checks import check_hidden, check_layer
 from .segments import Segments, begin_segment

@@ -18,6 +18,7 @@ from ...core.hooks import replaying
 from ...core.signals import tower_signals
 from ...core.site import StageLayout
 from .. import hosts
+from ..attention_kernel import note_biased
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
 from .sized_attention import check_masks
@@ -70,6 +71,8 @@ class TextTower(Tower):
                 record.bias = state.mask(x.dtype, self.causal, size)
         if record.bias is None:
             return None
+        if not again:
+            note_biased(module, x, self.heads, record.bias, size is not None)
         if layer in self.sized:  # the causal mask goes with the sizes; the host's is one of the whole rows
             return self.attentions[layer].put(args, kwargs, {self.mask: None})
         check_masks(module)

@@ -169,7 +169,8 @@ def test_the_report_names_the_path():
         tower.run(model, tower.pictures())
         report = run.report()
     depth = len(model.blocks)
-    assert report.kernels == {"bipartite_match:torch": depth, "merge_rows:torch": depth}
+    ran = {name: count for name, count in report.kernels.items() if "attention" not in name}
+    assert ran == {"bipartite_match:torch": depth, "merge_rows:torch": depth}
     said = f"kernels: bipartite_match on torch ({depth}), merge_rows on torch ({depth})"
     assert said in str(report) and said in report.to_markdown()
 

@@ -13,7 +13,6 @@ import torch
 from .policy import Policy, all_policies
 from .tracing import constant_in_graphs
 
-
 # ---------------------------------------------------------------------- auto
 POLICIES: tuple[Policy, ...] = all_policies()
 """Rows that decide, the first that fits before others."""
