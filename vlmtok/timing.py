@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -296,3 +298,9 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
         writer = csv.DictWriter(table, columns_of(rows))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_json_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as a JSON list, a row a line."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -295,8 +295,9 @@ def test_bench_of_everything(vlmtok_, tmp_path):
     words = ("bench", "--all", tmp_path, "--part", "launches", "--device", "cpu")
     found = data_of(vlmtok_(*words, "--json"))
     assert [Path(file).name for file in found["files"]] == ["launches_modelled_h200.json", "card_modelled_h200.md"]
-    assert found["policies"] == [] and found["status"] == "modelled, not measured"
-    assert "card_modelled_h200.md" in (printed := vlmtok_(*words).output) and "modelled, not measured" in printed
+    counted = "counted on meta tensors, attention as one launch"
+    assert found["policies"] == [] and found["status"] == {"launches": counted}
+    assert "card_modelled_h200.md" in (printed := vlmtok_(*words).output) and f"launches: {counted}" in printed
 
 
 def test_bench_tiny_runs_the_suite(vlmtok_, monkeypatch):
@@ -353,7 +354,11 @@ BAD = {
     "a size of nothing": ("estimate llava-1.5-7b --image-size 0x5", "width and height in pixels"),
     "frames without a size": ("estimate qwen2.5-vl-7b --frames 4", "--image-size (width, height) says how large"),
     "frames of a picture": ("estimate gemma3-4b --frames 4 --image-size 9x9", "takes pictures and no video"),
-    "size without model": ("bench --image-size 9x9", "needs --model"),
+    "size without model": ("bench --image-size 9x9", "need --model"),
+    "batch without model": ("bench --batch 2", "need --model"),
+    "dtype of everything": ("bench --all . --dtype float16", "need --model"),
+    "tokens of everything": ("bench --all . --max-new-tokens 8", "need --model"),
+    "random without model": ("bench --tiny --random", "need --model"),
     "two forms": ("estimate llava-1.5-7b --json --csv", "one of"),
     "method without model": ("bench --method tome", "need --model"),
     "part of nothing": ("bench --part kernels", "--part chooses from --all"),

@@ -37,12 +37,14 @@ def test_without_a_gpu_every_figure_is_modelled_or_counted(modelled_card):
     folder, found = modelled_card
     names = [f"{part}_modelled_h200.json" for part in PARTS]
     assert [path.name for path in found.files] == [*names, "card_modelled_h200.md", "roofline_modelled_h200.svg"]
-    assert found.status == NOT_MEASURED and found.policies == []
+    assert found.status == {"kernels": NOT_MEASURED, "launches": launches.COUNTED, "models": NOT_MEASURED}
+    assert found.policies == []
     marks = {part: {row["status"] for row in rows_of(folder / f"{part}_modelled_h200.json")} for part in PARTS}
     assert marks == {"kernels": {NOT_MEASURED}, "launches": {launches.COUNTED}, "models": {NOT_MEASURED}}
     assert rows_of(folder / "kernels_modelled_h200.json") == modelled(cases())
     text = (folder / "card_modelled_h200.md").read_text("utf-8")
     assert text.count("**Modelled, not measured") == 2 and "times as fast" not in text and "Policy(" not in text
+    assert "Medians" not in text and "extrapolated" not in text and text.count("what counting promises") == 1
     svg = (folder / "roofline_modelled_h200.svg").read_text("utf-8")
     assert "modelled for an H200, not measured" in svg and "measured on NVIDIA" not in svg
 
@@ -57,7 +59,8 @@ def tiny_card(tmp_path_factory):
 
 def test_a_trial_on_a_cpu_says_so_everywhere(tiny_card):
     folder, found = tiny_card
-    assert found.status == "measured on a CPU" and found.policies == []
+    said = "measured on a CPU"
+    assert found.status == {"kernels": said, "launches": launches.COUNTED, "models": said} and found.policies == []
     for part in ("kernels", "models"):
         rows = rows_of(folder / f"{part}_cpu_tiny.json")
         assert {row["status"] for row in rows} == {"measured on a CPU"} and {row["device_type"] for row in rows} == {
@@ -69,9 +72,11 @@ def test_a_trial_on_a_cpu_says_so_everywhere(tiny_card):
         "eager"
     }
     assert all(row["rate_basis"] == "measured on a CPU" and row["rate_copy"] > 0 for row in ops)
+    assert all(row["rate_assumed"] == "step, stream" for row in ops), "no machine measures these"
     models = rows_of(folder / "models_cpu_tiny.json")
     assert {row["stage"] for row in models} >= {"tower", "prefill", "generate", "tower + generate", "break-even"}
     text = (folder / "card_cpu_tiny.md").read_text("utf-8")
+    assert text.startswith("# What one card does: cpu_tiny, sizes of a trial\n") and "`pays from`" in text
     assert text.count("**Measured on a CPU, at small sizes") == 2 and "measured on a CPU" in (
         folder / "roofline_cpu_tiny.svg"
     ).read_text("utf-8")
@@ -210,7 +215,9 @@ def test_a_gpu_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "TINY", FEW)
     found = measure_card(tmp_path, torch.device("cuda"), tiny=True, rounds=1, limit=0, repeats=3)
     rows = {path.name.partition("_")[0]: rows_of(path) for path in found.files if path.suffix == ".json"}
-    assert found.status == "measured" and {row["status"] for part in rows.values() for row in part} == {"measured"}
+    assert set(found.status.values()) == {"measured"} and {row["status"] for part in rows.values() for row in part} == {
+        "measured"
+    }
     assert {row["path"] for row in rows["kernels"]} >= {"eager", "compile", "triton"}
     assert all(row["launches"] > row["launches_bare"] > 0 for row in rows["launches"])
     assert kernels.mode() == "auto"

@@ -13,6 +13,9 @@ from .console import at_work, print_json, print_table, standard_output
 from .inputs import check_fit, load_model, picture_and_question, sizes_of, spec_strings
 from .options import Device, Dtype, Json, Methods, Model, Picture, Prompt, Random, Rounds, Tokens
 
+_STEPS = 16
+"""Tokens that a model generates unless told otherwise."""
+
 
 @app.command(cls=Once)
 def bench(
@@ -27,11 +30,11 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
-    max_new_tokens: Tokens = 16,
+    max_new_tokens: Tokens = _STEPS,
     rounds: Rounds = 9,
     limit: Annotated[float, typer.Option(min=0, help="Seconds for each group of cases that take turns.")] = 60.0,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="The standard suite on tiny shapes, to see that it runs.")
+        bool, typer.Option("--tiny", help="Tiny shapes, to see that the standard suite or --all runs.")
     ] = False,
     all_: Annotated[
         str | None,
@@ -58,6 +61,12 @@ def bench(
     specs = spec_strings(method)
     if model is None and (specs or image is not None or prompt is not None):
         raise ParameterError("--method, --image and --prompt need --model; without it the standard suite runs")
+    if model is None and (
+        image_size is not None or dtype != "auto" or batch != 1 or max_new_tokens != _STEPS or random
+    ):
+        raise ParameterError(
+            "--image-size, --dtype, --batch, --max-new-tokens and --random need --model; the standard suite has its own"
+        )
     if part and all_ is None:
         raise ParameterError("--part chooses from --all FOLDER")
     if all_ is not None:
@@ -65,8 +74,6 @@ def bench(
             raise ParameterError("--all FOLDER writes files of its own: it takes no --model, --csv and --out")
         _measure_all(all_, part, device, tiny, rounds, limit, as_json)
         return
-    if image_size is not None and model is None:
-        raise ParameterError("--image-size needs --model; without it the standard suite runs")
     resized = sizes_of(None if image_size is None else [image_size])
     if prompt is not None and image is None:
         raise ParameterError("--prompt asks about a picture: add --image FILE")
@@ -115,6 +122,7 @@ def bench(
 def _measure_all(
     folder: str, parts: list[str] | None, device: str, tiny: bool, rounds: int, limit: float, as_json: bool
 ) -> None:
+    """`--all`: measures, and names the files and where the figures of each part are from."""
     with at_work() as progress:
         progress("starting", 0, 0)
         from .. import loading
@@ -135,7 +143,8 @@ def _measure_all(
     console = standard_output()
     for path in found.files:
         console.print(str(path), highlight=False, soft_wrap=True)
-    console.print(f"figures: {found.status}", style="bold", highlight=False)
+    for name, status in found.status.items():
+        console.print(f"{name}: {status}", style="bold", highlight=False)
     if found.policies:
         console.print("Rows for POLICIES in vlmtok/kernels/table.py:", highlight=False)
         for line in found.policies:

@@ -8,7 +8,6 @@ measures this together with towers and language models.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +15,18 @@ from typing import Any
 
 import torch
 
-from ...timing import environment
+from ...timing import environment, write_json_rows
 from .cases import cases, without_case
 from .clock import Clock, measure_rates
-from .floors import H200, Case
+from .floors import Case
 from .measuring import measure_cases
 from .modelling import NOT_MEASURED, modelled
 from .sweep import policies, printed, sweep
 
-MODELLED = ("op", "case", "batch", "floor_us", "bound", "launches", "bytes", "flops")
-MEASURED = ("op", "case", "batch", "path", "way", "median_us", "p20_us", "p80_us", "times_eager", "times_compile",
-            "floor_us", "percent_of_floor", "peak_bytes", "max_error", "agreement")  # fmt: skip
+_MODELLED = ("op", "case", "batch", "floor_us", "bound", "launches", "bytes", "flops")
+_MEASURED = ("op", "case", "batch", "path", "way", "median_us", "p20_us", "p80_us", "times_eager", "times_compile",
+             "floor_us", "percent_of_floor", "peak_bytes", "max_error", "agreement")  # fmt: skip
+"""Columns that are printed: of floors, and of times."""
 
 
 def _cell(value: Any) -> str:
@@ -72,34 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.device == "auto" and not torch.cuda.is_available():
         print(f"No GPU here. Floors on an H200 from its stated rates ({NOT_MEASURED}):\n")
         rows = modelled(chosen, dtype)
-        print(show(rows, MODELLED))
+        print(show(rows, _MODELLED))
         if asked.sweep:
             print("\n--sweep has nothing to time without a GPU.")
     else:
         rows = _measure_all(chosen, asked, dtype)
-    _write(rows, asked.json)
+    if asked.json is not None:
+        write_json_rows(asked.json, rows)
     return 0
-
-
-def _write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
-    if path is not None:
-        path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Measures, printing as it goes."""
     device = torch.device("cpu" if asked.device == "cpu" else "cuda")
     clock = Clock(device, asked.repeats)
-    rates = measure_rates(clock) if clock.gpu else H200
+    rates = measure_rates(clock)
     place = environment(device)
     if clock.gpu:
         print(f"{place['device']}, driver {place['driver']}, torch {place['torch']}, triton {place['triton']}")
         print(f"copy {rates.copy:.3g} B/s, matmul {rates.product:.3g} FLOP/s, launch {1e6 * rates.launch:.3g} us\n")
     rows: list[dict[str, Any]] = []
     for case, found in measure_cases(chosen, clock, rates, dtype, not asked.no_compile):
-        print(show(found, MEASURED), "\n", flush=True)
+        print(show(found, _MEASURED), "\n", flush=True)
         rows += found
-        _write(rows, asked.json)  # what is measured is kept if the rest is stopped
+        if asked.json is not None:
+            write_json_rows(asked.json, rows)  # what is measured is kept if the rest is stopped
         if asked.sweep and clock.gpu:
             for spent, row in sweep(case, clock, dtype)[:5]:
                 print(f"  {spent:8.2f} us  {row}")

@@ -25,6 +25,7 @@ class Rates:
         launch: seconds of an empty launch.
         step: seconds of a dependent step of one program (a reduction over it and a read from L2).
         stream: bytes a second that one program reads.
+        assumed: which of these nothing here measures: they are an H200's, whatever the machine.
     """
 
     basis: str
@@ -33,6 +34,7 @@ class Rates:
     launch: float
     step: float = 1.3e-6
     stream: float = 80e9
+    assumed: str = "step, stream"
 
 
 H200 = Rates("modelled", 4.3e12, 790e12, 4e-6)

@@ -15,6 +15,8 @@ from .floors import Case, Rates
 
 MEASURED, ON_A_CPU, NO_MEMORY = "measured", "measured on a CPU", "not measured: out of memory"
 """What a row says of where its figure is from; times of a CPU say nothing about a GPU."""
+COLD, WARM, GRAPH = "cold", "warm", "warm, CUDA graph"
+"""The ways in which a path is timed: whether the cache of the GPU holds its inputs, and replayed from a graph."""
 
 
 def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled: bool = True) -> list[dict[str, Any]]:
@@ -47,10 +49,10 @@ def measure(case: Case, clock: Clock, rates: Rates, dtype: torch.dtype, compiled
         with use("triton" if path == "triton" else "torch"):
             exactness = _compare(_outputs(call()), expected)
             peak = clock.peak(call)
-            ways = {"cold": (call, True), "warm": (call, False)}
+            ways = {COLD: (call, True), WARM: (call, False)} if clock.gpu else {WARM: (call, False)}
             if clock.gpu and not case.unrolls:
-                ways["warm, CUDA graph"] = (captured(call), False)
-            for way, (run, cold) in ways.items() if clock.gpu else [("warm", (call, False))]:
+                ways[GRAPH] = (captured(call), False)
+            for way, (run, cold) in ways.items():
                 spent = clock.time(run, cold)
                 rows.append(
                     {
@@ -84,9 +86,7 @@ def measure_cases(
     Yields:
         A case and its rows; one row that says so where the memory of the GPU cannot hold it.
     """
-    place = environment(clock.device)
-    if clock.gpu:
-        place.update({f"rate_{name}": value for name, value in asdict(rates).items()})
+    place = environment(clock.device) | {f"rate_{name}": value for name, value in asdict(rates).items()}
     for case in chosen:
         try:
             rows = measure(case, clock, rates, dtype, compiled)

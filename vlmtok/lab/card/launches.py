@@ -39,7 +39,7 @@ def tower_launches(sizes: Sizes, device: torch.device | None, progress: Progress
     depth, side = sizes.tower[1], sizes.tower[4]
     pixels = torch.zeros(1, 3, side, side, device=place, dtype=torch.bfloat16)
     launched = _profiled if gpu else _counted
-    where = environment(place) if gpu else {"device": "meta", "device_type": "meta", "torch": torch.__version__}
+    where = environment(place) if gpu else environment() | {"device": None, "device_type": "meta"}  # no machine's
     rows = []
     with torch.inference_mode(gpu), torch.no_grad():
         bare = launched(lambda: model(pixels))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,16 +15,13 @@ from ...kernels.bench.clock import Clock, measure_rates
 from ...kernels.bench.measuring import MEASURED, ON_A_CPU, measure_cases
 from ...kernels.bench.modelling import NOT_MEASURED, modelled
 from ...loading.problems import quiet
-from ...timing import Progress, device_name
+from ...timing import Progress, device_name, tell, write_json_rows
 from ..suite import run_suite
 from ..suite_modelled import model_suite
 from ..suite_models import FULL, TINY, Row, Sizes
 from .launches import tower_launches
-from .page import write_page
+from .page import PARTS, left_out, write_page
 from .roofline import need_matplotlib
-
-PARTS = ("kernels", "launches", "models")
-"""What is measured, in this order: ops one by one with their rivals; launches of towers; towers and language models."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +30,13 @@ class Found:
 
     Attributes:
         files: rows, page and plot.
-        status: where figures are from, as each row says too.
+        status: where the figures of each part are from, as its rows say too: ``"measured"``, ``"measured on a CPU"``,
+            ``"modelled, not measured"``, for launches of no GPU how they were counted; empty if there are none.
         policies: lines for `POLICIES` of vlmtok/kernels/table.py; none without figures of a GPU at full sizes.
     """
 
     files: list[Path]
-    status: str
+    status: dict[str, str]
     policies: list[str]
 
 
@@ -69,15 +65,8 @@ class _Run:
     progress: Progress | None
 
     @property
-    def status(self) -> str:
-        """What rows say of where their figures are from."""
-        if self.device is None:
-            return NOT_MEASURED
-        return MEASURED if self.device.type == "cuda" else ON_A_CPU
-
-    @property
     def slug(self) -> str:
-        """The end of the names of files."""
+        """The card, as the names of files end."""
         if self.device is None:
             return "modelled_h200"
         name = "cpu" if self.device.type == "cpu" else re.sub(r"\W+", "_", device_name(self.device).lower())
@@ -126,53 +115,54 @@ def measure_card(
     need_matplotlib()
     chosen = device if tiny or device.type == "cuda" else None
     run = _Run(chosen, TINY if tiny else FULL, tiny, rounds, limit, repeats, compiled, progress)
-    written = []
+    written, status = [], {}
     for part in (part for part in PARTS if part in parts):
         path = folder / f"{part}_{run.slug}.json"
         rows: list[Row] = []
         for found in _MEASURE[part](run):
             rows += found
-            _write(path, rows)
+            write_json_rows(path, rows)  # what is measured is kept if the rest is stopped
         written.append(path)
+        status[part] = "; ".join(dict.fromkeys(row["status"] for row in rows if not left_out(row)))
     pages, policies = write_page(folder, run.slug, tiny)
-    return Found([*written, *pages], run.status, policies)
+    return Found([*written, *pages], status, policies)
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-
-
-def _kernels(run: _Run) -> Any:
+def _kernels(run: _Run) -> Iterator[list[Row]]:
     """Every op beside its definition, compiled and not, and beside the rivals that are installed."""
     chosen = cases(small=run.tiny)
     dtype = torch.float32 if run.device is not None and run.device.type == "cpu" else torch.bfloat16
-    left_out = [{"op": op, "status": f"left out: {why}"} for op, why in without_case().items()]
+    without = [{"op": op, "status": f"left out: {why}"} for op, why in without_case().items()]
     if run.device is None:
-        yield [*modelled(chosen, dtype), *left_out]
+        yield [*modelled(chosen, dtype), *without]
         return
     clock = Clock(run.device, run.repeats)
-    rates = measure_rates(clock)
-    named = {f"rate_{name}": value for name, value in asdict(rates).items()}
-    for done, (case, rows) in enumerate(measure_cases(chosen, clock, rates, dtype, run.compiled)):
-        if run.progress is not None:
-            run.progress(f"measured {case.op}", done + 1, len(chosen))
-        yield [{**row, **named} for row in rows]
-    yield left_out
+    for done, (case, rows) in enumerate(measure_cases(chosen, clock, measure_rates(clock), dtype, run.compiled)):
+        tell(run.progress, f"measured {case.op}", done + 1, len(chosen))
+        yield rows
+    yield without
 
 
-def _launches(run: _Run) -> Any:
+def _launches(run: _Run) -> Iterator[list[Row]]:
+    """What a tower launches, bare and compressed."""
     with quiet():
         yield tower_launches(run.sizes, run.device, run.progress)
 
 
-def _models(run: _Run) -> Any:
+def _models(run: _Run) -> Iterator[list[Row]]:
+    """The standard suite: towers and language models, bare and compressed."""
     if run.device is None:
         yield [{**row, "status": NOT_MEASURED} for row in model_suite(run.progress)]
         return
     lost: list[str] = []
     rows = run_suite(run.device, sizes=run.sizes, rounds=run.rounds, limit=run.limit, progress=run.progress, lost=lost)
-    yield [{**row, "status": run.status} for row in rows]
+    status = MEASURED if run.device.type == "cuda" else ON_A_CPU
+    yield [{**row, "status": status} for row in rows]
     yield [{"model": name, "status": "not measured: out of memory"} for name in lost]
 
 
-_MEASURE: dict[str, Callable[[_Run], Any]] = {"kernels": _kernels, "launches": _launches, "models": _models}
+_MEASURE: dict[str, Callable[[_Run], Iterator[list[Row]]]] = {
+    "kernels": _kernels,
+    "launches": _launches,
+    "models": _models,
+}

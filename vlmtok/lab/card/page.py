@@ -20,7 +20,9 @@ HEADS = {
     NOT_MEASURED: "Modelled, not measured: floors from the stated rates of an H200, and promises of MACs.",
 }
 _OWN = ("eager", "compile", "triton")
-GRAPH, WARM = "warm, CUDA graph", "warm"
+_LEFT_OUT = ("not measured:", "not counted:", "left out:")
+PARTS = ("kernels", "launches", "models")
+"""What is measured, in this order: ops one by one with their rivals; launches of towers; towers and language models."""
 
 
 def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[str]]:
@@ -35,7 +37,7 @@ def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[st
         The files, and lines for the dispatch table.
     """
     parts: dict[str, list[Row]] = {}
-    for part in ("kernels", "launches", "models"):
+    for part in PARTS:
         path = folder / f"{part}_{slug}.json"
         parts[part] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     lines = [] if tiny else dispatch_lines(parts["kernels"], f"kernels_{slug}.json")
@@ -44,7 +46,8 @@ def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[st
     drawn = points_of(parts["kernels"])
     if drawn:
         draw_roofline(parts["kernels"], plot)
-    text = "\n\n".join(_page(parts, slug, lines, plot.name if drawn else ""))
+    title = f"# What one card does: {slug}" + (", sizes of a trial" if tiny else "")
+    text = "\n\n".join([title, *_page(parts, lines, plot.name if drawn else "")])
     page.write_text(text + "\n", encoding="utf-8")
     return [page, *([plot] if drawn else [])], lines
 
@@ -59,18 +62,25 @@ def dispatch_lines(kernels: Sequence[Row], source: str) -> list[str]:
     return printed(policies([row for row in kernels if row["status"] == MEASURED], source)).splitlines()
 
 
-def _page(parts: dict[str, list[Row]], slug: str, policies_: Sequence[str], plot: str) -> Iterator[str]:
-    yield f"# What one card does: {slug}"
-    for part, table in (("kernels", _kernels), ("launches", _launches), ("models", _models)):
-        rows = parts[part]
+def left_out(row: Row) -> bool:
+    """Whether a row has no figure, but a status that says why."""
+    return str(row["status"]).startswith(_LEFT_OUT)
+
+
+def _page(parts: dict[str, list[Row]], policies_: Sequence[str], plot: str) -> Iterator[str]:
+    """The paragraphs of the page."""
+    tables = {"kernels": _kernels, "launches": _launches, "models": _models}
+    for part, rows in parts.items():
         if not rows:
             continue
         yield f"## {part.capitalize()}"
         yield _origin(rows)
-        figures = [row for row in rows if not _left_out(row)]
+        figures = [row for row in rows if not left_out(row)]
         if figures:
-            yield table(figures).markdown()
-        yield from (f"- {_name(row)}: {row['status']}" for row in rows if _left_out(row))
+            table, legend = tables[part](figures)
+            yield table.markdown()
+            yield legend
+        yield from (f"- {_name(row)}: {row['status']}" for row in rows if left_out(row))
         if part == "kernels" and plot:
             yield f"![roofline]({plot})"
         if part == "kernels" and policies_:
@@ -78,18 +88,15 @@ def _page(parts: dict[str, list[Row]], slug: str, policies_: Sequence[str], plot
             yield f"Rows for `POLICIES` in `vlmtok/kernels/table.py`:\n\n```python\n{lines}\n```"
 
 
-def _left_out(row: Row) -> bool:
-    return str(row["status"]).startswith(("not measured:", "not counted:", "left out:"))
-
-
 def _name(row: Row) -> str:
+    """What a row is about, in words."""
     words = [str(row[name]) for name in ("model", "op", "case") if row.get(name)]
     return ", ".join([*words, *([f"batch {row['batch']}"] if "batch" in row else [])])
 
 
 def _origin(rows: Sequence[Row]) -> str:
     """Where figures are from: what was done, the machine, its versions."""
-    row = next((row for row in rows if not _left_out(row)), rows[0])
+    row = next((row for row in rows if not left_out(row)), rows[0])
     said = HEADS.get(row["status"], f"{row['status'].capitalize()}.")
     where = [f"{row['device']}"] if row.get("device") else []
     where += [f"driver {row['driver']}"] if row.get("driver") else []
@@ -100,17 +107,16 @@ def _origin(rows: Sequence[Row]) -> str:
     return f"**{said}** {', '.join(where)}."
 
 
-def _kernels(rows: Sequence[Row]) -> Table:
+def _kernels(rows: Sequence[Row]) -> tuple[Table, str]:
     """One line an op and size: microseconds of each path, as a CUDA graph where there is one, with a warm cache."""
+    legend = "A floor is what the slowest of bytes, FLOPs, launches and steps that wait for each other takes at least."
     if all(row["status"] == NOT_MEASURED for row in rows):
         head = ["op", "size", "batch", "floor us", "bound by", "launches"]
         shown = [[r["op"], r["case"], r["batch"], _three(r["floor_us"]), r["bound"], r["launches"]] for r in rows]
-        return Table(head, [[str(cell) for cell in row] for row in shown])
+        return Table(head, [[str(cell) for cell in row] for row in shown]), legend
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        paths = found.setdefault((row["op"], row["case"], row["batch"]), {})
-        if row["way"] == GRAPH or (row["way"] == WARM and row["path"] not in paths):
-            paths[row["path"]] = row
+    for path, row, _ in points_of(rows):
+        found.setdefault((row["op"], row["case"], row["batch"]), {})[path] = row
     rivals = sorted({path for paths in found.values() for path in paths} - set(_OWN))
     columns = [path for path in (*_OWN, *rivals) if any(path in paths for paths in found.values())]
     own = ["times_eager", "percent_of_floor"] if "triton" in columns else []
@@ -121,16 +127,21 @@ def _kernels(rows: Sequence[Row]) -> Table:
         ours = paths.get("triton", {})
         times = [_three(paths[path]["median_us"]) if path in paths else "" for path in columns]
         lines.append([op, case, str(batch), *times, *(_three(ours.get(name)) for name in own)])
-    return Table(head, lines)
+    ways = (
+        "Medians of one call with a warm cache, as a CUDA graph where there is one. `eager` is the definition in torch."
+    )
+    return Table(head, lines), f"{ways} {legend}" if own else ways
 
 
-def _launches(rows: Sequence[Row]) -> Table:
+def _launches(rows: Sequence[Row]) -> tuple[Table, str]:
+    """One line a method: launches of a forward, bare and compressed."""
     head = ["tower", "method", "layers", "bare", "compressed", "added a layer"]
     names = ("model", "method", "layers", "launches_bare", "launches")
-    return Table(head, [[*(str(r[n]) for n in names), f"{r['added_a_layer']:.2f}"] for r in rows])
+    lines = [[*(str(r[n]) for n in names), f"{r['added_a_layer']:.2f}"] for r in rows]
+    return Table(head, lines), "Kernels that a forward of one picture launches."
 
 
-def _models(rows: Sequence[Row]) -> Table:
+def _models(rows: Sequence[Row]) -> tuple[Table, str]:
     """Promise beside what was measured; floors where nothing was. Times of a CPU are not given."""
     modelled = all(row["status"] == NOT_MEASURED for row in rows)
     head = ["model", "stage", "method", "batch", "visual tokens", "MACs, times fewer"]
@@ -150,7 +161,13 @@ def _models(rows: Sequence[Row]) -> Table:
             cells += [_three(row["speedup"]), spread, _whole(row["rounds"]), *map(_three, times)]
             cells.append(_whole(row["break_even_tokens"], " tokens"))
         lines.append(cells)
-    return Table(head, lines)
+    legend = "`MACs, times fewer` is what counting promises."
+    if not modelled:
+        legend += (
+            " A method `pays from` so many visual tokens: extrapolated from the one size of its row; rows of "
+            "`break-even` are measured at several."
+        )
+    return Table(head, lines), legend
 
 
 def _three(value: float | None) -> str:
@@ -161,4 +178,5 @@ def _three(value: float | None) -> str:
 
 
 def _whole(value: float | None, unit: str = "") -> str:
+    """A number without decimals."""
     return "" if value is None else f"{value:,.0f}{unit}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingPackage
-from ...kernels.bench.measuring import MEASURED, ON_A_CPU
+from ...kernels.bench.measuring import GRAPH, MEASURED, ON_A_CPU, WARM
 from ...kernels.bench.modelling import NOT_MEASURED
 from ..suite_models import Row
 
@@ -39,19 +39,21 @@ def need_matplotlib() -> None:
 
 
 def points_of(rows: Sequence[Row]) -> list[tuple[str, Row, float]]:
-    """What is drawn: the path, its row and its seconds.
+    """The one figure that is shown of each op, size and path: the path (``"floor"`` where modelled), its row, seconds.
 
     Args:
         rows: of ops; measured ones give their median with a warm cache, as a CUDA graph where there is one, modelled
-            ones their floor.
+            ones their floor, and those that were left out nothing.
     """
     found: dict[tuple[Any, ...], tuple[str, Row, float]] = {}
     for row in rows:
         key = (row["op"], row.get("case"), row.get("batch"), row.get("path"))
         if row["status"] == NOT_MEASURED:
             found[key] = "floor", row, 1e-6 * row["floor_us"]
-        elif row["status"] in (MEASURED, ON_A_CPU) and row["way"] in ("warm", "warm, CUDA graph"):
-            found[key] = row["path"], row, 1e-6 * row["median_us"]  # a graph's row stands behind the one without
+        elif row["status"] in (MEASURED, ON_A_CPU) and (
+            row["way"] == GRAPH or (row["way"] == WARM and key not in found)
+        ):
+            found[key] = row["path"], row, 1e-6 * row["median_us"]
     return list(found.values())
 
 
