@@ -16,10 +16,10 @@ from ...core.hooks import replaying
 from ...core.stream import Segment, Stream
 from ...core.threads import PerThread
 from .. import host_objects, hosts
-from ..attention_kernel import note_masked
 from ..hosts import Arguments
 from .call import Call, DecoderRun, LayerCut
 from .checks import check_hidden, check_layer
+from .masked import note_masked
 from .segments import Segments, begin_segment
 from .sites import Sites
 from .spec import VLMSpec

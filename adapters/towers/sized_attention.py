@@ -179,7 +179,13 @@ class _Placed:
 
 
 def sized_attention(
-    module: Host, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    module: Host,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,  # `forms.SCORES`
+    **kwargs: Any,
 ) -> Any:
     """The function in the host's table: its own one, with what the driver adds to the logits.
 
@@ -189,6 +195,7 @@ def sized_attention(
         key: `[B, H or fewer, n, d]`.
         value: the same.
         attention_mask: of the host: what is added to the logits, or bool, what is seen, or a BlockMask.
+        position_bias: of the host, for its flex attention: what its score_mod adds, `[B, H, N, n]`.
         kwargs: of the host, passed on.
 
     Raises:
@@ -203,12 +210,14 @@ def sized_attention(
         bias = _fitting(module, bias, query, key)
         if name == forms.FLEX and twin.scores:
             # A view: no table of pairs is stored, and the kernel reads one number a key.
-            scores, given = bias.expand(*query.shape[:3], key.shape[-2]), kwargs.get(forms.SCORES)
-            kwargs[forms.SCORES] = scores if given is None else given + scores
+            scores = bias.expand(*query.shape[:3], key.shape[-2])
+            position_bias = scores if position_bias is None else position_bias + scores
         elif name in _CALLABLE:
             attention_mask = _joined(module, bias, attention_mask, name, kwargs)
         else:
             raise PassError(_no_bias(module))
+    if position_bias is not None:
+        kwargs = {**kwargs, forms.SCORES: position_bias}
     return call(module, query, key, value, attention_mask=attention_mask, **kwargs)
 
 

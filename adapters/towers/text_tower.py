@@ -18,9 +18,9 @@ from ...core.hooks import replaying
 from ...core.signals import tower_signals
 from ...core.site import StageLayout
 from .. import hosts
-from ..attention_kernel import note_biased
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
+from .biased import note_biased
 from .sized_attention import check_masks
 from .text_cutting import TextCuts
 from .text_intake import TextIntake

@@ -17,10 +17,10 @@ from ...core.hooks import replaying
 from ...core.signals import PER_TOKEN, TowerTaps, tower_signals
 from ...core.site import StageLayout
 from .. import forms, host_objects, hosts
-from ..attention_kernel import note_biased
 from ..base import TowerSpec, child
 from ..hosts import Arguments, Host
 from . import mid_block
+from .biased import note_biased
 from .checks import check_key_bias
 from .cutting import PictureCuts
 from .hook_plan import BlockPlan, block_plans

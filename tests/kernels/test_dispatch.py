@@ -14,6 +14,7 @@ import torch
 from vlmtok import kernels
 from vlmtok.errors import ParameterError, VlmtokError
 from vlmtok.kernels import dispatch, table
+from vlmtok.kernels.policy import Policy
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -199,8 +200,8 @@ def test_rows_say_where_they_come_from():
 
 def test_measured_rows_hold_on_their_device_only(monkeypatch):
     rows = (
-        table.Policy("*", 32, 1 << 30, "modelled"),
-        table.Policy("energy", 1, 0, "measured", "GPU X", "torch 2", "kernels_x.json"),
+        Policy("*", 32, 1 << 30, "modelled"),
+        Policy("energy", 1, 0, "measured", "GPU X", "torch 2", "kernels_x.json"),
     )
     monkeypatch.setattr(table, "POLICIES", rows)
     monkeypatch.setattr(table, "_facts", {0: ("GPU X", True), 1: ("GPU Y", True)})
@@ -222,7 +223,7 @@ def test_old_devices_take_torch(monkeypatch):
         dispatch.choose("energy", x, batch=64)
     monkeypatch.setattr(table, "_facts", {0: ("GPU A", True)})
     assert dispatch.choose("energy", x, batch=1)
-    monkeypatch.setattr(table, "POLICIES", (table.Policy("*", 32, 1 << 30, "modelled"),))
+    monkeypatch.setattr(table, "POLICIES", (Policy("*", 32, 1 << 30, "modelled"),))
     assert dispatch.choose("energy", x, batch=64) and not dispatch.choose("energy", x, batch=1)
     assert dispatch.choose("energy", x, batch=1, pair_bytes=1 << 30)
 

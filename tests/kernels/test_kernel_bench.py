@@ -16,7 +16,8 @@ from vlmtok.kernels.bench.drawn_cases import DRAWS, drawn_cases, lacking
 from vlmtok.kernels.bench.floors import H200, Rates
 from vlmtok.kernels.bench.measuring import measure, measure_cases
 from vlmtok.kernels.bench.modelling import NOT_MEASURED, modelled
-from vlmtok.kernels.bench.sweep import candidates, policies, printed, sweep
+from vlmtok.kernels.bench.sweep import candidates, policies, sweep
+from vlmtok.kernels.policy import NEVER, Policy
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="marker gpu: there is one, it would measure")
 
@@ -122,16 +123,14 @@ def test_policies_take_the_batch_from_which_the_kernel_wins(measured_rows):
     place = ("measured", "GPU X", "torch 2, triton 3", "kernels.json")
     # A kernel that is slower at the greatest batch is left to torch: the row for every op would take it.
     assert policies(measured_rows, "kernels.json") == [
-        table.Policy("energy", 32, 1 << 30, *place),
-        table.Policy("match_max", table.NEVER, 1 << 30, *place),
+        Policy("energy", 32, 1 << 30, *place),
+        Policy("match_max", NEVER, 1 << 30, *place),
     ]
 
 
-def test_what_is_printed_parses_into_the_table(measured_rows, monkeypatch):
-    """Pasted into `POLICIES`, the rows decide for the card that was measured, and for no other."""
-    text = printed(policies(measured_rows, "kernels.json"))
-    rows = eval(f"(\n{text}\n)", {"Policy": table.Policy})
-    monkeypatch.setattr(table, "POLICIES", (table.POLICIES[0], *rows))
+def test_thresholds_decide_for_the_card_that_was_measured_alone(measured_rows, monkeypatch):
+    rows = policies(measured_rows, "kernels.json")
+    monkeypatch.setattr(table, "POLICIES", (*rows, table.POLICIES[-1]))
     monkeypatch.setattr(table, "device_facts", lambda index: ("GPU X" if index == 0 else "GPU Y", True))
     decided = {
         (op, batch, index): table.prefers_triton(op, batch, 0, torch.device("cuda", index))

@@ -58,7 +58,7 @@ def test_own_rows_come_before_those_that_ship(tmp_path, monkeypatch):
     write_policies(tmp_path / "x.json", (OWN, own))
     monkeypatch.setenv("VLMTOK_POLICIES", str(tmp_path / "x.json"))
     monkeypatch.setattr(table, "POLICIES", all_policies())
-    assert table.POLICIES == (OWN, own, *shipped)
+    assert (OWN, own, *shipped) == table.POLICIES
     assert table.policy("energy", device) == own and table.policy("match_max", device) in shipped
     monkeypatch.setattr(table, "_facts", {0: ("GPU X", True)})
     assert not table.prefers_triton("energy", 7, 0, torch.device("cuda", 0))

@@ -12,6 +12,7 @@ from vlmtok.errors import MissingPackage, ParameterError
 from vlmtok.kernels import table
 from vlmtok.kernels.bench.cases import cases
 from vlmtok.kernels.bench.modelling import NOT_MEASURED, modelled
+from vlmtok.kernels.policy import Policy, read_policies
 from vlmtok.lab import suite, suite_models
 from vlmtok.lab.card import PARTS, launches, measure_card, measuring, page, roofline
 
@@ -38,7 +39,7 @@ def test_without_a_gpu_every_figure_is_modelled_or_counted(modelled_card):
     names = [f"{part}_modelled_h200.json" for part in PARTS]
     assert [path.name for path in found.files] == [*names, "card_modelled_h200.md", "roofline_modelled_h200.svg"]
     assert found.status == {"kernels": NOT_MEASURED, "launches": launches.COUNTED, "models": NOT_MEASURED}
-    assert found.policies == []
+    assert found.policies is None
     marks = {part: {row["status"] for row in rows_of(folder / f"{part}_modelled_h200.json")} for part in PARTS}
     assert marks == {"kernels": {NOT_MEASURED}, "launches": {launches.COUNTED}, "models": {NOT_MEASURED}}
     assert rows_of(folder / "kernels_modelled_h200.json") == modelled(cases())
@@ -60,7 +61,7 @@ def tiny_card(tmp_path_factory):
 def test_a_trial_on_a_cpu_says_so_everywhere(tiny_card):
     folder, found = tiny_card
     said = "measured on a CPU"
-    assert found.status == {"kernels": said, "launches": launches.COUNTED, "models": said} and found.policies == []
+    assert found.status == {"kernels": said, "launches": launches.COUNTED, "models": said} and found.policies is None
     for part in ("kernels", "models"):
         rows = rows_of(folder / f"{part}_cpu_tiny.json")
         assert {row["status"] for row in rows} == {"measured on a CPU"} and {row["device_type"] for row in rows} == {
@@ -141,21 +142,21 @@ GPU = [
 
 def test_the_page_of_a_gpu(tmp_path):
     (tmp_path / "kernels_gpu_x.json").write_text(json.dumps(GPU))
-    (text, _), lines = page.write_page(tmp_path, "gpu_x", tiny=False)
+    (text, _, _), kept = page.write_page(tmp_path, "gpu_x", tiny=False)
     said = text.read_text("utf-8")
     assert "**Measured.** GPU X, driver 1, torch 2, triton 3, flash-colreduce 0.2, bfloat16." in said
     assert "| energy | N=9 | 1 | 10 | 4 |  | 2 | 50 |" in said, "as a CUDA graph where there is one"
     assert "| energy | N=9 | 8 | 30 | 15 | 25 | 2 | 50 |" in said
     assert "- match_max, N=9, batch 1: not measured: out of memory" in said
-    expected = table.Policy("energy", 8, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels_gpu_x.json")
-    assert eval(lines[0].strip().removesuffix(","), {"Policy": table.Policy}) == expected and lines[0] in said
-    assert len(lines) == 1 and page.write_page(tmp_path, "gpu_x", tiny=True)[1] == []
+    expected = Policy("energy", 8, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels_gpu_x.json")
+    assert kept == tmp_path / "policies_gpu_x.json" and read_policies(kept) == (expected,)
+    assert "| energy | the kernel from batch 8 on |" in said and "VLMTOK_POLICIES" in said
+    kept.unlink()
+    assert page.write_page(tmp_path, "gpu_x", tiny=True)[1] is None and not kept.exists()
 
 
-def test_the_table_holds_what_is_printed_of_the_committed_rows():
-    """Lines of the committed figures parse into the very rows that the table has for that card."""
-    lines = page.dispatch_lines(rows_of(RESULTS / "kernels_h200.json"), "kernels_h200.json")
-    found = eval("(" + "".join(lines) + ")", {"Policy": table.Policy})
+def test_the_table_holds_what_the_committed_rows_give():
+    found = page.thresholds_of(rows_of(RESULTS / "kernels_h200.json"), "kernels_h200.json")
     assert set(found) == {row for row in table.POLICIES if row.device == "NVIDIA H200"} and len(found) == 10
 
 

@@ -42,7 +42,7 @@ def bench(
             "--all",
             metavar="FOLDER",
             help="Everything on this card: kernels beside torch, torch.compile and the rivals that are installed, "
-            "launches, towers, language models; rows, a page, a roofline plot and dispatch rows go there.",
+            "launches, towers, language models; rows, a page, a roofline plot and dispatch thresholds go there.",
             show_default=False,
         ),
     ] = None,
@@ -138,17 +138,21 @@ def _measure_all(
             progress=progress,
         )
     if as_json:
-        print_json({"files": [str(path) for path in found.files], "status": found.status, "policies": found.policies})
+        print_json(
+            {
+                "files": [str(path) for path in found.files],
+                "status": found.status,
+                "policies": None if found.policies is None else str(found.policies),
+            }
+        )
         return
     console = standard_output()
     for path in found.files:
         console.print(str(path), highlight=False, soft_wrap=True)
     for name, status in found.status.items():
         console.print(f"{name}: {status}", style="bold", highlight=False)
-    if found.policies:
-        console.print("Rows for POLICIES in vlmtok/kernels/table.py:", highlight=False)
-        for line in found.policies:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found.policies is not None:
+        console.print(f"VLMTOK_POLICIES={found.policies} takes these thresholds", highlight=False, soft_wrap=True)
 
 
 def _write_rows(rows: list[dict[str, Any]], csv: str | None, out: str | None) -> None:

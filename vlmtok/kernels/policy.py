@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..errors import ParameterError
 
@@ -38,6 +39,11 @@ class Policy:
     device: str = ""
     versions: str = ""
     source: str = ""
+
+    @property
+    def start(self) -> str:
+        """From when on the kernel is taken, in words."""
+        return "torch at every batch" if self.min_batch == NEVER else f"the kernel from batch {self.min_batch} on"
 
     def __post_init__(self) -> None:
         """Checks a row.
@@ -71,7 +77,7 @@ def read_policies(path: str | os.PathLike[str]) -> tuple[Policy, ...]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise ParameterError(f"cannot read dispatch rows {str(path)!r}: {problem}") from None
-    rows = found if isinstance(found, list) else [None]
+    rows: list[Any] = found if isinstance(found, list) else [None]
     for row in rows:
         if not isinstance(row, dict) or row.keys() - names or {name for name in names if names[name]} - row.keys():
             raise ParameterError(

@@ -61,7 +61,7 @@ def cover_cosine(n: int, k: int, width: int, batch: int) -> Case:
     return Case(
         "greedy_cover_cosine", f"N={n}, k={k}, C={width}", batch, drawn,
         lambda m, x, weight: m.greedy_cover_cosine(x, k, weight=weight),
-        2 * batch * n * width + 4 * batch * n * (n + k) + 4 * batch * n, 2 * batch * n * n * width, 2 * k + 30,
+        2 * batch * n * width + 4 * batch * n * (n + k) + 4 * batch * n, 2 * batch * n * n * width, 2 * k + 34,
         (k, 4 * n), unrolls=True,
     )  # fmt: skip
 

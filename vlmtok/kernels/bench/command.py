@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from ...timing import environment, write_json_rows
+from ..policy import OWN, write_policies
 from .cases import cases, without_case
 from .clock import Clock, measure_rates
 from .floors import Case
 from .measuring import measure_cases
 from .modelling import NOT_MEASURED, modelled
-from .sweep import policies, printed, sweep
+from .sweep import policies, sweep
 
 _MODELLED = ("op", "case", "batch", "floor_us", "bound", "launches", "bytes", "flops")
 _MEASURED = ("op", "case", "batch", "path", "way", "median_us", "p20_us", "p80_us", "times_eager", "times_compile",
@@ -101,6 +102,9 @@ def _measure_all(chosen: Sequence[Case], asked: argparse.Namespace, dtype: torch
             for spent, row in sweep(case, clock, dtype)[:5]:
                 print(f"  {spent:8.2f} us  {row}")
     if clock.gpu:
-        print("Rows for POLICIES in vlmtok/kernels/table.py:")
-        print(printed(policies(rows, asked.json.name if asked.json else "")))
+        thresholds = policies(rows, asked.json.name if asked.json else "")
+        print("\n".join(f"{threshold.op}: {threshold.start}" for threshold in thresholds))
+        if asked.json is not None:
+            write_policies(kept := asked.json.with_name(f"policies_{asked.json.name}"), thresholds)
+            print(f"{OWN}={kept} takes these thresholds")
     return rows

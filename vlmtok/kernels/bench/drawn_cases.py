@@ -80,7 +80,7 @@ DRAWS: dict[tuple[str, str], _Draw] = {
     ("query", "Tensor"): _normal("batch", "width"),
     ("q", "Tensor"): _normal(*_HEADS),
     ("k", "Tensor"): _normal(*_HEADS),
-    ("start", "Tensor"): lambda e, device, _: torch.zeros(e.batch, dtype=torch.int64, device=device),
+    ("start", "Tensor | None"): lambda e, device, _: torch.zeros(e.batch, dtype=torch.int64, device=device),
     ("size", "Tensor"): lambda e, device, _: torch.ones(e.batch, e.n, device=device, dtype=torch.float32),
     ("keep", "Tensor"): _places(chosen=False),
     ("src", "Tensor"): _places(chosen=True),

@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_map_only
 from .. import library, reference
 
 # Neither a launch nor work: allocations, views that the schema does not mark, a tensor pointed elsewhere, questions.
-_FREE = re.compile(r"(new_)?empty|_unsafe_view|detach|lift_fresh|scalar_tensor|promote_types|sym_|is_|set_")
+_FREE = re.compile(
+    r"(new_)?empty|_unsafe_view|detach|lift_fresh|scalar_tensor|promote_types|sym_|is_|set_|_fused_sdp_choice"
+)
 
 
 @dataclass

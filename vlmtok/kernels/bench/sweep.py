@@ -11,6 +11,7 @@ import torch
 
 from .. import table
 from ..dispatch import use
+from ..policy import NEVER, Policy
 from .clock import Clock
 from .floors import Case
 
@@ -66,7 +67,7 @@ def sweep(case: Case, clock: Clock, dtype: torch.dtype) -> list[tuple[float, tab
     return sorted(results, key=lambda result: result[0])
 
 
-def policies(rows: Sequence[dict[str, Any]], source: str) -> list[table.Policy]:
+def policies(rows: Sequence[dict[str, Any]], source: str) -> list[Policy]:
     """Rows for the table of `auto`: from which batch on the kernel is no slower than torch, alone and warm.
 
     An op whose kernel is slower at the greatest batch gets a row that leaves it to torch at every batch.
@@ -88,11 +89,6 @@ def policies(rows: Sequence[dict[str, Any]], source: str) -> list[table.Policy]:
         if mine:
             first = mine[0]
             versions = f"torch {first['torch']}, triton {first['triton']}"
-            least = min((batch for batch, won in wins.items() if won), default=table.NEVER)
-            found.append(table.Policy(op, least, 1 << 30, "measured", first["device"], versions, source))
+            least = min((batch for batch, won in wins.items() if won), default=NEVER)
+            found.append(Policy(op, least, 1 << 30, "measured", first["device"], versions, source))
     return found
-
-
-def printed(rows: Sequence[table.Policy]) -> str:
-    """Rows as they are pasted into `POLICIES` of vlmtok/kernels/table.py, a line each."""
-    return "\n".join(f"    {row}," for row in rows)

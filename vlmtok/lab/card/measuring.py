@@ -32,12 +32,13 @@ class Found:
         files: rows, page and plot.
         status: where the figures of each part are from, as its rows say too: ``"measured"``, ``"measured on a CPU"``,
             ``"modelled, not measured"``, for launches of no GPU how they were counted; empty if there are none.
-        policies: lines for `POLICIES` of vlmtok/kernels/table.py; none without figures of a GPU at full sizes.
+        policies: the one of them that holds dispatch thresholds, for the environment variable ``VLMTOK_POLICIES``;
+            None without figures of a GPU at full sizes.
     """
 
     files: list[Path]
     status: dict[str, str]
-    policies: list[str]
+    policies: Path | None
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def measure_card(
     compiled: bool = True,
     progress: Progress | None = None,
 ) -> Found:
-    """Measures a card and writes rows, a page and a plot.
+    """Measures a card and writes rows, a page, a plot and dispatch thresholds.
 
     Args:
-        folder: where files go: a ``PART_CARD.json`` a part, ``card_CARD.md``, ``roofline_CARD.svg``. The page holds
-            every part that lies there, those of earlier runs on the same card too.
+        folder: where files go: a ``PART_CARD.json`` a part, ``card_CARD.md``, ``roofline_CARD.svg`` and, of a GPU,
+            ``policies_CARD.json``. The page holds every part that lies there, those of earlier runs on the card too.
         device: what is measured. On a CPU nothing is, unless `tiny`: floors and promises are modelled for an H200.
         tiny: small sizes, to see that it runs; figures are marked as those of a CPU where it is one.
         parts: of `PARTS`.
@@ -100,7 +101,7 @@ def measure_card(
         progress: told of each step.
 
     Returns:
-        The files written, and lines for the dispatch table where kernels lie there.
+        The files written.
 
     Raises:
         ParameterError: no such part or folder.

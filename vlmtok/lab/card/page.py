@@ -9,7 +9,8 @@ from typing import Any
 
 from ...kernels.bench.measuring import MEASURED, ON_A_CPU
 from ...kernels.bench.modelling import NOT_MEASURED
-from ...kernels.bench.sweep import policies, printed
+from ...kernels.bench.sweep import policies
+from ...kernels.policy import OWN, Policy, write_policies
 from ...tabular import Table
 from ..suite_models import Row
 from .roofline import draw_roofline, points_of
@@ -25,8 +26,8 @@ PARTS = ("kernels", "launches", "models")
 """What is measured, in this order: ops one by one with their rivals; launches of towers; towers and language models."""
 
 
-def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[str]]:
-    """Writes the page and the plot of whatever parts lie in a folder.
+def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], Path | None]:
+    """Writes the page, the plot and the dispatch thresholds of whatever parts lie in a folder.
 
     Args:
         folder: with ``PART_SLUG.json`` files.
@@ -34,32 +35,35 @@ def write_page(folder: Path, slug: str, tiny: bool) -> tuple[list[Path], list[st
         tiny: whether sizes are those of a trial, from which nothing follows for the dispatch table.
 
     Returns:
-        The files, and lines for the dispatch table.
+        The files, and the one of them that holds thresholds, if kernels were measured on a GPU.
     """
     parts: dict[str, list[Row]] = {}
     for part in PARTS:
         path = folder / f"{part}_{slug}.json"
         parts[part] = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    lines = [] if tiny else dispatch_lines(parts["kernels"], f"kernels_{slug}.json")
+    thresholds = [] if tiny else thresholds_of(parts["kernels"], f"kernels_{slug}.json")
+    kept = folder / f"policies_{slug}.json" if thresholds else None
+    if kept is not None:
+        write_policies(kept, thresholds)
     plot = folder / f"roofline_{slug}.svg"
     page = folder / f"card_{slug}.md"
     drawn = points_of(parts["kernels"])
     if drawn:
         draw_roofline(parts["kernels"], plot)
     title = f"# What one card does: {slug}" + (", sizes of a trial" if tiny else "")
-    text = "\n\n".join([title, *_page(parts, lines, plot.name if drawn else "")])
+    text = "\n\n".join([title, *_page(parts, thresholds, plot.name if drawn else "")])
     page.write_text(text + "\n", encoding="utf-8")
-    return [page, *([plot] if drawn else [])], lines
+    return [page, *([plot] if drawn else []), *([kept] if kept else [])], kept
 
 
-def dispatch_lines(kernels: Sequence[Row], source: str) -> list[str]:
-    """Lines for `POLICIES` from what was measured on a GPU, as they are pasted.
+def thresholds_of(kernels: Sequence[Row], source: str) -> list[Policy]:
+    """Rows of the dispatch table from what was measured on a GPU.
 
     Args:
         kernels: rows of ops.
         source: the file that they are kept in.
     """
-    return printed(policies([row for row in kernels if row["status"] == MEASURED], source)).splitlines()
+    return policies([row for row in kernels if row["status"] == MEASURED], source)
 
 
 def left_out(row: Row) -> bool:
@@ -67,7 +71,7 @@ def left_out(row: Row) -> bool:
     return str(row["status"]).startswith(_LEFT_OUT)
 
 
-def _page(parts: dict[str, list[Row]], policies_: Sequence[str], plot: str) -> Iterator[str]:
+def _page(parts: dict[str, list[Row]], thresholds: Sequence[Policy], plot: str) -> Iterator[str]:
     """The paragraphs of the page."""
     tables = {"kernels": _kernels, "launches": _launches, "models": _models}
     for part, rows in parts.items():
@@ -83,9 +87,9 @@ def _page(parts: dict[str, list[Row]], policies_: Sequence[str], plot: str) -> I
         yield from (f"- {_name(row)}: {row['status']}" for row in rows if left_out(row))
         if part == "kernels" and plot:
             yield f"![roofline]({plot})"
-        if part == "kernels" and policies_:
-            lines = "\n".join(policies_)
-            yield f"Rows for `POLICIES` in `vlmtok/kernels/table.py`:\n\n```python\n{lines}\n```"
+        if part == "kernels" and thresholds:
+            yield Table(("op", "what `auto` takes"), [(row.op, row.start) for row in thresholds]).markdown()
+            yield f"`{OWN}` with the path of the file of thresholds beside this page has `auto` go by them."
 
 
 def _name(row: Row) -> str:

@@ -1,0 +1,25 @@
+"""Reports that attention behind a cut gets a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...core.attention_kernel import note_attention
+from .. import forms
+
+
+def note_masked(config: Any, hidden: Tensor, mask: Any) -> None:
+    """Counts an attention behind a cut that gets a mask, by its kernel; none without a mask.
+
+    Args:
+        config: of the text model.
+        hidden: `[B, L, C]`, input of the layer.
+        mask: what its attention gets.
+    """
+    if isinstance(mask, Tensor):
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        name = forms.implementation_of(config)
+        note_attention("masked attention behind a cut", name, hidden, heads, width, mask)

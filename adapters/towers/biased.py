@@ -1,0 +1,35 @@
+"""Reports that attention of a tower adds log(size) to its logits, or hides keys."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...core.attention_kernel import SDPA, note_attention
+from .. import forms
+from ..hosts import Host
+
+
+def note_biased(attn: Host, hidden: Tensor, heads: int, mask: Tensor | None, sized: bool) -> None:
+    """Counts an attention of a tower that gets a mask, or log(size) on its keys, by its kernel.
+
+    Args:
+        attn: the attention.
+        hidden: `[B, L, C]`, its input.
+        heads: of it.
+        mask: `[B, 1, L or 1, L]`, what is added to its logits; None stands for one that hides keys.
+        sized: whether log(size) is in it.
+    """
+    given = hidden.new_empty(1).expand(hidden.shape[0], 1, 1, hidden.shape[1]) if mask is None else mask
+    what = "proportional attention" if sized else "masked attention of a tower"
+    note_attention(what, _function_of(attn), hidden, heads, hidden.shape[-1] // heads, given)
+
+
+def _function_of(attn: Host) -> str:
+    """Name of the function that an attention of a tower calls: by its configuration, or as timm and torch have it."""
+    attn = forms.inner(attn)
+    if name := forms.implementation(attn):
+        return name
+    fused = getattr(attn, "fused_attn", None)  # of timm
+    if fused is None:
+        return SDPA if isinstance(attn, nn.MultiheadAttention) else ""
+    return SDPA if fused else "eager"
