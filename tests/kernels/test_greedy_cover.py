@@ -183,6 +183,15 @@ def test_weights_below_zero_count_as_nothing_and_nan_loses():
     assert found[0, 3:].tolist() == [1, 3, 5]
 
 
+def test_rows_that_are_not_finite_come_before_invalid_ones_and_behind_rows_that_add_nothing():
+    x = rows(1, 8, 6)
+    x[0, 2], x[0, 3], x[0, 5] = float("nan"), 0.0, float("inf")
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    valid[0, 0] = False
+    order, gain = kernels.greedy_cover_cosine(x, 8, valid=valid)
+    assert order[0, 4:].tolist() == [3, 2, 5, 0] and gain[0, 4] == 0 and gain[0, 5:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_and_views_are_the_same_table(dtype):
     table = rows(2, 20, 30, dtype)

@@ -51,6 +51,10 @@ def test_it_begins_with_the_most_isolated_row_where_none_is_named():
             expected.append(int(cosine.masked_fill(~counts, 9).argmin()))
         assert first(x, mask) == expected
     assert first(torch.eye(3)[[0, 1, 2, 0, 1, 2]].unsqueeze(0)) == [0]  # each has a twin
+    alone = torch.eye(4)[[0, 0, 1, 2, 2]].unsqueeze(0)
+    assert first(alone) == [2] and first(alone, torch.tensor([[True, True, False, True, True]])) == [0]
+    nearest = kernels.match_max(alone, alone, exclude_diag=True)[0]
+    assert reference.most_isolated(nearest, torch.tensor([[False, True, False, True, True]])).item() == 1
     assert first(torch.randn(2, 1, 4)) == [0, 0]
     assert first(torch.full((1, 5, 4), float("nan"))) == [0]
     with pytest.raises(ParameterError, match="start=None.*cosine"):

@@ -32,7 +32,8 @@ class _Near:
         for _, rows in in_steps(1, n, n, "cpu"):
             place = torch.arange(rows.start, rows.stop)
             # A row is never compared with itself, which would take the first place.
-            cosine = self.cosines(place).index_put_((place - rows.start, place), torch.tensor(float("-inf")))
+            cosine = self.cosines(place)
+            cosine.diagonal(rows.start).fill_(float("-inf"))
             best = cosine.topk(min(NEAREST, n), dim=1)
             value.append(best.values)
             index.append(best.indices)

@@ -115,7 +115,7 @@ def cover_lazily(table: Tensor, k: int, weight: Tensor | None, first: Tensor, be
         if spent:
             best, at = bound.max(1, keepdim=True)
     picks = torch.cat(order, 1) if order else torch.empty(batch, 0, dtype=torch.int64)
-    gains = torch.cat(gain, 1) if gain else torch.empty(batch, 0)
+    gains = torch.cat(gain, 1) if gain else bound.new_empty(batch, 0)
     chosen = [_with_the_rest(*ours, k) for ours in zip(picks, gains, behind)]
     return torch.stack([one for one, _ in chosen]), torch.stack([one for _, one in chosen])
 
