@@ -91,6 +91,12 @@ def test_launches_are_those_of_the_counter(tiny_card):
     assert more["launches"] - row["launches"] - (more["launches_bare"] - row["launches_bare"]) == 4
 
 
+def test_attention_counts_as_one_launch():
+    q = torch.empty(1, 2, 5, 8, device="meta")
+    assert launches._counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 1
+    assert launches._counted(lambda: q + q) == 1
+
+
 def test_launches_without_triton_are_said_not_to_be_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(launches, "HAS_TRITON", False)
     found = measure_card(tmp_path, CPU, parts=["launches"])
@@ -149,6 +155,7 @@ def test_the_page_of_a_gpu(tmp_path):
     assert "- match_max, N=9, batch 1: not measured: out of memory" in said
     expected = table.Policy("energy", 8, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels_gpu_x.json")
     assert eval(lines[0].strip().removesuffix(","), {"Policy": table.Policy}) == expected and lines[0] in said
+    assert page.dispatch_lines([{**row, "status": "measured on a CPU"} for row in GPU], "kernels_cpu.json") == []
     assert len(lines) == 1 and page.write_page(tmp_path, "gpu_x", tiny=True)[1] == []
 
 
