@@ -363,6 +363,7 @@ BAD = {
     "method without model": ("bench --method tome", "need --model"),
     "part of nothing": ("bench --part kernels", "--part chooses from --all"),
     "unknown part": ("bench --all . --part towers", "no part 'towers'"),
+    "everything in a table": ("bench --all . --csv rows.csv", "writes files of its own"),
     "everything of a model": ("bench --all . --model TOWER", "takes no --model"),
     "no batch": ("bench --model TOWER --batch 0", "--batch"),
 }

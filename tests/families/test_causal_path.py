@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlmtok
+from vlmtok.core.attention_kernel import kernel_of
 
 from .build import FAMILIES, shared
 from .harness import MODES, generate
@@ -82,3 +83,20 @@ def test_another_attention_is_called_by_its_name():
     with torch.no_grad(), vlmtok.compress(model, "fastv:K=2") as run:
         model.generate(**family.batch(*family.rows).inputs(), max_new_tokens=1, do_sample=False)
     assert run.report().kernels["masked attention behind a cut:eager"] == 2
+
+
+@pytest.mark.parametrize(("given", "asked"), [(torch.bool, torch.bool), (torch.float32, torch.bfloat16)])
+def test_torch_is_asked_about_the_attention_that_runs(given, asked, monkeypatch):
+    """With the sizes of queries and keys, and the mask in a dtype that SDPA takes beside them."""
+    seen = []
+
+    def choice(*inputs):
+        seen.extend(inputs)
+        return SDPBackend.EFFICIENT_ATTENTION.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    mask = torch.ones(2, 1, 5, 9, dtype=given)
+    assert kernel_of("sdpa", torch.zeros(2, 5, 32, dtype=torch.bfloat16), 4, 8, mask) == "sdpa (efficient)"
+    q, k, v, told, dropout, causal = seen
+    assert q.shape == (2, 4, 5, 8) and k.shape == v.shape == (2, 4, 9, 8) and q.dtype == k.dtype == torch.bfloat16
+    assert told.shape == mask.shape and told.dtype == asked and dropout == 0 and causal is False

@@ -92,6 +92,12 @@ def test_launches_are_those_of_the_counter(tiny_card):
     assert more["launches"] - row["launches"] - (more["launches_bare"] - row["launches_bare"]) == 4
 
 
+def test_attention_counts_as_one_launch():
+    q = torch.empty(1, 2, 5, 8, device="meta")
+    assert launches._counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 1
+    assert launches._counted(lambda: q + q) == 1
+
+
 def test_launches_without_triton_are_said_not_to_be_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(launches, "HAS_TRITON", False)
     found = measure_card(tmp_path, CPU, parts=["launches"])
@@ -151,6 +157,7 @@ def test_the_page_of_a_gpu(tmp_path):
     expected = Policy("energy", 8, 1 << 30, "measured", "GPU X", "torch 2, triton 3", "kernels_gpu_x.json")
     assert kept == tmp_path / "policies_gpu_x.json" and read_policies(kept) == (expected,)
     assert "| energy | the kernel from batch 8 on |" in said and "VLMTOK_POLICIES" in said
+    assert page.thresholds_of([{**row, "status": "measured on a CPU"} for row in GPU], "kernels_cpu.json") == []
     kept.unlink()
     assert page.write_page(tmp_path, "gpu_x", tiny=True)[1] is None and not kept.exists()
 
