@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from ..loading.names import DATA
-
-FILE = DATA / "costs" / "batch_one.csv"
+FILE = Path(__file__).parents[1] / "data" / "costs" / "batch_one.csv"
 """Made by ``tools/batch_one.py`` from the committed results of benchmarks."""
 
 
