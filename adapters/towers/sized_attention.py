@@ -203,8 +203,9 @@ def sized_attention(
         bias = _fitting(module, bias, query, key)
         if name == forms.FLEX and twin.scores:
             # A view: no table of pairs is stored, and the kernel reads one number a key.
-            scores, given = bias.expand(*query.shape[:3], key.shape[-2]), kwargs.get(forms.SCORES)
-            kwargs[forms.SCORES] = scores if given is None else given + scores
+            scores = bias.expand(*query.shape[:3], key.shape[-2])
+            given = [value for word, value in kwargs.items() if word == forms.SCORES and value is not None]
+            kwargs[forms.SCORES] = given[0] + scores if given else scores
         elif name in _CALLABLE:
             attention_mask = _joined(module, bias, attention_mask, name, kwargs)
         else:
