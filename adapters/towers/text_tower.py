@@ -20,6 +20,7 @@ from ...core.site import StageLayout
 from .. import hosts
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
+from .checks import check_graph
 from .sized_attention import check_masks
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
@@ -55,6 +56,7 @@ class TextTower(Tower):
         """Attention pre-hook: a mask that fits the rows, with log(size) where a method wants it."""
         if self.reader.muted:
             return None
+        check_graph(self.flexible)
         again = replaying()
         record = self.running.of(again).record(layer)
         x = self.attentions[layer].get(hosts.HIDDEN, args, kwargs)
