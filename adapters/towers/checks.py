@@ -36,6 +36,23 @@ def check_key_bias(entries: Iterable[Entry], spec: TowerSpec) -> None:
         )
 
 
+def check_graph(flexible: bool) -> None:
+    """Refuses to be traced around flex attention: Dynamo loses what hooks note of a layer behind a score_mod.
+
+    Args:
+        flexible: whether the tower's attention is flex attention.
+
+    Raises:
+        PassError: it is, and hooks are compiled.
+    """
+    if flexible and torch.compiler.is_compiling():
+        raise PassError(
+            "torch.compile cannot take a compressed tower whose attention is flex_attention into its graph; call the "
+            "model as it is (transformers compiles its flex attention by itself), or load it with "
+            "attn_implementation='sdpa' and compile"
+        )
+
+
 def check_input(module: nn.Module, x: Any, width: int, packed: bool = False) -> None:
     """What block 0 gets must be a row of tokens, or the hooks stand where this version does something else.
 

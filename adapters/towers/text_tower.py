@@ -21,6 +21,7 @@ from .. import hosts
 from ..base import TextSpec, TowerSpec
 from ..hosts import Arguments
 from .biased import note_biased
+from .checks import check_graph
 from .sized_attention import check_masks
 from .text_cutting import TextCuts
 from .text_intake import TextIntake
@@ -56,6 +57,7 @@ class TextTower(Tower):
         """Attention pre-hook: a mask that fits the rows, with log(size) where a method wants it."""
         if self.reader.muted:
             return None
+        check_graph(self.flexible)
         again = replaying()
         record = self.running.of(again).record(layer)
         x = self.attentions[layer].get(hosts.HIDDEN, args, kwargs)

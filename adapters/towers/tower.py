@@ -19,9 +19,8 @@ from ...core.site import StageLayout
 from .. import forms, host_objects, hosts
 from ..base import TowerSpec, child
 from ..hosts import Arguments, Host
-from . import mid_block
+from . import checks, mid_block
 from .biased import note_biased
-from .checks import check_key_bias
 from .cutting import PictureCuts
 from .hook_plan import BlockPlan, block_plans
 from .intake import PictureIntake
@@ -74,12 +73,13 @@ class Tower:
         self.reader = BlockTaps(spec.block, self.running, classed, self.rows)
         self.intake = PictureIntake(attachment, spec) if intake is None else intake
         self.cuts = PictureCuts(attachment, spec) if cuts is None else cuts
+        self.flexible = any(forms.implementation(child(block, self.block.attn)) == forms.FLEX for block in spec.blocks)
         self.inputs: dict[int, Arguments] = {}
         self.attentions: dict[int, Arguments] = {}
         self.middles: dict[int, Arguments] = {}
         self.heads = spec.heads
         self.sized: set[int] = set()  # blocks whose attention asks what is added when it calls its function
-        check_key_bias(self.entries, spec)
+        checks.check_key_bias(self.entries, spec)
         install_pools(attachment, spec, self.running)
         self._install(spec)
 
@@ -147,6 +147,7 @@ class Tower:
         """Block pre-hook: begins the pass, inserts, reduces at ``start``, hands over the rotary table."""
         if self.reader.muted:
             return None
+        checks.check_graph(self.flexible)
         again = replaying()
         arguments = self.inputs[layer]
         given = arguments.get(hosts.HIDDEN, args, kwargs)
@@ -194,6 +195,7 @@ class Tower:
         """Attention pre-hook: adds log(size) to the logits, notes the input where q and k are computed again."""
         if self.reader.muted:
             return None
+        checks.check_graph(self.flexible)
         again = replaying()
         record = self.running.of(again).record(layer)
         arguments = self.attentions[layer]
@@ -264,6 +266,7 @@ class Tower:
         """Pre-hook between attention and MLP: hands the MLP branch the shorter row."""
         if self.reader.muted:
             return None
+        checks.check_graph(self.flexible)
         given = self.middles[layer].get(hosts.HIDDEN, args, kwargs)
         x = full = self.rows(given)
         if replaying():

@@ -265,6 +265,19 @@ def test_switching_while_attached(calls: list[dict[str, Any]]) -> None:
 
 
 # ---------------------------------------------------------------------- compiled
+@pytest.mark.parametrize("spec", ["tome:r=3", "tome:r=3:prop_attn=false"])
+@torch.no_grad()
+def test_a_graph_around_it_is_refused_or_left(spec: str, calls: list[dict[str, Any]]) -> None:
+    model, x = tower("CLIPVisionModel", "flex_attention"), tiny.pictures(2)
+    with vlmtok.compress(model, spec):
+        plain = run(model, x)
+        with pytest.raises(Exception, match="torch.compile cannot take a compressed tower"):
+            torch.compile(model, backend="eager", fullgraph=True)(pixel_values=x)
+        torch._dynamo.reset()
+        assert_equal(torch.compile(model, backend="eager")(pixel_values=x)[0], plain, 1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # which the host gives
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
