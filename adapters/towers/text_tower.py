@@ -74,7 +74,7 @@ class TextTower(Tower):
         if record.bias is None:
             return None
         if not again:
-            note_biased(module, x, self.heads, record.bias, size is not None)
+            note_biased(module, x, self.block.heads, record.bias, size is not None)
         if layer in self.sized:  # the causal mask goes with the sizes; the host's is one of the whole rows
             return self.attentions[layer].put(args, kwargs, {self.mask: None})
         check_masks(module)

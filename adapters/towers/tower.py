@@ -77,7 +77,6 @@ class Tower:
         self.inputs: dict[int, Arguments] = {}
         self.attentions: dict[int, Arguments] = {}
         self.middles: dict[int, Arguments] = {}
-        self.heads = spec.heads
         self.sized: set[int] = set()  # blocks whose attention asks what is added when it calls its function
         checks.check_key_bias(self.entries, spec)
         install_pools(attachment, spec, self.running)
@@ -213,11 +212,10 @@ class Tower:
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
             record.shown = shown if record.moved or record.bias is not None else None
-        if record.bias is not None or record.shown is not None:
-            if layer not in self.sized:
-                check_masks(module)
-            if not again:
-                note_biased(module, x, self.heads, record.bias, record.bias is not None)
+        if layer not in self.sized and (record.bias is not None or record.shown is not None):
+            check_masks(module)
+        if not again and (record.bias is not None or record.shown is not None):
+            note_biased(module, x, self.block.heads, record.bias, record.bias is not None)
         return self.masked(layer, record, x, arguments, args, kwargs)
 
     def masked(
