@@ -46,7 +46,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    part: Annotated[
+    only: Annotated[
         list[str] | None,
         typer.Option(help="Of --all: kernels, launches or models; give several. All by default.", show_default=False),
     ] = None,
@@ -67,12 +67,12 @@ def bench(
         raise ParameterError(
             "--image-size, --dtype, --batch, --max-new-tokens and --random need --model; the standard suite has its own"
         )
-    if part and all_ is None:
-        raise ParameterError("--part chooses from --all FOLDER")
+    if only and all_ is None:
+        raise ParameterError("--only chooses from --all FOLDER")
     if all_ is not None:
         if model is not None or csv is not None or out is not None:
             raise ParameterError("--all FOLDER writes files of its own: it takes no --model, --csv and --out")
-        _measure_all(all_, part, device, tiny, rounds, limit, as_json)
+        _measure_all(all_, only, device, tiny, rounds, limit, as_json)
         return
     resized = sizes_of(None if image_size is None else [image_size])
     if prompt is not None and image is None:
