@@ -292,7 +292,7 @@ def test_bench_alone_without_a_gpu_says_not_measured(vlmtok_, monkeypatch):
 
 
 def test_bench_of_everything(vlmtok_, tmp_path):
-    words = ("bench", "--all", tmp_path, "--part", "launches", "--device", "cpu")
+    words = ("bench", "--all", tmp_path, "--only", "launches", "--device", "cpu")
     found = data_of(vlmtok_(*words, "--json"))
     assert [Path(file).name for file in found["files"]] == ["launches_modelled_h200.json", "card_modelled_h200.md"]
     counted = "counted on meta tensors, attention as one launch"
