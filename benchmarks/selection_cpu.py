@@ -86,7 +86,7 @@ class Drawn:
         return made[kind]()
 
 
-def choice(method: Method, drawn: Drawn) -> tuple[Arm, int]:
+def choice(method: Method, drawn: Drawn) -> tuple[Callable[[], Reduction | None], int]:
     """A method's decision on a drawn view, and how many tokens it leaves."""
     site = method.sites(KINDS[kinds_of(method.spec_name())[0]].layout())[0]
     scope = site.scope or method.scope
