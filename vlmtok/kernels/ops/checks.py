@@ -41,6 +41,12 @@ def check_word(op: str, name: str, value: str, words: tuple[str, ...]) -> None:
         raise ParameterError(f"{op}: {name}={value!r} is not possible; one of {', '.join(map(repr, words))}")
 
 
+def check_k(op: str, k: int, n: int) -> None:
+    """How many rows are chosen: 0 to n."""
+    if isinstance(k, bool) or not 0 <= k <= n:
+        raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
+
+
 def check_r(op: str, r: int, most: int) -> None:
     """How many tokens merge away: 0 to `most`."""
     if isinstance(r, bool) or not 0 <= r <= most:

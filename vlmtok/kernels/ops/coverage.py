@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import ParameterError
 from ..dispatch import choose
 from ..table import LIMIT_GREEDY
-from .checks import BOOL, LONG, check_device, check_floating, check_index
+from .checks import BOOL, LONG, check_device, check_floating, check_index, check_k
 from .paths import run_detached, square_bytes
 
 _LAST = torch.iinfo(torch.int64).max
@@ -86,12 +86,6 @@ def greedy_cover_cosine(
     check_device(op, x, weight=weight, valid=valid)
     triton = choose(op, x, batch=batch, pair_bytes=square_bytes(x), limit=_limit(n))
     return cast("tuple[Tensor, Tensor]", run_detached(op, triton, x, k, weight=weight, valid=valid))
-
-
-def check_k(op: str, k: int, n: int) -> None:
-    """How many rows are chosen: 0 to n."""
-    if isinstance(k, bool) or not 0 <= k <= n:
-        raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
 
 
 def _check_weight(op: str, shape: tuple[int, int], weight: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import ParameterError
 from ..dispatch import choose
 from ..table import LIMIT_GREEDY
-from .checks import BOOL, check_device, check_floating, check_index
+from .checks import BOOL, check_device, check_floating, check_index, check_k
 from .paths import run_detached, square_bytes
 
 SPLITS = (1, 2)
@@ -47,8 +47,7 @@ def greedy_determinant(
     check_floating(op, "[B, N, D]", x=x)
     check_floating(op, "[B, N]", relevance=relevance)
     batch, n, _ = x.shape
-    if isinstance(k, bool) or not 0 <= k <= n:
-        raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
+    check_k(op, k, n)
     if relevance is not None and tuple(relevance.shape) != (batch, n):
         raise ParameterError(f"{op}: relevance must be [B, N] = {[batch, n]}, got {list(relevance.shape)}")
     if isinstance(split, bool) or split not in SPLITS:

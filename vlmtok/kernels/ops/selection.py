@@ -10,7 +10,7 @@ from ...errors import ParameterError
 from .. import reference
 from ..dispatch import choose
 from ..table import LIMIT_GREEDY
-from .checks import BOOL, LONG, check_device, check_floating, check_index, check_word
+from .checks import BOOL, LONG, check_device, check_floating, check_index, check_k, check_word
 from .matching import match_max
 from .paths import opaque, run_detached, square_bytes
 
@@ -53,8 +53,7 @@ def greedy_select(
     if rule == "sum" and metric == "l2":
         raise ParameterError(f"{op}: rule='sum' goes with metric='cosine'; a sum of negative distances has no floor")
     batch, n, _ = x.shape
-    if isinstance(k, bool) or not 0 <= k <= n:
-        raise ParameterError(f"{op}: k={k!r} must be in [0, {n}], the rows there are")
+    check_k(op, k, n)
     if start is None and metric == "l2":
         raise ParameterError(f"{op}: start=None goes with metric='cosine'; name the first row for metric='l2'")
     check_index(op, (batch,), LONG, start=start)
