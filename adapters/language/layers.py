@@ -112,7 +112,7 @@ class Layers:
         if segment.first not in call.segments:
             begin_segment(call, segment, hidden)
         mask = self.segments.mask(call, segment, holder, hidden)
-        note_masked(self.lm().config, hidden, mask)
+        note_masked(self.lm().config, module, hidden, mask)
         changes = {
             hosts.HIDDEN: hidden,
             hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
