@@ -62,12 +62,18 @@ def class_name(model: nn.Module) -> str:
 
 
 # ---------------------------------------------------------------------- blocks and towers
+def head_width(attn: Any, width: int, heads: int) -> int:
+    """Width of a head: as the attention has it, for configurations may name several; else its part of the row's."""
+    return int(getattr(attn, "head_dim", width // heads))
+
+
 def block_shape(attn: nn.Module, mlp: nn.Module, width: int, heads: int, kv_heads: int | None = None) -> BlockShape:
     """A block from its two halves."""
     last = next((module for _, module, _ in reversed(list(linear_maps(mlp)))), None)
-    head_width = int(getattr(attn, "head_dim", width // heads))
     hidden = int(getattr(last, "in_features", width))
-    return BlockShape(width, heads, head_width, kv_heads or heads, weights(attn), weights(mlp), hidden)
+    return BlockShape(
+        width, heads, head_width(attn, width, heads), kv_heads or heads, weights(attn), weights(mlp), hidden
+    )
 
 
 def block_shapes(spec: BlockSpec, blocks: Iterable[nn.Module], width: int) -> tuple[BlockShape, ...]:

@@ -121,6 +121,17 @@ def implementation_of(config: Host) -> str:
     return str(getattr(shared(config), "_attn_implementation", None) or "")
 
 
+def function_of(attn: Host) -> str:
+    """Name of the function that an attention of a tower calls: by its configuration, or as timm and torch have it."""
+    attn = inner(attn)
+    if name := implementation(attn):
+        return name
+    fused = getattr(attn, "fused_attn", None)  # of timm
+    if fused is None:
+        return "sdpa" if isinstance(attn, nn.MultiheadAttention) else ""
+    return "sdpa" if fused else "eager"
+
+
 def shared(config: Host) -> Any:
     """The configuration that a model shares, where `towers.sized_attention` put others in its place on a module."""
     while hasattr(config, "vlmtok_shadowed"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...core.signals import AHEAD, CACHE_SIGNALS, DECODER_SIGNALS, MASSES, NEURONS
 from ...core.site import StageLayout
+from ..account import head_width
 from .attention import attention_form
 from .layer_account import holds_latents, kv_heads
 from .layer_parts import final_norm, last_map
@@ -64,7 +65,7 @@ def _cache(lm: Any, kinds: list[str]) -> StageLayout:
     open_to_cuts = [i for i in range(depth) if i not in blind]
     attention = getattr(lm.layers[open_to_cuts[0]], "self_attn", None) if open_to_cuts else None
     heads = kv_heads(attention, config)
-    width = heads * int(getattr(attention, "head_dim", int(config.hidden_size) // int(config.num_attention_heads)))
+    width = heads * head_width(attention, int(config.hidden_size), int(config.num_attention_heads))
     unknown = {i: "an attention of unknown form" for i in open_to_cuts if attention_form(lm.layers[i]) is None}
     return StageLayout(
         depth,

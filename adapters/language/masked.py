@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...core.attention_kernel import note_attention
 from .. import forms
+from ..account import head_width
 from ..hosts import Host
 
 
@@ -16,13 +17,11 @@ def note_masked(config: Any, block: Host, hidden: Tensor, mask: Any) -> None:
 
     Args:
         config: of the text model.
-        block: the layer, whose attention knows its own width: configurations may name several.
+        block: the layer.
         hidden: `[B, L, C]`, input of the layer.
         mask: what its attention gets.
     """
     if isinstance(mask, Tensor):
-        heads = config.num_attention_heads
-        attn: Any = getattr(block, "self_attn", None)
-        width = int(getattr(attn, "head_dim", config.hidden_size // heads))
-        name = forms.implementation_of(config)
-        note_attention("masked attention behind a cut", name, hidden, heads, width, mask)
+        heads = int(config.num_attention_heads)
+        width = head_width(getattr(block, "self_attn", None), int(config.hidden_size), heads)
+        note_attention("masked attention behind a cut", forms.implementation_of(config), hidden, heads, width, mask)

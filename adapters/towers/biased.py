@@ -5,10 +5,11 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core.attention_kernel import SDPA, note_attention
+from ...core.attention_kernel import note_attention
 from .. import forms
+from ..account import head_width
 from ..hosts import Host
 
 
@@ -27,15 +28,4 @@ def note_biased(attn: Host, hidden: Tensor, heads: str, mask: Tensor | None, siz
     count = int(attrgetter(heads)(attn))
     given = hidden.new_empty(1).expand(hidden.shape[0], 1, 1, hidden.shape[1]) if mask is None else mask
     what = "proportional attention" if sized else "masked attention of a tower"
-    note_attention(what, _function_of(attn), hidden, count, hidden.shape[-1] // count, given)
-
-
-def _function_of(attn: Host) -> str:
-    """Name of the function that an attention of a tower calls: by its configuration, or as timm and torch have it."""
-    attn = forms.inner(attn)
-    if name := forms.implementation(attn):
-        return name
-    fused = getattr(attn, "fused_attn", None)  # of timm
-    if fused is None:
-        return SDPA if isinstance(attn, nn.MultiheadAttention) else ""
-    return SDPA if fused else "eager"
+    note_attention(what, forms.function_of(attn), hidden, count, head_width(attn, hidden.shape[-1], count), given)

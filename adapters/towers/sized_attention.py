@@ -179,13 +179,7 @@ class _Placed:
 
 
 def sized_attention(
-    module: Host,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,  # `forms.SCORES`
-    **kwargs: Any,
+    module: Host, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """The function in the host's table: its own one, with what the driver adds to the logits.
 
@@ -195,7 +189,6 @@ def sized_attention(
         key: `[B, H or fewer, n, d]`.
         value: the same.
         attention_mask: of the host: what is added to the logits, or bool, what is seen, or a BlockMask.
-        position_bias: of the host, for its flex attention: what its score_mod adds, `[B, H, N, n]`.
         kwargs: of the host, passed on.
 
     Raises:
@@ -211,13 +204,12 @@ def sized_attention(
         if name == forms.FLEX and twin.scores:
             # A view: no table of pairs is stored, and the kernel reads one number a key.
             scores = bias.expand(*query.shape[:3], key.shape[-2])
-            position_bias = scores if position_bias is None else position_bias + scores
+            given = [more for word, more in kwargs.items() if word == forms.SCORES and more is not None]
+            kwargs = {**kwargs, forms.SCORES: sum(given, scores)}
         elif name in _CALLABLE:
             attention_mask = _joined(module, bias, attention_mask, name, kwargs)
         else:
             raise PassError(_no_bias(module))
-    if position_bias is not None:
-        kwargs = {**kwargs, forms.SCORES: position_bias}
     return call(module, query, key, value, attention_mask=attention_mask, **kwargs)
 
 

@@ -212,10 +212,11 @@ class Tower:
             if layer >= self.cuts.proportional_from:
                 record.bias = sequence.key_bias(x.dtype)
             record.shown = shown if record.moved or record.bias is not None else None
-        if layer not in self.sized and (record.bias is not None or record.shown is not None):
-            check_masks(module)
-        if not again and (record.bias is not None or record.shown is not None):
-            note_biased(module, x, self.block.heads, record.bias, record.bias is not None)
+        if record.bias is not None or record.shown is not None:
+            if layer not in self.sized:
+                check_masks(module)
+            if not again:
+                note_biased(module, x, self.block.heads, record.bias, record.bias is not None)
         return self.masked(layer, record, x, arguments, args, kwargs)
 
     def masked(

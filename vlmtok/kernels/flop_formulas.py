@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .reference.determinant import has_table
-from .reference.duplicates import remaining
+from .reference.duplicates import lengths
 
 
 def _pairs(a: Any, rows: int, columns: int) -> int:
@@ -53,11 +53,7 @@ def _determinant_flops(x: Any, k: int, *_: Any, **__: Any) -> int:
 
 
 def _duplicates_flops(x: Any, order: Any, k: int, *_: Any, step: int = 8, **__: Any) -> int:
-    total, left = 0, order[1]
-    while left > k > 0:
-        total += _pairs(x, (left + 1) // 2, left // 2)
-        left = remaining(left, k, step)
-    return total
+    return sum(_pairs(x, (left + 1) // 2, left // 2) for left in lengths(order[1], k, step)) if k else 0
 
 
 def _attention_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:

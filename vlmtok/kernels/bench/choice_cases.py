@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.determinant import has_table, pictures_at_a_time
-from ..reference.duplicates import remaining
+from ..reference.duplicates import lengths
 from ..table import LIMIT_DETERMINANT
 from .drawing import features, orders, shares
 from .floors import Case, Rival
@@ -103,10 +103,9 @@ def duplicates(n: int, k: int, width: int, batch: int) -> Case:
     def lists(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return features(device, dtype, batch, n, width), orders(device, batch, n)
 
-    rounds, left, flops = 0, n, 0
-    while left > k:
-        rounds, flops = rounds + 1, flops + 2 * batch * ((left + 1) // 2) * (left // 2) * width
-        left = remaining(left, k, 8)
+    lists_left = lengths(n, k, 8)
+    rounds = len(lists_left)
+    flops = sum(2 * batch * ((left + 1) // 2) * (left // 2) * width for left in lists_left)
     return Case(
         "drop_duplicates", f"N={n}, k={k}, C={width}", batch, lists,
         lambda m, x, order: m.drop_duplicates(x, k=k, order=order), 2 * batch * n * width + 8 * batch * (n + k),

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ...errors import ParameterError
 from ..dispatch import choose
-from ..table import LIMIT_GREEDY
 from .checks import BOOL, LONG, check_device, check_floating, check_index, check_k
-from .paths import run_detached, square_bytes
+from .paths import run_detached, square_bytes, too_many
 
 _LAST = torch.iinfo(torch.int64).max
 
@@ -53,7 +52,7 @@ def greedy_cover(
     check_device(op, table, weight=weight, late=late, valid=valid)
     if valid is not None:
         late = torch.where(valid, 0 if late is None else late, _LAST)
-    triton = choose(op, table, batch=batch, pair_bytes=4 * batch * n * targets, limit=_limit(n))
+    triton = choose(op, table, batch=batch, pair_bytes=4 * batch * n * targets, limit=too_many(n))
     return cast("tuple[Tensor, Tensor]", run_detached(op, triton, table, k, weight=weight, late=late))
 
 
@@ -84,14 +83,10 @@ def greedy_cover_cosine(
     _check_weight(op, (batch, n), weight)
     check_index(op, (batch, n), BOOL, valid=valid)
     check_device(op, x, weight=weight, valid=valid)
-    triton = choose(op, x, batch=batch, pair_bytes=square_bytes(x), limit=_limit(n))
+    triton = choose(op, x, batch=batch, pair_bytes=square_bytes(x), limit=too_many(n))
     return cast("tuple[Tensor, Tensor]", run_detached(op, triton, x, k, weight=weight, valid=valid))
 
 
 def _check_weight(op: str, shape: tuple[int, int], weight: Tensor | None) -> None:
     if weight is not None and (tuple(weight.shape) != shape or not weight.is_floating_point()):
         raise ParameterError(f"{op}: weight must be floating {list(shape)}, got {weight.dtype} {list(weight.shape)}")
-
-
-def _limit(n: int) -> str | None:
-    return f"{n} rows exceed {LIMIT_GREEDY}, what the kernels are tiled for" if n > LIMIT_GREEDY else None

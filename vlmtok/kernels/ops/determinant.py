@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ...errors import ParameterError
 from ..dispatch import choose
-from ..table import LIMIT_GREEDY
 from .checks import BOOL, check_device, check_floating, check_index, check_k
-from .paths import run_detached, square_bytes
+from .paths import run_detached, square_bytes, too_many
 
 SPLITS = (1, 2)
 
@@ -60,9 +59,8 @@ def greedy_determinant(
 
 
 def _whole(x: Tensor, k: int, relevance: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    op, n = "greedy_determinant", x.shape[1]
-    limit = f"{n} rows exceed {LIMIT_GREEDY}, what the kernels are tiled for" if n > LIMIT_GREEDY else None
-    triton = choose(op, x, batch=x.shape[0], pair_bytes=square_bytes(x), limit=limit)
+    op = "greedy_determinant"
+    triton = choose(op, x, batch=x.shape[0], pair_bytes=square_bytes(x), limit=too_many(x.shape[1]))
     return cast("tuple[Tensor, Tensor]", run_detached(op, triton, x, k, relevance=relevance, valid=valid))
 
 

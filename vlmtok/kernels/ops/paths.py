@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import library, reference
+from ..table import LIMIT_GREEDY
 
 
 def opaque() -> bool:
@@ -52,6 +53,11 @@ def too_wide(*tensors: Tensor) -> str | None:
     if any(x.dtype == torch.float64 for x in tensors):
         return "one dtype is torch.float64 and the kernels take float16, bfloat16 and float32"
     return None
+
+
+def too_many(n: int) -> str | None:
+    """Why a kernel that chooses rows one after the other cannot take so many, or None."""
+    return f"{n} rows exceed {LIMIT_GREEDY}, what the kernels are tiled for" if n > LIMIT_GREEDY else None
 
 
 def square_bytes(x: Tensor) -> int:

@@ -34,6 +34,15 @@ def remaining(left: int, k: int, step: int) -> int:
     return max(left - step, k, left // 2)
 
 
+def lengths(left: int, k: int, step: int) -> list[int]:
+    """How long a list is at the beginning of each round, until k or fewer are left."""
+    found = []
+    while left > k:
+        found.append(left)
+        left = remaining(left, k, step)
+    return found
+
+
 def valid_first(order: Tensor, k: int, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The lists with their valid rows in front, and how long they are.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import products, square_products
+from .rows import SMALL, products, square_products
 from .steps import in_steps
 
 NEAREST = 16
@@ -45,7 +45,7 @@ class _Near:
             return self.table.index_select(0, places)
         # Of fewer rows than `products` multiplies as it does many, another sum would come out.
         some = self.unit.index_select(0, places)
-        filled = some if len(some) >= 16 else torch.cat([some, some.new_zeros(16 - len(some), some.shape[1])])
+        filled = some if len(some) >= SMALL else torch.cat([some, some.new_zeros(SMALL - len(some), some.shape[1])])
         return products(filled.unsqueeze(0), self.unit.unsqueeze(0))[0][: len(some)]
 
     def nearest(self, first: Tensor, second: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ EPS = 1e-12
 UNORDERED = ("cuda",)
 """Types of devices whose `index_add_` adds in the order in which threads come."""
 
-_SMALL = 16  # rows and columns from which on MKL multiplies equal rows alike
+SMALL = 16
+"""Rows and columns from which on MKL multiplies equal rows alike."""
 _BLOCKED = 512  # rows from which on half of a square and its mirror cost less than the whole
 _BLOCKS = 6  # along a side
 
@@ -98,7 +99,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
         fp32 `[B, M, N]`.
     """
     turned = b.transpose(1, 2)
-    if a.device.type == "cpu" and min(a.shape[1], b.shape[1]) < _SMALL:
+    if a.device.type == "cpu" and min(a.shape[1], b.shape[1]) < SMALL:
         return (a.double() @ turned.double()).float()
     return a @ turned
 
