@@ -32,6 +32,7 @@ from .evicting import Evictor
 from .holding import shares_held
 from .intake import Intake
 from .layers import Layers
+from .masked import told_once
 from .masks import RECURRENT, layer_kinds, sources
 from .opening import book, positions_of, refusal_of, uncut_past
 from .prefill_rows import prefill_rows, take_over
@@ -109,7 +110,8 @@ class Decoder:
             raise UnsupportedModel(
                 f"{self.evictor.weighs} adds log(size) to attention, which {implementation!r} cannot; use sdpa or eager"
             )
-        self.signatures = Signatures(self.spec, lm, self.probe, first)
+        told = told_once(self.segments.kinds, first)
+        self.signatures = Signatures(self.spec, lm, self.probe, first, told)
         looks_ahead = any(need.name in AHEAD for entry in self.attachment.at("projected") for need in entry.needs)
         self.segments.check(0 if looks_ahead else first)
         self.projector.install(core)
@@ -128,8 +130,11 @@ class Decoder:
             flash,
             self.sources,
             self.evictor.follows,
+            told,
         )
         put(lm.layers[self.probe], "pre", layers.check_cache, self.probe)
+        for layer in told:
+            put(lm.layers[layer], "pre", layers.tell, layer)
         if self.spec.deepstack is not None:
             Stacker(self.attachment, self.running, self.signatures.layers).install(lm)
         for layer in range(first, self.depth):

@@ -41,6 +41,7 @@ class Layers:
         flash: whether the attention reads positions.
         sources: layers that read keys of another one, and which.
         follows: whether caches follow cuts of this call.
+        told: layers whose masks stand for those of others, and of how many.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Layers:
         flash: bool,
         sources: Mapping[int, int],
         follows: bool,
+        told: Mapping[int, int],
     ) -> None:
         self.spec = spec
         self.lm = lm
@@ -68,6 +70,7 @@ class Layers:
         self.flash = flash
         self.sources = sources
         self.follows = follows
+        self.told = told
 
     def check_cache(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the first layer that keeps keys: the cache that is really used is the one that was seen."""
@@ -106,13 +109,15 @@ class Layers:
         holder = self.sources.get(layer, layer)
         segment = None if call.stream is None else call.stream.segment(holder)
         if segment is None or (segment.first == 0 and segment.bias is None):
+            if segment is not None:
+                self._note_masked(layer, module, hidden, arguments.get(hosts.MASK, args, kwargs))
             if self.flash and call.moved:
                 return arguments.put(args, kwargs, {hosts.POSITIONS: None})  # gaps would read as packed sequences
             return None
         if segment.first not in call.segments:
             begin_segment(call, segment, hidden)
         mask = self.segments.mask(call, segment, holder, hidden)
-        note_masked(self.lm().config, module, hidden, mask)
+        self._note_masked(layer, module, hidden, mask)
         changes = {
             hosts.HIDDEN: hidden,
             hosts.ROTARY: self.segments.rotary(call, segment, layer, rotary, hidden),
@@ -125,6 +130,18 @@ class Layers:
                 index = call.input_columns.unsqueeze(-1).expand(-1, -1, value.shape[-1])
                 changes[role] = value.expand(hidden.shape[0], -1, -1).gather(1, index)
         return arguments.put(args, kwargs, changes)
+
+    def tell(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of a layer in front of all that are told of: which mask the host made for the rows of a cut."""
+        running = self.running.mine()
+        if running.call is None or running.call.stream is None or running.muted or replaying():
+            return
+        hidden, mask = (self.arguments[layer].get(role, args, kwargs) for role in (hosts.HIDDEN, hosts.MASK))
+        self._note_masked(layer, module, hidden, mask)
+
+    def _note_masked(self, layer: int, module: nn.Module, hidden: Tensor, mask: Any) -> None:
+        kind, layers = self.segments.kinds[layer], self.told.get(layer, 1)
+        note_masked(self.lm().config, module, kind, hidden, mask, layers)
 
     def _cut(self, call: Call, layer: int, module: nn.Module, hidden: Tensor, rotary: Any, mask: Any) -> Tensor:
         """Methods at the end of the layer before and at the start of this one.

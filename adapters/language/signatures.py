@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .. import hosts
@@ -17,6 +18,7 @@ class Signatures:
         lm: the text model.
         probe: the first layer that keeps keys.
         first: the first layer whose arguments change.
+        told: layers whose masks are looked at.
 
     Attributes:
         text: those of the text model.
@@ -26,14 +28,15 @@ class Signatures:
         UnsupportedModel: one that must be there is not.
     """
 
-    def __init__(self, spec: VLMSpec, lm: Any, probe: int, first: int) -> None:
+    def __init__(self, spec: VLMSpec, lm: Any, probe: int, first: int, told: Iterable[int]) -> None:
         depth = len(lm.layers)
         of_tokens = [*spec.gather, *(spec.deepstack or ())]
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
         self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS, hosts.CACHING])
         self.layers = {probe: Arguments(lm.layers[probe], [hosts.CACHE])}
-        for layer in range(1, depth if spec.deepstack is not None else 1):
-            self.layers[layer] = Arguments(lm.layers[layer], [hosts.HIDDEN], [hosts.CACHE])
+        for layer in {*range(1, depth if spec.deepstack is not None else 1), *told}:
+            always = [hosts.CACHE] if layer == probe else []
+            self.layers[layer] = Arguments(lm.layers[layer], [hosts.HIDDEN, *always], [hosts.CACHE, hosts.MASK])
         for layer in range(first, depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *spec.layer_args]
             self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.POSITIONS])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from vlmtok.adapters import adapter_for
 
 import vlmtok
 from vlmtok.core.attention_kernel import kernel_of
@@ -55,6 +56,46 @@ def test_masks_are_those_of_the_bare_host(name):
         for (what, masked, causal), count in found.items():
             # Fewer masks are no loss: a step of full attention needs none, though some hosts make one.
             assert count <= bare[what, masked, causal] or (what == "step" and not masked), (bare, seen)
+
+
+@contextmanager
+def masked_inside(module):
+    """How many calls of SDPA have a mask while a module runs."""
+    found, running, real = [], [], F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, *rest, **options):
+        if running and attn_mask is not None:
+            found.append(attn_mask)
+        return real(query, key, value, attn_mask, *rest, **options)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: running.append(True)),
+        module.register_forward_hook(lambda *_: running.clear()),
+    ]
+    F.scaled_dot_product_attention = spy
+    try:
+        yield found
+    finally:
+        F.scaled_dot_product_attention = real
+        for hook in hooks:
+            hook.remove()
+
+
+def told(run):
+    """How many masked attentions behind a cut a report names."""
+    return sum(count for what, count in run.report().kernels.items() if what.startswith("masked attention behind"))
+
+
+@pytest.mark.parametrize("mode", ["boundary", "both+half"])
+@pytest.mark.parametrize("name", SDPA)
+def test_the_report_tells_of_every_masked_attention_behind_a_cut(name, mode):
+    """Also of masks that the host makes itself for rows that were cut at its language model's input; no other layer."""
+    model, family = shared(name), FAMILIES[name]
+    lm = adapter_for(model).lm
+    for inputs in (family.batch(*family.rows).inputs(), family.batch(family.rows[0]).inputs()):
+        with compressed(model, MODES[mode]) as run, masked_inside(lm) as found:
+            generate(model, inputs, 3)
+            assert told(run) == len(found)
 
 
 @pytest.mark.parametrize("mode", ["decoder", "half"])

@@ -19,7 +19,7 @@ _WORDS = {
 _OTHER = "the host's own"
 
 
-def note_attention(what: str, name: str, hidden: Tensor, heads: int, width: int, mask: Tensor) -> None:
+def note_attention(what: str, name: str, hidden: Tensor, heads: int, width: int, mask: Tensor, times: int = 1) -> None:
     """Counts an attention with a mask by its kernel, for the report; not under torch.compile.
 
     Args:
@@ -29,9 +29,10 @@ def note_attention(what: str, name: str, hidden: Tensor, heads: int, width: int,
         heads: of its queries.
         width: of a head.
         mask: `[B, 1 or H, L or 1, K]`, or the 2-D one of flash attention.
+        times: how many such attentions it stands for.
     """
     if not torch.compiler.is_compiling():
-        note(what, kernel_of(name, hidden, heads, width, mask))
+        note(what, kernel_of(name, hidden, heads, width, mask), times)
 
 
 def kernel_of(name: str, hidden: Tensor, heads: int, width: int, mask: Tensor) -> str:

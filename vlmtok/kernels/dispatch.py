@@ -145,10 +145,10 @@ def explain(device: torch.device) -> tuple[str, str]:
     )
 
 
-def note(op: str, path: str) -> None:
-    """Counts a call for `ran`; free under torch.compile."""
+def note(op: str, path: str, times: int = 1) -> None:
+    """Counts calls for `ran`; free under torch.compile."""
     if not torch.compiler.is_compiling():
-        _ran[f"{op}:{path}"] += 1
+        _ran[f"{op}:{path}"] += times
 
 
 def _problem(x: Tensor) -> str | None:
