@@ -39,8 +39,10 @@ class _Rows:
         if pick not in self.place:
             self._multiply(pick, key, t)
         (block, _, done), line = self.place[pick]
+        if done == t:
+            return block[line]
         past = self.factors[done:t]
-        return torch.addmv(block[line], past.t(), past[:, pick], alpha=-1) if len(past) else block[line]
+        return torch.addmv(block[line], past.t(), past.select(1, pick), alpha=-1)
 
     def _multiply(self, pick: int, key: Tensor, t: int) -> None:
         if len(self.blocks) == self.most:
@@ -77,21 +79,23 @@ def choose_by_rows(unit: Tensor, square: Tensor, left: Tensor, behind: Tensor, k
     """
     factors = unit.new_empty(k, len(unit))
     rows = _Rows(unit, factors)
+    key = torch.empty_like(behind)
+    # A round is a few small ops, so that what a call costs counts; numpy's views of single numbers cost the least.
+    left_of, behind_of, key_of = left.numpy(), behind.numpy(), key.numpy()
     order: list[int] = []
     top: list[int] = []
-    for t in range(k):
-        key = keys(square, left, behind)
-        best, at = key.max(0)
-        if (value := int(best)) < 0:  # what is left is spanned, and stays so
+    for t, factor in enumerate(factors.unbind()):
+        keys(square, left, behind, out=key)
+        pick = int(key_of.argmax())
+        if (value := int(key_of[pick])) < 0:  # what is left is spanned, and stays so
             rest = behind.argsort(descending=True, stable=True)[: k - t]
             order += rest.tolist()
             top += behind[rest].tolist()
             break
-        pick = int(at)
         order.append(pick)
         top.append(value)
-        step = torch.div(rows.row(pick, key, t), math.sqrt(float(left[pick])), out=factors[t])
+        step = torch.div(rows.row(pick, key, t), math.sqrt(left_of[pick]), out=factor)
         left.addcmul_(step, step, value=-1)
-        left[pick] = 0.0
-        behind[pick] = GONE
+        left_of[pick] = 0.0
+        behind_of[pick] = GONE
     return torch.tensor(order), gains(torch.tensor(top, dtype=torch.int32))

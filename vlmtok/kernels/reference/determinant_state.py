@@ -45,9 +45,9 @@ def beginning(
     return weight * weight, (free & long).float(), behind
 
 
-def keys(square: Tensor, left: Tensor, behind: Tensor) -> Tensor:
+def keys(square: Tensor, left: Tensor, behind: Tensor, out: Tensor | None = None) -> Tensor:
     """One integer a row, of which the greatest is next: the bits of its gain, which is not negative, or its place."""
-    return torch.where(left > SPANNED, (square * left).view(torch.int32), behind)
+    return torch.where(left > SPANNED, (square * left).view(torch.int32), behind, out=out)
 
 
 def gains(key: Tensor) -> Tensor:
