@@ -11,7 +11,7 @@ from vlmtok.core.registry import list_methods
 from vlmtok.core.spec import as_methods
 from vlmtok.errors import ParameterError
 from vlmtok.evaluation import engine
-from vlmtok.evaluation.ways import BASELINES, WITHIN, check_names, split_names, ways_of
+from vlmtok.evaluation.ways import BASELINES, CONVENTION, IN_CACHES, WITHIN, check_names, split_names, ways_of
 from vlmtok.forecast.estimate import estimate
 from vlmtok.lab.prompts import encode_prompt
 from vlmtok.loading import load, open_picture, samples
@@ -140,6 +140,21 @@ def test_stacks_and_what_is_as_written_keep_their_settings(model):
     for way in (stack, alone):
         lines = estimate(model.model, list(way.methods), deciding=False, **PROMPT).last_layers()
         assert way.keep == pytest.approx(sum(one.visual.high for one in lines) / len(lines) / TOKENS, abs=1e-4)
+
+
+def test_methods_of_caches_as_written_are_told_by_their_bytes(model):
+    """Beside a method by which tokens leave, tokens count."""
+    written = ["snapkv:keep=0.4", "streaming:keep=0.3", "fastv:keep=0.5+snapkv:keep=0.4"]
+    _, *ways = ways_of(model, [], [0.5], (), written, **PROMPT)
+    assert not [way.problem for way in ways if way.problem]
+    assert [way.convention for way in ways] == [IN_CACHES, IN_CACHES, CONVENTION]
+    for way in ways:
+        report = estimate(model.model, list(way.methods), deciding=False, **PROMPT)
+        lines = report.last_layers()
+        tokens = sum(one.visual.high for one in lines) / len(lines) / TOKENS
+        caches = report.cache.after.high / report.cache.before
+        assert way.keep == pytest.approx(caches if way.convention == IN_CACHES else tokens, abs=1e-4) and way.keep < 1
+    assert ways[1].keep < ways[0].keep
 
 
 def test_what_a_model_refuses_has_a_problem(model):

@@ -75,7 +75,7 @@ class Target:
         """
         try:
             made = as_methods(asked)
-            what = budget_quantity(made[0], self.shape.layout) if len(made) == 1 else "layer_average_tokens"
+            what = budget_quantity(made, self.shape.layout)
             return str(budget(asked, self.shape, within=WITHIN, **{what: share})), ""  # type: ignore[arg-type]
         except TargetError as problem:
             return "", " ".join(str(problem).split())

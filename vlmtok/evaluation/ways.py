@@ -31,6 +31,7 @@ CONVENTION = "mean visual tokens over layers"
 """What a budget counts: for a language model its own layers, for a lone tower the tower's."""
 IN_CACHES = "bytes of the key-value caches behind the prompt"
 """What the budget of a method counts by which entries of caches leave and no tokens."""
+_CONVENTIONS = {"layer_average_tokens": CONVENTION, "kv_bytes": IN_CACHES}
 WITHIN = 0.07
 """How far from the budget a method may be, as a share of it; what it reaches is in the table."""
 
@@ -43,7 +44,7 @@ class Way:
         name: a method's plain name, or one of `BASELINES`.
         asked: the method as it was asked for, before it was set to a budget.
         spec: spec string that runs, or "" where none does.
-        keep: share of the visual tokens that is asked for, or that a method leaves as it is written; 1 for the
+        keep: share, of what `convention` counts, that is asked for, or that a method leaves as it is written; 1 for the
             uncompressed model.
         methods: that are attached.
         problem: why it cannot be run, or "".
@@ -182,29 +183,31 @@ def _ways(
 
 def _as_written(loaded: Loaded, spec: str, prompt: dict[str, Any]) -> Way:
     made = as_methods(spec)
-    name = "+".join(one.spec_name() for one in made)
+    name, convention = "+".join(one.spec_name() for one in made), CONVENTION
     try:
-        bare, left = measure(estimate(loaded.model, made, deciding=False, **prompt), "layer_average_tokens")
+        quantity = budget_quantity(made, adapter_for(loaded.model).layout())
+        convention = _CONVENTIONS[quantity]
+        bare, left = measure(estimate(loaded.model, made, deciding=False, **prompt), quantity)
         with compress(loaded.model, made):
-            return Way(name, spec, spec, round(left / bare, 4), tuple(made))
+            return Way(name, spec, spec, round(left / bare, 4), tuple(made), convention=convention)
     except VlmtokError as problem:
-        return Way(name, spec, spec, problem=str(problem))
+        return Way(name, spec, spec, problem=str(problem), convention=convention)
 
 
-def budget_quantity(method: Method, layout: Layout) -> str:
-    """The quantity by which a method is set to a budget, as `vlmtok.budget` calls it.
+def budget_quantity(methods: Sequence[Method], layout: Layout) -> str:
+    """The quantity by which methods are set to a budget, as `vlmtok.budget` calls it.
 
     Args:
-        method: the method.
+        methods: the methods, which run together.
         layout: of the model.
 
     Returns:
-        ``layer_average_tokens``; ``kv_bytes`` for a method by which entries of caches leave and no tokens.
+        ``layer_average_tokens``; ``kv_bytes`` where entries of caches leave and no tokens.
 
     Raises:
-        SiteError, MissingSignal: it cannot act there.
+        SiteError, MissingSignal: one cannot act there.
     """
-    stages = {site.stage for site in method.sites(layout)}
+    stages = {site.stage for method in methods for site in method.sites(layout)}
     return "kv_bytes" if stages == {"cache"} else "layer_average_tokens"
 
 
@@ -212,8 +215,8 @@ def _at(loaded: Loaded, spec: str, keep: float, prompt: dict[str, Any]) -> Way:
     (start,) = as_methods(spec)
     name, moved, convention = start.spec_name(), start.budget_parameter, CONVENTION
     try:
-        quantity = budget_quantity(start, adapter_for(loaded.model).layout())
-        convention = IN_CACHES if quantity == "kv_bytes" else CONVENTION
+        quantity = budget_quantity([start], adapter_for(loaded.model).layout())
+        convention = _CONVENTIONS[quantity]
         asked: dict[str, Any] = {quantity: keep, **prompt}
         try:
             made = budget(start, loaded.model, within=WITHIN, **asked)
