@@ -52,12 +52,17 @@ def language_layout(lm: Any, spec: VLMSpec) -> dict[str, StageLayout]:
             last_cut=None if spec.last_cut is None else spec.last_cut(config),
             renumbers=spec.positions == "1d",
         ),
-        "cache": _cache(lm, kinds),
+        "cache": cache_layout(lm, kinds),
     }
 
 
-def _cache(lm: Any, kinds: list[str]) -> StageLayout:
-    """The key-value cache: layers that hold entries of all that came, each its own."""
+def cache_layout(lm: Any, kinds: list[str]) -> StageLayout:
+    """The key-value cache: layers that hold entries of all that came, each its own.
+
+    Args:
+        lm: the text model.
+        kinds: type of each layer.
+    """
     config, depth = lm.config, len(kinds)
     read = sources(config, kinds)
     without = {i: _held(kind, read.get(i), lm.layers[i]) for i, kind in enumerate(kinds)}

@@ -90,7 +90,7 @@ def wanted(spec: VLMSpec) -> dict[str, Wanted]:
     projector: Any = None
     with _replaced("Arguments", look_up, signatures, decoder_intake):
         decoder_intake.Intake(attachment, spec, core, projector).install(core, top if spec.core else core)
-        signatures.Signatures(spec, text, probe=0, first=0)
+        signatures.Signatures(spec, text, probe=0, first=0, told=())
     return found
 
 

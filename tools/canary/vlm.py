@@ -7,7 +7,7 @@ import ast
 from vlmtok.adapters import hosts
 from vlmtok.adapters.language import masks, shapes
 from vlmtok.adapters.language.hf_vlm import HFVLM
-from vlmtok.adapters.language.layout import language_layout
+from vlmtok.adapters.language.layout import cache_layout, language_layout
 from vlmtok.adapters.language.packing import Packing
 from vlmtok.adapters.language.spec import VLMSpec
 from vlmtok.adapters.towers import hf_rows
@@ -148,7 +148,7 @@ class Host:
         spec = self.spec
         types = [*self.chooser.types(self.config, "text_config")[:1], *self.also.get("text_config", ())]
         self.ask.check(types, "the type of its text model cannot be read off the source", self.config)
-        fields = [read.path for read in reads(language_layout, "config")]
+        fields = [read.path for function in (language_layout, cache_layout) for read in reads(function, "config")]
         last_cut = () if spec.last_cut is None else (spec.last_cut, masks.sources)  # the one asks the other
         fields += [read.path for function in last_cut for read in reads(function, "config")]
         fields += [spec.block.when[0]] if spec.block is not None and spec.block.when is not None else []
