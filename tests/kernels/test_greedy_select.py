@@ -61,6 +61,18 @@ def test_it_begins_with_the_most_isolated_row_where_none_is_named():
         kernels.greedy_select(x, 2, None, metric="l2")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rule", ["max", "sum"])
+def test_it_goes_on_as_from_a_row_that_is_named(rule, masked):
+    """Also over pictures of which all rows count, where the first row is looked for in the table itself."""
+    x = rows(3, 40, 6)
+    valid = torch.rand(3, 40, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
+    order, value = kernels.greedy_select(x, 40, None, rule=rule, valid=valid)
+    again = kernels.greedy_select(x, 40, order[:, 0], rule=rule, valid=valid)
+    assert torch.equal(again[0], order) and torch.equal(again[1].nan_to_num(7.0), value.nan_to_num(7.0))
+    assert (order.sort(1).values == torch.arange(40)).all()
+
+
 @pytest.mark.parametrize("n", [511, 512, 515, 577, 1300])
 def test_a_square_of_products_is_that_of_all_rows(n):
     """Symmetric; equal rows, wherever they stand, have equal products; a picture's bits are its own."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..exact import exact
+from .looking import host_may_look
 from .rows import finite_unit_rows, square_products
 from .steps import in_one, in_steps
 
@@ -59,9 +60,15 @@ def greedy_select(
 
 
 def _nearest_other(table: Tensor, out: Tensor) -> Tensor:
-    """The greatest similarity of each row with another one that counts, as of `match_max`; of one that is out, -inf."""
+    """The greatest similarity of each row with another one that counts, as of `match_max`; of one that is out, -inf.
+
+    What the table says of a row with itself is overwritten.
+    """
     batch, n, _ = table.shape
     none, found = float("-inf"), []
+    if host_may_look(table) and not out.any():
+        table.diagonal(0, 1, 2).fill_(none)
+        return table.amax(2)
     for pictures, rows in in_steps(batch, n, n, table.device.type):
         similarity = table[pictures, rows].masked_fill(out[pictures].unsqueeze(1), none)
         similarity.diagonal(rows.start, 1, 2).fill_(none)
