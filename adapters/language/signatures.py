@@ -33,10 +33,10 @@ class Signatures:
         of_tokens = [*spec.gather, *(spec.deepstack or ())]
         plain = [hosts.EMBEDDINGS, hosts.MASK, hosts.POSITIONS, hosts.CACHE]
         self.text = Arguments(lm, [*plain, *of_tokens], [hosts.IDS, hosts.LOGITS, hosts.CACHING])
-        self.layers = {probe: Arguments(lm.layers[probe], [hosts.CACHE])}
-        for layer in {*range(1, depth if spec.deepstack is not None else 1), *told}:
-            always = [hosts.CACHE] if layer == probe else []
-            self.layers[layer] = Arguments(lm.layers[layer], [hosts.HIDDEN, *always], [hosts.CACHE, hosts.MASK])
+        self.layers: dict[int, Arguments] = {}
+        for layer in {probe, *range(1, depth if spec.deepstack is not None else 1), *told}:
+            required = [hosts.HIDDEN, hosts.CACHE] if layer == probe else [hosts.HIDDEN]
+            self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.CACHE, hosts.MASK])
         for layer in range(first, depth):
             required = [hosts.HIDDEN, hosts.MASK, hosts.ROTARY, hosts.CACHE, *spec.layer_args]
             self.layers[layer] = Arguments(lm.layers[layer], required, [hosts.POSITIONS])

@@ -24,20 +24,26 @@ SDPA = [name for name, family in FAMILIES.items() if "sdpa" in family.attentions
 
 
 @contextmanager
-def attended():
-    """Calls of SDPA: queries, whether there is a mask, whether it is causal; to how often."""
-    found, real = Counter(), F.scaled_dot_product_attention
+def attended(within=None):
+    """Calls of SDPA, where a module is given while it runs: queries, whether there is a mask, whether it is causal."""
+    found, running, real = Counter(), [within is None], F.scaled_dot_product_attention
 
     def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **rest):
         several = key.shape[2] > query.shape[2]  # a step; hosts may put heads in the place of rows there
-        found["step" if several else "rows", attn_mask is not None, is_causal] += 1
+        found["step" if several else "rows", attn_mask is not None, is_causal] += running[-1]
         return real(query, key, value, attn_mask, dropout_p, is_causal, **rest)
 
+    hooks = []
+    if within is not None:
+        hooks.append(within.register_forward_pre_hook(lambda *_: running.append(True)))
+        hooks.append(within.register_forward_hook(lambda *_: running.append(False)))
     F.scaled_dot_product_attention = spy
     try:
         yield found
     finally:
         F.scaled_dot_product_attention = real
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("name", SDPA)
@@ -58,29 +64,6 @@ def test_masks_are_those_of_the_bare_host(name):
             assert count <= bare[what, masked, causal] or (what == "step" and not masked), (bare, seen)
 
 
-@contextmanager
-def masked_inside(module):
-    """How many calls of SDPA have a mask while a module runs."""
-    found, running, real = [], [], F.scaled_dot_product_attention
-
-    def spy(query, key, value, attn_mask=None, *rest, **options):
-        if running and attn_mask is not None:
-            found.append(attn_mask)
-        return real(query, key, value, attn_mask, *rest, **options)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda *_: running.append(True)),
-        module.register_forward_hook(lambda *_: running.clear()),
-    ]
-    F.scaled_dot_product_attention = spy
-    try:
-        yield found
-    finally:
-        F.scaled_dot_product_attention = real
-        for hook in hooks:
-            hook.remove()
-
-
 def told(run):
     """How many masked attentions behind a cut a report names."""
     return sum(count for what, count in run.report().kernels.items() if what.startswith("masked attention behind"))
@@ -93,9 +76,9 @@ def test_the_report_tells_of_every_masked_attention_behind_a_cut(name, mode):
     model, family = shared(name), FAMILIES[name]
     lm = adapter_for(model).lm
     for inputs in (family.batch(*family.rows).inputs(), family.batch(family.rows[0]).inputs()):
-        with compressed(model, MODES[mode]) as run, masked_inside(lm) as found:
+        with compressed(model, MODES[mode]) as run, attended(lm) as found:
             generate(model, inputs, 3)
-            assert told(run) == len(found)
+            assert told(run) == sum(count for (_, masked, _), count in found.items() if masked)
 
 
 @pytest.mark.parametrize("mode", ["decoder", "half"])

@@ -66,13 +66,11 @@ def _nearest_other(table: Tensor, out: Tensor) -> Tensor:
     """
     batch, n, _ = table.shape
     none, found = float("-inf"), []
+    table.diagonal(0, 1, 2).fill_(none)
     if host_may_look(table) and not out.any():
-        table.diagonal(0, 1, 2).fill_(none)
         return table.amax(2)
     for pictures, rows in in_steps(batch, n, n, table.device.type):
-        similarity = table[pictures, rows].masked_fill(out[pictures].unsqueeze(1), none)
-        similarity.diagonal(rows.start, 1, 2).fill_(none)
-        found.append(similarity.amax(2))
+        found.append(table[pictures, rows].masked_fill(out[pictures].unsqueeze(1), none).amax(2))
     return in_one(found, table.shape[:2]).masked_fill(out, none)
 
 
